@@ -1,0 +1,45 @@
+"""Noised latent -> token maps: one forward, one layer, the attention from image tokens to the picked text tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from padseg.attention import token_attention
+from padseg.attention import watch
+from padseg.backbones import Backbone
+from padseg.errors import PadsegError
+from padseg.images import as_image
+from padseg.images import Readable
+from padseg.latents import encode
+from padseg.options import Options
+from padseg.types import Latent
+from padseg.types import TokenMaps
+
+
+def token_maps(image: Readable, backbone: Backbone, options: Options = Options()) -> TokenMaps:
+    """Token maps of one picture, (H, W, 3) uint8 RGB or a path: the 77 maps of the null prompt in the expert block (Seg4Diff, Eq. 10)."""
+    options = options.resolve(backbone.spec)
+    return latent_token_maps([encode(as_image(image), backbone, options)], backbone, options)[0]
+
+
+def latent_token_maps(latents: Sequence[Latent], backbone: Backbone, options: Options) -> list[TokenMaps]:
+    """Token maps of latents that share one shape and one noise level, from one forward."""
+    assert options.layer is not None
+    maps = attention_maps(torch.cat([latent.z for latent in latents]), latents[0].timestep, backbone, options.layer)
+    if not torch.isfinite(maps).all():
+        raise PadsegError(f'attention is not finite in layer {options.layer} with {backbone.dtype}: try another --dtype')
+    return [TokenMaps(each, backbone.prompt.names, latent.frame) for each, latent in zip(maps, latents, strict=True)]
+
+
+@torch.no_grad()
+def attention_maps(z: Tensor, timestep: float, backbone: Backbone, layer: int) -> Tensor:
+    """Mean over heads of the image-to-text part of one layer's softmax over all keys: (B, C, H', W') -> (B, T, h, w) float32."""
+    h, w = (length // backbone.patch for length in z.shape[2:])
+    with watch({layer: backbone.attention_module(layer)}) as seen:
+        backbone.denoise(z, timestep)
+    picked = backbone.text_columns(h * w)
+    attention = token_attention(seen[layer], h * w, picked)  # (B, h w, T)
+    return attention.transpose(1, 2).unflatten(2, (h, w))  # (B, T, h, w)

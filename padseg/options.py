@@ -1,0 +1,62 @@
+"""The only home of the options of the method; importing it costs nothing (no torch)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from padseg.backbones.spec import Spec
+from padseg.errors import UsageError
+
+NORMALISATIONS = ('minmax-softmax', 'sum', 'share')
+GEOMETRIES = ('whole', 'stretch', 'diffseg', 'diffcut', 'seg4diff-paper', 'seg4diff-release')
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A field of Options with the text that `--help` shows."""
+    return dataclasses.field(default=default, metadata={'help': help, **metadata})
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of the method. None takes the value that the backbone's row names; `resolve` fills it in.
+
+    Raises UsageError for a value outside its range, with the range in the message.
+    """
+
+    layer: int | None = option(None, 'expert block whose attention is read, counted from 0')
+    step: int | None = option(None, 'noise level: the n-th step from the end of the schedule, from 1')
+    normalisation: str | None = option(None, 'how token maps are normalised before merging', choices=NORMALISATIONS)
+    threshold: float | None = option(None, 'merge maps whose symmetric KL divergence / 2 is below this; 0 merges none, inf all')
+    geometry: str = option('whole', "what the model sees: the whole picture, or a paper's preset", choices=GEOMETRIES)
+    side: int | None = option(None, "side in pixels of the model's view (whole: of the square with the same area)")
+    superpixels: float | None = option(None, 'average maps inside Felzenszwalb superpixels of this scale before the argmax; 0 = off')
+    split: bool | None = option(None, 'split regions into connected components')
+    seed: int = option(0, 'seed of the noise, together with the content of each picture')
+
+    def __post_init__(self) -> None:
+        require(self.layer is None or self.layer >= 0, f'layer is counted from 0; got {self.layer}')
+        require(self.step is None or self.step >= 1, f'step is counted from the end of the schedule, from 1; got {self.step}')
+        require(self.normalisation in (None, *NORMALISATIONS), f'normalisation is one of {", ".join(NORMALISATIONS)}; got {self.normalisation}')
+        require(self.threshold is None or self.threshold >= 0, f'threshold is a number >= 0 or inf; got {self.threshold}')
+        require(self.geometry in GEOMETRIES, f'geometry is one of {", ".join(GEOMETRIES)}; got {self.geometry}')
+        require(self.side is None or self.side >= 1, f'side is a number of pixels >= 1; got {self.side}')
+        require(
+            self.superpixels is None or (self.superpixels >= 0 and math.isfinite(self.superpixels)),
+            f'superpixels is a finite scale >= 0; got {self.superpixels}',
+        )
+
+    def resolve(self, spec: Spec) -> Options:
+        """The same options with every None replaced by the backbone's own value, and checked against its size."""
+        named = {name: getattr(spec, name) for name in ('layer', 'step', 'normalisation', 'threshold', 'superpixels', 'split')}
+        named = {name: value for name, value in named.items() if getattr(self, name) is None}
+        resolved = dataclasses.replace(self, **named)
+        require(resolved.layer < spec.layers, f'layer is one of 0..{spec.layers - 1} for {spec.repo}; got {resolved.layer}')
+        require(resolved.step <= spec.steps, f'step is one of 1..{spec.steps} for {spec.repo}; got {resolved.step}')
+        return resolved
+
+
+def require(holds: bool, message: str) -> None:
+    if not holds:
+        raise UsageError(message)

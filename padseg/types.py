@@ -1,0 +1,72 @@
+"""The values that flow from one stage to the next; docstrings give shapes, axis order and units."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Image = NDArray[np.uint8]  # (H, W, 3) RGB, upright
+Array = NDArray[Any]
+
+
+class Frame(NamedTuple):
+    """Where the model looks: box (top, left, height, width) in pixels of a picture of size (H, W)."""
+
+    size: tuple[int, int]
+    box: tuple[int, int, int, int]
+
+
+class Latent(NamedTuple):
+    """A noised picture. z: (1, C, H', W'); sigma: noise level in 0..1; frame: the part of the picture it shows."""
+
+    z: Tensor
+    sigma: float
+    timestep: float
+    frame: Frame
+
+
+class Prompt(NamedTuple):
+    """Text as the transformer takes it. embeds: (1, L, D); pooled: (1, E); picked: the T columns read, in 0..L-1; names: T words."""
+
+    embeds: Tensor
+    pooled: Tensor
+    picked: tuple[int, ...]
+    names: tuple[str, ...]
+
+
+class QueryKey(NamedTuple):
+    """What one attention layer computed. query: (B, heads, N, d); key: (B, heads, L, d); mask: additive, or None."""
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+
+
+class TokenMaps(NamedTuple):
+    """maps: (T, h, w) float32, the share of an image token's attention that goes to text token t; names: T words."""
+
+    maps: Tensor
+    names: tuple[str, ...]
+    frame: Frame
+
+
+class Proposals(NamedTuple):
+    """maps: (M, h, w) float64, the mean of a group's normalised maps; members: M groups of token numbers, which may overlap."""
+
+    maps: Tensor
+    members: tuple[tuple[int, ...], ...]
+    frame: Frame
+
+
+class LabelMap(NamedTuple):
+    """labels: (H, W) int32, 0 = unassigned, regions 1..K in order of first appearance; tokens: for each region the tokens that made it."""
+
+    labels: Array
+    tokens: tuple[tuple[int, ...], ...]
