@@ -1,0 +1,5 @@
+"""`python -m padseg`."""
+
+from padseg.cli import main
+
+raise SystemExit(main())

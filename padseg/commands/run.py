@@ -1,0 +1,80 @@
+"""`padseg run`: a folder of pictures to label maps and masks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+
+import click
+
+from padseg.options import Options
+
+if TYPE_CHECKING:
+    from padseg.engine import Counts
+
+SOME_FAILED = 3
+SIGNALLED = 128  # plus the number of the signal, as shells have it
+
+
+def option_flags(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A flag for each field of Options."""
+    types = typing.get_type_hints(Options)
+    for field in reversed(dataclasses.fields(Options)):
+        kind = next(kind for kind in (bool, int, float, str) if kind in (types[field.name], *typing.get_args(types[field.name])))
+        flag = f'--{field.name}/--no-{field.name}' if kind is bool else f'--{field.name}'
+        choices = field.metadata.get('choices')
+        shown = "the model's own" if field.default is None else field.default
+        text = f'{field.metadata["help"]} (default: {shown})'
+        function = click.option(flag, type=click.Choice(choices) if choices else kind, default=field.default, help=text)(function)
+    return function
+
+
+@click.command('run')
+@click.option('--dir', 'source', type=click.Path(path_type=Path), required=True, help='folder of pictures, or one picture')
+@click.option('--out', type=click.Path(path_type=Path), default='out', show_default=True, help='folder for the results')
+@click.option('--model', default='tiny', show_default=True, help='a model of `padseg models`, a hub id, or a folder')
+@click.option('--revision', help='branch, tag or commit on the hub')
+@click.option('--device', help='cpu, cuda, cuda:1, mps, … (default: the best there is)')
+@click.option('--dtype', help="float32, bfloat16 or float16 (default: the device's own)")
+@click.option('--batch', type=click.IntRange(min=1), default=1, show_default=True, help='pictures of a forward pass; results stay the same')
+@click.option('--overlay', is_flag=True, help='also write the picture with its regions in colour')
+@click.option('--overwrite', is_flag=True, help='do everything again, also over results of other settings')
+@click.option('--json', 'as_json', is_flag=True, help='print the counts as one JSON object on stdout')
+@click.option('--no-progress', is_flag=True, help='no progress on stderr')
+@click.option('-q', '--quiet', is_flag=True, help='nothing on stderr but errors')
+@option_flags
+def command(as_json: bool, no_progress: bool, quiet: bool, **settings: Any) -> int:
+    """Segment every picture of a folder, without labels.
+
+    Running it again continues: pictures that are done are skipped, failed ones tried again. Results: OUT/labels (one indexed
+    PNG a picture), OUT/masks (one PNG a region, metadata.csv), OUT/manifest.jsonl, OUT/failures.jsonl, OUT/run.json.
+    """
+    options = Options(**{field.name: settings.pop(field.name) for field in dataclasses.fields(Options)})
+
+    from padseg.engine import Job
+    from padseg.engine import run
+    from padseg.progress import shown
+
+    job = Job(options=options, **settings)
+    counts = run(job, shown(quiet or no_progress))
+    if not quiet:
+        print(summary(counts, job.out), file=sys.stderr)
+    if as_json:
+        print(json.dumps({**counts._asdict(), 'out': str(job.out)}))
+    if counts.signal:
+        return SIGNALLED + counts.signal
+    return SOME_FAILED if counts.failed else 0
+
+
+def summary(counts: Counts, out: Path) -> str:
+    """One line for the end of a run."""
+    before = f' ({counts.skipped} by an earlier run)' if counts.skipped else ''
+    left = f', {counts.images - counts.done - counts.failed} left: the same command continues' if counts.signal else ''
+    failed = f'{counts.failed} failed' + (f' (see {out / "failures.jsonl"})' if counts.failed else '')
+    return f'{counts.done} done{before}, {failed}{left}, {counts.regions:.1f} regions a picture on average; label maps in {out / "labels"}'

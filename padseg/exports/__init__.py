@@ -1,0 +1,51 @@
+"""Label maps to files. FORMATS has one module a format; its key is also the folder of a run's output that holds it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Protocol
+
+from padseg.errors import UsageError
+from padseg.exports import masks
+from padseg.exports import overlay
+from padseg.exports import png
+from padseg.exports.masks import read_masks
+from padseg.exports.masks import write_masks
+from padseg.exports.png import read_label_map
+from padseg.exports.png import write_label_map
+
+if TYPE_CHECKING:
+    from padseg.types import Image
+    from padseg.types import LabelMap
+
+__all__ = ['FORMATS', 'export', 'read_label_map', 'read_masks', 'write_label_map', 'write_masks']
+
+
+class Format(Protocol):
+    """What a format's module offers. SUFFIX is what it adds to a picture's name; '' for a folder."""
+
+    SUFFIX: str
+
+    def write(self, image: Image | None, labels: LabelMap, path: Path) -> None: ...
+
+
+FORMATS: dict[str, Format] = {
+    'labels': png,
+    'masks': masks,
+    'overlays': overlay,
+}
+
+
+def export(labels: LabelMap, path: str | Path, image: Image | None = None, format: str | None = None) -> None:
+    """Write a label map in the named format, or in the one that the path's suffix says; no suffix means a folder of masks.
+
+    Raises UsageError for an unknown format, and for an overlay without the picture (H, W, 3).
+    """
+    path = Path(path)
+    by_suffix = {module.SUFFIX: name for name, module in FORMATS.items()}
+    name = format or by_suffix.get(path.suffix.lower())
+    if name not in FORMATS:
+        known = ', '.join(f'{name} ({module.SUFFIX or "a folder"})' for name, module in FORMATS.items())
+        raise UsageError(f'unknown format {name or path.suffix}; known: {known}')
+    FORMATS[name].write(image, labels, path)

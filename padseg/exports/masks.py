@@ -1,0 +1,59 @@
+"""A label map as a folder of binary PNGs with metadata.csv, as Segment Anything's automatic mask generator lays it out."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+
+from padseg.errors import UsageError
+from padseg.exports.files import atomic
+from padseg.exports.png import read_label_map
+
+if TYPE_CHECKING:
+    from padseg.types import Array
+    from padseg.types import Image
+    from padseg.types import LabelMap
+
+SUFFIX = ''
+BOX = ('bbox_x0', 'bbox_y0', 'bbox_w', 'bbox_h')
+CROP = ('crop_box_x0', 'crop_box_y0', 'crop_box_w', 'crop_box_h')
+UNKNOWN = ('point_input_x', 'point_input_y', 'predicted_iou', 'stability_score')  # only a prompted mask has these: left empty
+COLUMNS = ('id', 'area', *BOX, *UNKNOWN, *CROP, 'region', 'tokens')
+
+
+def write(image: Image | None, labels: LabelMap, path: Path) -> None:
+    """The exporter's form of `write_masks`; the picture is not needed."""
+    write_masks(labels, path)
+
+
+def write_masks(labels: LabelMap, folder: Path) -> None:
+    """Write region k as folder/{k-1}.png, 0 or 255, and a row of metadata.csv; boxes are x, y, width, height in pixels."""
+    height, width = labels.labels.shape
+    with atomic(folder) as temporary:
+        temporary.mkdir()
+        with (temporary / 'metadata.csv').open('w', newline='', encoding='utf-8') as file:
+            table = csv.DictWriter(file, COLUMNS, lineterminator='\n')
+            table.writeheader()
+            for region in range(1, int(labels.labels.max()) + 1):
+                mask = (labels.labels == region).astype(np.uint8) * 255  # (H, W)
+                (temporary / f'{region - 1}.png').write_bytes(cv2.imencode('.png', mask)[1].tobytes())
+                row = {'id': region - 1, 'area': cv2.countNonZero(mask), 'region': region}
+                row |= dict(zip(BOX, cv2.boundingRect(mask), strict=True))
+                row |= dict(zip(CROP, (0, 0, width, height), strict=True))
+                tokens = labels.tokens[region - 1] if labels.tokens else ()
+                table.writerow(row | {'tokens': ' '.join(map(str, tokens))})
+
+
+def read_masks(folder: Path) -> Array:
+    """Labels (H, W) int32 of a folder that `write_masks` wrote. Raises UsageError if it holds no mask or they overlap."""
+    paths = sorted(folder.glob('*.png'), key=lambda path: int(path.stem))
+    if not paths:
+        raise UsageError(f'there is no mask in {folder}')
+    masks = np.stack([read_label_map(path) > 0 for path in paths])  # (K, H, W)
+    if masks.sum(0).max() > 1:
+        raise UsageError(f'the masks in {folder} overlap: they are no label map')
+    return np.tensordot(np.arange(1, len(paths) + 1, dtype=np.int32), masks.astype(np.int32), axes=1)  # (H, W)

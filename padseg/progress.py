@@ -1,0 +1,74 @@
+"""How far a run is, on stderr: a bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Protocol
+
+from tqdm import tqdm
+
+SECONDS_PER_LINE = 10.0
+UNIT = ' pictures'
+
+
+class Progress(Protocol):
+    """What the engine tells: the number of pictures, each one that is finished, the end."""
+
+    def start(self, total: int) -> None: ...
+
+    def step(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Silent:
+    """Says nothing."""
+
+    def start(self, total: int) -> None:
+        pass
+
+    def step(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Bar:
+    """A bar with pictures per second and the time left."""
+
+    def start(self, total: int) -> None:
+        self.bar = tqdm(total=total, unit=UNIT, file=sys.stderr, dynamic_ncols=True, smoothing=0.1)
+
+    def step(self) -> None:
+        self.bar.update()
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+class Lines:
+    """The same words as a line of text, at most one every ten seconds."""
+
+    def start(self, total: int) -> None:
+        self.total = total
+        self.done = 0
+        self.began = self.last = time.monotonic()
+
+    def step(self) -> None:
+        self.done += 1
+        now = time.monotonic()
+        if now - self.last >= SECONDS_PER_LINE:
+            self.last = now
+            print(tqdm.format_meter(self.done, self.total, now - self.began, ncols=0, unit=UNIT), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+def shown(quiet: bool) -> Progress:
+    """The way of showing progress that suits stderr."""
+    if quiet:
+        return Silent()
+    return Bar() if sys.stderr.isatty() else Lines()

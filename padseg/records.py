@@ -1,0 +1,125 @@
+"""What a run writes about itself: run.json, manifest.jsonl, failures.jsonl; other programs read them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from typing import Literal
+
+from pydantic import BaseModel
+from pydantic import SkipValidation
+from pydantic import ValidationError
+
+from padseg.errors import OutputConflict
+from padseg.exports.files import atomic
+
+# Not checked as text: file names may hold bytes that are no UTF-8, which Python keeps as lone surrogates.
+Name = SkipValidation[str]
+Setting = str | int | float | bool | None
+
+
+class Entry(BaseModel):
+    """One picture, a line of manifest.jsonl. input is a POSIX path relative to the folder, outputs are to OUT; size is (height, width)."""
+
+    input: Name
+    status: Literal['done', 'failed']
+    bytes: int | None = None
+    sha256: str | None = None
+    size: tuple[int, int] | None = None
+    regions: int | None = None
+    seconds: float = 0.0
+    stages: dict[str, float] = {}  # seconds of decode, segment (a batch's share) and write
+    error: str | None = None  # class of the error, with reason
+    reason: Name | None = None
+    outputs: dict[str, Name] = {}
+
+
+class Model(BaseModel):
+    """The model that made the results; weights: sha256 of its files."""
+
+    model: str
+    folder: Name
+    revision: str | None
+    weights: str
+
+
+class Totals(BaseModel):
+    """Pictures of the last run over OUT. skipped: those of `done` that earlier runs had done; regions: mean of a done picture."""
+
+    images: int = 0
+    done: int = 0
+    skipped: int = 0
+    failed: int = 0
+    regions: float = 0.0
+
+
+class Run(BaseModel):
+    """run.json. requested: settings as asked for; settings: as used, all that decides the results; key: their sha256."""
+
+    status: Literal['running', 'finished', 'interrupted'] = 'running'
+    padseg: str
+    source: Name
+    requested: dict[str, Setting]
+    settings: dict[str, Setting]
+    key: str
+    model: Model
+    device: str
+    dtype: str
+    threads: int
+    platform: str
+    versions: dict[str, str]
+    batch: int
+    started: str
+    ended: str | None = None
+    seconds: float | None = None
+    counts: Totals = Totals()
+
+
+def write_run(run: Run, path: Path) -> None:
+    """Write run.json, all of it or nothing."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(run.model_dump(), indent=1) + '\n', encoding='ascii')
+
+
+def read_run(path: Path) -> Run | None:
+    """The record of the run that last wrote here; None if there is none. OutputConflict if it cannot be understood."""
+    try:
+        return Run.model_validate(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:  # neither JSON nor a record of this form
+        raise OutputConflict(f'{path} is no record of a padseg run: choose another --out, or --overwrite') from error
+
+
+def line(entry: Entry) -> str:
+    """A picture's record as one line of ASCII."""
+    return json.dumps(entry.model_dump()) + '\n'
+
+
+def write_entries(entries: Iterable[Entry], path: Path) -> None:
+    """Write one line a picture, all lines or nothing."""
+    with atomic(path) as temporary:
+        temporary.write_text(''.join(map(line, entries)), encoding='ascii')
+
+
+def read_entries(path: Path) -> dict[str, Entry]:
+    """The last record of every picture in a manifest, by name. A last line that a killed run left torn does not count."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    entries: dict[str, Entry] = {}
+    for number, text in enumerate(lines, start=1):
+        try:
+            entry = Entry.model_validate(json.loads(text))
+        except (ValueError, ValidationError) as error:
+            if number == len(lines):
+                break
+            raise OutputConflict(f'{path}, line {number} is no record of a picture: choose another --out, or --overwrite') from error
+        entries[entry.input] = entry
+    return entries
+
+
+def differences(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The settings that differ, in words."""
+    names = sorted(there.keys() | now.keys())
+    return [f'{name} {there.get(name)} there, {now.get(name)} now' for name in names if there.get(name) != now.get(name)]

@@ -1,0 +1,208 @@
+"""The command line: exit codes, what goes to stdout and to stderr, and flags that cannot disagree with Options."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import pty
+import signal
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+import padseg
+from padseg import progress
+from padseg.backbones.spec import BACKBONES
+from padseg.cli import COMMANDS
+from padseg.cli import main
+from padseg.options import Options
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def folder(tmp_path, picture):
+    (tmp_path / 'in').mkdir()
+    for name in ('a.jpg', 'b.png', 'c.png'):
+        PIL.Image.fromarray(picture).save(tmp_path / 'in' / name)
+    return tmp_path / 'in'
+
+
+@pytest.fixture
+def arguments(folder, tmp_path, sd3_folder):
+    return ['run', '--dir', str(folder), '--out', str(tmp_path / 'out'), '--model', str(sd3_folder), '--device', 'cpu']
+
+
+def test_run_in_a_process_of_its_own(arguments, tmp_path):
+    ran = subprocess.run([sys.executable, '-m', 'padseg', *arguments, '--json'], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    counts = json.loads(ran.stdout)
+    assert (counts['images'], counts['done'], counts['failed'], counts['signal']) == (3, 3, 0, None)
+    assert ran.stderr.splitlines()[-1] == (
+        f'3 done, 0 failed, {counts["regions"]:.1f} regions a picture on average; label maps in {tmp_path}/out/labels'
+    )
+    assert len(list((tmp_path / 'out' / 'labels').iterdir())) == 3
+
+
+def test_a_terminal_shows_a_bar_and_sigterm_stops_cleanly(arguments, folder, tmp_path):
+    for number in range(200):
+        (folder / f'{number}.png').symlink_to('b.png')
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 100, 0, 0))
+    with subprocess.Popen([sys.executable, '-m', 'padseg', *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b''
+        while b'pictures' not in shown:
+            shown += os.read(ours, 1000)
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout is not None and process.stdout.read() == b''
+    os.close(ours)
+    assert b'/203' in shown
+    assert process.returncode == 128 + signal.SIGTERM
+    assert json.loads((tmp_path / 'out' / 'run.json').read_text())['status'] == 'interrupted'
+
+
+def test_some_failed(arguments, folder, tmp_path, capsys):
+    (folder / 'empty.png').write_bytes(b'')
+    assert main(arguments) == 3
+    captured = capsys.readouterr()
+    assert captured.out == ''
+    assert f'3 done, 1 failed (see {tmp_path}/out/failures.jsonl), ' in captured.err
+    assert main(arguments) == 3
+    assert '3 done (3 by an earlier run), 1 failed' in capsys.readouterr().err
+
+
+def test_quiet(arguments, capsys):
+    assert main([*arguments, '-q']) == 0
+    assert capsys.readouterr() == ('', '')
+
+
+def test_options_reach_the_run(arguments, tmp_path):
+    assert main([*arguments, '--threshold', 'inf', '--layer', '1', '--split', '--geometry', 'stretch', '--seed', '7', '--overlay']) == 0
+    settings = json.loads((tmp_path / 'out' / 'run.json').read_text())['settings']
+    assert settings.items() >= {'threshold': 'inf', 'layer': 1, 'split': True, 'geometry': 'stretch', 'seed': 7}.items()
+    assert len(list((tmp_path / 'out' / 'overlays').iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    'extra, code, words',
+    [
+        (['--step', '0'], 2, 'step is counted from the end of the schedule, from 1; got 0'),
+        (['--layer', '99'], 2, 'layer is one of 0..'),
+        (['--threshold', '-1'], 2, 'threshold is a number >= 0'),
+        (['--model', 'sd99'], 2, 'tiny, sd3, sd3.5'),
+        (['--batch', '0'], 2, '--batch'),
+        (['--normalisation', 'none'], 2, 'minmax-softmax'),
+        (['--model', '{tmp}'], 4, 'transformer/config.json'),
+        (['--dir', '{tmp}/nowhere'], 5, 'nowhere'),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_a_code(arguments, tmp_path, capsys, extra, code, words):
+    assert main([*arguments, *(part.format(tmp=tmp_path) for part in extra)]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ''
+    assert words in captured.err
+    assert 'Traceback' not in captured.err
+    if 'Usage:' not in captured.err:
+        assert captured.err.startswith('padseg: ') and captured.err.count('\n') == 1
+
+
+def test_an_output_of_other_settings(arguments, capsys):
+    assert main(arguments) == 0
+    assert main([*arguments, '--seed', '1']) == 6
+    assert 'seed 0 there, 1 now' in capsys.readouterr().err
+    assert main([*arguments, '--seed', '1', '--overwrite']) == 0
+
+
+@pytest.mark.parametrize('wrong', [['nothing'], ['run'], ['run', '--dir', '.', 'surplus'], ['run', '--nothing'], []])
+def test_wrong_usage(wrong, capsys):
+    assert main(wrong) == 2
+    assert 'Usage: padseg' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_every_command_is_listed_with_help_for_each_option(command, capsys):
+    from click import Context
+
+    from padseg.cli import group
+
+    assert main(['--help']) == 0
+    assert f'  {command} ' in capsys.readouterr().out
+    found = group.get_command(Context(group), command)
+    assert found is not None and found.help
+    assert [option.name for option in found.params if not getattr(option, 'help', None)] == []
+
+
+def test_flags_say_what_options_say(capsys):
+    assert main(['run', '--help']) == 0
+    text = ' '.join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(Options):
+        assert f'--{field.name}' in text
+        default = "the model's own" if field.default is None else field.default
+        assert f'{field.metadata["help"]} (default: {default})' in text
+    assert '--split / --no-split' in text
+
+
+def test_version(capsys):
+    assert main(['--version']) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f'padseg {padseg.__version__} (python 3.')
+    assert 'torch 2.' in out
+
+
+def test_models(capsys):
+    assert main(['models', '--json']) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {name: row['repo'] for name, row in rows.items()} == {name: spec.repo for name, spec in BACKBONES.items()}
+    assert main(['models']) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(BACKBONES)
+
+
+@pytest.fixture
+def truth(tmp_path):
+    for name, rows in {'pred/a.jpg.png': [[1, 1, 2, 2]], 'truth/a.png': [[0, 0, 1, 1]]}.items():
+        (tmp_path / name).parent.mkdir()
+        PIL.Image.fromarray(np.array(rows, np.uint8)).save(tmp_path / name)
+    return ['eval', '--pred', str(tmp_path / 'pred'), '--labels', str(tmp_path / 'truth')]
+
+
+def test_eval_with_classes(truth, capsys):
+    assert main([*truth, '--num-classes', '3', '--json']) == 0
+    expected = {'images': 1, 'accuracy': 1.0, 'mean_accuracy': 1.0, 'miou': 1.0, 'iou': [1.0, 1.0, None]}
+    assert json.loads(capsys.readouterr().out) == expected
+    assert main([*truth, '--num-classes', '3']) == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines()][-2:] == [['iou', '1', '1.0000'], ['iou', '2', 'nan']]
+
+
+def test_eval_of_partitions(truth, capsys):
+    assert main([*truth, '--regions', '--json']) == 0
+    assert json.loads(capsys.readouterr().out) == {'images': 1, 'covering': 1.0, 'pri': 1.0, 'vi': 0.0, 'regions': 2.0}
+
+
+def test_eval_must_know_what_to_compare(truth, tmp_path, capsys):
+    assert main(truth) == 2
+    assert main([*truth, '--regions', '--num-classes', '2']) == 2
+    (tmp_path / 'truth' / 'a.png').rename(tmp_path / 'truth' / 'z.png')
+    assert main([*truth, '--regions']) == 5
+    assert 'no label map for z' in capsys.readouterr().err
+
+
+def test_plain_progress_is_a_line_now_and_then(monkeypatch, capsys):
+    for seconds, lines in ((0.0, 3), (3600.0, 0)):
+        monkeypatch.setattr(progress, 'SECONDS_PER_LINE', seconds)
+        shown = progress.shown(quiet=False)
+        shown.start(3)
+        for _ in range(3):
+            shown.step()
+        shown.close()
+        printed = capsys.readouterr().err.splitlines()
+        assert len(printed) == lines
+    assert isinstance(progress.shown(quiet=True), progress.Silent)

@@ -1,0 +1,360 @@
+"""The main job on real files with a small random model: its contract, what it survives, and how it continues."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import filelock
+import numpy as np
+import PIL.Image
+import pytest
+
+from padseg import engine
+from padseg.engine import Job
+from padseg.errors import NoImages
+from padseg.errors import OutputConflict
+from padseg.errors import UsageError
+from padseg.exports import read_label_map
+from padseg.exports import read_masks
+from padseg.images import read
+from padseg.options import Options
+from padseg.progress import Silent
+
+SIZES = {'a.jpg': (48, 80), 'a.png': (48, 80), 'sub/b.png': (64, 40)}
+
+
+def put_picture(path: Path, size=(32, 32), seed=0) -> None:
+    """Four flat areas with noise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 200, (2, 2, 3)).repeat(-(-size[0] // 2), 0).repeat(-(-size[1] // 2), 1)[: size[0], : size[1]]
+    PIL.Image.fromarray((coarse + rng.integers(0, 30, coarse.shape)).astype(np.uint8)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for seed, (name, size) in enumerate(SIZES.items()):
+        put_picture(tmp_path / 'in' / name, size, seed)
+    return tmp_path / 'in'
+
+
+@pytest.fixture
+def job(folder, tmp_path, sd3_folder):
+    return Job(folder, tmp_path / 'out', model=str(sd3_folder), device='cpu')
+
+
+def records(job, name='manifest.jsonl'):
+    return [json.loads(line) for line in (job.out / name).read_text().splitlines()]
+
+
+def run_record(job):
+    return json.loads((job.out / 'run.json').read_text())
+
+
+def results(out: Path) -> dict[str, bytes]:
+    """Name and bytes of every label map, mask, table and overlay."""
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in sorted(out.rglob('*')) if path.is_file() and path.parent != out}
+
+
+def times(out: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (out / 'labels').rglob('*.png')}
+
+
+class Count(Silent):
+    """How many pictures were worked on."""
+
+    pictures = 0
+
+    def step(self):
+        self.pictures += 1
+
+
+class Signal(Silent):
+    """Sends this process signals after its first picture."""
+
+    def __init__(self, *numbers):
+        self.numbers = numbers
+
+    def step(self):
+        for number in self.numbers:
+            os.kill(os.getpid(), number)
+
+
+def test_what_a_run_writes(job, backbone):
+    from padseg.segment import segment
+
+    counts = engine.run(job)
+    assert counts[:4] == (3, 3, 0, 0)
+    assert counts.signal is None
+    assert sorted(path.name for path in job.out.iterdir() if path.name[0] != '.') == [
+        'failures.jsonl',
+        'labels',
+        'manifest.jsonl',
+        'masks',
+        'run.json',
+    ]
+    entries = records(job)
+    assert [entry['input'] for entry in entries] == ['a.jpg', 'a.png', 'sub/b.png']
+    for entry in entries:
+        name = entry['input']
+        expected = segment(job.source / name, backbone)
+        assert entry['outputs'] == {'labels': f'labels/{name}.png', 'masks': f'masks/{name}'}
+        assert np.array_equal(read_label_map(job.out / 'labels' / f'{name}.png'), expected.labels)
+        assert np.array_equal(read_masks(job.out / 'masks' / name), expected.labels)
+        assert (entry['status'], entry['error'], entry['reason']) == ('done', None, None)
+        assert tuple(entry['size']) == SIZES[name] == expected.labels.shape
+        assert entry['regions'] == len(expected.tokens) == expected.labels.max()
+        assert entry['bytes'] == (job.source / name).stat().st_size
+        assert len(entry['sha256']) == 64
+        assert entry['seconds'] == pytest.approx(sum(entry['stages'].values()), abs=1e-3)
+        assert set(entry['stages']) == {'decode', 'segment', 'write'}
+    assert records(job, 'failures.jsonl') == []
+    assert counts.regions == pytest.approx(np.mean([entry['regions'] for entry in entries]))
+
+
+def test_the_run_record_holds_what_is_needed_to_repeat_it(job, backbone):
+    engine.run(job._replace(options=Options(threshold=float('inf'))))
+    record = run_record(job)
+    assert record['status'] == 'finished'
+    assert record['settings'] == {
+        'weights': backbone.identity.weights,
+        'dtype': 'float32',
+        **vars(Options(threshold=1.0).resolve(backbone.spec)),
+        'threshold': 'inf',
+    }
+    assert record['requested']['layer'] is None
+    assert record['model'] == backbone.identity._asdict()
+    assert {'python', 'torch', 'diffusers', 'transformers', 'numpy', 'pillow'} <= set(record['versions'])
+    assert (record['device'], record['dtype']) == ('cpu', 'float32')
+    assert record['counts'] == {'images': 3, 'done': 3, 'skipped': 0, 'failed': 0, 'regions': 1.0}
+    assert record['started'] <= record['ended']
+    assert record['threads'] >= 1
+
+
+def test_overlays_are_added_to_a_finished_run_when_asked_for(job):
+    engine.run(job)
+    before = results(job.out)
+    engine.run(job._replace(overlay=True))
+    after = results(job.out)
+    assert after.keys() - before.keys() == {f'overlays/{name}.jpg' for name in SIZES}
+    assert {name: after[name] for name in before} == before
+
+
+def test_a_single_picture(job):
+    counts = engine.run(job._replace(source=job.source / 'sub' / 'b.png'))
+    assert counts.done == 1
+    assert (job.out / 'labels' / 'b.png.png').is_file()
+
+
+@pytest.mark.parametrize('batch', [2, 3, 8])
+def test_results_do_not_depend_on_the_batch(job, tmp_path, batch):
+    engine.run(job)
+    engine.run(job._replace(out=tmp_path / 'batched', batch=batch))
+    assert results(tmp_path / 'batched') == results(job.out)
+
+
+def test_bad_files_are_recorded_and_the_rest_goes_on(job):
+    good = (job.source / 'a.png').read_bytes()
+    (job.source / 'cut.png').write_bytes(good[: len(good) // 2])
+    (job.source / 'empty.jpg').write_bytes(b'')
+    (job.source / 'words.gif').write_text('words')
+    (job.source / 'gone.png').symlink_to('nowhere')
+    counts = engine.run(job._replace(batch=2))
+    assert (counts.images, counts.done, counts.failed) == (7, 3, 4)
+    failures = {entry['input']: (entry['error'], entry['reason']) for entry in records(job, 'failures.jsonl')}
+    assert failures['empty.jpg'] == ('ImageError', 'empty file')
+    assert failures['words.gif'][1].startswith('not a picture')
+    assert failures['cut.png'][1].startswith('truncated')
+    assert failures['gone.png'] == ('FileNotFoundError', 'No such file or directory')
+    assert [entry['input'] for entry in records(job)] == sorted([*SIZES, *failures])
+    assert not [name for name in results(job.out) if any(bad in name for bad in failures)]
+
+
+def test_a_second_run_does_nothing_and_needs_no_model(job, tmp_path):
+    model = shutil.copytree(job.model, tmp_path / 'model')
+    job = job._replace(model=str(model))
+    engine.run(job)
+    before, record, written = results(job.out), run_record(job), times(job.out)
+    shutil.rmtree(model)
+    counts = engine.run(job)
+    assert counts[:4] == (3, 3, 3, 0)
+    assert (results(job.out), times(job.out)) == (before, written)
+    assert run_record(job) == {**record, 'counts': {**record['counts'], 'skipped': 3}}
+
+
+@pytest.mark.parametrize('change', ['new', 'picture', 'labels', 'masks'])
+def test_only_what_is_missing_or_changed_is_done_again(job, change):
+    engine.run(job)
+    before = times(job.out)
+    if change == 'new':
+        put_picture(job.source / 'sub' / 'new.png')
+    elif change == 'picture':
+        put_picture(job.source / 'a.png', seed=9)
+    elif change == 'labels':
+        (job.out / 'labels' / 'a.png.png').unlink()
+    else:
+        shutil.rmtree(job.out / 'masks' / 'a.png')
+    counted = Count()
+    counts = engine.run(job, counted)
+    assert counted.pictures == 1
+    assert counts.done - counts.skipped == 1
+    redone = 'new.png.png' if change == 'new' else 'a.png.png'
+    assert {name for name, at in times(job.out).items() if at != before.get(name)} == {redone}
+    assert len(records(job)) == counts.done
+
+
+def test_failed_pictures_are_tried_again_and_forgotten_when_they_are_gone(job):
+    (job.source / 'x.png').write_bytes(b'')
+    (job.source / 'y.png').write_bytes(b'')
+    assert engine.run(job).failed == 2
+    put_picture(job.source / 'x.png')
+    (job.source / 'y.png').unlink()
+    counts = engine.run(job)
+    assert (counts.done, counts.skipped, counts.failed) == (4, 3, 0)
+    assert records(job, 'failures.jsonl') == []
+    assert [entry['input'] for entry in records(job)] == sorted([*SIZES, 'x.png'])
+
+
+def test_other_settings_in_the_same_output_are_refused(job, sd35_folder):
+    engine.run(job)
+    before = results(job.out)
+    record = run_record(job)
+    with pytest.raises(OutputConflict, match=r'\(threshold 0\.1 there, 0\.3 now\): choose another --out, or --overwrite'):
+        engine.run(job._replace(options=Options(threshold=0.3)))
+    with pytest.raises(OutputConflict, match='dtype float32 there, bfloat16 now'):
+        engine.run(job._replace(dtype='bfloat16'))
+    with pytest.raises(OutputConflict, match=f'weights {record["settings"]["weights"]} there'):
+        engine.run(job._replace(model=str(sd35_folder)))
+    assert (results(job.out), run_record(job)) == (before, record)
+
+
+def test_the_same_settings_in_other_words_continue(job):
+    engine.run(job)
+    assert engine.run(job._replace(options=Options(threshold=0.1))).skipped == 3
+
+
+def test_overwrite_does_everything_again(job):
+    engine.run(job)
+    (job.out / 'run.json').write_text('nonsense')
+    with pytest.raises(OutputConflict, match='no record of a padseg run'):
+        engine.run(job)
+    counts = engine.run(job._replace(options=Options(threshold=float('inf')), overwrite=True))
+    assert (counts.done, counts.skipped, counts.regions) == (3, 0, 1.0)
+    assert read_label_map(job.out / 'labels' / 'a.png.png').max() == 1
+    assert sorted(path.name for path in (job.out / 'masks' / 'a.png').iterdir()) == ['0.png', 'metadata.csv']
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_cleanly_and_the_next_run_continues(job, tmp_path, number):
+    engine.run(job._replace(out=tmp_path / 'whole'))
+    counts = engine.run(job, Signal(number))
+    assert (counts.signal, counts.images, counts.done) == (number, 3, 1)
+    assert run_record(job)['status'] == 'interrupted'
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    counts = engine.run(job)
+    assert (counts.done, counts.skipped) == (3, 1)
+    assert run_record(job)['status'] == 'finished'
+    assert results(job.out) == results(tmp_path / 'whole')
+
+
+def test_a_second_signal_stops_at_once(job):
+    with pytest.raises(KeyboardInterrupt):
+        engine.run(job, Signal(signal.SIGINT, signal.SIGINT))
+    assert run_record(job)['status'] == 'running'
+    assert engine.run(job).skipped == 1
+
+
+def test_a_killed_run_leaves_readable_records_and_is_continued(job, tmp_path):
+    program = (
+        'import os, sys; from pathlib import Path; from padseg.engine import Job, run; from padseg.progress import Silent\n'
+        'class Kill(Silent):\n'
+        '    def step(self): os.kill(os.getpid(), 9)\n'
+        'run(Job(Path(sys.argv[1]), Path(sys.argv[2]), model=sys.argv[3], device="cpu"), Kill())\n'
+    )
+    root = Path(__file__).parent.parent
+    killed = subprocess.run([sys.executable, '-c', program, job.source, job.out, job.model], cwd=root, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [entry['status'] for entry in records(job)] == ['done']
+    half = job.out / 'masks' / '.padseg-half'
+    half.mkdir()
+    (half / '0.png').write_bytes(b'half')
+    with (job.out / 'manifest.jsonl').open('a') as manifest:
+        manifest.write('{"input": "a.png", "stat')
+    counts = engine.run(job)
+    assert (counts.done, counts.skipped) == (3, 1)
+    engine.run(job._replace(out=tmp_path / 'whole'))
+    assert results(job.out) == results(tmp_path / 'whole')
+    assert [entry['input'] for entry in records(job)] == sorted(SIZES)
+
+
+def test_a_damaged_manifest_is_not_guessed_at(job):
+    engine.run(job)
+    lines = (job.out / 'manifest.jsonl').read_text().splitlines(keepends=True)
+    (job.out / 'manifest.jsonl').write_text('{}\n' + ''.join(lines))
+    with pytest.raises(OutputConflict, match='manifest.jsonl, line 1'):
+        engine.run(job)
+
+
+def test_an_output_inside_the_input_is_not_an_input(job):
+    job = job._replace(out=job.source / 'out')
+    engine.run(job)
+    assert engine.run(job).images == 3
+    with pytest.raises(UsageError, match='cannot be the folder of the pictures'):
+        engine.run(job._replace(out=job.source))
+
+
+def test_outputs_that_cannot_be_used(job, tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UsageError, match='cannot make the output folder'):
+        engine.run(job._replace(out=tmp_path / 'file'))
+    job.out.mkdir()
+    with filelock.FileLock(job.out / '.lock'), pytest.raises(OutputConflict, match='another run is writing'):
+        engine.run(job)
+
+
+def test_no_pictures(job, tmp_path):
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(NoImages, match='no pictures in'):
+        engine.run(job._replace(source=tmp_path / 'empty'))
+    assert not job.out.exists()
+
+
+def test_names_that_are_hard_to_write(job):
+    for name in (b'\xe9.png', 'é 漢.png'.encode(), b'new\nline.png', b'-x.png', b'n' * 251 + b'.png'):
+        shutil.copy(job.source / 'a.png', os.fsencode(job.source) + b'/' + name)
+    counts = engine.run(job)
+    assert (counts.done, counts.failed) == (7, 1)
+    assert records(job, 'failures.jsonl')[0]['reason'] == 'File name too long'
+    assert os.fsdecode(b'\xe9.png') in [entry['input'] for entry in records(job)]
+    assert Path(os.fsdecode(os.fsencode(job.out) + b'/labels/\xe9.png.png')).is_file()
+    assert engine.run(job).skipped == 7
+
+
+@pytest.mark.parametrize('size', [(1, 1), (1, 3000), (3000, 1), (2, 3)])
+def test_extreme_sizes(job, size):
+    put_picture(job.source / 'extreme.png', size)
+    assert read(job.source / 'extreme.png').shape == (*size, 3)
+    assert engine.run(job._replace(source=job.source / 'extreme.png')).done == 1
+    assert read_label_map(job.out / 'labels' / 'extreme.png.png').shape == size
+
+
+def test_an_overlay_that_jpeg_cannot_hold_fails_that_picture_alone(job):
+    put_picture(job.source / 'long.png', (1, 66000))
+    counts = engine.run(job._replace(overlay=True))
+    assert (counts.done, counts.failed) == (3, 1)
+    assert '66000x1' in records(job, 'failures.jsonl')[0]['reason']
+
+
+def test_a_run_in_a_thread(job):
+    done = []
+    thread = threading.Thread(target=lambda: done.append(engine.run(job)))
+    thread.start()
+    thread.join()
+    assert done[0].done == 3
