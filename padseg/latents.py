@@ -12,7 +12,7 @@ from PIL import Image as PillowImage
 from torch import Tensor
 
 from padseg.backbones import Backbone
-from padseg.options import Options
+from padseg.options import Resolved
 from padseg.types import Array
 from padseg.types import Frame
 from padseg.types import Image
@@ -21,11 +21,10 @@ from padseg.types import Latent
 SHORT_EDGE, LONG_CAP, DIVISIBLE = 640, 2560, 32  # Seg4Diff's release: detectron2's test resize and its padding, pixels
 
 
-def encode(image: Image, backbone: Backbone, options: Options) -> Latent:
+def encode(image: Image, backbone: Backbone, options: Resolved) -> Latent:
     """Noised latent of an RGB picture (H, W, 3) uint8: posterior mean, shifted and scaled, mixed with noise at the chosen step."""
-    pixels, frame = view(image, options.geometry, options.side or backbone.spec.side, backbone.multiple, backbone.limit)
+    pixels, frame = view(image, options.geometry, options.side, backbone.multiple, backbone.limit)
     clean = encode_pixels(pixels, backbone)  # (1, C, H', W')
-    assert options.step is not None
     sigma, timestep = noise_level(backbone, options.step)
     noise = content_noise(image, options.seed, clean.shape).to(clean)
     return Latent((1 - sigma) * clean + sigma * noise, sigma, timestep, frame)

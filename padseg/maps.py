@@ -15,19 +15,19 @@ from padseg.images import as_image
 from padseg.images import Readable
 from padseg.latents import encode
 from padseg.options import Options
+from padseg.options import Resolved
 from padseg.types import Latent
 from padseg.types import TokenMaps
 
 
 def token_maps(image: Readable, backbone: Backbone, options: Options = Options()) -> TokenMaps:
     """Token maps of one picture, (H, W, 3) uint8 RGB or a path: the 77 maps of the null prompt in the expert block (Seg4Diff, Eq. 10)."""
-    options = options.resolve(backbone.spec)
-    return latent_token_maps([encode(as_image(image), backbone, options)], backbone, options)[0]
+    resolved = options.resolve(backbone.spec)
+    return latent_token_maps([encode(as_image(image), backbone, resolved)], backbone, resolved)[0]
 
 
-def latent_token_maps(latents: Sequence[Latent], backbone: Backbone, options: Options) -> list[TokenMaps]:
+def latent_token_maps(latents: Sequence[Latent], backbone: Backbone, options: Resolved) -> list[TokenMaps]:
     """Token maps of latents that share one shape and one noise level, from one forward."""
-    assert options.layer is not None
     maps = attention_maps(torch.cat([latent.z for latent in latents]), latents[0].timestep, backbone, options.layer)
     if not torch.isfinite(maps).all():
         raise PadsegError(f'attention is not finite in layer {options.layer} with {backbone.dtype}: try another --dtype')

@@ -38,7 +38,10 @@ class Options:
     def __post_init__(self) -> None:
         require(self.layer is None or self.layer >= 0, f'layer is counted from 0; got {self.layer}')
         require(self.step is None or self.step >= 1, f'step is counted from the end of the schedule, from 1; got {self.step}')
-        require(self.normalisation in (None, *NORMALISATIONS), f'normalisation is one of {", ".join(NORMALISATIONS)}; got {self.normalisation}')
+        require(
+            self.normalisation in (None, *NORMALISATIONS),
+            f'normalisation is one of {", ".join(NORMALISATIONS)}; got {self.normalisation}',
+        )
         require(self.threshold is None or self.threshold >= 0, f'threshold is a number >= 0 or inf; got {self.threshold}')
         require(self.geometry in GEOMETRIES, f'geometry is one of {", ".join(GEOMETRIES)}; got {self.geometry}')
         require(self.side is None or self.side >= 1, f'side is a number of pixels >= 1; got {self.side}')
@@ -47,14 +50,28 @@ class Options:
             f'superpixels is a finite scale >= 0; got {self.superpixels}',
         )
 
-    def resolve(self, spec: Spec) -> Options:
-        """The same options with every None replaced by the backbone's own value, and checked against its size."""
-        named = {name: getattr(spec, name) for name in ('layer', 'step', 'normalisation', 'threshold', 'superpixels', 'split')}
-        named = {name: value for name, value in named.items() if getattr(self, name) is None}
-        resolved = dataclasses.replace(self, **named)
+    def resolve(self, spec: Spec) -> Resolved:
+        """These options on a backbone: every None replaced by the value in its row, and all checked against its size."""
+        given = dataclasses.asdict(self)
+        resolved = Resolved(**{name: getattr(spec, name) if value is None else value for name, value in given.items()})
         require(resolved.layer < spec.layers, f'layer is one of 0..{spec.layers - 1} for {spec.repo}; got {resolved.layer}')
         require(resolved.step <= spec.steps, f'step is one of 1..{spec.steps} for {spec.repo}; got {resolved.step}')
         return resolved
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """Options with nothing left to a default: what really ran, as run.json records it."""
+
+    layer: int
+    step: int
+    normalisation: str
+    threshold: float
+    geometry: str
+    side: int
+    superpixels: float
+    split: bool
+    seed: int
 
 
 def require(holds: bool, message: str) -> None:

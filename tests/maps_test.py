@@ -83,7 +83,9 @@ def test_stopping_early_changes_nothing(family, request):
         backbone.denoise(z, 100.0)
         raise AssertionError('the forward went on')
     assert torch.equal(whole[2].query, stopped[2].query) and torch.equal(whole[2].key, stopped[2].key)
-    assert torch.equal(attention_maps(z, 100.0, backbone, 2), token_attention(whole[2], 60, range(60, 137)).transpose(1, 2).unflatten(2, (6, 10)))
+    assert torch.equal(
+        attention_maps(z, 100.0, backbone, 2), token_attention(whole[2], 60, range(60, 137)).transpose(1, 2).unflatten(2, (6, 10))
+    )
 
 
 def test_watching_leaves_the_output_and_no_hook(backbone):

@@ -39,8 +39,9 @@ def load(source: Source, device: str | None = None, dtype: str | None = None) ->
     weights = files(source.folder, ('transformer', 'vae'))
     place = choose_device(device)
     kind = getattr(torch, dtype) if dtype else choose_dtype(place, sum(path.stat().st_size for path in weights))
-    transformer = read_part(SD3Transformer2DModel, source, 'transformer', kind).to(place).eval().requires_grad_(False)
-    vae = read_part(AutoencoderKL, source, 'vae', kind).to(place).eval().requires_grad_(False)
+    # `to` again: diffusers leaves a file of float32 weights in float32 whatever type it is asked for
+    transformer = read_part(SD3Transformer2DModel, source, 'transformer', kind).to(place, kind).eval().requires_grad_(False)
+    vae = read_part(AutoencoderKL, source, 'vae', kind).to(place, kind).eval().requires_grad_(False)
     config = transformer.config
     multiple = config.patch_size * 2 ** (len(vae.config.block_out_channels) - 1)
     return Backbone(
@@ -78,7 +79,9 @@ def read_part(kind: Any, source: Source, part: str, dtype: torch.dtype | None = 
     try:
         return kind.from_pretrained(source.folder / part, local_files_only=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelUnavailable(f'{part} of {source.model} cannot be read from {source.folder / part}: {str(error).strip().splitlines()[0]}') from error
+        raise ModelUnavailable(
+            f'{part} of {source.model} cannot be read from {source.folder / part}: {str(error).strip().splitlines()[0]}'
+        ) from error
 
 
 def null_prompt(source: Source, transformer: SD3Transformer2DModel, device: torch.device, dtype: torch.dtype) -> Prompt:
@@ -92,7 +95,9 @@ def null_prompt(source: Source, transformer: SD3Transformer2DModel, device: torc
         write_cache(tensors, cached)
     embeds, pooled = (tensors[name].to(device, dtype) for name in ('embeds', 'pooled'))
     if embeds.shape[1] != 2 * slots:
-        raise ModelUnavailable(f'the null prompt of {source.model} has {embeds.shape[1]} tokens; expected {slots} of CLIP and {slots} of T5')
+        raise ModelUnavailable(
+            f'the null prompt of {source.model} has {embeds.shape[1]} tokens; expected {slots} of CLIP and {slots} of T5'
+        )
     names = ('<|startoftext|>', '<|endoftext|>', *(f'<pad {number}>' for number in range(2, slots)))
     return Prompt(embeds, pooled, tuple(range(slots)), names)
 
@@ -129,7 +134,9 @@ def read_text_part(kind: Any, source: Source, part: str) -> Any:
     try:
         return kind.from_pretrained(source.folder / part, local_files_only=True, **options)
     except (OSError, ValueError) as error:
-        raise ModelUnavailable(f'{part} of {source.model} cannot be read from {source.folder / part}: {str(error).strip().splitlines()[0]}') from error
+        raise ModelUnavailable(
+            f'{part} of {source.model} cannot be read from {source.folder / part}: {str(error).strip().splitlines()[0]}'
+        ) from error
 
 
 def cache_path(source: Source) -> pathlib.Path:

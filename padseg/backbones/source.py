@@ -65,7 +65,9 @@ def snapshot(repo: str, revision: str | None, patterns: Sequence[str]) -> pathli
         raise ModelUnavailable(f'{repo} is not on the hub, or is private: check the name, or `hf auth login`') from error
     except (OSError, errors.EntryNotFoundError) as error:
         first = str(error).splitlines()[0]
-        raise ModelUnavailable(f'{repo} is not in the cache and the hub cannot be reached ({first}); `--model tiny` needs no download') from error
+        raise ModelUnavailable(
+            f'{repo} is not in the cache and the hub cannot be reached ({first}); `--model tiny` needs no download'
+        ) from error
 
 
 def read_row(spec: Spec, folder: pathlib.Path) -> Spec:
@@ -85,7 +87,9 @@ def read_json(path: pathlib.Path) -> dict[str, object]:
     try:
         return dict(json.loads(path.read_text(encoding='utf-8')))
     except FileNotFoundError as error:
-        raise ModelUnavailable(f'{path.parent.parent} is no model in diffusers layout: {path.parent.name}/{path.name} is missing') from error
+        raise ModelUnavailable(
+            f'{path.parent.parent} is no model in diffusers layout: {path.parent.name}/{path.name} is missing'
+        ) from error
     except ValueError as error:
         raise ModelUnavailable(f'{path} is not valid JSON: {error}') from error
 
