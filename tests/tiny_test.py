@@ -1,0 +1,76 @@
+"""The embedded model's building blocks, and the model that the package ships."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+import torch
+
+from padseg import tiny
+from padseg.backbones.spec import TINY
+
+WORDS = ['a', 'cat', 'on', 'grass', 'striped']
+
+
+def test_known_words_are_one_token_and_any_text_can_be_written():
+    first, second = tiny.tokenizers(WORDS)
+    assert first.convert_ids_to_tokens(first('a striped cat').input_ids) == [tiny.START, 'a</w>', 'striped</w>', 'cat</w>', tiny.END]
+    assert len(first('zebra').input_ids) > 3 and first.unk_token_id not in first('zebra').input_ids[1:-1]
+    assert first('A CAT').input_ids == first('a cat').input_ids
+
+
+def test_the_tokenizers_pad_as_sd3s_do():
+    first, second = tiny.tokenizers(WORDS)
+    rows = [tokenizer('', padding='max_length', max_length=5).input_ids for tokenizer in (first, second)]
+    end = first.eos_token_id
+    assert rows == [[first.bos_token_id, end, end, end, end], [first.bos_token_id, end, 0, 0, 0]]
+
+
+def test_the_clear_path_carries_colours_from_the_start():
+    torch.manual_seed(0)
+    vae = tiny.build(WORDS).vae
+    colours = torch.tensor([[0.8, -0.5, -0.5], [-0.5, 0.8, -0.5], [-0.5, -0.5, 0.8]])
+    with torch.no_grad():
+        means = vae.encode(colours[:, :, None, None].expand(3, 3, 64, 64)).latent_dist.mean.mean((2, 3))
+    assert torch.pdist(means).min() > 0.3
+
+
+@pytest.fixture(scope='module')
+def shipped() -> pathlib.Path:
+    return TINY
+
+
+def test_the_shipped_model_is_small_and_complete(shipped):
+    files = [path for path in shipped.rglob('*') if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 32_000_000
+    names = {path.relative_to(shipped).parts[0] for path in files}
+    assert names >= {'transformer', 'vae', 'text_encoder', 'text_encoder_2', 'tokenizer', 'tokenizer_2', 'scheduler', 'model_index.json'}
+    assert names >= {'padseg.json', 'README.md'}
+    assert {path.suffix for path in files} <= {'.json', '.safetensors', '.md'}
+
+
+def test_diffusers_own_pipeline_loads_it_and_generates(shipped):
+    from diffusers import StableDiffusion3Pipeline
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(shipped, text_encoder_3=None, tokenizer_3=None)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline('a disk', height=64, width=64, num_inference_steps=2, max_sequence_length=77, output_type='np').images[0]
+    assert image.shape == (64, 64, 3) and image.std() > 0
+
+
+def test_the_shipped_model_finds_the_objects_of_a_plain_scene(shipped, picture):
+    """Three flat areas of different colours: most pairs of pixels are put together or apart as they should be."""
+    import numpy as np
+    from skimage.metrics import contingency_table
+
+    from padseg import load
+    from padseg import segment
+
+    truth = np.zeros((192, 320), int)
+    truth[:, 120:] = 1
+    truth[80:, 120:] = 2
+    image = picture.repeat(4, 0).repeat(4, 1)
+    labels = segment(image, load('tiny', device='cpu')).labels
+    table = contingency_table(truth, labels).toarray() * truth.size
+    assert table.max(1).sum() / truth.size > 0.9  # nearly every area lies in one region
