@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
+from collections import Counter
+
 import cv2
 import numpy as np
 from skimage.measure import label as connected_components
@@ -15,19 +18,22 @@ from padseg.types import Proposals
 SUPERPIXEL_AREA = 1_000_000  # pixels; on larger pictures superpixels are found on a reduced copy
 
 
-def label_map(proposals: Proposals, superpixels: Array | None = None, split: bool = False) -> LabelMap:
+def label_map(proposals: Proposals, superpixels: Array | None = None, split: bool = False, min_area: float = 0.0) -> LabelMap:
     """Each pixel's strongest proposal, as regions 1..K in order of first appearance; 0 where the model did not look.
 
     superpixels: (H, W) int, values averaged inside each before the argmax, or None. split: connected components become regions
-    (4-neighbours).
+    (4-neighbours). min_area: smaller regions, as a share of the picture in 0..1, go to the neighbour with the longest common border.
     """
     top, left, height, width = proposals.frame.box
     box = np.s_[top : top + height, left : left + width]
     winner = argmax(proposals, (height, width)) if superpixels is None else argmax_inside(proposals, superpixels[box])
     labels = np.zeros(proposals.frame.size, np.int32)
     labels[box] = winner + 1
-    first, labels = relabel(connected_components(labels, background=0, connectivity=1) if split else labels, labels)
-    return LabelMap(labels, tuple(proposals.members[proposal - 1] for proposal in first))
+    regions = connected_components(labels, background=0, connectivity=1) if split else labels
+    names, places = np.unique(regions, return_index=True)
+    proposal = dict(zip(names.tolist(), (labels.ravel()[places] - 1).tolist(), strict=True))
+    order, numbered = relabel(absorb(regions, min_area * labels.size))
+    return LabelMap(numbered, tuple(proposals.members[proposal[name]] for name in order))
 
 
 def argmax(proposals: Proposals, size: tuple[int, int]) -> Array:
@@ -61,14 +67,55 @@ def upsample(values: Array, size: tuple[int, ...]) -> Array:
     return cv2.resize(values, size[::-1], interpolation=cv2.INTER_LINEAR)
 
 
-def relabel(regions: Array, labels: Array) -> tuple[list[int], Array]:
-    """Number the regions 1..K by first appearance in reading order, 0 kept; and the value of `labels` inside each region."""
+def absorb(regions: Array, smallest: float) -> Array:
+    """Join every region of less than `smallest` pixels to the neighbour with the longest common border, the least first; 0 stays."""
+    names, index, area = np.unique(regions, return_inverse=True, return_counts=True)
+    index = index.reshape(regions.shape)
+    borders = common_borders(index)
+    owner, size = list(range(len(names))), area.tolist()
+    queue = [(pixels, region) for region, pixels in enumerate(size) if pixels < smallest and names[region] != 0]
+    heapq.heapify(queue)
+    while queue:
+        pixels, region = heapq.heappop(queue)
+        around = {other: length for other, length in borders[region].items() if names[other] != 0}
+        if pixels != size[region] or owner[region] != region or not around:
+            continue  # it has grown since, is gone, or has nobody to go to
+        target = max(around, key=lambda other: (around[other], size[other], -other))
+        owner[region] = target
+        size[target] += pixels
+        for other, length in borders[region].items():
+            del borders[other][region]
+            if other != target:
+                borders[other][target] += length
+                borders[target][other] += length
+        if size[target] < smallest:
+            heapq.heappush(queue, (size[target], target))
+    for region in range(len(owner)):
+        while owner[region] != owner[owner[region]]:
+            owner[region] = owner[owner[region]]
+    return names[np.array(owner)[index]]
+
+
+def common_borders(index: Array) -> list[Counter[int]]:
+    """For each region 0..R-1 the length of the border with each neighbour, in pixel edges: (H, W) -> R counters."""
+    borders: list[Counter[int]] = [Counter() for _ in range(int(index.max()) + 1)]
+    for first, second in ((index[:, :-1], index[:, 1:]), (index[:-1], index[1:])):
+        apart = first != second
+        pairs, lengths = np.unique(np.stack([first[apart], second[apart]]), axis=1, return_counts=True)
+        for one, other, length in zip(*pairs.tolist(), lengths.tolist(), strict=True):
+            borders[one][other] += length
+            borders[other][one] += length
+    return borders
+
+
+def relabel(regions: Array) -> tuple[list[int], Array]:
+    """Number the regions 1..K by first appearance in reading order, 0 kept: their old names in that order, and (H, W) int32."""
     names, places, index = np.unique(regions, return_index=True, return_inverse=True)
-    order = np.argsort(places[names > 0])
+    real = np.flatnonzero(names > 0)
+    order = real[np.argsort(places[real])]
     new = np.zeros(len(names), np.int32)
-    new[np.flatnonzero(names > 0)[order]] = np.arange(1, len(order) + 1)
-    first = labels.ravel()[places[names > 0][order]].tolist()
-    return first, new[index].reshape(regions.shape)
+    new[order] = np.arange(1, len(order) + 1)
+    return names[order].tolist(), new[index].reshape(regions.shape)
 
 
 def superpixels(image: Image, scale: float) -> Array:
@@ -77,5 +124,5 @@ def superpixels(image: Image, scale: float) -> Array:
     reduce = min(1.0, (SUPERPIXEL_AREA / (height * width)) ** 0.5)
     size = max(1, round(width * reduce)), max(1, round(height * reduce))
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA) if reduce < 1 else image
-    found = felzenszwalb(small, scale=scale, sigma=0.8, min_size=50)
+    found = felzenszwalb(small, scale=scale, sigma=0.8, min_size=max(1, round(scale / 2)))
     return cv2.resize(found.astype(np.int32), (width, height), interpolation=cv2.INTER_NEAREST) if reduce < 1 else found

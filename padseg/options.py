@@ -33,6 +33,7 @@ class Options:
     side: int | None = option(None, "side in pixels of the model's view (whole: of the square with the same area)")
     superpixels: float | None = option(None, 'average maps inside Felzenszwalb superpixels of this scale before the argmax; 0 = off')
     split: bool | None = option(None, 'split regions into connected components')
+    min_area: float | None = option(None, 'regions below this share of the picture go to the neighbour with the longest common border')
     seed: int = option(0, 'seed of the noise, together with the content of each picture')
 
     def __post_init__(self) -> None:
@@ -49,11 +50,13 @@ class Options:
             self.superpixels is None or (self.superpixels >= 0 and math.isfinite(self.superpixels)),
             f'superpixels is a finite scale >= 0; got {self.superpixels}',
         )
+        require(self.min_area is None or 0 <= self.min_area < 1, f'min_area is a share of the picture in 0..1; got {self.min_area}')
 
     def resolve(self, spec: Spec) -> Resolved:
         """These options on a backbone: every None replaced by the value in its row, and all checked against its size."""
         given = dataclasses.asdict(self)
-        resolved = Resolved(**{name: getattr(spec, name) if value is None else value for name, value in given.items()})
+        filled = Options(**{name: getattr(spec, name) if value is None else value for name, value in given.items()})
+        resolved = Resolved(**dataclasses.asdict(filled))
         require(resolved.layer < spec.layers, f'layer is one of 0..{spec.layers - 1} for {spec.repo}; got {resolved.layer}')
         require(resolved.step <= spec.steps, f'step is one of 1..{spec.steps} for {spec.repo}; got {resolved.step}')
         return resolved
@@ -71,6 +74,7 @@ class Resolved:
     side: int
     superpixels: float
     split: bool
+    min_area: float
     seed: int
 
 

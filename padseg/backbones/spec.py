@@ -22,6 +22,7 @@ class Spec(NamedTuple):
     threshold: float = 0.1
     superpixels: float = 0.0
     split: bool = False
+    min_area: float = 0.0
     sequence: int = 77  # slots of each half of the text, CLIP's and T5's
 
 

@@ -27,7 +27,8 @@ def option_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     types = typing.get_type_hints(Options)
     for field in reversed(dataclasses.fields(Options)):
         kind = next(kind for kind in (bool, int, float, str) if kind in (types[field.name], *typing.get_args(types[field.name])))
-        flag = f'--{field.name}/--no-{field.name}' if kind is bool else f'--{field.name}'
+        name = field.name.replace('_', '-')
+        flag = f'--{name}/--no-{name}' if kind is bool else f'--{name}'
         choices = field.metadata.get('choices')
         shown = "the model's own" if field.default is None else field.default
         text = f'{field.metadata["help"]} (default: {shown})'
