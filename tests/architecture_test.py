@@ -35,6 +35,8 @@ ORDER = (
     'exports',
     'metrics',
     'evaluate',
+    'textures',
+    'shapes',
     'scenes',
     'mask_loss',
     'tiny',

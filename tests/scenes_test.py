@@ -16,18 +16,18 @@ from hypothesis import strategies as st
 
 from padseg.scenes import CLASSES
 from padseg.scenes import SHADINGS
-from padseg.scenes import SHAPES
-from padseg.scenes import TEXTURES
 from padseg.scenes import Scene
-from padseg.scenes import Style
 from padseg.scenes import compact
 from padseg.scenes import cover
 from padseg.scenes import describe
-from padseg.scenes import fill
 from padseg.scenes import flat
 from padseg.scenes import object_contours
 from padseg.scenes import place
 from padseg.scenes import scene
+from padseg.shapes import SHAPES
+from padseg.shapes import fill
+from padseg.textures import TEXTURES
+from padseg.textures import Style
 
 ROOT = Path(__file__).parents[1]
 GREY = Style('plain', np.full((2, 3), 90.0))
@@ -94,42 +94,6 @@ def test_classes_are_distinct_plain_words():
     assert all(name.isalpha() and name.islower() for name in CLASSES)
 
 
-@pytest.mark.parametrize('name', TEXTURES)
-def test_textures_stay_between_0_and_1(name):
-    for seed, (height, width) in enumerate([(1, 1), (3, 50), (50, 3), (64, 48)] * 5):
-        field = TEXTURES[name](np.random.default_rng(seed), height, width)
-        assert field.shape == (height, width)
-        assert field.dtype == np.float32
-        assert 0 <= field.min() <= field.max() <= 1
-
-
-@pytest.mark.parametrize('name', sorted(set(TEXTURES) - {'plain'}))
-def test_textures_vary(name):
-    assert np.mean([TEXTURES[name](np.random.default_rng(seed), 64, 64).std() for seed in range(10)]) > 0.1
-
-
-@pytest.mark.parametrize('name', SHAPES)
-def test_shapes_fill_a_part_of_their_square(name):
-    for seed in range(20):
-        contours = [contour * 40 + 64 for contour in SHAPES[name](np.random.default_rng(seed))]
-        share = (fill(contours, 128, 128) > 127).mean() * (128 / 80) ** 2
-        assert 0.02 < share < 1
-
-
-def test_a_filled_box_covers_its_pixels():
-    mask = fill([np.array([(2, 1), (5, 1), (5, 3), (2, 3)])], 6, 8)
-    expected = np.zeros((6, 8), bool)
-    expected[1:4, 2:6] = True
-    assert np.array_equal(mask > 127, expected)
-
-
-def test_a_ring_has_a_hole():
-    contours = [contour * 30 + 32 for contour in SHAPES['ring'](np.random.default_rng(0))]
-    mask = fill(contours, 64, 64)
-    assert mask[32, 32] == 0
-    assert mask[32, 4] == 255
-
-
 def test_one_colour_stays_one_colour():
     assert np.all(cover(np.random.default_rng(0), GREY, (), 20, 30, 0.0) == 90)
 
@@ -179,7 +143,9 @@ def test_captions(names, caption):
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob('*') if path.suffix in ('.jpg', '.png')}
+    """The pictures and label maps of a data folder by name."""
+    paths = [path for part in ('images', 'labels') for path in (folder / part).rglob('*') if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def test_prepare_images_makes_the_sample_pictures(tmp_path):
