@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -45,6 +46,8 @@ def group() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
+    for library in ('TRANSFORMERS', 'DIFFUSERS'):  # their advice is for programmers; the user's own choice stays
+        os.environ.setdefault(f'{library}_VERBOSITY', 'error')
     try:
         return group.main(args=argv, prog_name='padseg', standalone_mode=False) or 0
     except click.ClickException as error:

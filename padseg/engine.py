@@ -30,6 +30,7 @@ from padseg.images import ImageError
 from padseg.images import decode
 from padseg.images import find
 from padseg.options import Options
+from padseg.options import Resolved
 from padseg.progress import Progress
 from padseg.progress import Silent
 from padseg.records import Entry
@@ -157,7 +158,7 @@ def requested(job: Job) -> dict[str, Setting]:
     return {'model': job.model, 'revision': job.revision, 'dtype': job.dtype, **plain(job.options)}
 
 
-def plain(options: Options) -> dict[str, Setting]:
+def plain(options: Options | Resolved) -> dict[str, Setting]:
     """The options as JSON can hold them: inf as a word."""
     fields = dataclasses.asdict(options)
     return {name: str(value) if isinstance(value, float) and not math.isfinite(value) else value for name, value in fields.items()}

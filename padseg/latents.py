@@ -13,6 +13,7 @@ from torch import Tensor
 
 from padseg.backbones import Backbone
 from padseg.options import Resolved
+from padseg.options import require
 from padseg.types import Array
 from padseg.types import Frame
 from padseg.types import Image
@@ -62,6 +63,10 @@ def view(image: Image, geometry: str, side: int, multiple: int, limit: int) -> t
     size = height, width = image.shape[:2]
     target = (side, side)
     short = min(size)
+    require(
+        geometry == 'whole' or (multiple <= side <= limit and side % multiple == 0),
+        f'side is a multiple of {multiple} in {multiple}..{limit} for {geometry} with this model; got {side}',
+    )
     if geometry == 'whole':
         target = whole_size(size, side, multiple, limit)
         shrinks = target[0] * target[1] < height * width

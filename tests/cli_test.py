@@ -145,7 +145,7 @@ def test_flags_say_what_options_say(capsys):
     assert main(['run', '--help']) == 0
     text = ' '.join(capsys.readouterr().out.split())
     for field in dataclasses.fields(Options):
-        assert f'--{field.name}' in text
+        assert f'--{field.name.replace("_", "-")} ' in text
         default = "the model's own" if field.default is None else field.default
         assert f'{field.metadata["help"]} (default: {default})' in text
     assert '--split / --no-split' in text

@@ -68,8 +68,9 @@ class Backbone:
 def load(model: str = 'tiny', *, revision: str | None = None, device: str | None = None, dtype: str | None = None) -> Backbone:
     """A model by its name (tiny, sd3, sd3.5), hub id (`org/name` or `org/name@revision`) or folder in diffusers' layout.
 
-    device: 'cpu', 'cuda', 'mps', ...; the first GPU if there is one by default. dtype: float32, bfloat16 or float16; by default float32
-    for models of less than a gigabyte and on a CPU, float16 otherwise. Raises UsageError for an unknown name and ModelUnavailable when files are missing.
+    device: 'cpu', 'cuda', 'mps', ...; by default the GPU if there is one. dtype: float32, bfloat16 or float16; by default float16 for
+    models of more than a gigabyte on a GPU, float32 otherwise. Raises UsageError for an unknown name or value, ModelUnavailable when
+    files are missing.
     """
     if dtype not in (None, *DTYPES):
         raise UsageError(f'dtype is one of {", ".join(DTYPES)}; got {dtype}')

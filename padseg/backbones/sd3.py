@@ -8,13 +8,16 @@ import os
 import pathlib
 import sys
 import tempfile
+from collections.abc import Iterator
 from collections.abc import Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers import SD3Transformer2DModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,12 +28,15 @@ from padseg.backbones import Identity
 from padseg.backbones.source import Source
 from padseg.backbones.source import content_hash
 from padseg.backbones.source import files
+from padseg.backbones.source import read_json
 from padseg.backbones.source import text_files
 from padseg.errors import ModelUnavailable
 from padseg.errors import UsageError
 from padseg.types import Prompt
 
 SMALL = 1 << 30  # bytes: smaller models run in float32 everywhere
+# what diffusers and transformers raise on files that are missing, damaged or of another kind
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 log = logging.getLogger(__name__)
 
 
@@ -39,9 +45,11 @@ def load(source: Source, device: str | None = None, dtype: str | None = None) ->
     weights = files(source.folder, ('transformer', 'vae'))
     place = choose_device(device)
     kind = getattr(torch, dtype) if dtype else choose_dtype(place, sum(path.stat().st_size for path in weights))
-    # `to` again: diffusers leaves a file of float32 weights in float32 whatever type it is asked for
-    transformer = read_part(SD3Transformer2DModel, source, 'transformer', kind).to(place, kind).eval().requires_grad_(False)
-    vae = read_part(AutoencoderKL, source, 'vae', kind).to(place, kind).eval().requires_grad_(False)
+    transformer, vae = (
+        # torch's own `to`, since diffusers leaves float32 weights in float32 whatever it is asked for, and its `to` warns of a change
+        nn.Module.to(read_model(part, source, name, torch_dtype=kind, low_cpu_mem_usage=False), place, kind).eval().requires_grad_(False)
+        for part, name in ((SD3Transformer2DModel, 'transformer'), (AutoencoderKL, 'vae'))
+    )
     config = transformer.config
     multiple = config.patch_size * 2 ** (len(vae.config.block_out_channels) - 1)
     return Backbone(
@@ -50,7 +58,7 @@ def load(source: Source, device: str | None = None, dtype: str | None = None) ->
         family=sys.modules[__name__],
         transformer=transformer,
         vae=vae,
-        scheduler=read_part(FlowMatchEulerDiscreteScheduler, source, 'scheduler'),
+        scheduler=read_part(FlowMatchEulerDiscreteScheduler, source, 'scheduler', 'scheduler_config.json'),
         prompt=null_prompt(source, transformer, place, kind),
         patch=config.patch_size,
         multiple=multiple,
@@ -73,46 +81,63 @@ def choose_dtype(device: torch.device, size: int) -> torch.dtype:
     return torch.float32 if device.type == 'cpu' or size < SMALL else torch.float16
 
 
-def read_part(kind: Any, source: Source, part: str, dtype: torch.dtype | None = None) -> Any:
-    """One component from its folder, from safetensors only."""
-    options = {'torch_dtype': dtype, 'use_safetensors': True, 'low_cpu_mem_usage': False} if dtype else {}
-    try:
-        return kind.from_pretrained(source.folder / part, local_files_only=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+def read_model(kind: Any, source: Source, part: str, **options: Any) -> Any:
+    """A component with weights, from safetensors only. ModelUnavailable also when a tensor is missing: it would be left random."""
+    model, info = read_part(kind, source, part, 'config.json', use_safetensors=True, output_loading_info=True, **options)
+    missing = sorted(info['missing_keys'])
+    if missing:
         raise ModelUnavailable(
-            f'{part} of {source.model} cannot be read from {source.folder / part}: {str(error).strip().splitlines()[0]}'
-        ) from error
+            f'{part} of {source.model} is incomplete: the weights in {source.folder / part} lack {len(missing)} tensors, {missing[0]} first'
+        )
+    return model
+
+
+def read_part(kind: Any, source: Source, part: str, config: str, **options: Any) -> Any:
+    """A component from its folder, where its configuration must be. Raises ModelUnavailable for missing and damaged files."""
+    folder = source.folder / part
+    read_json(folder / config)
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, **options)
+    except DAMAGE as error:
+        reason = ' '.join(str(error).split())[:300]
+        raise ModelUnavailable(f'{part} of {source.model} cannot be read from {folder}: {reason}') from error
 
 
 def null_prompt(source: Source, transformer: SD3Transformer2DModel, device: torch.device, dtype: torch.dtype) -> Prompt:
     """Embedding of the empty prompt, a constant of the model: from the cache, or computed once and cached."""
     slots = source.spec.sequence
+    shapes = {
+        'embeds': (1, 2 * slots, transformer.config.joint_attention_dim),
+        'pooled': (1, transformer.config.pooled_projection_dim),
+    }
     cached = cache_path(source)
-    if cached.exists():
-        tensors = load_file(cached)
-    else:
+    tensors = read_cache(cached)
+    if shapes_of(tensors) != shapes:
         tensors = compute_null_prompt(source, transformer, slots)
+        if shapes_of(tensors) != shapes:
+            raise ModelUnavailable(f'the text encoders of {source.model} give {shapes_of(tensors)}; its transformer takes {shapes}')
         write_cache(tensors, cached)
-    embeds, pooled = (tensors[name].to(device, dtype) for name in ('embeds', 'pooled'))
-    if embeds.shape[1] != 2 * slots:
-        raise ModelUnavailable(
-            f'the null prompt of {source.model} has {embeds.shape[1]} tokens; expected {slots} of CLIP and {slots} of T5'
-        )
+    embeds, pooled = (tensors[name].to(device, dtype) for name in shapes)
     names = ('<|startoftext|>', '<|endoftext|>', *(f'<pad {number}>' for number in range(2, slots)))
     return Prompt(embeds, pooled, tuple(range(slots)), names)
+
+
+def shapes_of(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def compute_null_prompt(source: Source, transformer: SD3Transformer2DModel, slots: int) -> dict[str, Tensor]:
     """CLIP-L and CLIP-G joined along channels in the first half, zeros for T5 in the second: embeds (1, 2 slots, D), pooled (1, E)."""
     from diffusers import StableDiffusion3Pipeline
     from transformers import CLIPTextModelWithProjection
-    from transformers import CLIPTokenizer
 
     text_files(source)
     parts: dict[str, Any] = {}
     for number in ('', '_2'):
-        parts['text_encoder' + number] = read_text_part(CLIPTextModelWithProjection, source, 'text_encoder' + number)
-        parts['tokenizer' + number] = read_text_part(CLIPTokenizer, source, 'tokenizer' + number)
+        # on the CPU in float32 always: the result is a constant and must not depend on where it was computed first
+        with without_bars():
+            parts['text_encoder' + number] = read_model(CLIPTextModelWithProjection, source, 'text_encoder' + number, dtype=torch.float32)
+        parts['tokenizer' + number] = read_tokenizer(source, 'tokenizer' + number, slots)
     absent: dict[str, Any] = dict.fromkeys(('text_encoder_3', 'tokenizer_3', 'vae', 'scheduler'))
     # diffusers fills T5's half with zeros by itself; its length must be said, as the default is not 77
     pipeline = StableDiffusion3Pipeline(transformer=transformer, **parts, **absent)
@@ -128,15 +153,31 @@ def compute_null_prompt(source: Source, transformer: SD3Transformer2DModel, slot
     return {'embeds': embeds.float().contiguous(), 'pooled': pooled.float().contiguous()}
 
 
-def read_text_part(kind: Any, source: Source, part: str) -> Any:
-    # on the CPU in float32 always: the result is a constant and must not depend on where it was computed first
-    options = {'dtype': torch.float32} if part.startswith('text') else {}
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """None of transformers' progress bars while weights are read from disk; those of downloads stay."""
+    from transformers.utils import logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
-        return kind.from_pretrained(source.folder / part, local_files_only=True, **options)
-    except (OSError, ValueError) as error:
-        raise ModelUnavailable(
-            f'{part} of {source.model} cannot be read from {source.folder / part}: {str(error).strip().splitlines()[0]}'
-        ) from error
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+def read_tokenizer(source: Source, part: str, slots: int) -> Any:
+    """A tokenizer that fills `slots` places. Its vocabulary is looked for first: transformers would make an empty one."""
+    from transformers import CLIPTokenizer
+
+    folder = source.folder / part
+    if not (folder / 'tokenizer.json').exists() and not ((folder / 'vocab.json').exists() and (folder / 'merges.txt').exists()):
+        raise ModelUnavailable(f'{part} of {source.model} has no vocabulary: {folder} needs tokenizer.json, or vocab.json and merges.txt')
+    tokenizer = read_part(CLIPTokenizer, source, part, 'tokenizer_config.json')
+    if tokenizer.model_max_length != slots:
+        raise ModelUnavailable(f'{part} of {source.model} fills {tokenizer.model_max_length} places; expected {slots}')
+    return tokenizer
 
 
 def cache_path(source: Source) -> pathlib.Path:
@@ -147,6 +188,14 @@ def cache_path(source: Source) -> pathlib.Path:
     return pathlib.Path(home).expanduser() / 'prompts' / f'{name}.safetensors'
 
 
+def read_cache(path: pathlib.Path) -> dict[str, Tensor]:
+    """The cached tensors, none if there are none; what cannot be read is computed again."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        return {}
+
+
 def write_cache(tensors: dict[str, Tensor], path: pathlib.Path) -> None:
     """Whole or not at all; a cache that cannot be written costs time only."""
     try:
@@ -155,7 +204,7 @@ def write_cache(tensors: dict[str, Tensor], path: pathlib.Path) -> None:
             partial = pathlib.Path(folder) / path.name
             save_file(tensors, partial)
             partial.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         log.warning('the null prompt cannot be cached in %s: %s', path.parent, error)
 
 

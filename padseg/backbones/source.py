@@ -7,12 +7,16 @@ import json
 import pathlib
 import re
 from collections.abc import Sequence
+from typing import Any
 from typing import NamedTuple
+
+import pydantic
 
 from padseg.backbones.spec import BACKBONES
 from padseg.backbones.spec import Spec
 from padseg.errors import ModelUnavailable
 from padseg.errors import UsageError
+from padseg.options import Options
 
 MAIN = ('model_index.json', 'padseg.json', 'transformer/*', 'vae/*', 'scheduler/*')
 TEXT = ('text_encoder/*', 'text_encoder_2/*', 'tokenizer/*', 'tokenizer_2/*')
@@ -34,12 +38,12 @@ def locate(model: str, revision: str | None = None) -> Source:
     name, _, tagged = model.partition('@')
     if model in BACKBONES:
         spec = BACKBONES[model]
-    elif pathlib.Path(model).is_dir():
+    elif model and pathlib.Path(model).is_dir():
         spec = Spec(repo=model)
     elif HUB_ID.fullmatch(name):
         spec, revision = Spec(repo=name), revision or tagged or None
     else:
-        raise UsageError(f'unknown model {model}: use {", ".join(BACKBONES)}, a hub id such as org/name, or a folder in diffusers layout')
+        raise unknown(model)
     folder = pathlib.Path(spec.repo)
     commit = None
     if not folder.is_dir():
@@ -47,7 +51,13 @@ def locate(model: str, revision: str | None = None) -> Source:
             raise ModelUnavailable(f'the files of {model} should be in {folder}, which does not exist')
         folder = snapshot(spec.repo, revision, MAIN)
         commit = folder.name
+    elif revision:
+        raise UsageError(f'{model} is a folder, which has no revisions; got revision {revision}')
     return Source(read_row(spec, folder), model, folder, commit)
+
+
+def unknown(model: str) -> UsageError:
+    return UsageError(f'unknown model {model}: use {", ".join(BACKBONES)}, a hub id such as org/name, or a folder in diffusers layout')
 
 
 def snapshot(repo: str, revision: str | None, patterns: Sequence[str]) -> pathlib.Path:
@@ -57,14 +67,16 @@ def snapshot(repo: str, revision: str | None, patterns: Sequence[str]) -> pathli
 
     try:
         return pathlib.Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+    except errors.HFValidationError as error:
+        raise unknown(repo) from error
     except errors.GatedRepoError as error:
         raise ModelUnavailable(f'{repo} is gated: accept its licence on https://huggingface.co/{repo}, then `hf auth login`') from error
     except errors.RevisionNotFoundError as error:
         raise ModelUnavailable(f'{repo} has no revision {revision}') from error
     except errors.RepositoryNotFoundError as error:
         raise ModelUnavailable(f'{repo} is not on the hub, or is private: check the name, or `hf auth login`') from error
-    except (OSError, errors.EntryNotFoundError) as error:
-        first = str(error).splitlines()[0]
+    except (OSError, errors.EntryNotFoundError, errors.HTTPError) as error:
+        first = str(error).partition('\n')[0]
         raise ModelUnavailable(
             f'{repo} is not in the cache and the hub cannot be reached ({first}); `--model tiny` needs no download'
         ) from error
@@ -72,26 +84,47 @@ def snapshot(repo: str, revision: str | None, patterns: Sequence[str]) -> pathli
 
 def read_row(spec: Spec, folder: pathlib.Path) -> Spec:
     """The row with the number of blocks that the folder's transformer has, and whatever its `padseg.json` says."""
-    config = read_json(folder / 'transformer' / 'config.json')
-    layers = int(config['num_layers'])
+    config = folder / 'transformer' / 'config.json'
+    layers = read_json(config).get('num_layers')
+    if not isinstance(layers, int) or layers < 1:
+        raise ModelUnavailable(f'{config} must say num_layers, a number >= 1; got {layers}')
     spec = spec._replace(layers=layers, layer=min(spec.layer, layers - 1))
     own = folder / 'padseg.json'
-    row = read_json(own) if own.exists() else {}
-    unknown = sorted(set(row) - set(Spec._fields) | set(row) & {'repo', 'family'})
-    if unknown:
-        raise ModelUnavailable(f'{own} has keys that are not settings of a model: {", ".join(unknown)}')
-    return spec._replace(**row)
+    return own_row(spec, own) if own.exists() else spec
 
 
-def read_json(path: pathlib.Path) -> dict[str, object]:
+def own_row(spec: Spec, path: pathlib.Path) -> Spec:
+    """The row with the settings of a `padseg.json`. Raises ModelUnavailable, naming the key, for one that is not known or not allowed."""
+    settings = read_json(path)
+    strange = sorted(set(settings) - set(Spec._fields) | set(settings) & {'repo', 'family'})
+    if strange:
+        raise ModelUnavailable(f'{path} has keys that are not settings of a model: {", ".join(strange)}')
     try:
-        return dict(json.loads(path.read_text(encoding='utf-8')))
-    except FileNotFoundError as error:
+        row = pydantic.TypeAdapter(Spec).validate_python({**spec._asdict(), **settings}, strict=True)
+        Options().resolve(row)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise ModelUnavailable(f'{path}: {first["loc"][0]}: {first["msg"]}; got {first["input"]!r}') from error
+    except UsageError as error:
+        raise ModelUnavailable(f'{path}: {error}') from error
+    if row.layers != spec.layers:
+        raise ModelUnavailable(f'{path}: layers is {row.layers}, but the transformer has {spec.layers}')
+    return row
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file of a model's part. Raises ModelUnavailable if there is none."""
+    try:
+        value = json.loads(path.read_text(encoding='utf-8'))
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ModelUnavailable(
             f'{path.parent.parent} is no model in diffusers layout: {path.parent.name}/{path.name} is missing'
         ) from error
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ModelUnavailable(f'{path} is not valid JSON: {error}') from error
+    if not isinstance(value, dict):
+        raise ModelUnavailable(f'{path} must hold a JSON object')
+    return value
 
 
 def text_files(source: Source) -> list[pathlib.Path]:
