@@ -85,7 +85,8 @@ def clear_path(vae: AutoencoderKL) -> None:
         if isinstance(module, nn.Conv2d) and name.endswith(('conv_in', 'conv_out', 'conv_shortcut', '.conv')):
             noise = 0.02 * torch.randn_like(module.weight) / module.weight[0].numel() ** 0.5
             nn.init.dirac_(module.weight).add_(noise)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d) and name.endswith('conv2'):
             module.weight.mul_(0.1)
 

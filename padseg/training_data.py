@@ -14,7 +14,6 @@ from torch import Tensor
 from padseg.errors import NoImages
 from padseg.scenes import scene
 from padseg.types import Array
-from padseg.types import Image
 
 VIEWS = ((256, 256), (208, 320), (320, 208))  # height, width in pixels: all near 256 x 256 in area
 VIEW_SHARES = (0.3, 0.5, 0.2)
@@ -76,7 +75,7 @@ def batch(seed: int, index: int, size: int, folders: Sequence[Photographs], synt
     return Batch(pixels, torch.from_numpy(np.stack(masks)), torch.tensor(counts), captions)
 
 
-def photograph(rng: np.random.Generator, folders: Sequence[Photographs], view: tuple[int, int]) -> tuple[Image, Array]:
+def photograph(rng: np.random.Generator, folders: Sequence[Photographs], view: tuple[int, int]) -> tuple[Array, Array]:
     """A crop of a random photograph, often with a region of another pasted in: (H, W, 3) uint8 and labels (H, W), -1 = ignore."""
     image, labels = crop(rng, *read_pair(rng, folders), view)
     if rng.random() < 0.35:
@@ -84,7 +83,7 @@ def photograph(rng: np.random.Generator, folders: Sequence[Photographs], view: t
     return recolour(rng, image), labels
 
 
-def read_pair(rng: np.random.Generator, folders: Sequence[Photographs]) -> tuple[Image, Array]:
+def read_pair(rng: np.random.Generator, folders: Sequence[Photographs]) -> tuple[Array, Array]:
     weights = np.array([folder.weight for folder in folders])
     folder = folders[rng.choice(len(folders), p=weights / weights.sum())]
     path, maps = folder.pairs[rng.integers(len(folder.pairs))]
@@ -102,7 +101,7 @@ def decode(path: pathlib.Path, flag: int) -> Array:
     return decoded
 
 
-def crop(rng: np.random.Generator, image: Image, labels: Array, view: tuple[int, int]) -> tuple[Image, Array]:
+def crop(rng: np.random.Generator, image: Array, labels: Array, view: tuple[int, int]) -> tuple[Array, Array]:
     """A random part of the picture with the view's aspect ratio, 40 to 100 % of the largest such part, flipped half the time."""
     height, width = labels.shape
     scale = min(height / view[0], width / view[1]) * rng.uniform(0.4, 1) ** 0.5
@@ -114,7 +113,7 @@ def crop(rng: np.random.Generator, image: Image, labels: Array, view: tuple[int,
     return (image[:, ::-1], labels[:, ::-1]) if rng.random() < 0.5 else (image, labels)
 
 
-def paste(rng: np.random.Generator, image: Image, labels: Array, source: Image, regions: Array) -> tuple[Image, Array]:
+def paste(rng: np.random.Generator, image: Array, labels: Array, source: Array, regions: Array) -> tuple[Array, Array]:
     """Move one region of the source, 3 to 50 % of the view, to a random place of the picture, where it becomes a region of its own."""
     names, areas = np.unique(regions[regions >= 0], return_counts=True)
     fit = names[(areas > 0.03 * regions.size) & (areas < 0.5 * regions.size)]
@@ -129,7 +128,7 @@ def paste(rng: np.random.Generator, image: Image, labels: Array, source: Image, 
     return mixed.astype(np.uint8), labels
 
 
-def recolour(rng: np.random.Generator, image: Image) -> Image:
+def recolour(rng: np.random.Generator, image: Array) -> Array:
     """Random gain a channel, contrast and gamma; grey one time in twenty."""
     values = np.arange(256) / 255
     curves = [values ** rng.uniform(0.75, 1.33) * rng.uniform(0.8, 1.2) for _ in range(3)]

@@ -13,7 +13,20 @@ from safetensors.torch import load_file
 
 
 def train(out: pathlib.Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, '-m', 'padseg.train_tiny', '--out', str(out), '--vae-steps', '2', '--workers', '0', '--save-every', '1', *arguments]
+    command = [
+        sys.executable,
+        '-m',
+        'padseg.train_tiny',
+        '--out',
+        str(out),
+        '--vae-steps',
+        '2',
+        '--workers',
+        '0',
+        '--save-every',
+        '1',
+        *arguments,
+    ]
     environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
     return subprocess.run(command, capture_output=True, text=True, check=check, env=environment, cwd=pathlib.Path(__file__).parent.parent)
 
@@ -64,7 +77,9 @@ def test_a_stopped_run_goes_on_exactly(trained, tmp_path):
     """Stopped by a kill after the first step's checkpoint, then continued: the same weights to the last bit."""
     command = [sys.executable, '-m', 'padseg.train_tiny', '--out', str(tmp_path), '--vae-steps', '2', '--workers', '0', '--save-every', '1']
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
-    process = subprocess.Popen([*command, '--steps', '3'], env=environment, cwd=pathlib.Path(__file__).parent.parent, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*command, '--steps', '3'], env=environment, cwd=pathlib.Path(__file__).parent.parent, stderr=subprocess.DEVNULL
+    )
     while not (tmp_path / 'transformer.pt').exists() and process.poll() is None:
         pass
     process.kill()
