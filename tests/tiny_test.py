@@ -53,7 +53,7 @@ def test_the_shipped_model_is_small_and_complete(shipped):
 def test_diffusers_own_pipeline_loads_it_and_generates(shipped):
     from diffusers import StableDiffusion3Pipeline
 
-    pipeline = StableDiffusion3Pipeline.from_pretrained(shipped, text_encoder_3=None, tokenizer_3=None)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(shipped, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline('a disk', height=64, width=64, num_inference_steps=2, max_sequence_length=77, output_type='np').images[0]
     assert image.shape == (64, 64, 3) and image.std() > 0
@@ -72,5 +72,5 @@ def test_the_shipped_model_finds_the_objects_of_a_plain_scene(shipped, picture):
     truth[80:, 120:] = 2
     image = picture.repeat(4, 0).repeat(4, 1)
     labels = segment(image, load('tiny', device='cpu')).labels
-    table = contingency_table(truth, labels).toarray() * truth.size
+    table = contingency_table(truth, labels).toarray()
     assert table.max(1).sum() / truth.size > 0.9  # nearly every area lies in one region
