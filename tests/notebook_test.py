@@ -1,0 +1,78 @@
+"""The notebooks: clean as committed, and running from top to bottom where only the package and the sample pictures are."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+from ipykernel.kernelspec import write_kernel_spec
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / 'notebooks').glob('*.ipynb'))
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == 'code']
+
+
+@pytest.fixture(scope='module')
+def ran(tmp_path_factory: pytest.TempPathFactory) -> nbformat.NotebookNode:
+    """The quickstart after a run beside a copy of data/images, in this interpreter, away from the user's own Jupyter settings."""
+    checkout = tmp_path_factory.mktemp('checkout')
+    home = tmp_path_factory.mktemp('jupyter')
+    shutil.copytree(ROOT / 'data' / 'images', checkout / 'data' / 'images')
+    shutil.copytree(ROOT / 'notebooks', checkout / 'notebooks')
+    write_kernel_spec(str(home / 'kernels' / 'padseg'))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('JUPYTER_PATH', str(home))
+        patch.setenv('JUPYTER_RUNTIME_DIR', str(home / 'runtime'))
+        patch.setenv('IPYTHONDIR', str(home / 'ipython'))
+        patch.setenv('PYTHONPATH', os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH')))))
+        notebook = read(checkout / 'notebooks' / 'quickstart.ipynb')
+        client = NotebookClient(notebook, timeout=240, kernel_name='padseg', resources={'metadata': {'path': str(checkout / 'notebooks')}})
+        client.execute()
+    return notebook
+
+
+def printed(notebook: nbformat.NotebookNode) -> str:
+    return ''.join(output.text for cell in code_cells(notebook) for output in cell.outputs if output.get('name') == 'stdout')
+
+
+def test_there_is_a_notebook():
+    assert [path.name for path in NOTEBOOKS] == ['quickstart.ipynb']
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.name)
+def test_committed_without_outputs(path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    assert [cell.source for cell in code_cells(notebook) if cell.outputs or cell.execution_count is not None] == []
+
+
+def test_runs_from_top_to_bottom(ran):
+    for cell in code_cells(ran):
+        assert cell.execution_count is not None
+        assert [output.evalue for output in cell.outputs if output.output_type == 'error'] == []
+
+
+def test_draws_all_it_announces(ran):
+    drawn = [sum('image/png' in output.get('data', {}) for output in cell.outputs) for cell in code_cells(ran)]
+    assert drawn == [0, *[1] * (len(drawn) - 1)]
+
+
+def test_the_merge_has_something_to_show(ran):
+    groups = int(re.search(r'(\d+) groups of 77 tokens', printed(ran))[1])
+    assert 2 <= groups <= 10
+    steps = re.findall(r'anchor +(\d+) takes +(\d+) new', printed(ran))
+    assert len(steps) == groups
+    assert sum(1 + int(new) for _, new in steps) == 77
+    assert sum(int(new) > 0 for _, new in steps) >= 2
