@@ -12,13 +12,50 @@ if TYPE_CHECKING:
     from padseg.types import Array
 
 
+DENSE = 1 << 20  # span of ids up to which a table of all ids is quicker than sorting the pixels
+
+
 class ClassCounts(NamedTuple):
-    """Pixels of each class after matching, (num_classes,) int64 each; total: the valid pixels. Counts of pictures add up."""
+    """Pixels of each class after matching, (num_classes,) int64 each; total: the valid pixels. Counts of pictures add up.
+
+    spilled: those false positives whose region has no pixel of the class it was matched with; which class that is depends on how
+    regions are numbered.
+    """
 
     true_positive: Array
     false_positive: Array
     false_negative: Array
+    spilled: Array
     total: int
+
+    @classmethod
+    def none(cls, num_classes: int) -> ClassCounts:
+        zero = np.zeros(num_classes, np.int64)
+        return cls(zero, zero, zero, zero, 0)
+
+    def plus(self, other: ClassCounts) -> ClassCounts:
+        return ClassCounts(
+            self.true_positive + other.true_positive,
+            self.false_positive + other.false_positive,
+            self.false_negative + other.false_negative,
+            self.spilled + other.spilled,
+            self.total + other.total,
+        )
+
+
+class ClassScores(NamedTuple):
+    """Shares in 0..1. iou, class_accuracy: one a class, nan where it does not count.
+
+    miou_order_free leaves out the false positives of regions matched with a class they do not touch, so that it does not depend on
+    how regions are numbered (but for equal overlaps).
+    """
+
+    accuracy: float
+    mean_accuracy: float
+    miou: float
+    miou_order_free: float
+    iou: tuple[float, ...]
+    class_accuracy: tuple[float, ...]
 
 
 class RegionScores(NamedTuple):
@@ -31,37 +68,121 @@ class RegionScores(NamedTuple):
 
 
 def contingency(a: Array, b: Array) -> Array:
-    """Pixels that have the i-th id of `a` and the j-th id of `b`, ids in ascending order: (ids of a, ids of b) int64."""
+    """Pixels that have the i-th id of `a` and the j-th id of `b`, ids in order of first appearance: (ids of a, ids of b) int64."""
     check(a, b)
-    a_ids, a = np.unique(a, return_inverse=True)
-    b_ids, b = np.unique(b, return_inverse=True)
-    counts = np.bincount(a.ravel() * len(b_ids) + b.ravel(), minlength=len(a_ids) * len(b_ids))
-    return counts.reshape(len(a_ids), len(b_ids))
+    a, b = compact(a), compact(b)
+    return tally(a, b, int(a.max()) + 1, int(b.max()) + 1)
+
+
+def class_table(truth: Array, pred: Array, num_classes: int, compacted: bool = True) -> Array:
+    """Pixels of each class in each region: (num_classes, regions) int64. Pixels with a truth outside 0..num_classes-1 do not count.
+
+    Columns are regions in order of first appearance, or, not compacted, the ids 0..max themselves. Raises ValueError for label maps
+    that are of different sizes, no integers, or predictions below 0.
+    """
+    check(pred, truth)
+    if pred.min() < 0:
+        raise ValueError(f'regions are numbers >= 0; got {pred.min()}')
+    if truth.min() < -1 or truth.max() >= num_classes:
+        truth = np.where((truth >= 0) & (truth < num_classes), truth, -1)
+    regions = compact(pred) if compacted else pred.astype(np.int64)
+    return tally(truth.astype(np.int64) + 1, regions, num_classes + 1, int(regions.max()) + 1)[1:]
+
+
+def tally(rows: Array, columns: Array, height: int, width: int) -> Array:
+    """How often each pair of numbers occurs: two int64 arrays of one shape -> (height, width) int64."""
+    return np.bincount((rows * width + columns).ravel(), minlength=height * width).reshape(height, width)
 
 
 def compact(labels: Array) -> Array:
-    """Ids renumbered 0..K-1 in order of first appearance, row by row; the shape stays."""
-    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
-    order: Array = first.argsort().argsort()  # of each id, ascending
-    return order[inverse].reshape(labels.shape)
+    """Ids renumbered 0..K-1 in order of first appearance, row by row, int64; the shape stays."""
+    flat = labels.ravel()
+    low, span = int(flat.min()), int(flat.max()) - int(flat.min()) + 1
+    if span > DENSE:
+        _, first, inverse = np.unique(flat, return_index=True, return_inverse=True)
+        return first.argsort().argsort()[inverse].reshape(labels.shape)
+    index = flat if low == 0 else flat.astype(np.int64) - low
+    first = np.full(span, flat.size)
+    first[index[::-1]] = np.arange(flat.size)[::-1]  # the last value written, which is the first place, stays
+    present = np.flatnonzero(first < flat.size)
+    number = np.zeros(span, np.int64)
+    number[present[first[present].argsort()]] = np.arange(len(present))
+    return number[index].reshape(labels.shape)
 
 
-def hungarian_counts(pred: Array, truth: Array, num_classes: int) -> ClassCounts:
-    """Match regions to classes one to one so that the most pixels agree, for one picture (DiffSeg's protocol).
+def match(table: Array) -> Array:
+    """The column that each row gets so that one-to-one matches hold the most pixels: (rows, columns >= rows) -> (rows,) (SciPy)."""
+    return np.asarray(linear_sum_assignment(table, maximize=True)[1])
 
-    Pixels whose truth is outside 0..num_classes-1 do not count. Absent classes take part in the matching, so surplus
-    regions may be charged to them; which one is a tie that depends on numbering, hence regions are compacted first.
+
+def widened(table: Array) -> Array:
+    """Empty columns added until there are as many as rows, so that every class gets one."""
+    return np.pad(table, ((0, 0), (0, max(0, table.shape[0] - table.shape[1]))))
+
+
+def counts_of(table: Array, column: Array) -> ClassCounts:
+    """Counts when class g is given the region column[g]: (classes, regions) and (classes,)."""
+    hit = table[np.arange(len(table)), column]
+    wrong = table.sum(0)[column] - hit
+    return ClassCounts(hit, wrong, table.sum(1) - hit, np.where(hit > 0, 0, wrong), int(table.sum()))
+
+
+def hungarian_counts(pred: Array, truth: Array, num_classes: int, compacted: bool = True) -> ClassCounts:
+    """Match regions to classes one to one so that the most pixels agree, for one picture (DiffSeg, Sec. 4.1).
+
+    Pixels whose truth is outside 0..num_classes-1 do not count. Absent classes take part in the matching, so surplus regions may
+    be charged to them; which one is a tie that depends on numbering, hence regions are compacted first unless told otherwise.
     """
-    check(pred, truth)
-    regions = compact(pred).ravel()
-    classes = truth.astype(np.int64).ravel()
-    columns = max(num_classes, int(regions.max()) + 1)
-    valid = (classes >= 0) & (classes < num_classes)
-    table = np.bincount(classes[valid] * columns + regions[valid], minlength=num_classes * columns)
-    table = table.reshape(num_classes, columns)  # (classes, regions), never fewer columns than rows
-    rows, matched = linear_sum_assignment(table, maximize=True)
-    hit = table[rows, matched]
-    return ClassCounts(hit, table.sum(0)[matched] - hit, table.sum(1) - hit, int(table.sum()))
+    table = widened(class_table(truth, pred, num_classes, compacted))
+    return counts_of(table, match(table))
+
+
+def merge_background(table: Array, background: int) -> Array:
+    """DiffCut's many-to-one rule: (classes, regions) -> (classes, regions + 1), the last column holding all that became background.
+
+    The other classes are matched first, without the background's pixels. A class is kept if any region that was matched with a class
+    has a pixel of it; the regions of kept classes stay, all others are merged. The truth takes part, so this is an oracle.
+    """
+    objects = widened(np.delete(table, background, 0))
+    column = match(objects)
+    kept = column[objects[:, column].any(1)]
+    rest = np.setdiff1d(np.arange(table.shape[1]), kept)
+    merged = np.hstack([table, table[:, rest].sum(1, keepdims=True)])
+    merged[:, rest] = 0
+    return merged
+
+
+def class_scores(counts: ClassCounts, absent: str = 'unless-predicted') -> ClassScores:
+    """Scores from counts summed over a data set.
+
+    absent: which classes without a true pixel are in the means: `unless-predicted`, none but those with false positives (DiffSeg);
+    `left-out`, none (detectron2); `zero`, all, as 0 (GoCA, whose denominators also carry 1e-8).
+    """
+    present = counts.true_positive + counts.false_negative
+    union = present + counts.false_positive
+    if absent == 'zero':
+        iou = counts.true_positive / (union + 1e-8)
+        recall = counts.true_positive / (present + 1e-8)
+        free = iou
+    else:
+        iou, recall = ratio(counts.true_positive, union), ratio(counts.true_positive, present)
+        free = ratio(counts.true_positive, union - counts.spilled)
+        if absent == 'left-out':
+            iou = np.where(present > 0, iou, np.nan)
+    accuracy = counts.true_positive.sum() / counts.total if counts.total else float('nan')
+    return ClassScores(float(accuracy), mean(recall), mean(iou), mean(free), tuple(iou.tolist()), tuple(recall.tolist()))
+
+
+def ratio(part: Array, whole: Array) -> Array:
+    """part / whole, nan where both are 0."""
+    with np.errstate(invalid='ignore'):
+        return np.true_divide(part, whole)
+
+
+def mean(values: Array) -> float:
+    """The mean of those that are not nan; nan if there is none."""
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else float('nan')
 
 
 def region_scores(truth: Array, pred: Array) -> RegionScores:
