@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class PadsegError(RuntimeError):
     """A mistake or a lack that the message tells the user how to mend."""
@@ -31,3 +33,17 @@ class OutputConflict(PadsegError):
     """The output folder belongs to a run with another configuration."""
 
     exit_code = 6
+
+
+class UnreadableLabels(PadsegError):
+    """A file that holds no labels, or damaged ones; the message names it and says why."""
+
+    exit_code = 3
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(path, reason)  # both, so that a worker process can pickle the error
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f'{self.path}: {self.reason}'

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
 
-from padseg.errors import UsageError
+from padseg.errors import UnreadableLabels
 from padseg.exports.colours import voc_colours
 from padseg.exports.files import atomic
+from padseg.images import DAMAGE
 
 if TYPE_CHECKING:
     from padseg.types import Array
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from padseg.types import LabelMap
 
 SUFFIX = '.png'
+INDEXED = ('P', 'L', '1', 'I;16', 'I')
+STRETCHED = {'L;2': 85, 'L;4': 17}  # Pillow multiplies greys of 2 and 4 bits by this, to fill a byte
 
 
 def write(image: Image | None, labels: LabelMap, path: Path) -> None:
@@ -40,12 +44,24 @@ def write_label_map(labels: LabelMap, path: Path) -> None:
 
 
 def read_label_map(path: Path) -> Array:
-    """Labels (H, W) int32 of an indexed or grey PNG. Raises UsageError for a file that holds no label map."""
-    try:
-        with PIL.Image.open(path, formats=('PNG',)) as picture:
-            labels = np.asarray(picture)
-    except PIL.UnidentifiedImageError as error:
-        raise UsageError(f'{path} is no PNG') from error
-    if labels.ndim != 2:
-        raise UsageError(f'{path} is no label map: expected one channel, got shape {labels.shape}')
-    return labels.astype(np.int32)
+    """Labels (H, W), uint8, uint16 or int32: indices of a palette PNG or greys of a grey one. UnreadableLabels if it holds none."""
+    labels, rawmode = png_pixels(path, INDEXED, 'a label map has one channel, grey or with a palette')
+    if labels.dtype == bool:
+        return labels.astype(np.uint8)
+    return labels // STRETCHED[rawmode] if rawmode in STRETCHED else labels
+
+
+def png_pixels(path: Path, modes: tuple[str, ...], wanted: str) -> tuple[Array, str]:
+    """The pixels of a PNG in one of Pillow's modes, and how they are packed in the file. Raises UnreadableLabels."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # Pillow warns of large pictures, which label maps may be
+        try:
+            with PIL.Image.open(path, formats=('PNG',)) as picture:
+                if picture.mode not in modes:
+                    raise UnreadableLabels(path, f'{wanted}; this is {picture.mode}')
+                rawmode = str(picture.tile[0][3]) if picture.tile else ''
+                return np.asarray(picture), rawmode
+        except PIL.UnidentifiedImageError as error:
+            raise UnreadableLabels(path, 'no PNG') from error
+        except (*DAMAGE, PIL.Image.DecompressionBombError) as error:
+            raise UnreadableLabels(path, f'truncated or damaged: {error}') from error

@@ -1,0 +1,202 @@
+"""Finding the files of a data set: which layout a folder has, and which files of labels belong to which picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Container
+from collections.abc import Iterable
+from collections.abc import Iterator
+from pathlib import Path
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+from padseg import images
+from padseg.datasets.base import Layout
+from padseg.datasets.base import LayoutError
+from padseg.datasets.base import Sample
+from padseg.datasets.base import Split
+from padseg.datasets.base import some
+from padseg.datasets.readers import detail_paintings
+from padseg.datasets.tables import listed_names
+
+ENTRIES = 12  # of a folder that a message lists
+ALLOW = '--allow-missing takes what is there'
+
+
+class Part(NamedTuple):
+    """A piece of a layout. wanted: where it may be; path: where it is, or None."""
+
+    wanted: tuple[str, ...]
+    path: Path | None
+
+
+class Place(NamedTuple):
+    """A layout found. labels, listing, annotations: None where the layout has none."""
+
+    layout: Layout
+    images: Path
+    labels: Path | None
+    listing: Path | None
+    annotations: Path | None
+
+
+def find_place(root: Path, layouts: Iterable[Layout], title: str, split: str, folder: str) -> Place:
+    """The first layout that is complete at or below `root`, for a split and its folder.
+
+    Raises LayoutError with the trees that are known and what of them is there.
+    """
+    if not root.is_dir():
+        raise LayoutError(f'there is no folder {root}')
+    trees = []
+    for layout in layouts:
+        if layout.splits and split not in layout.splits:
+            continue
+        tried = [parts(layout, root / home, folder) for home in homes(layout)]
+        for found in tried:
+            if all(part.path for part in found.values()):
+                paths = {kind: part.path for kind, part in found.items()}
+                return Place(layout, paths['images'] or root, paths.get('labels'), paths.get('listing'), paths.get('annotations'))
+        trees.append(tree(layout, max(tried, key=lambda found: sum(part.path is not None for part in found.values()))))
+    known = '\n'.join(dict.fromkeys(trees))
+    raise LayoutError(f'{root} holds no {title} in a layout that padseg knows; it holds {content(root)}. Expected one of:\n{known}')
+
+
+def homes(layout: Layout) -> list[str]:
+    """Where the files may be below a root, the root itself first: for a/b it is '', b, a/b."""
+    chains = [home.split('/') for home in layout.homes]
+    return list(dict.fromkeys(['', *('/'.join(chain[-length:]) for chain in chains for length in range(1, 1 + len(chain)))]))
+
+
+def parts(layout: Layout, home: Path, folder: str) -> dict[str, Part]:
+    """The pieces that a layout has below a home, by kind: images, labels, listing, annotations."""
+
+    def part(paths: Iterable[str], present: Callable[[Path], bool], files: str = '') -> Part:
+        below = [in_split(path, folder) for path in paths]
+        return Part(tuple(path + files for path in below), next((home / path for path in below if present(home / path)), None))
+
+    found = {'images': part(layout.images, Path.is_dir, f'/*{layout.image_end or ".jpg"}')}
+    if layout.labels:
+        found['labels'] = part(layout.labels, lambda path: any(True for _ in label_files(path, layout)), f'/*{layout.label_end}')
+    if layout.listing:
+        found['listing'] = part([layout.listing], Path.is_file)
+    if layout.annotations:
+        found['annotations'] = part(layout.annotations, Path.is_file)
+    return found
+
+
+def in_split(path: str, folder: str) -> str:
+    """A path of a layout with the folder of a split put in."""
+    return path.replace('{split}', folder).rstrip('/')
+
+
+def tree(layout: Layout, found: dict[str, Part]) -> str:
+    """What a layout looks like, each piece marked as found or missing."""
+    usual = ' or '.join(filter(None, layout.homes))
+    lines = [f'  {layout.name}{f" (there or in {usual})" if usual else ""}:']
+    width = max(len(path) for part in found.values() for path in part.wanted)
+    for part in found.values():
+        state = 'missing' if part.path is None else f'found: {part.path}'
+        lines += [f'    {part.wanted[0]:{width}}  {state}', *(f'      or {path}' for path in part.wanted[1:])]
+    return '\n'.join(lines)
+
+
+def content(folder: Path) -> str:
+    """The entries of a folder, in words."""
+    names = sorted(path.name + '/' * path.is_dir() for path in folder.iterdir())
+    more = f' and {len(names) - ENTRIES} more' if len(names) > ENTRIES else ''
+    return ', '.join(names[:ENTRIES]) + more or 'nothing'
+
+
+def samples(place: Place, split: Split, allow_missing: bool) -> tuple[tuple[Sample, ...], int]:
+    """The pictures of a split with their files of labels, sorted by name, and how many are missing, which must be allowed.
+
+    Raises LayoutError with the names of pictures that lack a file.
+    """
+    pictures = unique(files(place.images, (place.layout.image_end,) if place.layout.image_end else images.SUFFIXES))
+    truths = labels_by_picture(place, pictures)
+    names = listed(place, split)
+    wanted = sorted(pictures.keys() | truths.keys() if names is None else set(names))
+    complete = [name for name in wanted if name in pictures and name in truths]
+    if not wanted:
+        raise LayoutError(f'{place.listing or place.annotations or place.images} names no picture of the split')
+    if not complete or not allow_missing:
+        require_all(wanted, pictures, 'picture', place.images)
+        require_all(wanted, truths, 'labels', place.labels or place.annotations or place.images)
+    expected = split.pictures if split.exact and split.pictures else len(wanted)
+    if len(complete) != expected and not allow_missing:
+        raise LayoutError(f'the split has {expected} pictures; {place.images} has {len(complete)} ({ALLOW})')
+    found = [Sample(pictures[name].relative_to(place.images).with_suffix('').as_posix(), pictures[name], truths[name]) for name in complete]
+    return tuple(sorted(found)), max(0, expected - len(complete))
+
+
+def listed(place: Place, split: Split) -> Collection[str] | None:
+    """The names that a list gives: the layout's own, or that of this package; None if what is in the folders counts."""
+    if place.listing:
+        lines = place.listing.read_text(encoding='utf-8', errors='surrogateescape').splitlines()
+        return [line.split()[0] for line in lines if line.strip()]
+    if place.labels is None and place.annotations:
+        return [name for name, painting in detail_paintings(place.annotations).items() if painting.phase == split.folder]
+    return listed_names(split.ids) if split.ids else None
+
+
+def labels_by_picture(place: Place, pictures: Container[str]) -> dict[str, tuple[Path, ...]]:
+    """Files of labels by the name of their picture."""
+    if place.labels is None:
+        return {name: (place.annotations,) for name in detail_paintings(place.annotations)} if place.annotations else {}
+    found = unique(label_files(place.labels, place.layout))
+    return by_annotator(found, pictures) if place.layout.annotators else {name: (path,) for name, path in found.items()}
+
+
+def label_files(folder: Path, layout: Layout) -> Iterator[tuple[str, Path]]:
+    """(name, path) of the files of labels that a layout has in a folder and below; none if there is no folder."""
+    if not folder.is_dir():
+        return iter(())
+    return ((name, path) for name, path in files(folder, (layout.label_end,)) if not path.name.endswith(layout.beside))
+
+
+def files(folder: Path, ends: Collection[str]) -> Iterator[tuple[str, Path]]:
+    """(name, path) of the files <name><end> in a folder and below, but for hidden ones; a name is a POSIX path, ends are of any case."""
+    for parent, folders, entries in os.walk(folder, onerror=images.refuse):
+        folders[:] = sorted(name for name in folders if name[0] != '.')
+        below = Path(parent).relative_to(folder).as_posix()
+        for entry in sorted(entries):
+            end = next((end for end in ends if entry.lower().endswith(end.lower())), None)
+            if end is not None and entry[0] != '.' and len(entry) > len(end):
+                name = entry[: len(entry) - len(end)]
+                yield (name if below == '.' else f'{below}/{name}'), Path(parent, entry)
+
+
+def unique(found: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+    """Paths by name. LayoutError if two have the same name."""
+    paths: dict[str, Path] = {}
+    for name, path in found:
+        if name in paths:
+            raise LayoutError(f'two files for {name}: {paths[name]} and {path}')
+        paths[name] = path
+    return paths
+
+
+def by_annotator(found: dict[str, Path], pictures: Container[str]) -> dict[str, tuple[Path, ...]]:
+    """Files of labels by picture: x_0, x_1, … belong to x, in order of their numbers, unless there is a picture of the full name."""
+    groups: dict[str, list[tuple[int, Path]]] = {}
+    for name, path in found.items():
+        stem, _, number = name.rpartition('_')
+        if stem and number.isascii() and number.isdigit() and name not in pictures:
+            groups.setdefault(stem, []).append((int(number), path))
+        else:
+            groups.setdefault(name, []).append((-1, path))
+    return {name: tuple(path for _, path in sorted(group)) for name, group in groups.items()}
+
+
+def require_all(names: Iterable[str], there: Container[str], words: str, folder: Path) -> None:
+    missing = [name for name in names if name not in there]
+    if missing:
+        raise LayoutError(f'no {words} in {folder} for {len(missing)} of the split: {some(missing)} ({ALLOW})')
+
+
+def picture_name(path: PurePosixPath | Path) -> str:
+    """The name without `.png` and, if that leaves one, without the picture's own suffix: a/b.jpg.png is a/b."""
+    path = path.with_suffix('')
+    return (path.with_suffix('') if path.suffix.lower() in images.SUFFIXES else path).as_posix()

@@ -1,0 +1,192 @@
+"""One's own pictures and labels: a folder described by a small padseg.toml beside it, or a folder of labels alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Container
+from pathlib import Path
+from typing import Annotated
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic import ConfigDict
+from pydantic import Field
+from pydantic import ValidationError
+
+from padseg.datasets.base import VOID
+from padseg.datasets.base import Layout
+from padseg.datasets.base import LayoutError
+from padseg.datasets.base import Sample
+from padseg.datasets.base import Split
+from padseg.datasets.dataset import Dataset
+from padseg.datasets.layouts import by_annotator
+from padseg.datasets.layouts import files
+from padseg.datasets.layouts import find_place
+from padseg.datasets.layouts import in_split
+from padseg.datasets.layouts import picture_name
+from padseg.datasets.layouts import samples
+from padseg.datasets.layouts import unique
+from padseg.datasets.rows import DATASETS
+from padseg.datasets.rows import FOLDER
+from padseg.datasets.tables import DENSE
+from padseg.datasets.tables import UNDECLARED
+from padseg.datasets.tables import Table
+from padseg.errors import UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FILE = 'padseg.toml'
+EXAMPLE = "num_classes = 3\nignore_index = 255\nimages = 'images'\nlabels = 'labels'"
+DEFAULT_SPLIT = 'val'
+
+Value = Annotated[int, Field(ge=0, lt=DENSE)]
+
+
+class Suffixes(BaseModel):
+    """What the names of pictures and of labels end in; the rest of the name is the same. images: '' for any picture."""
+
+    model_config = ConfigDict(extra='forbid', strict=True)
+
+    images: str = ''
+    labels: Annotated[str, Field(pattern=r'\.png$')] = '.png'
+
+
+class Settings(BaseModel):
+    """padseg.toml. Without num_classes and classes, labels are regions without classes, and x_0.png, x_1.png belong to one picture x.
+
+    classes: their names; ignore_index: a value in the files that does not count; background: name or number of a class;
+    reduce_zero_label: 0 does not count and 1 is class 0; images, labels: folders, with {split} or one folder a split in them.
+    """
+
+    model_config = ConfigDict(extra='forbid', strict=True, frozen=True)
+
+    num_classes: Annotated[int, Field(ge=1, le=DENSE)] | None = None
+    classes: Annotated[list[str], Field(min_length=1)] | None = None
+    ignore_index: Value | None = 255
+    background: int | str | None = None
+    reduce_zero_label: bool = False
+    images: str | None = None
+    labels: str | None = None
+    suffixes: Suffixes = Suffixes()
+
+
+def open_folder(root: Path, split: str | None, settings: Settings, allow_missing: bool = False) -> Dataset:
+    """Pictures and labels below `root`, in its sub-folders `split`; without one in those named val if there are, else in all.
+
+    Raises UsageError for settings that contradict each other, LayoutError for files that are not there.
+    """
+    names, background = class_names(settings)
+    layouts = tuple(with_folders(layout, settings) for layout in DATASETS[FOLDER].layouts)
+    if split is None:
+        holds = any((root / in_split(path, DEFAULT_SPLIT)).is_dir() for layout in layouts for path in layout.images)
+        split = DEFAULT_SPLIT if holds else ''
+    place = find_place(root, layouts, f'pictures with labels{f" ({split})" if split else ""}', split, split)
+    found, missing = samples(place, Split(split), allow_missing)
+    return Dataset(
+        name=FOLDER,
+        classes=names,
+        background=background,
+        split=split or 'all',
+        layout=place.layout.name,
+        root=root,
+        samples=found,
+        missing=missing,
+        table=class_table(settings, len(names)),
+    )
+
+
+def with_folders(layout: Layout, settings: Settings) -> Layout:
+    """A layout with the folders and suffixes that the settings name in place of its own."""
+    return layout._replace(
+        images=layout.images if settings.images is None else (with_split(settings.images),),
+        labels=layout.labels if settings.labels is None else (with_split(settings.labels),),
+        image_end=settings.suffixes.images,
+        label_end=settings.suffixes.labels,
+        annotators=settings.num_classes is None and settings.classes is None,
+    )
+
+
+def with_split(path: str) -> str:
+    return path if '{split}' in path else f'{path}/{{split}}'
+
+
+def read_settings(root: Path) -> Settings:
+    """The settings in padseg.toml. Raises LayoutError if there is none, UsageError for what it must not say."""
+    path = root / FILE
+    try:
+        return Settings.model_validate(tomllib.loads(path.read_text(encoding='utf-8')))
+    except FileNotFoundError as error:
+        raise LayoutError(f'there is no {path}, which says what the labels mean; for example:\n{EXAMPLE}') from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f'{path} is no TOML: {error}') from error
+    except ValidationError as error:
+        raise UsageError(f'{path}: {"; ".join(map(complaint, error.errors()))}') from error
+
+
+def complaint(error: Any) -> str:
+    """One thing that is wrong with the settings, in words."""
+    if error['type'] == 'extra_forbidden':
+        return f'{error["loc"][-1]} is no setting; there are {", ".join((Settings if len(error["loc"]) == 1 else Suffixes).model_fields)}'
+    return f'{".".join(map(str, error["loc"]))}: {error["msg"][0].lower()}{error["msg"][1:]}; got {error["input"]!r}'
+
+
+def class_names(settings: Settings) -> tuple[tuple[str, ...], int | None]:
+    """Names of the classes, their numbers if they have none, and which is background. UsageError if settings contradict each other."""
+    names = tuple(name.strip() for name in settings.classes or map(str, range(settings.num_classes or 0)))
+    if settings.num_classes not in (None, len(names)):
+        raise UsageError(f'num_classes is {settings.num_classes}, but classes names {len(names)}')
+    if len(set(names)) < len(names):
+        raise UsageError(f'classes names one class twice: {", ".join(names)}')
+    background = settings.background
+    if background is None:
+        return names, None
+    if background in names:
+        return names, names.index(str(background))
+    if isinstance(background, int) and 0 <= background < len(names):
+        return names, background
+    raise UsageError(f'background is one of the {len(names)} classes, by name or number from 0; got {background!r}')
+
+
+def class_table(settings: Settings, num_classes: int) -> Table | None:
+    """The class of each value in the files; None for regions without classes."""
+    if not num_classes:
+        return None
+    table = [VOID] * settings.reduce_zero_label + list(range(num_classes))
+    if settings.ignore_index is not None:
+        table += [UNDECLARED] * (settings.ignore_index + 1 - len(table))
+        table[settings.ignore_index] = VOID
+    return tuple(table)
+
+
+def label_folder(
+    labels: Path, num_classes: int | None, ignore: int | None = 255, background: int | None = None, pictures: Container[str] = ()
+) -> Dataset:
+    """The PNG files in a folder and below as ground truth; `num_classes` None: regions without classes.
+
+    For these x_0.png, x_1.png … are the labels of one picture x, unless `pictures` holds the name x_0 itself. Raises LayoutError if
+    there is no PNG, UsageError for a number out of range.
+    """
+    try:
+        settings = Settings(num_classes=num_classes, ignore_index=ignore, background=background)
+    except ValidationError as error:
+        raise UsageError('; '.join(map(complaint, error.errors()))) from error
+    names, background = class_names(settings)
+    if not labels.is_dir():
+        raise LayoutError(f'there is no folder {labels}')
+    found = unique((picture_name(path.relative_to(labels)), path) for _, path in files(labels, ('.png',)))
+    if not found:
+        raise LayoutError(f'there are no PNG files in {labels}')
+    truths = {name: (path,) for name, path in found.items()} if names else by_annotator(found, pictures)
+    return Dataset(
+        name=FOLDER,
+        classes=names,
+        background=background,
+        split='all',
+        layout='labels',
+        root=labels,
+        samples=tuple(Sample(name, None, truths[name]) for name in sorted(truths)),
+        table=class_table(settings, len(names)),
+    )
