@@ -18,10 +18,10 @@ from padseg.types import Proposals
 SUPERPIXEL_AREA = 1_000_000  # pixels; on larger pictures superpixels are found on a reduced copy
 
 
-def label_map(proposals: Proposals, superpixels: Array | None = None, split: bool = False, min_area: float = 0.0) -> LabelMap:
+def label_map(proposals: Proposals, superpixels: Array | None = None, components: bool = False, min_area: float = 0.0) -> LabelMap:
     """Each pixel's strongest proposal, as regions 1..K in order of first appearance; 0 where the model did not look.
 
-    superpixels: (H, W) int, values averaged inside each before the argmax, or None. split: connected components become regions
+    superpixels: (H, W) int, values averaged inside each before the argmax, or None. components: connected components become regions
     (4-neighbours). min_area: smaller regions, as a share of the picture in 0..1, go to the neighbour with the longest common border.
     """
     top, left, height, width = proposals.frame.box
@@ -29,7 +29,7 @@ def label_map(proposals: Proposals, superpixels: Array | None = None, split: boo
     winner = argmax(proposals, (height, width)) if superpixels is None else argmax_inside(proposals, superpixels[box])
     labels = np.zeros(proposals.frame.size, np.int32)
     labels[box] = winner + 1
-    regions = connected_components(labels, background=0, connectivity=1) if split else labels
+    regions = connected_components(labels, background=0, connectivity=1) if components else labels
     names, places = np.unique(regions, return_index=True)
     proposal = dict(zip(names.tolist(), (labels.ravel()[places] - 1).tolist(), strict=True))
     order, numbered = relabel(absorb(regions, min_area * labels.size))

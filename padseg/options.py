@@ -32,7 +32,7 @@ class Options:
     geometry: str = option('whole', "what the model sees: the whole picture, or a paper's preset", choices=GEOMETRIES)
     side: int | None = option(None, "side in pixels of the model's view (whole: of the square with the same area)")
     superpixels: float | None = option(None, 'average maps inside Felzenszwalb superpixels of this scale before the argmax; 0 = off')
-    split: bool | None = option(None, 'split regions into connected components')
+    components: bool | None = option(None, 'split regions into connected components')
     min_area: float | None = option(None, 'regions below this share of the picture go to the neighbour with the longest common border')
     seed: int = option(0, 'seed of the noise, together with the content of each picture')
 
@@ -73,7 +73,7 @@ class Resolved:
     geometry: str
     side: int
     superpixels: float
-    split: bool
+    components: bool
     min_area: float
     seed: int
 

@@ -39,7 +39,7 @@ def regions(image: Image, maps: TokenMaps, options: Resolved) -> LabelMap:
     """Label map (H, W) from the token maps (T, h, w) of a picture: no forward is needed to try another threshold."""
     proposals = merge(maps, options.threshold, options.normalisation)  # (M, h, w)
     inside = superpixels(image, options.superpixels) if options.superpixels else None  # (H, W)
-    return label_map(proposals, inside, options.split, options.min_area)  # (H, W)
+    return label_map(proposals, inside, options.components, options.min_area)  # (H, W)
 
 
 def forwards(latents: Sequence[Latent], backbone: Backbone) -> Iterator[list[Latent]]:

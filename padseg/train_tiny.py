@@ -74,7 +74,7 @@ ROW = {
     'normalisation': 'minmax-softmax',
     'threshold': 0.02,
     'superpixels': 300.0,
-    'split': True,
+    'components': True,
     'min_area': 0.005,
 }
 

@@ -118,7 +118,7 @@ def test_padseg_json_overrides_the_row(folder):
         'threshold': 0.5,
         'normalisation': 'share',
         'superpixels': 30,
-        'split': True,
+        'components': True,
         'min_area': 0.25,
     }
     (folder / 'padseg.json').write_text(json.dumps(row))
@@ -142,7 +142,7 @@ def test_without_padseg_json_the_defaults_stand_within_the_models_depth(folder):
         ({'layer': None}, 'layer'),
         ({'side': [32]}, 'side'),
         ({'threshold': '0.1'}, 'threshold'),
-        ({'split': 1}, 'split'),
+        ({'components': 1}, 'components'),
         ({'normalisation': 3}, 'normalisation'),
         ({'layer': 4}, 'layer'),
         ({'layer': -1}, 'layer'),

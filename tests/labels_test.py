@@ -61,7 +61,7 @@ def test_outside_the_box_is_unassigned():
 
 def test_split_makes_regions_of_components():
     maps = torch.tensor([[[1.0, 0, 1, 0]], [[0, 1, 0, 0.5]]])
-    whole, split = label_map(proposals(maps, (1, 4))), label_map(proposals(maps, (1, 4)), split=True)
+    whole, split = label_map(proposals(maps, (1, 4))), label_map(proposals(maps, (1, 4)), components=True)
     assert whole.labels.tolist() == [[1, 2, 1, 2]]
     assert split.labels.tolist() == [[1, 2, 3, 4]]
     assert split.tokens == ((0,), (1,), (0,), (1,))

@@ -15,7 +15,9 @@ from padseg.options import NORMALISATIONS
 from padseg.options import Options
 from padseg.options import Resolved
 
-ROW = Spec(repo='a row', layers=6, layer=4, steps=10, step=3, side=256, normalisation='share', threshold=0.5, superpixels=20.0, split=True)
+ROW = Spec(
+    repo='a row', layers=6, layer=4, steps=10, step=3, side=256, normalisation='share', threshold=0.5, superpixels=20.0, components=True
+)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,7 @@ def test_what_is_left_open_comes_from_the_row():
         geometry='whole',
         side=256,
         superpixels=20.0,
-        split=True,
+        components=True,
         min_area=0.0,
         seed=0,
     )
@@ -81,7 +83,16 @@ def test_what_is_left_open_comes_from_the_row():
 
 def test_what_is_given_stands_even_where_it_is_false():
     given = Options(
-        layer=0, step=1, normalisation='sum', threshold=0.0, geometry='diffcut', side=1, superpixels=0.0, split=False, min_area=0.0, seed=7
+        layer=0,
+        step=1,
+        normalisation='sum',
+        threshold=0.0,
+        geometry='diffcut',
+        side=1,
+        superpixels=0.0,
+        components=False,
+        min_area=0.0,
+        seed=7,
     )
     assert dataclasses.asdict(given.resolve(ROW)) == dataclasses.asdict(given)
 

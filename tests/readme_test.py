@@ -20,6 +20,7 @@ import padseg
 from padseg.cli import COMMANDS
 from padseg.commands.run import SIGNALLED
 from padseg.commands.run import SOME_FAILED
+from padseg.datasets import DATASETS
 from padseg.errors import PadsegError
 from padseg.exports import FORMATS
 from padseg.exports.masks import COLUMNS
@@ -28,6 +29,7 @@ from padseg.images import ImageError
 from padseg.options import GEOMETRIES
 from padseg.options import NORMALISATIONS
 from padseg.options import Options
+from padseg.protocols import PROTOCOLS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -106,7 +108,7 @@ def test_first_screen():
 def test_options_are_those_of_the_code():
     for field in dataclasses.fields(Options):
         name = field.name.replace('_', '-')
-        flags = [f'--{name}', f'--no-{name}'] if name == 'split' else [f'--{name}']
+        flags = [f'--{name}', f'--no-{name}'] if name == 'components' else [f'--{name}']
         default = "the model's own" if field.default is None else f'`{field.default}`'
         choices = ', '.join(f'`{choice}`' for choice in field.metadata.get('choices', ()))
         words = f'{field.metadata["help"]}: {choices}' if choices else field.metadata['help']
@@ -147,6 +149,11 @@ def test_columns_of_metadata():
 def test_formats():
     assert all(f'{name}/' in README for name in FORMATS)
     assert all(name.lower() in README.lower() for name in DECODERS)
+
+
+def test_data_sets_and_protocols():
+    assert names('data set') == list(DATASETS)
+    assert names('protocol') == list(PROTOCOLS)
 
 
 def test_public_names():

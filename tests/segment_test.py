@@ -118,7 +118,7 @@ def test_thresholds_at_the_ends(backbone, picture):
 
 def test_split_regions_are_connected_parts_of_the_regions(backbone, picture):
     whole = segment(picture, backbone, SPLITTING)
-    parts = segment(picture, backbone, dataclasses.replace(SPLITTING, split=True))
+    parts = segment(picture, backbone, dataclasses.replace(SPLITTING, components=True))
     assert parts.labels.max() > whole.labels.max()  # else the picture shows nothing
     for number in range(1, parts.labels.max() + 1):
         inside = parts.labels == number
@@ -143,8 +143,8 @@ def test_superpixels_are_never_cut(backbone, picture, geometry):
 
 
 def test_the_row_of_the_model_decides_what_is_left_open(backbone, picture):
-    settled = dataclasses.replace(backbone, spec=backbone.spec._replace(threshold=0.0, normalisation='share', split=True, layer=1))
-    expected = segment(picture, backbone, Options(threshold=0.0, normalisation='share', split=True, layer=1))
+    settled = dataclasses.replace(backbone, spec=backbone.spec._replace(threshold=0.0, normalisation='share', components=True, layer=1))
+    expected = segment(picture, backbone, Options(threshold=0.0, normalisation='share', components=True, layer=1))
     assert same(segment(picture, settled), expected)
     assert not same(segment(picture, backbone), expected)
 

@@ -21,7 +21,7 @@ class Spec(NamedTuple):
     normalisation: str = 'minmax-softmax'
     threshold: float = 0.1
     superpixels: float = 0.0
-    split: bool = False
+    components: bool = False
     min_area: float = 0.0
     sequence: int = 77  # slots of each half of the text, CLIP's and T5's
 
