@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import NamedTuple
 
-import filelock
-
 from padseg import __version__
 from padseg.errors import NoImages
 from padseg.errors import OutputConflict
 from padseg.errors import UsageError
 from padseg.exports import FORMATS
+from padseg.exports.files import exclusive
 from padseg.exports.files import sweep
 from padseg.images import Found
 from padseg.images import ImageError
@@ -122,20 +121,6 @@ def run(job: Job, progress: Progress = Silent()) -> Counts:
         counts = count(pictures, entries, skipped, time.perf_counter() - began, stop.signal)
         finish(job.out, record, entries, counts)
     return counts
-
-
-@contextlib.contextmanager
-def exclusive(out: Path) -> Iterator[None]:
-    """Make the output folder and keep other runs out of it. OutputConflict if one is in it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f'cannot make the output folder {out}: {error.strerror}') from error
-    try:
-        with filelock.FileLock(out / '.lock', timeout=0):
-            yield
-    except filelock.Timeout as error:
-        raise OutputConflict(f'another run is writing to {out}') from error
 
 
 def is_done(picture: Found, entry: Entry | None, job: Job) -> bool:

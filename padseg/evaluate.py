@@ -1,157 +1,203 @@
-"""A folder of label maps against a folder of ground truth, one picture at a time."""
+"""Predictions against the ground truth of a data set, one picture at a time: stored label maps, or a model's."""
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
+import multiprocessing
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 from typing import NamedTuple
 
-import numpy as np
-
+from padseg.datasets import Dataset
+from padseg.datasets import Sample
+from padseg.datasets import label_folder
+from padseg.datasets import picture_name
+from padseg.datasets.base import some
 from padseg.errors import NoImages
+from padseg.errors import UnreadableLabels
 from padseg.errors import UsageError
 from padseg.exports.png import read_label_map
-from padseg.images import SUFFIXES
-from padseg.metrics import RegionScores
-from padseg.metrics import hungarian_counts
-from padseg.metrics import region_scores
+from padseg.images import ImageError
+from padseg.images import read
+from padseg.protocols import DEFAULT
+from padseg.protocols import Classes
+from padseg.protocols import Protocol
+from padseg.protocols import nearest
+from padseg.protocols import protocol
+from padseg.protocols import scored_classes
+from padseg.protocols import seen
+from padseg.protocols import seen_prediction
+from padseg.protocols import view
+from padseg.scores import Picture
+from padseg.scores import Result
+from padseg.scores import Totals
+from padseg.scores import score_classes
+from padseg.scores import score_regions
 
 if TYPE_CHECKING:
+    from padseg.predict import Predictor
     from padseg.types import Array
+    from padseg.types import Image
 
-NAMES_SHOWN = 5
-
-
-class ClassScores(NamedTuple):
-    """Matching per picture, counts summed over the set. iou: one a class, nan where the class is neither true nor predicted."""
-
-    images: int
-    accuracy: float
-    mean_accuracy: float
-    miou: float
-    iou: tuple[float, ...]
+CHUNK = 8  # pictures that a worker takes at once
 
 
-class RegionMeans(NamedTuple):
-    """Means over a picture's annotators, then over pictures. vi is in bits; regions: predicted ones a picture."""
+class Task(NamedTuple):
+    """What is scored. preds: stored label maps by picture name; resize: bring those of another size to the ground truth's."""
 
-    images: int
-    covering: float
-    pri: float
-    vi: float
-    regions: float
+    dataset: Dataset
+    rules: Protocol
+    preds: Mapping[str, Path] = {}
+    resize: bool = False
 
-
-Scores = ClassScores | RegionMeans
-
-
-class Pair(NamedTuple):
-    """A predicted label map and the ground truth of its annotators."""
-
-    pred: Path
-    truths: tuple[Path, ...]
+    @property
+    def classes(self) -> Classes:
+        return scored_classes(self.dataset.classes, self.dataset.background, self.rules)
 
 
-def evaluate(pred: str | Path, labels: str | Path, num_classes: int | None = None, ignore: int | None = 255) -> Scores:
+def evaluate(
+    pred: str | Path,
+    labels: str | Path,
+    num_classes: int | None = None,
+    ignore: int | None = 255,
+    background: int | None = None,
+    rules: Protocol | None = None,
+    resize: bool = False,
+    allow_missing: bool = False,
+) -> Result:
     """Score the label maps below `pred` against those below `labels`; without `num_classes`, as partitions without classes.
 
     A label map a.jpg.png or a.png belongs to the truth a.png; for partitions also to a_0.png, a_1.png, … of several annotators.
-    Raises NoImages if a picture has no partner or another size, UsageError for a class outside 0..num_classes-1 other than `ignore`.
+    rules: a protocol of `padseg.protocols`; by default the whole picture is compared and the rest is as in Seg4Diff's paper.
+    background: the class that protocols treat as background. Pictures that cannot be read are counted as failed and left out.
+    Raises NoImages if a picture has no partner (unless `allow_missing`), UsageError for a prediction of another size (unless
+    `resize`) and for ground truth outside 0..num_classes-1 other than `ignore`.
     """
-    if num_classes is not None and num_classes < 1:
-        raise UsageError(f'the number of classes is at least 1; got {num_classes}')
-    matched = pairs(Path(pred), Path(labels), annotators=num_classes is None)
-    if num_classes is None:
-        return mean_region_scores(matched)
-    return class_scores(matched, num_classes, ignore)
+    rules = rules or protocol(DEFAULT, compare='native')
+    preds = stored(Path(pred))
+    dataset = label_folder(Path(labels), num_classes, ignore, background, pictures=preds)
+    dataset, preds = paired(dataset, preds, allow_missing)
+    task = Task(dataset, rules, preds, resize)
+    totals = Totals(task.classes, rules)
+    for picture in score_stored(task, dataset.samples):
+        totals.add(picture)
+    return totals.result()
 
 
-def class_scores(matched: list[Pair], num_classes: int, ignore: int | None) -> ClassScores:
-    """Pixel accuracy and IoU after matching each picture's regions to classes."""
-    true_positive, false_positive, false_negative = np.zeros((3, num_classes), np.int64)
-    for pair in matched:
-        [(truth, pred)] = label_maps(pair)
-        if ignore is not None:
-            truth = np.where(truth == ignore, -1, truth)
-        if truth.max() >= num_classes:
-            raise UsageError(f'{pair.truths[0]} holds class {truth.max()}; allowed: 0..{num_classes - 1}, and {ignore} to ignore')
-        counts = hungarian_counts(pred, truth, num_classes)
-        true_positive += counts.true_positive
-        false_positive += counts.false_positive
-        false_negative += counts.false_negative
-    iou = ratio(true_positive, true_positive + false_positive + false_negative)
-    recall = ratio(true_positive, true_positive + false_negative)
-    accuracy = ratio(true_positive.sum(), (true_positive + false_negative).sum())
-    return ClassScores(len(matched), float(accuracy), mean(recall), mean(iou), tuple(iou.tolist()))
+def score_stored(task: Task, samples: Iterable[Sample], workers: int = 1) -> Iterator[Picture]:
+    """Records of pictures with stored label maps, in their order, by one or several processes."""
+    if workers == 1:
+        yield from (score_sample(task, sample) for sample in samples)
+        return
+    # light processes of their own: torch, if this process has it, is not theirs
+    context = multiprocessing.get_context('spawn')
+    light = task._replace(dataset=task.dataset._replace(samples=()), preds={})
+    pairs = [(sample, {sample.name: task.preds[sample.name]}) for sample in samples]
+    with ProcessPoolExecutor(workers, context) as pool:
+        yield from pool.map(partial(score_pair, light), pairs, chunksize=CHUNK)
 
 
-def mean_region_scores(matched: list[Pair]) -> RegionMeans:
-    """Covering, probabilistic Rand index and variation of information, each annotator of a picture weighing the same."""
-    scores = [np.mean([region_scores(truth, pred) for truth, pred in label_maps(pair)], axis=0) for pair in matched]
-    means = RegionScores(*np.mean(scores, axis=0).tolist())
-    return RegionMeans(len(matched), *means)
+def score_pair(task: Task, pair: tuple[Sample, dict[str, Path]]) -> Picture:
+    sample, preds = pair
+    return score_sample(task._replace(preds=preds), sample)
 
 
-def ratio(part: Array, whole: Array) -> Array:
-    """part / whole, nan where both are 0."""
-    with np.errstate(invalid='ignore'):
-        return np.true_divide(part, whole)
+def score_sample(task: Task, sample: Sample, predictor: Predictor | None = None) -> Picture:
+    """The record of one picture, from its stored label map or from the predictor; a file that cannot be read makes it a failed one."""
+    stamp = stamp_of(*sample.truths, sample.image if predictor else task.preds[sample.name])
+    try:
+        truths = task.dataset.read(sample)  # (H, W) each
+        size = truths[0].shape
+        where = view(size, task.rules.compare)
+        if predictor:
+            preds = predictor(sample.name, picture(sample, size), where)
+        else:
+            path = task.preds[sample.name]
+            preds = [seen_prediction(fitting(read_label_map(path), size, path, task.resize), where)]
+    except (ImageError, UnreadableLabels, OSError) as error:
+        return Picture(name=sample.name, stamp=stamp, status='failed', reason=str(error))
+    if task.dataset.classes:
+        record = score_classes(sample.name, preds[0], seen(classes_of(task, sample, truths[0]), where), task.classes, task.rules)
+    else:
+        record = score_regions(sample.name, preds, [seen(truth, where) for truth in truths])
+    return record.model_copy(update={'stamp': stamp})
 
 
-def mean(values: Array) -> float:
-    """The mean of those that are not nan; nan if there is none."""
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else float('nan')
+def classes_of(task: Task, sample: Sample, raw: Array) -> Array:
+    """Raw values as classes and VOID. UsageError names the file whose values are none of the data set's."""
+    try:
+        return task.dataset.to_classes(raw)
+    except UsageError as error:
+        raise UsageError(f'{sample.truths[0]}: {error}') from error
 
 
-def label_maps(pair: Pair) -> Iterator[tuple[Array, Array]]:
-    """(truth, prediction) for every annotator, both (H, W) int32; NoImages if their sizes differ."""
-    pred = read_label_map(pair.pred)
-    for path in pair.truths:
-        truth = read_label_map(path)
-        if truth.shape != pred.shape:
-            raise NoImages(f'{path} and {pair.pred} differ in size: {truth.shape} and {pred.shape} (height, width)')
-        yield truth, pred
+def stamp_of(*paths: Path | None) -> str:
+    """Size and time of change of files: another stamp means that they are to be read again."""
+    marks = []
+    for path in paths:
+        try:
+            found = path.stat() if path else None
+        except OSError:
+            found = None
+        marks.append(f'{found.st_size}:{found.st_mtime_ns}' if found else '-')
+    return ' '.join(marks)
 
 
-def pairs(pred: Path, labels: Path, annotators: bool) -> list[Pair]:
-    """Predictions with their ground truth, sorted by name; NoImages names those without a partner."""
+def picture(sample: Sample, size: tuple[int, int]) -> Image:
+    """The sample's picture (H, W, 3). UsageError if the ground truth is of another size."""
+    if sample.image is None:
+        raise UsageError(f'there is no picture for {sample.name}: give label maps with --pred')
+    image = read(sample.image)
+    if image.shape[:2] != size:
+        raise UsageError(f'{sample.image} is {words(image.shape)}, but its ground truth {sample.truths[0]} is {words(size)}')
+    return image
+
+
+def fitting(pred: Array, size: tuple[int, int], path: Path, resize: bool) -> Array:
+    """A prediction at the ground truth's size (H, W). UsageError if it has another and is not to be resized."""
+    if pred.shape == size:
+        return pred
+    if not resize:
+        raise UsageError(f'{path} is {words(pred.shape)}, its ground truth {words(size)}: --resize brings it to that size')
+    return pred[nearest(pred.shape[0], size[0])[:, None], nearest(pred.shape[1], size[1])]
+
+
+def words(size: tuple[int, ...]) -> str:
+    return f'{size[1]} x {size[0]} (width x height)'
+
+
+def stored(folder: Path) -> dict[str, Path]:
+    """Label maps below a folder by their picture's name: b/a.jpg.png and b/a.png are b/a. NoImages if there is none, or two for one."""
     preds: dict[str, Path] = {}
-    for path in png_files(pred):
-        name = picture_name(path.relative_to(pred))
+    for path in sorted(path for path in folder.rglob('*.png') if path.is_file() and path.name[0] != '.'):
+        name = picture_name(path.relative_to(folder))
         if name in preds:
             raise NoImages(f'two label maps for {name}: {preds[name]} and {path}')
         preds[name] = path
-    truths = defaultdict(list)
-    for path in png_files(labels):
-        name = path.relative_to(labels).with_suffix('').as_posix()
-        truths[re.sub(r'_\d+$', '', name) if annotators and name not in preds else name].append(path)
-    require_none('no label map for', truths.keys() - preds.keys(), pred)
-    require_none('no ground truth for', preds.keys() - truths.keys(), labels)
-    return [Pair(preds[name], tuple(truths[name])) for name in sorted(preds)]
-
-
-def png_files(folder: Path) -> list[Path]:
-    """The PNG files in a folder and below, sorted; NoImages if there is none."""
-    paths = sorted(path for path in folder.rglob('*.png') if path.is_file() and path.name[0] != '.')
-    if not paths:
+    if not preds:
         raise NoImages(f'there are no PNG files in {folder}')
-    return paths
+    return preds
 
 
-def picture_name(path: PurePosixPath | Path) -> str:
-    """The name without `.png` and, if that leaves one, without the picture's own suffix: a/b.jpg.png is a/b."""
-    path = path.with_suffix('')
-    return (path.with_suffix('') if path.suffix.lower() in SUFFIXES else path).as_posix()
+def paired(dataset: Dataset, preds: dict[str, Path], allow_missing: bool) -> tuple[Dataset, dict[str, Path]]:
+    """The samples that have a label map, and the label maps that have a sample. NoImages names the others unless they may be missing."""
+    names = {sample.name for sample in dataset.samples}
+    if not allow_missing:
+        require_none('no label map for', names - preds.keys())
+        require_none('no ground truth for', preds.keys() - names)
+    samples = tuple(sample for sample in dataset.samples if sample.name in preds)
+    if not samples:
+        raise NoImages(
+            f'no label map is named as a ground truth of {dataset.root}: {some(sorted(preds))} there, {some(sorted(names))} here'
+        )
+    return dataset._replace(samples=samples), {sample.name: preds[sample.name] for sample in samples}
 
 
-def require_none(words: str, names: Iterable[str], folder: Path) -> None:
-    listed = sorted(names)
-    if listed:
-        more = f' and {len(listed) - NAMES_SHOWN} more' if len(listed) > NAMES_SHOWN else ''
-        raise NoImages(f'{words} {", ".join(listed[:NAMES_SHOWN])}{more} in {folder}')
+def require_none(what: str, names: Iterable[str]) -> None:
+    names = sorted(names)
+    if names:
+        raise NoImages(f'{what} {some(names)}: --allow-missing scores the others')

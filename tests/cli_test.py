@@ -14,6 +14,7 @@ import sys
 import termios
 from pathlib import Path
 
+import click
 import numpy as np
 import PIL.Image
 import pytest
@@ -86,9 +87,11 @@ def test_quiet(arguments, capsys):
 
 
 def test_options_reach_the_run(arguments, tmp_path):
-    assert main([*arguments, '--threshold', 'inf', '--layer', '1', '--split', '--geometry', 'stretch', '--seed', '7', '--overlay']) == 0
+    assert (
+        main([*arguments, '--threshold', 'inf', '--layer', '1', '--components', '--geometry', 'stretch', '--seed', '7', '--overlay']) == 0
+    )
     settings = json.loads((tmp_path / 'out' / 'run.json').read_text())['settings']
-    assert settings.items() >= {'threshold': 'inf', 'layer': 1, 'split': True, 'geometry': 'stretch', 'seed': 7}.items()
+    assert settings.items() >= {'threshold': 'inf', 'layer': 1, 'components': True, 'geometry': 'stretch', 'seed': 7}.items()
     assert len(list((tmp_path / 'out' / 'overlays').iterdir())) == 3
 
 
@@ -130,15 +133,13 @@ def test_wrong_usage(wrong, capsys):
 
 @pytest.mark.parametrize('command', COMMANDS)
 def test_every_command_is_listed_with_help_for_each_option(command, capsys):
-    from click import Context
-
     from padseg.cli import group
 
     assert main(['--help']) == 0
     assert f'  {command} ' in capsys.readouterr().out
-    found = group.get_command(Context(group), command)
+    found = group.get_command(click.Context(group), command)
     assert found is not None and found.help
-    assert [option.name for option in found.params if not getattr(option, 'help', None)] == []
+    assert [option.name for option in found.params if isinstance(option, click.Option) and not option.help] == []
 
 
 def test_flags_say_what_options_say(capsys):
@@ -148,7 +149,7 @@ def test_flags_say_what_options_say(capsys):
         assert f'--{field.name.replace("_", "-")} ' in text
         default = "the model's own" if field.default is None else field.default
         assert f'{field.metadata["help"]} (default: {default})' in text
-    assert '--split / --no-split' in text
+    assert '--components / --no-components' in text
 
 
 def test_version(capsys):
@@ -176,23 +177,47 @@ def truth(tmp_path):
 
 def test_eval_with_classes(truth, capsys):
     assert main([*truth, '--num-classes', '3', '--json']) == 0
-    expected = {'images': 1, 'accuracy': 1.0, 'mean_accuracy': 1.0, 'miou': 1.0, 'iou': [1.0, 1.0, None]}
-    assert json.loads(capsys.readouterr().out) == expected
+    printed = json.loads(capsys.readouterr().out)
+    assert printed['counts'] == {'pictures': 1, 'ignored': 0, 'failed': 0, 'missing': 0}
+    assert printed['scores'] == {'accuracy': 1.0, 'mean_accuracy': 1.0, 'miou': 1.0, 'miou_order_free': 1.0}
+    assert printed['iou'] == {'0': 1.0, '1': 1.0, '2': None}
     assert main([*truth, '--num-classes', '3']) == 0
-    assert [line.split() for line in capsys.readouterr().out.splitlines()][-2:] == [['iou', '1', '1.0000'], ['iou', '2', 'nan']]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ['protocol', 'seg4diff-paper,', 'compared', 'at', 'native']
+    assert lines[-3:] == [['0', '1.0000'], ['1', '1.0000'], ['2', '–']]
 
 
 def test_eval_of_partitions(truth, capsys):
     assert main([*truth, '--regions', '--json']) == 0
-    assert json.loads(capsys.readouterr().out) == {'images': 1, 'covering': 1.0, 'pri': 1.0, 'vi': 0.0, 'regions': 2.0}
+    scores = {'covering': 1.0, 'pri': 1.0, 'vi': 0.0, 'precision': 1.0, 'recall': 1.0, 'f': 1.0, 'regions': 2.0}
+    assert json.loads(capsys.readouterr().out)['scores'] == scores
 
 
 def test_eval_must_know_what_to_compare(truth, tmp_path, capsys):
     assert main(truth) == 2
+    assert main(['eval']) == 2
+    assert main(['eval', 'camvid']) == 2
+    assert main(['eval', 'camvid', '--root', str(tmp_path), '--num-classes', '3']) == 2
+    assert main(['eval', '--check']) == 2
     assert main([*truth, '--regions', '--num-classes', '2']) == 2
+    capsys.readouterr()
+    assert main([*truth, '--num-classes', '3', '--protocol', 'best']) == 2
+    assert 'diffseg, diffcut' in capsys.readouterr().err
     (tmp_path / 'truth' / 'a.png').rename(tmp_path / 'truth' / 'z.png')
     assert main([*truth, '--regions']) == 5
     assert 'no label map for z' in capsys.readouterr().err
+
+
+def test_eval_warns_of_matching_by_rows(truth, capsys):
+    assert main([*truth, '--num-classes', '3', '--protocol', 'seg4diff-release']) == 0
+    assert 'every row of pixels, which inflates the score' in capsys.readouterr().err
+
+
+def test_eval_of_a_data_set_that_is_not_there(tmp_path, capsys):
+    assert main(['eval', 'voc21', '--root', str(tmp_path), '--check']) == 5
+    assert 'SegmentationClass' in capsys.readouterr().err
+    assert main(['eval', 'voc22', '--root', str(tmp_path), '--check']) == 2
+    assert 'voc21' in capsys.readouterr().err
 
 
 def test_plain_progress_is_a_line_now_and_then(monkeypatch, capsys):

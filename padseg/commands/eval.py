@@ -1,54 +1,229 @@
-"""`padseg eval`: score label maps against ground truth."""
+"""`padseg eval`: score a model or stored label maps against ground truth."""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
 import click
 
+from padseg.commands.run import SOME_FAILED
+from padseg.commands.run import option_flags
+from padseg.errors import UsageError
+from padseg.options import Options
+from padseg.progress import shown
+
 if TYPE_CHECKING:
-    from padseg.evaluate import Scores
+    from padseg.benchmark import Job
+    from padseg.benchmark import Report
+    from padseg.datasets import Dataset
+    from padseg.datasets.check import Check
+    from padseg.predict import Predictor
+    from padseg.protocols import Protocol
+
+FOLDER = click.Path(path_type=Path)
 
 
 @click.command('eval')
-@click.option('--pred', type=click.Path(path_type=Path), required=True, help='folder of label maps, such as OUT/labels of `padseg run`')
-@click.option('--labels', type=click.Path(path_type=Path), required=True, help='folder of ground truth with the same names')
-@click.option('--num-classes', type=click.IntRange(min=1), help='classes of the ground truth; regions are matched to them per picture')
-@click.option('--ignore', type=int, default=255, show_default=True, help='class of pixels that do not count')
-@click.option('--regions', is_flag=True, help='the ground truth has no classes: compare partitions')
+@click.argument('dataset', required=False)
+@click.option('--root', type=FOLDER, help='folder of the data set')
+@click.option('--split', help='part of the data set (default: the one that is usually reported)')
+@click.option('--check', is_flag=True, help='look at the data only: layout, sizes, labels')
+@click.option('--pred', type=FOLDER, help='score these label maps, such as OUT/labels of `padseg run`, instead of running a model')
+@click.option('--labels', type=FOLDER, help='without DATASET: folder of ground truth with the same names as --pred')
+@click.option('--num-classes', type=click.IntRange(min=1), help='with --labels: classes of the ground truth')
+@click.option('--ignore', type=int, default=255, show_default=True, help='with --labels: value of pixels that do not count')
+@click.option('--background', type=click.IntRange(min=0), help='with --labels: class that is the background')
+@click.option('--regions', is_flag=True, help='with --labels: the ground truth has no classes, compare partitions')
+@click.option('--protocol', help='how regions become classes and what is compared; see README (default: seg4diff-paper)')
+@click.option('--compare', help="pixels that are compared: native, crop, 512, 128, short-640 (default: the protocol's; native with --pred)")
+@click.option('--raw-ids', is_flag=True, help='match ids of predictions as they are, gaps included, as released code does')
+@click.option('--resize', is_flag=True, help="bring predictions of another size to the ground truth's by nearest neighbour")
+@click.option('--allow-missing', is_flag=True, help='score the pictures that are there when others are missing')
+@click.option('--sweep', help='partitions: thresholds to try, as 0.01,0.02,0.05; the token maps are kept in OUT/maps')
+@click.option('--workers', type=click.IntRange(min=1), default=1, show_default=True, help='processes that score stored label maps')
+@click.option('--out', type=FOLDER, help='folder for scores.json, tables, charts, and records from which the same command continues')
+@click.option('--overwrite', is_flag=True, help='score everything again')
+@click.option('--model', default='tiny', show_default=True, help='a model of `padseg models`, a hub id, or a folder')
+@click.option('--revision', help='branch, tag or commit on the hub')
+@click.option('--device', help='cpu, cuda, cuda:1, mps, … (default: the best there is)')
+@click.option('--dtype', help="float32, bfloat16 or float16 (default: the device's own)")
+@option_flags
+@click.option('--quiet', '-q', is_flag=True, help='no progress')
 @click.option('--json', 'as_json', is_flag=True, help='print one JSON object')
-def command(pred: Path, labels: Path, num_classes: int | None, ignore: int, regions: bool, as_json: bool) -> int:
-    """Score a folder of label maps against ground truth.
+@click.pass_context
+def command(ctx: click.Context, /, as_json: bool, quiet: bool, check: bool, **given: Any) -> int:
+    """Score a model, or stored label maps, against ground truth.
+
+    \b
+    padseg eval DATASET --root DIR [--model M]          run the model and score it
+    padseg eval DATASET --root DIR --pred LABELS        score stored label maps
+    padseg eval --pred LABELS --labels TRUTH --num-classes N
+    padseg eval DATASET --root DIR --check              look at the data only
 
     A label map a.jpg.png or a.png belongs to the ground truth a.png; with --regions also to a_0.png, a_1.png, … of several
-    annotators, whose scores are averaged.
+    annotators, whose scores are averaged. Every value of a prediction is a region, 0 too.
     """
-    if regions == (num_classes is not None):
+    must_fit_together(given, check)
+    if check:
+        return show_check(open_named(given), as_json)
+    from padseg.benchmark import run
+
+    outcome = run(job_of(ctx, given), shown(quiet))
+    report = outcome.report
+    print(json.dumps(report.model_dump()) if as_json else table(report))
+    for name, reason in report.failed.items():
+        print(f'padseg: {name}: {reason}', file=sys.stderr)
+    return SOME_FAILED if report.counts['failed'] else 0
+
+
+def must_fit_together(given: dict[str, Any], check: bool) -> None:
+    """Refuse options that contradict each other."""
+    if given['dataset']:
+        if not given['root']:
+            raise click.UsageError('DATASET needs --root, the folder where it is.')
+        if given['labels'] or given['num_classes'] or given['regions']:
+            raise click.UsageError('--labels, --num-classes and --regions describe a folder of ground truth: leave them out with DATASET.')
+    elif check:
+        raise click.UsageError('--check needs DATASET and --root.')
+    elif not (given['pred'] and given['labels']):
+        raise click.UsageError('Give DATASET and --root, or --pred and --labels.')
+    elif given['regions'] == (given['num_classes'] is not None):
         raise click.UsageError('Give either --num-classes or --regions.')
 
-    from padseg.evaluate import evaluate
 
-    scores = evaluate(pred, labels, num_classes, ignore)
-    print(json.dumps(finite(scores)) if as_json else table(scores))
-    return 0
+def open_named(given: dict[str, Any], raw_labels: bool = False) -> Dataset:
+    from padseg.datasets import open_dataset
 
-
-def finite(scores: Scores) -> dict[str, Any]:
-    """The scores with None in place of nan, which JSON does not have."""
-
-    def value(number: float) -> float | None:
-        return None if math.isnan(number) else number
-
-    return {name: [value(one) for one in score] if isinstance(score, tuple) else value(score) for name, score in scores._asdict().items()}
+    return open_dataset(given['dataset'], given['root'], given['split'], raw_labels, given['allow_missing'])
 
 
-def table(scores: Scores) -> str:
-    """One measure a line; a list with one line a class."""
-    rows: list[tuple[str, float]] = []
-    for name, score in scores._asdict().items():
-        rows += [(f'{name} {number}', one) for number, one in enumerate(score)] if isinstance(score, tuple) else [(name, score)]
-    return '\n'.join(f'{name:14} {score:{"d" if isinstance(score, int) else ".4f"}}' for name, score in rows)
+def job_of(ctx: click.Context, given: dict[str, Any]) -> Job:
+    """The evaluation that the options ask for."""
+    from padseg.benchmark import Job
+    from padseg.datasets import label_folder
+    from padseg.evaluate import Task
+    from padseg.evaluate import paired
+    from padseg.evaluate import stored
+    from padseg.protocols import DEFAULT
+    from padseg.protocols import WARNINGS
+    from padseg.protocols import protocol
+
+    name = given['protocol'] or DEFAULT
+    whole = given['pred'] and not given['protocol']  # what made the label maps saw the picture as it liked
+    rules = protocol(name, compare=given['compare'] or ('native' if whole else None), ids='as they are' if given['raw_ids'] else None)
+    preds = stored(given['pred']) if given['pred'] else {}
+    if given['dataset']:
+        dataset = open_named(given, rules.raw_labels)
+    else:
+        dataset = label_folder(given['labels'], given['num_classes'], given['ignore'], given['background'], preds)
+    if not dataset.classes:
+        name, rules = 'partitions', protocol(DEFAULT, compare=given['compare'] or 'native', geometry='whole')
+    elif rules.matching in WARNINGS:
+        print(f'padseg: {name}: {WARNINGS[rules.matching]}', file=sys.stderr)
+    thresholds = numbers(given['sweep'])
+    if thresholds and (dataset.classes or given['pred']):
+        raise UsageError('--sweep is for a model on a data set without classes, such as bsds500')
+    listed = len(dataset.samples)
+    common = {'out': given['out'], 'workers': given['workers'], 'overwrite': given['overwrite'], 'thresholds': thresholds}
+    if given['pred']:
+        dataset, preds = paired(dataset, preds, given['allow_missing'])
+        task = Task(dataset, rules, preds, given['resize'])
+        return Job(task, name, {'folder': str(given['pred'].resolve())}, missing=dataset.missing + listed - len(dataset.samples), **common)
+    if rules.matching == 'none':
+        raise UsageError(f'{name} scores regions that have names, which {given["model"]} alone does not give: name them with --pred')
+    predictor = predictor_of(ctx, given, rules, thresholds)
+    return Job(Task(dataset, rules), name, source_of(predictor), predictor, missing=dataset.missing, **common)
+
+
+def predictor_of(ctx: click.Context, given: dict[str, Any], rules: Protocol, thresholds: tuple[float, ...]) -> Predictor:
+    """The model with the options of the method; the geometry is the protocol's unless it was given."""
+    from padseg.backbones import load
+    from padseg.predict import Predictor
+
+    fields = {name: given[name] for name in Options.__dataclass_fields__}
+    if ctx.get_parameter_source('geometry') is click.core.ParameterSource.DEFAULT:
+        fields['geometry'] = rules.geometry
+    options = Options(**fields)
+    backbone = load(given['model'], revision=given['revision'], device=given['device'], dtype=given['dtype'])
+    return Predictor(backbone, options, thresholds, given['out'], keep_maps=bool(thresholds))
+
+
+def source_of(predictor: Predictor) -> dict[str, Any]:
+    """The model and settings behind predictions, as scores.json has them."""
+    from padseg.engine import plain
+
+    backbone = predictor.backbone
+    dtype = str(backbone.dtype).removeprefix('torch.')
+    return {
+        **backbone.identity._asdict(),
+        'device': str(backbone.device),
+        'dtype': dtype,
+        **plain(predictor.options.resolve(backbone.spec)),
+    }
+
+
+def numbers(text: str | None) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in (text or '').split(',') if part)
+    except ValueError as error:
+        raise UsageError(f'--sweep is a list of thresholds such as 0.01,0.02; got {text}') from error
+    if not all(0 <= value < math.inf for value in values):
+        raise UsageError(f'thresholds are finite numbers >= 0; got {text}')
+    return values
+
+
+def table(report: Report) -> str:
+    """One measure a line, then one line a class."""
+    rows = [f'{name:16} {number}' for name, number in report.counts.items() if number or name == 'pictures']
+    rows.insert(0, f'{"protocol":16} {report.protocol}, compared at {report.settings["compare"]}')
+    rows += [f'{name:16} {shown_score(score)}' for name, score in report.scores.items()]
+    width = max(map(len, report.iou), default=0)
+    rows += [f'  {name:{width}} {shown_score(score)}' for name, score in report.iou.items()]
+    for row in (report.sweep or {}).get('rows', ()):
+        rows.append('  '.join(f'{name} {value:.4f}' for name, value in row.items()))
+    for kind in ('ods', 'ois'):
+        if report.sweep:
+            rows.append(f'{kind.upper():16} ' + '  '.join(f'{name} {value:.4f}' for name, value in report.sweep[kind].items()))
+    return '\n'.join(rows)
+
+
+def shown_score(score: float | None) -> str:
+    return '–' if score is None else f'{score:.4f}'
+
+
+def show_check(dataset: Dataset, as_json: bool) -> int:
+    """Print what the data hold; 3 if files cannot be used or values are out of range."""
+    from padseg.datasets.check import check
+
+    found = check(dataset)
+    print(json.dumps(found.as_dict()) if as_json else '\n'.join(check_lines(found)))
+    return 0 if found.good else SOME_FAILED
+
+
+def check_lines(found: Check) -> list[str]:
+    """What the data hold, a line each."""
+    from padseg.evaluate import words
+
+    published = f' of {found.published} published' if found.published else ''
+    sizes = [words(size) for size in (found.smallest, found.largest) if size]
+    lines = [
+        f'data set         {found.name}, {found.split}: {found.layout} below {found.root}',
+        f'pictures         {found.pictures}{published}, {found.labels} label maps',
+        f'sizes            {found.sizes}, from {" to ".join(sizes)}',
+        f'classes          {found.classes}',
+    ]
+    if found.classes:
+        lines.append(f'{"value":>9} {"pixels":>12} {"files":>7}  becomes')
+        lines += [f'{value.value:9} {value.pixels:12} {value.files:7}  {value.name}{number(value.number)}' for value in found.values]
+    lines += [f'nothing to score in {name}' for name in found.empty]
+    lines += [f'cannot be used: {problem.path}: {problem.reason}' for problem in (*found.unreadable, *found.different)]
+    return lines
+
+
+def number(of: int | None) -> str:
+    return '' if of is None else f' ({of})'

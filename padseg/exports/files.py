@@ -9,6 +9,11 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
+
+from padseg.errors import OutputConflict
+from padseg.errors import UsageError
+
 PREFIX = '.padseg-'  # of temporary names; hidden, and short so that long names stay possible
 
 
@@ -51,3 +56,17 @@ def sweep(folder: Path) -> None:
     """Remove what a killed run left half written in a folder."""
     for path in folder.glob(f'{PREFIX}*'):
         remove(path)
+
+
+@contextlib.contextmanager
+def exclusive(out: Path) -> Iterator[None]:
+    """Make the output folder and keep other runs out of it. OutputConflict if one is in it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f'cannot make the output folder {out}: {error.strerror}') from error
+    try:
+        with filelock.FileLock(out / '.lock', timeout=0):
+            yield
+    except filelock.Timeout as error:
+        raise OutputConflict(f'another run is writing to {out}') from error
