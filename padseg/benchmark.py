@@ -14,7 +14,6 @@ from typing import Literal
 from typing import NamedTuple
 
 from pydantic import BaseModel
-from pydantic import ValidationError
 
 from padseg import __version__
 from padseg.datasets import Sample
@@ -29,6 +28,7 @@ from padseg.progress import Progress
 from padseg.progress import Silent
 from padseg.protocols import rules
 from padseg.records import differences
+from padseg.scores import Name
 from padseg.scores import Picture
 from padseg.scores import Result
 from padseg.scores import Totals
@@ -69,7 +69,7 @@ class Report(BaseModel):
     scores: dict[str, float | None] = {}
     iou: dict[str, float | None] = {}
     sweep: dict[str, Any] | None = None
-    failed: dict[str, str] = {}
+    failed: dict[Name, Name] = {}
     versions: dict[str, str]
 
 
@@ -169,8 +169,8 @@ def earlier(job: Job, report: Report) -> dict[str, Picture]:
     if job.overwrite or not path.exists():
         return {}
     try:
-        there = Report.model_validate_json(path.read_bytes())
-    except ValidationError as error:
+        there = Report.model_validate(json.loads(path.read_bytes()))
+    except ValueError as error:
         raise OutputConflict(f'{path} is no record of an evaluation: choose another --out, or --overwrite') from error
     different = differences(flat(there.settings), flat(json.loads(json.dumps(report.settings))))
     if different:
@@ -193,8 +193,8 @@ def read_pictures(path: Path) -> Iterator[Picture]:
     if path.exists():
         with path.open(encoding='ascii') as file:
             for text in file:
-                with contextlib.suppress(ValidationError):
-                    yield Picture.model_validate_json(text)
+                with contextlib.suppress(ValueError):  # by way of json, which takes file names that are no UTF-8
+                    yield Picture.model_validate(json.loads(text))
 
 
 def write_pictures(records: Iterable[Picture], path: Path) -> None:

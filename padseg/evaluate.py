@@ -6,6 +6,7 @@ import multiprocessing
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -111,15 +112,12 @@ def score_sample(task: Task, sample: Sample, predictor: Predictor | None = None)
     stamp = stamp_of(*sample.truths, sample.image if predictor else task.preds[sample.name])
     try:
         truths = task.dataset.read(sample)  # (H, W) each
-        size = truths[0].shape
-        where = view(size, task.rules.compare)
-        if predictor:
-            preds = predictor(sample.name, picture(sample, size), where)
-        else:
-            path = task.preds[sample.name]
-            preds = [seen_prediction(fitting(read_label_map(path), size, path, task.resize), where)]
+        size = size_of(sample, truths)
+        source = picture(sample, size) if predictor else stored_map(task, sample, size)
     except (ImageError, UnreadableLabels, OSError) as error:
         return Picture(name=sample.name, stamp=stamp, status='failed', reason=str(error))
+    where = view(size, task.rules.compare)
+    preds = predictor(sample.name, source, where) if predictor else [seen_prediction(source, where)]
     if task.dataset.classes:
         record = score_classes(sample.name, preds[0], seen(classes_of(task, sample, truths[0]), where), task.classes, task.rules)
     else:
@@ -155,6 +153,20 @@ def picture(sample: Sample, size: tuple[int, int]) -> Image:
     if image.shape[:2] != size:
         raise UsageError(f'{sample.image} is {words(image.shape)}, but its ground truth {sample.truths[0]} is {words(size)}')
     return image
+
+
+def size_of(sample: Sample, truths: Sequence[Array]) -> tuple[int, int]:
+    """Height and width of a picture's ground truths. UsageError if they differ."""
+    first, *others = (truth.shape for truth in truths)
+    for other in others:
+        if other != first:
+            raise UsageError(f'the ground truths of {sample.name} are {words(first)} and {words(other)}')
+    return first
+
+
+def stored_map(task: Task, sample: Sample, size: tuple[int, int]) -> Array:
+    path = task.preds[sample.name]
+    return fitting(read_label_map(path), size, path, task.resize)
 
 
 def fitting(pred: Array, size: tuple[int, int], path: Path, resize: bool) -> Array:

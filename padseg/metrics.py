@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from padseg.types import Array
 
 
-DENSE = 1 << 20  # span of ids up to which a table of all ids is quicker than sorting the pixels
+DENSE = 1 << 16  # ids below which a table of all ids is quicker than filling run by run
+BLOCK = 1 << 16  # pixels counted at once: what is in between stays in the cache and asks for no fresh memory
 
 
 class ClassCounts(NamedTuple):
@@ -70,7 +71,7 @@ class RegionScores(NamedTuple):
 def contingency(a: Array, b: Array) -> Array:
     """Pixels that have the i-th id of `a` and the j-th id of `b`, ids in order of first appearance: (ids of a, ids of b) int64."""
     check(a, b)
-    a, b = compact(a), compact(b)
+    a, b = numbered(a), numbered(b)
     return tally(a, b, int(a.max()) + 1, int(b.max()) + 1)
 
 
@@ -84,30 +85,52 @@ def class_table(truth: Array, pred: Array, num_classes: int, compacted: bool = T
     if pred.min() < 0:
         raise ValueError(f'regions are numbers >= 0; got {pred.min()}')
     if truth.min() < -1 or truth.max() >= num_classes:
-        truth = np.where((truth >= 0) & (truth < num_classes), truth, -1)
-    regions = compact(pred) if compacted else pred.astype(np.int64)
-    return tally(truth.astype(np.int64) + 1, regions, num_classes + 1, int(regions.max()) + 1)[1:]
+        truth = np.where((truth >= 0) & (truth < num_classes), truth.astype(np.int64), -1)
+    regions = numbered(pred) if compacted else pred
+    low = min(int(truth.min()), 0)
+    return tally(truth, regions, num_classes, int(regions.max()) + 1, low)[-low:]
 
 
-def tally(rows: Array, columns: Array, height: int, width: int) -> Array:
-    """How often each pair of numbers occurs: two int64 arrays of one shape -> (height, width) int64."""
-    return np.bincount((rows * width + columns).ravel(), minlength=height * width).reshape(height, width)
+def tally(rows: Array, columns: Array, height: int, width: int, low: int = 0) -> Array:
+    """How often each pair of numbers occurs: integers low..height-1 and 0..width-1 of one shape -> (height - low, width) int64."""
+    counts = np.zeros((height - low) * width, np.int64)
+    rows, columns = rows.ravel(), columns.ravel()
+    for start in range(0, rows.size, BLOCK):
+        index = rows[start : start + BLOCK].astype(np.int64)
+        index -= low
+        index *= width
+        index += columns[start : start + BLOCK]
+        counts += np.bincount(index, minlength=len(counts))
+    return counts.reshape(height - low, width)
+
+
+def runs(flat: Array) -> Array:
+    """Where runs of one id start, the only places where an id can appear first: (N,) -> (R,)."""
+    return np.append(0, np.flatnonzero(flat[1:] != flat[:-1]) + 1)
+
+
+def count_ids(labels: Array) -> int:
+    """How many different ids there are."""
+    flat = labels.ravel()
+    return len(np.unique(flat[runs(flat)]))
 
 
 def compact(labels: Array) -> Array:
     """Ids renumbered 0..K-1 in order of first appearance, row by row, int64; the shape stays."""
+    return numbered(labels).astype(np.int64)
+
+
+def numbered(labels: Array) -> Array:
+    """As compact, in the smallest type that holds the numbers."""
     flat = labels.ravel()
-    low, span = int(flat.min()), int(flat.max()) - int(flat.min()) + 1
-    if span > DENSE:
-        _, first, inverse = np.unique(flat, return_index=True, return_inverse=True)
-        return first.argsort().argsort()[inverse].reshape(labels.shape)
-    index = flat if low == 0 else flat.astype(np.int64) - low
-    first = np.full(span, flat.size)
-    first[index[::-1]] = np.arange(flat.size)[::-1]  # the last value written, which is the first place, stays
-    present = np.flatnonzero(first < flat.size)
-    number = np.zeros(span, np.int64)
-    number[present[first[present].argsort()]] = np.arange(len(present))
-    return number[index].reshape(labels.shape)
+    starts = runs(flat)
+    ids, first, of_run = np.unique(flat[starts], return_index=True, return_inverse=True)
+    number = first.argsort().argsort().astype(np.min_scalar_type(len(ids)))  # of each id, ascending
+    if ids[0] < 0 or ids[-1] >= DENSE:
+        return np.repeat(number[of_run], np.diff(np.append(starts, flat.size))).reshape(labels.shape)
+    table = np.zeros(int(ids[-1]) + 1, number.dtype)
+    table[ids] = number
+    return table.take(flat).reshape(labels.shape)
 
 
 def match(table: Array) -> Array:

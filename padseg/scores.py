@@ -22,6 +22,7 @@ from padseg.boundaries import score_sweep
 from padseg.boundaries import total
 from padseg.metrics import ClassCounts
 from padseg.metrics import class_scores
+from padseg.metrics import count_ids
 from padseg.metrics import region_scores
 from padseg.protocols import Classes
 from padseg.protocols import Protocol
@@ -102,14 +103,14 @@ def score_classes(name: str, pred: Array, truth: Array, classes: Classes, rules:
     """The record of one picture with classes: prediction and ground truth (H, W) at the compared pixels."""
     counts = class_counts(pred, truth, classes, rules)
     if not counts.total:
-        return Picture(name=name, status='ignored', found=len(np.unique(pred)))
+        return Picture(name=name, status='ignored', found=count_ids(pred))
     scores = class_scores(counts, rules.absent)
     rows = np.stack(counts[:4], 1)  # (classes, 4)
     some = np.flatnonzero(rows.any(1))
     return Picture(
         name=name,
         pixels=counts.total,
-        found=len(np.unique(pred)),
+        found=count_ids(pred),
         counts=dict(zip(some.tolist(), map(tuple, rows[some].tolist()), strict=True)),
         accuracy=scores.accuracy,
         miou=scores.miou,
@@ -122,7 +123,7 @@ def score_regions(name: str, preds: Sequence[Array], truths: Sequence[Array]) ->
     for pred in preds:
         covering, pri, vi, _ = np.mean([region_scores(truth, pred) for truth in truths], axis=0).tolist()
         rows.append(Regions(covering=covering, pri=pri, vi=vi, boundary=boundary_counts(pred, truths)))
-    return Picture(name=name, pixels=preds[0].size, found=len(np.unique(preds[0])), regions=tuple(rows))
+    return Picture(name=name, pixels=preds[0].size, found=count_ids(preds[0]), regions=tuple(rows))
 
 
 class Totals:

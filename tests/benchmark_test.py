@@ -240,3 +240,17 @@ def test_in_a_process_of_its_own_without_torch(camvid, tmp_path):
 def test_protocols_of_the_api(camvid):
     rules = protocol('diffcut-fixed', compare='native')
     assert evaluate(camvid / 'labels/val', camvid / 'labels/val', 12, None, background=11, rules=rules).miou == 1.0
+
+
+def test_names_that_are_no_utf8_are_continued(camvid, tmp_path, capsys):
+    odd = os.fsdecode(b'caf\xe9')
+    for folder in ('images', 'labels'):
+        shutil.copy(camvid / folder / 'val/a.png', camvid / folder / 'val' / f'{odd}.png')
+    arguments = ('camvid', '--root', camvid, '--pred', camvid / 'labels/val', '--out', tmp_path / 'out')
+    evaluated(*arguments)
+    capsys.readouterr()
+    before = (tmp_path / 'out/pictures.jsonl').read_bytes()
+    assert {picture.name for picture in read_pictures(tmp_path / 'out/pictures.jsonl')} == {*NAMES, odd}
+    evaluated(*arguments)
+    assert printed(capsys)['counts']['pictures'] == 4
+    assert (tmp_path / 'out/pictures.jsonl').read_bytes() == before

@@ -125,6 +125,15 @@ def test_a_prediction_of_another_size_is_resized_only_on_demand(folders, num_cla
     assert evaluate(pred, truth, num_classes, resize=True)[3] == 1.0
 
 
+def test_annotators_of_different_sizes_are_refused(folders):
+    pred, truth = folders
+    put(pred / 'a.png', '12')
+    put(truth / 'a_0.png', '12')
+    put(truth / 'a_1.png', '12', '12')
+    with pytest.raises(UsageError, match=r'ground truths of a are 2 x 1 \(width x height\) and 2 x 2'):
+        evaluate(pred, truth)
+
+
 def test_empty_folders_and_bad_numbers(folders):
     with pytest.raises(NoImages, match='no '):
         evaluate(*folders)

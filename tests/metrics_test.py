@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as arrays
 
 from padseg.metrics import compact
 from padseg.metrics import contingency
+from padseg.metrics import count_ids
 from padseg.metrics import hungarian_counts
 from padseg.metrics import region_scores
 
@@ -48,6 +49,16 @@ def test_compact_numbers_by_first_appearance():
     assert compact(grid('7733', '9903')).tolist() == [[0, 0, 1, 1], [2, 2, 3, 1]]
 
 
+@given(two_maps(), strategies.sampled_from([np.uint8, np.uint16, np.int32, np.int64]), strategies.sampled_from([0, -3, 1 << 20]))
+def test_compact_against_a_loop(maps, kind, shift):
+    labels = maps[0] if kind in (np.uint8, np.uint16) else maps[0] + shift
+    labels = labels.astype(kind)
+    number: dict[int, int] = {}
+    expected = [number.setdefault(label, len(number)) for label in labels.ravel().tolist()]
+    assert compact(labels).ravel().tolist() == expected
+    assert count_ids(labels) == len(number)
+
+
 def test_matching_is_one_to_one_and_takes_the_best_total():
     # Taking the largest overlap first (class 0 with region 0, 4 pixels) would leave class 1 with nothing.
     truth, pred = grid('0000000111'), grid('0000111000')
@@ -75,6 +86,8 @@ def test_pixels_outside_the_classes_do_not_count():
 
 
 def test_eight_bit_labels_do_not_overflow():
+    void = np.array([[0, 1, 255]], np.uint8)
+    assert hungarian_counts(np.zeros((1, 3), np.uint8), void, 2).total == 2
     truth, pred = np.array([[20, 20, 0]], np.uint8), np.array([[255, 255, 7]], np.uint8)
     assert hungarian_counts(pred, truth, 27).true_positive[[0, 20]].tolist() == [1, 2]
 

@@ -1,0 +1,226 @@
+"""How fast parts of padseg are on this machine, beside simpler ways to the same result in the same run. Start it with bin/bench."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from itertools import cycle
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+from typing import NamedTuple
+from typing import TypeVar
+
+import click
+import cv2
+import numpy as np
+from skimage.metrics import contingency_table
+
+from padseg.datasets import label_folder
+from padseg.evaluate import Task
+from padseg.evaluate import paired
+from padseg.evaluate import score_stored
+from padseg.evaluate import stored
+from padseg.exports.png import read_label_map
+from padseg.exports.png import write_label_map
+from padseg.metrics import ClassCounts
+from padseg.metrics import compact
+from padseg.metrics import counts_of
+from padseg.metrics import hungarian_counts
+from padseg.metrics import match
+from padseg.metrics import widened
+from padseg.protocols import DEFAULT
+from padseg.protocols import protocol
+from padseg.types import LabelMap
+
+if TYPE_CHECKING:
+    from padseg.types import Array
+
+T = TypeVar('T')
+
+IGNORE = 255
+REGIONS = 14  # of a prediction
+CELLS = 16  # random numbers across a picture, with a smooth surface between them
+NOISE = 0.6  # of the prediction, relative to the truth
+BORDER = 32  # the ignored rows on top are the picture's side divided by this
+TIMED = 8  # pairs that single steps are timed on
+REPEATS = 7
+
+
+class Speed(NamedTuple):
+    """seconds: of scoring, the start of workers included; peak: the most memory that the process took, in MiB."""
+
+    seconds: float
+    peak: float
+
+
+@click.group()
+def main() -> None:
+    """Time parts of padseg."""
+
+
+@main.command('eval')
+@click.option('--pairs', type=click.IntRange(min=2), default=200, show_default=True, help='label maps and ground truths to make')
+@click.option('--size', type=click.IntRange(min=BORDER), default=512, show_default=True, help='their side in pixels')
+@click.option('--classes', type=click.IntRange(1, IGNORE), default=27, show_default=True, help='classes of the ground truth')
+@click.option('--json', 'as_json', is_flag=True, help='print one JSON object')
+def command(pairs: int, size: int, classes: int, as_json: bool) -> None:
+    """Scoring of stored label maps: pairs a second, time of each step, and memory.
+
+    Fresh processes score half and five times as many pairs as are made, files being read again. Pairs a second come from the
+    difference of the two, which leaves out the start of processes.
+    """
+    few, many = pairs // 2, pairs * 5
+    with tempfile.TemporaryDirectory(prefix='padseg-bench-') as name:
+        folder = Path(name)
+        fresh(make_pairs, folder, pairs, size, classes)
+        milliseconds = fresh(steps, folder, classes)
+        speeds = {workers: [fresh(score, folder, classes, number, workers) for number in (few, many)] for workers in (1, 2)}
+    per_second = {workers: rate(many - few, long.seconds - short.seconds) for workers, (short, long) in speeds.items()}
+    memory = [speed.peak for speed in speeds[1]]
+    measured = {
+        'pairs': pairs,
+        'size': size,
+        'classes': classes,
+        'processors': os.cpu_count(),
+        'load': os.getloadavg()[0],
+        'pairs_per_second': per_second,
+        'with_start': {workers: rate(many, long.seconds) for workers, (_, long) in speeds.items()},
+        'two_workers_to_one': per_second[2] / per_second[1] if per_second[1] and per_second[2] else None,
+        'milliseconds': milliseconds,
+        'scikit_image_to_count': milliseconds['scikit_image'] / milliseconds['count'],
+        'loop_to_count': milliseconds['loop'] / milliseconds['count'],
+        'memory_mib': dict(zip((few, many), memory, strict=True)),
+        'memory_many_to_few': memory[1] / memory[0],
+    }
+    print(json.dumps(measured) if as_json else in_words(measured))
+
+
+def rate(pairs: int, seconds: float) -> float | None:
+    """Pairs a second; None where the longer run was not the slower one, because both were too short to tell."""
+    return pairs / seconds if seconds > 0 else None
+
+
+def fresh(function: Callable[..., T], *arguments: object) -> T:
+    """The function's result from a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def make_pairs(folder: Path, pairs: int, size: int, classes: int) -> None:
+    """Write truth/ and pred/: palette PNGs of smooth blobs, the truth with ignored rows on top."""
+    rng = np.random.default_rng(0)
+    for number in range(pairs):
+        surfaces, others = (surface(rng, size) for _ in range(2))  # (size, size, REGIONS)
+        shown = rng.integers(0, classes, REGIONS)
+        truth = shown[surfaces.argmax(2)]
+        truth[: size // BORDER] = IGNORE
+        pred = compact((surfaces + NOISE * others).argmax(2)) + 1
+        for kind, labels in (('truth', truth), ('pred', pred)):
+            write_label_map(LabelMap(labels, ()), folder / kind / f'{number}.png')
+
+
+def surface(rng: np.random.Generator, size: int) -> Array:
+    return cv2.resize(rng.standard_normal((CELLS, CELLS, REGIONS)), (size, size), interpolation=cv2.INTER_CUBIC)
+
+
+def task_of(folder: Path, classes: int) -> Task:
+    dataset, preds = paired(label_folder(folder / 'truth', classes, IGNORE), stored(folder / 'pred'), allow_missing=False)
+    return Task(dataset, protocol(DEFAULT, compare='native'), preds)
+
+
+def score(folder: Path, classes: int, number: int, workers: int) -> Speed:
+    """Score so many pairs, the same files again if there are fewer."""
+    task = task_of(folder, classes)
+    samples = islice(cycle(task.dataset.samples), number)
+    start = time.perf_counter()
+    done = sum(picture.status == 'done' for picture in score_stored(task, samples, workers))
+    seconds = time.perf_counter() - start
+    if done != number:
+        raise click.ClickException(f'{number - done} of {number} pairs could not be scored')
+    per_mib = 2**20 if sys.platform == 'darwin' else 2**10  # bytes there, KiB elsewhere
+    return Speed(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_mib)
+
+
+def steps(folder: Path, classes: int) -> dict[str, float]:
+    """Milliseconds a pair of each step, and of two simpler ways to the counts, which have to give the same."""
+    task = task_of(folder, classes)
+    taken: dict[str, list[float]] = {'decode': [], 'classes': [], 'count': [], 'scikit_image': [], 'loop': []}
+    for sample in task.dataset.samples[:TIMED]:
+        path = task.preds[sample.name]
+        (raw,), pred = timed(taken['decode'], lambda: (task.dataset.read(sample), read_label_map(path)))
+        truth = timed(taken['classes'], lambda: task.dataset.to_classes(raw))
+        counts = timed(taken['count'], lambda: hungarian_counts(pred, truth, classes))
+        others = (
+            timed(taken['scikit_image'], lambda: matched(skimage_table(pred, raw, classes))),
+            timed(taken['loop'], lambda: matched(loop_table(pred, raw, classes))),
+        )
+        if not all(same(counts, other) for other in others):
+            raise click.ClickException(f'different counts for {path}: {counts} and {others}')
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def same(a: ClassCounts, b: ClassCounts) -> bool:
+    return a.total == b.total and np.array_equal(np.stack(a[:4]), np.stack(b[:4]))
+
+
+def timed(taken: list[float], function: Callable[[], T]) -> T:
+    """The function's result; adds the milliseconds of the quickest of several calls to `taken`."""
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        result = function()
+        times.append(1000 * (time.perf_counter() - start))
+    taken.append(min(times))
+    return result
+
+
+def matched(table: Array) -> ClassCounts:
+    table = widened(table)
+    return counts_of(table, match(table))
+
+
+def skimage_table(pred: Array, truth: Array, classes: int) -> Array:
+    """Pixels of each class in each region by scikit-image: truth of classes and IGNORE, regions from 1 on."""
+    table = contingency_table(truth, pred, ignore_labels=[IGNORE]).toarray().astype(np.int64)
+    return np.pad(table, ((0, max(0, classes - len(table))), (0, 0)))[:classes, 1:]
+
+
+def loop_table(pred: Array, truth: Array, classes: int) -> Array:
+    """The same by counting each class in each region."""
+    regions = range(1, int(pred.max()) + 1)
+    return np.array([[np.count_nonzero((truth == name) & (pred == region)) for region in regions] for name in range(classes)])
+
+
+def in_words(measured: dict[str, Any]) -> str:
+    """One measure a line, each with its ratio where there is one."""
+    per_second, start, taken = measured['pairs_per_second'], measured['with_start'], measured['milliseconds']
+    (few, less), (many, more) = measured['memory_mib'].items()
+    ratio = measured['two_workers_to_one']
+    size = f'{measured["size"]} x {measured["size"]}'
+    rows = [
+        ('one worker', per_second[1], f'pairs/s; {start[1]:.1f} with its start'),
+        ('two workers', per_second[2], f'pairs/s; {start[2]:.1f} with their start' + (f'; {ratio:.2f} x one worker' if ratio else '')),
+        ('decoding', taken['decode'], 'ms a pair'),
+        ('values to classes', taken['classes'], 'ms'),
+        ('matching and counting', taken['count'], 'ms'),
+        ('  by scikit-image', taken['scikit_image'], f'ms; {measured["scikit_image_to_count"]:.1f} x'),
+        ('  by a loop', taken['loop'], f'ms; {measured["loop_to_count"]:.1f} x'),
+        (f'memory of {few} pairs', less, 'MiB'),
+        (f'memory of {many} pairs', more, f'MiB; {measured["memory_many_to_few"]:.3f} x'),
+    ]
+    head = f'pairs of {size}, {measured["classes"]} classes; {measured["processors"]} processors, load {measured["load"]:.2f}'
+    return '\n'.join([head, *(f'{name:22} {"too short" if value is None else f"{value:9.2f}"} {unit}' for name, value, unit in rows)])
+
+
+if __name__ == '__main__':
+    main()
