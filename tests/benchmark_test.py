@@ -254,3 +254,14 @@ def test_names_that_are_no_utf8_are_continued(camvid, tmp_path, capsys):
     evaluated(*arguments)
     assert printed(capsys)['counts']['pictures'] == 4
     assert (tmp_path / 'out/pictures.jsonl').read_bytes() == before
+
+
+def test_flags_can_stand_for_the_file_that_describes_a_folder(camvid, capsys):
+    arguments = ('folder', '--root', camvid, '--pred', camvid / 'labels/val')
+    evaluated(*arguments, code=5)  # there is no padseg.toml
+    capsys.readouterr()
+    evaluated(*arguments, '--num-classes', '4', '--ignore', '11')
+    assert printed(capsys)['iou'] == {'0': None, '1': 1.0, '2': 1.0, '3': 1.0}
+    (camvid / 'padseg.toml').write_text("classes = ['sky', 'building', 'pole', 'road']\nignore_index = 11\n")
+    evaluated(*arguments)
+    assert printed(capsys)['iou'] == {'sky': None, 'building': 1.0, 'pole': 1.0, 'road': 1.0}

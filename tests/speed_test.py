@@ -82,7 +82,7 @@ def test_pairs_are_palette_pngs_with_all_that_is_asked_for(tmp_path):
         with PIL.Image.open(tmp_path / 'truth' / f'{number}.png') as truth, PIL.Image.open(tmp_path / 'pred' / f'{number}.png') as pred:
             assert truth.mode == pred.mode == 'P' and truth.size == pred.size == (64, 64)
             labels, regions = np.asarray(truth), np.asarray(pred)
-        assert (labels[:2] == bench.IGNORE).all() and labels[2:].max() < 27
+        assert (labels[:2] == speed.IGNORE).all() and labels[2:].max() < 27
         assert regions[0, 0] == 1 and set(np.unique(regions)) == set(range(1, regions.max() + 1))
         counts = speed.matched(speed.loop_table(regions, labels, 27))
         assert 0.3 < counts.true_positive.sum() / counts.total < 1

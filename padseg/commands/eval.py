@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
+from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -21,8 +24,10 @@ if TYPE_CHECKING:
     from padseg.benchmark import Job
     from padseg.benchmark import Report
     from padseg.datasets import Dataset
+    from padseg.datasets import Sample
     from padseg.datasets.check import Check
     from padseg.predict import Predictor
+    from padseg.progress import Progress
     from padseg.protocols import Protocol
 
 FOLDER = click.Path(path_type=Path)
@@ -35,10 +40,10 @@ FOLDER = click.Path(path_type=Path)
 @click.option('--check', is_flag=True, help='look at the data only: layout, sizes, labels')
 @click.option('--pred', type=FOLDER, help='score these label maps, such as OUT/labels of `padseg run`, instead of running a model')
 @click.option('--labels', type=FOLDER, help='without DATASET: folder of ground truth with the same names as --pred')
-@click.option('--num-classes', type=click.IntRange(min=1), help='with --labels: classes of the ground truth')
-@click.option('--ignore', type=int, default=255, show_default=True, help='with --labels: value of pixels that do not count')
-@click.option('--background', type=click.IntRange(min=0), help='with --labels: class that is the background')
-@click.option('--regions', is_flag=True, help='with --labels: the ground truth has no classes, compare partitions')
+@click.option('--num-classes', type=click.IntRange(min=1), help='with --labels or folder: classes of the ground truth')
+@click.option('--ignore', type=int, default=255, show_default=True, help='with --labels or folder: value of pixels that do not count')
+@click.option('--background', type=click.IntRange(min=0), help='with --labels or folder: class that is the background')
+@click.option('--regions', is_flag=True, help='with --labels or folder: the ground truth has no classes, compare partitions')
 @click.option('--protocol', help='how regions become classes and what is compared; see README (default: seg4diff-paper)')
 @click.option('--compare', help="pixels that are compared: native, crop, 512, 128, short-640 (default: the protocol's; native with --pred)")
 @click.option('--raw-ids', is_flag=True, help='match ids of predictions as they are, gaps included, as released code does')
@@ -70,7 +75,7 @@ def command(ctx: click.Context, /, as_json: bool, quiet: bool, check: bool, **gi
     """
     must_fit_together(given, check)
     if check:
-        return show_check(open_named(given), as_json)
+        return show_check(open_named(given), as_json, shown(quiet))
     from padseg.benchmark import run
 
     outcome = run(job_of(ctx, given), shown(quiet))
@@ -86,8 +91,8 @@ def must_fit_together(given: dict[str, Any], check: bool) -> None:
     if given['dataset']:
         if not given['root']:
             raise click.UsageError('DATASET needs --root, the folder where it is.')
-        if given['labels'] or given['num_classes'] or given['regions']:
-            raise click.UsageError('--labels, --num-classes and --regions describe a folder of ground truth: leave them out with DATASET.')
+        if given['labels'] or (given['dataset'] != 'folder' and (given['num_classes'] or given['regions'])):
+            raise click.UsageError('--labels, --num-classes and --regions describe ground truth of your own: leave them out with DATASET.')
     elif check:
         raise click.UsageError('--check needs DATASET and --root.')
     elif not (given['pred'] and given['labels']):
@@ -97,8 +102,15 @@ def must_fit_together(given: dict[str, Any], check: bool) -> None:
 
 
 def open_named(given: dict[str, Any], raw_labels: bool = False) -> Dataset:
+    """DATASET below --root; flags can say what a padseg.toml would."""
+    from padseg.datasets import FOLDER as OWN
+    from padseg.datasets import Settings
     from padseg.datasets import open_dataset
+    from padseg.datasets import open_folder
 
+    if given['dataset'] == OWN and (given['num_classes'] or given['regions']):  # in place of padseg.toml
+        own = Settings(num_classes=given['num_classes'], ignore_index=given['ignore'], background=given['background'])
+        return open_folder(given['root'], given['split'], own, given['allow_missing'])
     return open_dataset(given['dataset'], given['root'], given['split'], raw_labels, given['allow_missing'])
 
 
@@ -196,13 +208,22 @@ def shown_score(score: float | None) -> str:
     return '–' if score is None else f'{score:.4f}'
 
 
-def show_check(dataset: Dataset, as_json: bool) -> int:
+def show_check(dataset: Dataset, as_json: bool, progress: Progress) -> int:
     """Print what the data hold; 3 if files cannot be used or values are out of range."""
     from padseg.datasets.check import check
 
-    found = check(dataset)
+    with contextlib.closing(progress):
+        found = check(dataset, watched(dataset.samples, progress))
     print(json.dumps(found.as_dict()) if as_json else '\n'.join(check_lines(found)))
     return 0 if found.good else SOME_FAILED
+
+
+def watched(samples: Sequence[Sample], progress: Progress) -> Iterator[Sample]:
+    """The samples, each counted as done when the next one is asked for."""
+    progress.start(len(samples))
+    for sample in samples:
+        yield sample
+        progress.step()
 
 
 def check_lines(found: Check) -> list[str]:
