@@ -11,6 +11,7 @@ from padseg.errors import UsageError
 
 NORMALISATIONS = ('minmax-softmax', 'sum', 'share')
 GEOMETRIES = ('whole', 'stretch', 'diffseg', 'diffcut', 'seg4diff-paper', 'seg4diff-release')
+UNREFINED = {'superpixels': 0.0, 'components': False, 'min_area': 0.0}  # the papers end with the argmax
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -53,9 +54,13 @@ class Options:
         require(self.min_area is None or 0 <= self.min_area < 1, f'min_area is a share of the picture in 0..1; got {self.min_area}')
 
     def resolve(self, spec: Spec) -> Resolved:
-        """These options on a backbone: every None replaced by the value in its row, and all checked against its size."""
+        """These options on a backbone: every None replaced by the value in its row, and all checked against its size.
+
+        A paper's preset has no refinements but those that are asked for.
+        """
+        row = {**spec._asdict(), **(UNREFINED if self.geometry != 'whole' else {})}
         given = dataclasses.asdict(self)
-        filled = Options(**{name: getattr(spec, name) if value is None else value for name, value in given.items()})
+        filled = Options(**{name: row[name] if value is None else value for name, value in given.items()})
         resolved = Resolved(**dataclasses.asdict(filled))
         require(resolved.layer < spec.layers, f'layer is one of 0..{spec.layers - 1} for {spec.repo}; got {resolved.layer}')
         require(resolved.step <= spec.steps, f'step is one of 1..{spec.steps} for {spec.repo}; got {resolved.step}')

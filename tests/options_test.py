@@ -81,6 +81,15 @@ def test_what_is_left_open_comes_from_the_row():
     )
 
 
+def test_a_papers_preset_leaves_refinements_off_unless_they_are_given():
+    row = ROW._replace(superpixels=20.0, components=True, min_area=0.1)
+    for geometry in GEOMETRIES[1:]:
+        resolved = Options(geometry=geometry).resolve(row)
+        assert (resolved.superpixels, resolved.components, resolved.min_area) == (0.0, False, 0.0)
+    kept = Options(geometry='diffseg', superpixels=9.0, min_area=0.2).resolve(row)
+    assert (kept.superpixels, kept.components, kept.min_area) == (9.0, False, 0.2)
+
+
 def test_what_is_given_stands_even_where_it_is_false():
     given = Options(
         layer=0,
