@@ -7,23 +7,34 @@ import dataclasses
 import errno
 import hashlib
 import json
+import logging
 import math
 import platform
 import time
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
+from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from datetime import timezone
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import NamedTuple
+from typing import TypeVar
 
 from padseg import __version__
 from padseg.errors import NoImages
 from padseg.errors import OutputConflict
+from padseg.errors import ResourceExhausted
 from padseg.errors import UsageError
 from padseg.exports import FORMATS
 from padseg.exports.files import exclusive
 from padseg.exports.files import sweep
+from padseg.images import MAX_PIXELS
 from padseg.images import Found
 from padseg.images import ImageError
 from padseg.images import decode
@@ -43,6 +54,8 @@ from padseg.records import read_entries
 from padseg.records import read_run
 from padseg.records import write_entries
 from padseg.records import write_run
+from padseg.selection import Selection
+from padseg.selection import select
 from padseg.signals import Stop
 from padseg.versions import versions
 
@@ -53,10 +66,18 @@ if TYPE_CHECKING:
 
 # A picture's own fault when its results cannot be written; any other error of the file system concerns the whole run.
 NAME_FAULTS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+log = logging.getLogger(__name__)
+A = TypeVar('A')
+B = TypeVar('B')
 
 
 class Job(NamedTuple):
-    """What `padseg run` is asked to do: source, a folder or one picture; out, where results go; model … dtype as for `load`."""
+    """What `padseg run` is asked to do: source, a folder or one picture; out, where results go; model … dtype as for `load`.
+
+    workers: threads that read pictures ahead, and as many that write results behind the model. checksum: a picture is unchanged if its
+    content is, not if size and time of change are. max_failures: how many pictures may fail before the run ends. max_pixels: of a picture.
+    """
 
     source: Path
     out: Path
@@ -68,6 +89,11 @@ class Job(NamedTuple):
     batch: int = 1
     overlay: bool = False
     overwrite: bool = False
+    workers: int = 1
+    checksum: bool = False
+    max_failures: int | None = None
+    max_pixels: int = MAX_PIXELS
+    selection: Selection = Selection()
 
 
 class Counts(NamedTuple):
@@ -83,10 +109,19 @@ class Counts(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """A picture that was read, with what is known of it so far; image is None if it failed."""
+    """A picture that was read, with what is known of it so far; image is None if it failed; labels: what the model found."""
 
     entry: Entry
     image: Image | None
+    labels: LabelMap | None = None
+
+
+class Plan(NamedTuple):
+    """What there is to do. kept: records of pictures that stay as they are; earlier: the run that made results which are there."""
+
+    pending: list[Found]
+    kept: dict[str, Entry]
+    earlier: Run | None
 
 
 def run(job: Job, progress: Progress = Silent()) -> Counts:
@@ -95,21 +130,12 @@ def run(job: Job, progress: Progress = Silent()) -> Counts:
     Raises NoImages, UsageError, ModelUnavailable, and OutputConflict if the output was made with other settings or is being written.
     """
     began = time.perf_counter()
-    if job.source.resolve() == job.out.resolve():
-        raise UsageError(f'the output cannot be the folder of the pictures itself: {job.out}')
-    pictures = find(job.source, skip=job.out)
-    if not pictures:
-        raise NoImages(f'there are no pictures in {job.source}')
-    with exclusive(job.out), Stop() as stop:
-        earlier = None if job.overwrite else read_run(job.out / 'run.json')
-        kept = read_entries(job.out / 'manifest.jsonl') if earlier else {}
-        kept = {name: entry for name, entry in kept.items() if entry.status == 'done'}
-        pending = [picture for picture in pictures if not is_done(picture, kept.get(picture.name), job)]
-        again = {picture.name for picture in pending}
-        entries = {name: entry for name, entry in kept.items() if name not in again}
+    found, pictures = choose(job)
+    with exclusive(job.out), full_disk(job.out), Stop() as stop:
+        pending, entries, earlier = plan(job, found, pictures)
         skipped = len(pictures) - len(pending)
         if pending or earlier is None or earlier.requested != requested(job):
-            backbone, record = prepare(job, earlier if kept else None)
+            backbone, record = prepare(job, earlier)
             write_run(record, job.out / 'run.json')
             with contextlib.closing(progress):
                 progress.start(len(pending))
@@ -123,11 +149,51 @@ def run(job: Job, progress: Progress = Silent()) -> Counts:
     return counts
 
 
+def choose(job: Job) -> tuple[list[Found], list[Found]]:
+    """All pictures of the source, and those that the run is about. Raises NoImages if there are none, and UsageError."""
+    if job.source.resolve() == job.out.resolve():
+        raise UsageError(f'the output cannot be the folder of the pictures itself: {job.out}')
+    found = find(job.source, skip=job.out)
+    if not found:
+        raise NoImages(f'there are no pictures in {job.source}')
+    pictures = select(found, job.selection)
+    if not pictures:
+        raise NoImages(f'none of the {len(found)} pictures in {job.source} is selected')
+    return found, pictures
+
+
+def plan(job: Job, found: list[Found], pictures: list[Found]) -> Plan:
+    """Compare the chosen pictures with the results that are there. OutputConflict if these cannot be understood."""
+    earlier = None if job.overwrite else read_run(job.out / 'run.json')
+    entries = read_entries(job.out / 'manifest.jsonl') if earlier else {}
+    done = {name: entry for name, entry in entries.items() if entry.status == 'done'}
+    pending = [picture for picture in pictures if not is_done(picture, done.get(picture.name), job)]
+    again = {picture.name for picture in pending}
+    there = {picture.name for picture in found} - {picture.name for picture in pictures}
+    # failed pictures that this run is not about keep their records, unless they are gone
+    kept = {name: entry for name, entry in entries.items() if name not in again and (entry.status == 'done' or name in there)}
+    return Plan(pending, kept, earlier if done else None)
+
+
+@contextlib.contextmanager
+def full_disk(out: Path) -> Iterator[None]:
+    """A full disk or quota, at whichever write, as ResourceExhausted."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise ResourceExhausted(f'{out}: {error.strerror}; what is finished stays, and the same command continues') from error
+
+
 def is_done(picture: Found, entry: Entry | None, job: Job) -> bool:
     """Whether this very picture has all its results."""
     if entry is None or not all((job.out / path).exists() for path in outputs(picture.name, job).values()):
         return False
     try:
+        now = picture.path.stat()
+        if not job.checksum and (now.st_size, now.st_mtime_ns) == (entry.bytes, entry.modified):
+            return True
         return hashlib.sha256(picture.path.read_bytes()).hexdigest() == entry.sha256
     except OSError:
         return False  # reading it again will tell what is wrong
@@ -188,45 +254,106 @@ def work(job: Job, backbone: Backbone, pending: list[Found], entries: dict[str, 
     for folder in {job.out, *(path.parent for path in places)}:
         sweep(folder)
     write_entries(entries.values(), job.out / 'manifest.jsonl')  # drops a torn last line before more are added
+    failures = 0
     with (job.out / 'manifest.jsonl').open('a', encoding='ascii') as manifest:
-        for start in range(0, len(pending), job.batch):
-            for entry in segment_pictures(job, backbone, pending[start : start + job.batch], stop):
-                manifest.write(line(entry))
-                manifest.flush()
-                yield entry
-            if stop.signal:
-                return
+        for entry in results(job, backbone, pending, stop):
+            manifest.write(line(entry))
+            manifest.flush()
+            yield entry
+            failures += entry.status == 'failed'
+            if job.max_failures is not None and failures > job.max_failures:
+                stop.asked = True
 
 
-def segment_pictures(job: Job, backbone: Backbone, pictures: list[Found], stop: Stop) -> Iterator[Entry]:
-    """Read, segment and save a batch; the records of its pictures. A batch that was asked to stop before its forward is dropped."""
+def results(job: Job, backbone: Backbone, pending: list[Found], stop: Stop) -> Iterator[Entry]:
+    """Read pictures ahead of the model and write results behind it, each in threads of its own; their records, in order."""
+    with threads(job.workers) as readers, threads(job.workers) as writers:
+        depth = job.batch + job.workers
+        taken = ahead(readers, partial(take, max_pixels=job.max_pixels), pending, depth)
+        found = (each for some in batches(taken, job.batch) if not stop.asked for each in segmented(some, backbone, job.options))
+        yield from ahead(writers, partial(save, job), until(stop, found), depth)
+
+
+@contextlib.contextmanager
+def threads(number: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool that after an error starts nothing more."""
+    pool = ThreadPoolExecutor(number)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def ahead(pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[A], depth: int) -> Iterator[B]:
+    """function(item) for every item in order, computed in the pool, at most `depth` before they are asked for."""
+    running: deque[Future[B]] = deque()
+    for item in items:
+        running.append(pool.submit(function, item))
+        while running and (len(running) > depth or running[0].done()):
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()
+
+
+def batches(items: Iterable[A], size: int) -> Iterator[list[A]]:
+    """The items in lists of `size`, the last one shorter."""
+    each = iter(items)
+    while batch := list(islice(each, size)):
+        yield batch
+
+
+def until(stop: Stop, items: Iterable[A]) -> Iterator[A]:
+    """The items, until the run is asked to stop."""
+    for item in items:
+        yield item
+        if stop.asked:
+            return
+
+
+def segmented(taken: list[Taken], backbone: Backbone, options: Options) -> Iterator[Taken]:
+    """A batch with its label maps."""
+    images = [image for _, image, _ in taken if image is not None]
+    began = time.perf_counter()
+    found = iter(label_maps(images, backbone, options) if images else ())
+    share = round((time.perf_counter() - began) / max(1, len(images)), 4)
+    for each in taken:
+        if each.image is not None:
+            each.entry.stages['segment'] = share
+            labels = next(found)
+            if labels is None:
+                fail(each.entry, ImageError('out of memory, alone in its batch: try a smaller --side'))
+            yield each._replace(labels=labels)
+        else:
+            yield each
+
+
+def label_maps(images: list[Image], backbone: Backbone, options: Options) -> list[LabelMap | None]:
+    """Label maps of a batch; where memory runs out, of halves of it. None for a picture that is too much by itself."""
+    import torch
+
     from padseg.segment import segment_batch
 
-    taken = [take(picture) for picture in pictures]
-    if stop.signal:
-        return
-    images = [image for _, image in taken if image is not None]
-    began = time.perf_counter()
-    results = iter(segment_batch(images, backbone, job.options) if images else ())
-    share = (time.perf_counter() - began) / max(1, len(images))
-    for entry, image in taken:
-        if image is not None:
-            entry.stages['segment'] = round(share, 4)
-            save(job, entry, image, next(results))
-        entry.seconds = round(sum(entry.stages.values()), 4)
-        yield entry
+    try:
+        return list(segment_batch(images, backbone, options))
+    except torch.OutOfMemoryError:
+        log.warning('out of memory with %d pictures at once', len(images))
+    if len(images) == 1:
+        return [None]
+    half = len(images) // 2
+    return label_maps(images[:half], backbone, options) + label_maps(images[half:], backbone, options)
 
 
-def take(picture: Found) -> Taken:
+def take(picture: Found, max_pixels: int = MAX_PIXELS) -> Taken:
     """Read a picture and start its record."""
     began = time.perf_counter()
     entry = Entry(input=picture.name, status='failed')
     image = None
     try:
+        entry.modified = picture.path.stat().st_mtime_ns
         data = picture.path.read_bytes()
         entry.bytes = len(data)
         entry.sha256 = hashlib.sha256(data).hexdigest()
-        image = decode(data)
+        image = decode(data, max_pixels)
         entry.size = (image.shape[0], image.shape[1])
     except (ImageError, OSError) as error:
         fail(entry, error)
@@ -234,20 +361,26 @@ def take(picture: Found) -> Taken:
     return Taken(entry, image)
 
 
-def save(job: Job, entry: Entry, image: Image, labels: LabelMap) -> None:
-    """Write a picture's results and complete its record."""
-    began = time.perf_counter()
+def save(job: Job, taken: Taken) -> Entry:
+    """Write a picture's results; its complete record."""
+    entry, image, labels = taken
+    if image is not None and labels is not None:
+        began = time.perf_counter()
+        try:
+            write_results(job, entry, image, labels)
+        except (ImageError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in NAME_FAULTS:
+                raise
+            fail(entry, error)
+        entry.stages['write'] = round(time.perf_counter() - began, 4)
+    entry.seconds = round(sum(entry.stages.values()), 4)
+    return entry
+
+
+def write_results(job: Job, entry: Entry, image: Image, labels: LabelMap) -> None:
     places = outputs(entry.input, job)
-    try:
-        for name, path in places.items():
-            FORMATS[name].write(image, labels, job.out / path)
-    except ImageError as error:
-        return fail(entry, error)
-    except OSError as error:
-        if error.errno not in NAME_FAULTS:
-            raise
-        return fail(entry, error)
-    entry.stages['write'] = round(time.perf_counter() - began, 4)
+    for name, path in places.items():
+        FORMATS[name].write(image, labels, job.out / path)
     entry.regions = int(labels.labels.max())
     entry.outputs = places
     entry.status = 'done'

@@ -18,9 +18,13 @@ class UsageError(PadsegError):
 
 
 class ModelUnavailable(PadsegError):
-    """The model's files cannot be had: unknown, gated, offline, incomplete."""
+    """The model's files cannot be had; state says why in a word or two: `damaged`, `incomplete`, `no token`, …"""
 
     exit_code = 4
+
+    def __init__(self, message: str, state: str = 'damaged') -> None:
+        super().__init__(message)
+        self.state = state
 
 
 class NoImages(PadsegError):
@@ -33,6 +37,12 @@ class OutputConflict(PadsegError):
     """The output folder belongs to a run with another configuration."""
 
     exit_code = 6
+
+
+class ResourceExhausted(PadsegError):
+    """The disk or the quota is full, or memory ran out; what was finished stays, and the same command continues."""
+
+    exit_code = 7
 
 
 class UnreadableLabels(PadsegError):

@@ -80,8 +80,11 @@ def read(path: str | Path) -> Image:
     return decode(Path(path).read_bytes())
 
 
-def decode(data: bytes) -> Image:
-    """The picture in a file's bytes, its first frame, (H, W, 3) uint8 RGB, upright. Raises ImageError with the reason."""
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image:
+    """The picture in a file's bytes, its first frame, (H, W, 3) uint8 RGB, upright. Raises ImageError with the reason.
+
+    max_pixels: larger pictures are refused before they are decoded.
+    """
     if not data:
         raise ImageError('empty file')
     with warnings.catch_warnings():
@@ -94,8 +97,8 @@ def decode(data: bytes) -> Image:
             raise ImageError(f'size exceeds {MAX_PIXELS} pixels') from error
         except DAMAGE as error:
             raise ImageError(f'truncated or damaged: {error}') from error
-        if picture.width * picture.height > MAX_PIXELS:
-            raise ImageError(f'size {picture.width}x{picture.height} exceeds {MAX_PIXELS} pixels')
+        if picture.width * picture.height > max_pixels:
+            raise ImageError(f'size {picture.width}x{picture.height} exceeds {max_pixels} pixels')
         try:
             picture.load()
             return np.array(to_rgb(picture))  # (H, W, 3)

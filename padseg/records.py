@@ -21,11 +21,15 @@ Setting = str | int | float | bool | None
 
 
 class Entry(BaseModel):
-    """One picture, a line of manifest.jsonl. input is a POSIX path relative to the folder, outputs are to OUT; size is (height, width)."""
+    """One picture, a line of manifest.jsonl. input is a POSIX path relative to the folder, outputs are to OUT; size is (height, width).
+
+    modified: when the file last changed, in nanoseconds since 1970.
+    """
 
     input: Name
     status: Literal['done', 'failed']
     bytes: int | None = None
+    modified: int | None = None
     sha256: str | None = None
     size: tuple[int, int] | None = None
     regions: int | None = None

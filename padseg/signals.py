@@ -10,9 +10,13 @@ from typing import Any
 
 
 class Stop:
-    """Context manager; `signal` is the number of the signal that asked to stop, or None. Outside the main thread it only stays None."""
+    """Context manager; `asked`: whether to stop; `signal`: the number of the signal that asked, or None.
+
+    Outside the main thread no signal is noted.
+    """
 
     def __init__(self) -> None:
+        self.asked = False
         self.signal: int | None = None
         self.before: dict[int, Any] = {}
 
@@ -25,6 +29,7 @@ class Stop:
         self.restore()
 
     def note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
         self.signal = number
         self.restore()
 

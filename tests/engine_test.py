@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from padseg.exports import read_masks
 from padseg.images import read
 from padseg.options import Options
 from padseg.progress import Silent
+from padseg.selection import Selection
 
 SIZES = {'a.jpg': (48, 80), 'a.png': (48, 80), 'sub/b.png': (64, 40)}
 
@@ -83,7 +85,8 @@ class Signal(Silent):
         self.numbers = numbers
 
     def step(self):
-        for number in self.numbers:
+        numbers, self.numbers = self.numbers, ()
+        for number in numbers:
             os.kill(os.getpid(), number)
 
 
@@ -253,13 +256,16 @@ def test_overwrite_does_everything_again(job):
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_cleanly_and_the_next_run_continues(job, tmp_path, number):
+    for seed in range(12):
+        put_picture(job.source / 'more' / f'{seed}.png', (40, 48), seed)
     engine.run(job._replace(out=tmp_path / 'whole'))
     counts = engine.run(job, Signal(number))
-    assert (counts.signal, counts.images, counts.done) == (number, 3, 1)
+    assert (counts.signal, counts.images, counts.failed) == (number, 15, 0) and 1 <= counts.done < 8
     assert run_record(job)['status'] == 'interrupted'
+    assert len(records(job)) == counts.done == len(list((job.out / 'labels').rglob('*.png')))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    counts = engine.run(job)
-    assert (counts.done, counts.skipped) == (3, 1)
+    again = engine.run(job)
+    assert (again.done, again.skipped) == (15, counts.done)
     assert run_record(job)['status'] == 'finished'
     assert results(job.out) == results(tmp_path / 'whole')
 
@@ -358,3 +364,165 @@ def test_a_run_in_a_thread(job):
     thread.start()
     thread.join()
     assert done[0].done == 3
+
+
+def alike(job):
+    """The manifest but for times."""
+    return [{name: value for name, value in entry.items() if name not in ('seconds', 'stages')} for entry in records(job)]
+
+
+def test_killed_at_many_moments_nothing_is_lost_or_half_written(job, tmp_path):
+    """Children that were forked with the libraries loaded are killed at random moments; then one goes to the end."""
+    program = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from padseg import engine
+from padseg.backbones import load
+torch.set_num_threads(1)
+source, out, model, kills = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+job = engine.Job(source, out, model=model, device='cpu')
+random.seed(0)
+killed = 0
+while killed < kills:
+    child = os.fork()
+    if not child:
+        engine.run(job._replace(overwrite=killed % 5 == 0))
+        os._exit(0)
+    time.sleep(random.uniform(0.02, 0.35))
+    os.kill(child, signal.SIGKILL)
+    killed += os.waitpid(child, 0)[1] == signal.SIGKILL
+"""
+    for seed in range(12):
+        put_picture(job.source / 'more' / f'{seed}.png', (40, 48), seed)
+    engine.run(job._replace(out=tmp_path / 'whole'))
+    kills = os.environ.get('PADSEG_TEST_KILLS', '15')
+    command = [sys.executable, '-c', program, job.source, job.out, job.model, kills]
+    subprocess.run(command, cwd=Path(__file__).parent.parent, check=True)
+    engine.run(job)
+    assert results(job.out) == results(tmp_path / 'whole')
+    assert alike(job) == alike(job._replace(out=tmp_path / 'whole'))
+    assert not list(job.out.rglob('.padseg-*'))
+
+
+def test_a_full_disk_stops_with_what_is_finished(job, tmp_path):
+    """A limit on the size of files stands for a full disk: the large picture's overlay cannot be written."""
+    put_picture(job.source / 'sub' / 'c.png', (900, 900))
+    program = (
+        'import resource, sys; from padseg.cli import main\n'
+        'resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n'
+        "sys.exit(main(['run', '--dir', sys.argv[1], '--out', sys.argv[2], '--model', sys.argv[3], '--device', 'cpu', '--overlay']))\n"
+    )
+    command = [sys.executable, '-c', program, job.source, job.out, job.model]
+    ran = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert ran.returncode == 7, ran.stderr
+    assert 'what is finished stays, and the same command continues' in ran.stderr
+    assert not list(job.out.rglob('.padseg-*'))
+    assert not (job.out / 'overlays/sub/c.png.jpg').exists()
+    overlaid = job._replace(overlay=True)
+    assert engine.run(overlaid).skipped >= 1
+    engine.run(overlaid._replace(out=tmp_path / 'whole'))
+    assert results(job.out) == results(tmp_path / 'whole')
+
+
+def test_pictures_are_told_unchanged_by_size_and_time(job):
+    engine.run(job)
+    path = job.source / 'a.png'
+    before = path.stat()
+    data = bytearray(path.read_bytes())
+    path.touch()
+    assert engine.run(job).skipped == 3  # touched, but of the same content
+    data[-1] ^= 1  # a check sum at the end, which Pillow does not look at
+    path.write_bytes(data)
+    assert path.stat().st_size == before.st_size
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert engine.run(job).skipped == 3
+    assert engine.run(job._replace(checksum=True)).skipped == 2
+
+
+def test_shards_make_what_one_run_makes(job, tmp_path):
+    for seed in range(6):
+        put_picture(job.source / 'more' / f'{seed}.png', (40, 48), seed)
+    engine.run(job._replace(out=tmp_path / 'whole'))
+    done = [engine.run(job._replace(selection=Selection(shard=(part, 3)))).images for part in (1, 2, 3)]
+    assert sum(done) == 9 and max(done) < 9
+    assert results(job.out) == results(tmp_path / 'whole')
+    assert alike(job) == alike(job._replace(out=tmp_path / 'whole'))
+
+
+def test_a_run_over_some_pictures_keeps_the_records_of_others(job):
+    (job.source / 'sub' / 'bad.png').write_bytes(b'bad')
+    engine.run(job)
+    counts = engine.run(job._replace(selection=Selection(include=('a.*',)), options=job.options))
+    assert (counts.images, counts.skipped, counts.failed) == (2, 2, 0)
+    assert {entry['input']: entry['status'] for entry in records(job)} == {
+        'a.jpg': 'done',
+        'a.png': 'done',
+        'sub/b.png': 'done',
+        'sub/bad.png': 'failed',
+    }
+    with pytest.raises(NoImages, match='none of the 4 pictures in .* is selected'):
+        engine.run(job._replace(selection=Selection(include=('z*',))))
+
+
+def test_too_many_failures_end_the_run(job):
+    for number in range(9):
+        (job.source / f'a{number}.png').write_bytes(b'bad')
+    counts = engine.run(job._replace(max_failures=2))
+    assert 3 <= counts.failed < 9 and counts.done < 3
+    assert engine.run(job).failed == 9
+
+
+def test_pictures_with_too_many_pixels_fail(job):
+    counts = engine.run(job._replace(max_pixels=48 * 80 - 1))
+    assert (counts.done, counts.failed) == (1, 2)
+    assert 'size 80x48 exceeds 3839 pixels' in records(job, 'failures.jsonl')[0]['reason']
+
+
+@pytest.mark.parametrize('workers', [1, 3])
+def test_threads_change_nothing(job, tmp_path, workers):
+    for seed in range(6):
+        put_picture(job.source / 'more' / f'{seed}.png', (40, 48), seed)
+    engine.run(job._replace(workers=workers, batch=2))
+    engine.run(job._replace(out=tmp_path / 'whole'))
+    assert results(job.out) == results(tmp_path / 'whole')
+
+
+def test_where_memory_runs_out_batches_are_halved(job, backbone):
+    import torch
+
+    images = [read(job.source / name) for name in SIZES]
+    expected = engine.label_maps(images, backbone, job.options)
+    family = backbone.family
+
+    class Small:
+        calls = 0
+
+        def __getattr__(self, name):
+            return getattr(family, name)
+
+        def denoise(self, *arguments, **options):
+            self.calls += 1
+            if self.calls <= 2:  # the first tries at three pictures and at one
+                raise torch.OutOfMemoryError
+            return family.denoise(*arguments, **options)
+
+    found = engine.label_maps(images, dataclasses.replace(backbone, family=Small()), job.options)
+    assert found[0] is None
+    assert all(np.array_equal(one.labels, two.labels) for one, two in zip(found[1:], expected[1:], strict=True))
+
+
+def test_work_ahead_keeps_the_order_and_is_bounded():
+    running = []
+
+    def slow(number):
+        running.append(number)
+        return number * 2
+
+    def items():
+        for number in range(20):
+            assert len(running) <= number + 1
+            yield number
+
+    with engine.threads(4) as pool:
+        assert list(engine.ahead(pool, slow, items(), 5)) == [number * 2 for number in range(20)]

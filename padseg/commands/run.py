@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from padseg.images import MAX_PIXELS
 from padseg.options import Options
 
 if TYPE_CHECKING:
@@ -44,13 +45,22 @@ def option_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option('--device', help='cpu, cuda, cuda:1, mps, … (default: the best there is)')
 @click.option('--dtype', help="float32, bfloat16 or float16 (default: the device's own)")
 @click.option('--batch', type=click.IntRange(min=1), default=1, show_default=True, help='pictures of a forward pass; results stay the same')
+@click.option('--workers', type=click.IntRange(min=1), default=1, show_default=True, help='threads that read, and as many that write')
+@click.option('--include', multiple=True, metavar='PATTERN', help='only pictures with such names, as *.jpg or cats/*; may be repeated')
+@click.option('--exclude', multiple=True, metavar='PATTERN', help='no pictures with such names; may be repeated')
+@click.option('--shard', metavar='I/N', help='only the I-th of N parts, from 1: every picture is in one part')
+@click.option('--limit', type=click.IntRange(min=1), help='only the first so many pictures')
+@click.option('--max-failures', type=click.IntRange(min=0), help='stop when more pictures than this have failed')
+@click.option('--max-pixels', type=click.IntRange(min=1), default=MAX_PIXELS, show_default=True, help='larger pictures fail undecoded')
+@click.option('--checksum', is_flag=True, help='tell changed pictures by their content, not by size and time of change')
+@click.option('--dry-run', is_flag=True, help='print the pictures that would be worked on, and do nothing')
 @click.option('--overlay', is_flag=True, help='also write the picture with its regions in colour')
 @click.option('--overwrite', is_flag=True, help='do everything again, also over results of other settings')
 @click.option('--json', 'as_json', is_flag=True, help='print the counts as one JSON object on stdout')
 @click.option('--no-progress', is_flag=True, help='no progress on stderr')
 @click.option('-q', '--quiet', is_flag=True, help='nothing on stderr but errors')
 @option_flags
-def command(as_json: bool, no_progress: bool, quiet: bool, **settings: Any) -> int:
+def command(as_json: bool, no_progress: bool, quiet: bool, dry_run: bool, **settings: Any) -> int:
     """Segment every picture of a folder, without labels.
 
     Running it again continues: pictures that are done are skipped, failed ones tried again. Results: OUT/labels (one indexed
@@ -59,10 +69,20 @@ def command(as_json: bool, no_progress: bool, quiet: bool, **settings: Any) -> i
     options = Options(**{field.name: settings.pop(field.name) for field in dataclasses.fields(Options)})
 
     from padseg.engine import Job
+    from padseg.engine import choose
+    from padseg.engine import plan
     from padseg.engine import run
     from padseg.progress import shown
+    from padseg.selection import Selection
+    from padseg.selection import parse_shard
 
-    job = Job(options=options, **settings)
+    shard = parse_shard(settings.pop('shard'))
+    selection = Selection(settings.pop('include'), settings.pop('exclude'), shard, settings.pop('limit'))
+    job = Job(options=options, selection=selection, **settings)
+    if dry_run:
+        pending = [picture.name for picture in plan(job, *choose(job)).pending]
+        print(json.dumps({'pending': pending}) if as_json else '\n'.join(pending))
+        return 0
     counts = run(job, shown(quiet or no_progress))
     if not quiet:
         print(summary(counts, job.out), file=sys.stderr)
@@ -76,6 +96,7 @@ def command(as_json: bool, no_progress: bool, quiet: bool, **settings: Any) -> i
 def summary(counts: Counts, out: Path) -> str:
     """One line for the end of a run."""
     before = f' ({counts.skipped} by an earlier run)' if counts.skipped else ''
-    left = f', {counts.images - counts.done - counts.failed} left: the same command continues' if counts.signal else ''
+    remaining = counts.images - counts.done - counts.failed
+    left = f', {remaining} left: the same command continues' if remaining else ''
     failed = f'{counts.failed} failed' + (f' (see {out / "failures.jsonl"})' if counts.failed else '')
     return f'{counts.done} done{before}, {failed}{left}, {counts.regions:.1f} regions a picture on average; label maps in {out / "labels"}'

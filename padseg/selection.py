@@ -1,0 +1,51 @@
+"""Which of the pictures found a run is about: name patterns, shards, a limit."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from padseg.errors import UsageError
+from padseg.images import Found
+
+
+class Selection(NamedTuple):
+    """include, exclude: patterns of names such as `*.jpg` or `cats/*`, where * also stands for slashes; shard: (i, N), i from 1;
+    limit: the first so many of what is left, or None."""
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    shard: tuple[int, int] | None = None
+    limit: int | None = None
+
+
+def select(pictures: Sequence[Found], selection: Selection) -> list[Found]:
+    """The pictures that are included, not excluded, in the shard, and within the limit; in their order."""
+    chosen = [picture for picture in pictures if wanted(picture.name, selection) and in_shard(picture.name, selection.shard)]
+    return chosen if selection.limit is None else chosen[: selection.limit]
+
+
+def wanted(name: str, selection: Selection) -> bool:
+    included = not selection.include or any(fnmatchcase(name, pattern) for pattern in selection.include)
+    return included and not any(fnmatchcase(name, pattern) for pattern in selection.exclude)
+
+
+def in_shard(name: str, shard: tuple[int, int] | None) -> bool:
+    """Whether a picture is of shard i of N: decided by its name alone, so that shards need not know of each other or of new pictures."""
+    if shard is None:
+        return True
+    digest = hashlib.sha256(name.encode('utf-8', 'surrogateescape')).digest()
+    return int.from_bytes(digest[:8], 'big') % shard[1] == shard[0] - 1
+
+
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    """`2/4` as (2, 4). UsageError unless 1 <= i <= N."""
+    if text is None:
+        return None
+    found = re.fullmatch(r'(\d+)/(\d+)', text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise UsageError(f'a shard is i/N with 1 <= i <= N, such as 2/4; got {text}')
+    return int(found[1]), int(found[2])
