@@ -85,7 +85,7 @@ def run(job: Job, progress: Progress = Silent()) -> Outcome:
     report = Report(protocol=job.protocol, settings=settings(job), versions=versions())
     totals = Totals(job.task.classes, job.task.rules)
     failed: dict[str, str] = {}
-    with exclusive(job.out) if job.out else contextlib.nullcontext(), contextlib.closing(progress):
+    with exclusive(job.out, foreign='run.json') if job.out else contextlib.nullcontext(), contextlib.closing(progress):
         for picture in pictures(job, report, progress):
             totals.add(picture)
             if picture.status == 'failed' and len(failed) < FAILED_SHOWN:

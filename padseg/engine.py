@@ -131,7 +131,7 @@ def run(job: Job, progress: Progress = Silent()) -> Counts:
     """
     began = time.perf_counter()
     found, pictures = choose(job)
-    with exclusive(job.out), full_disk(job.out), Stop() as stop:
+    with exclusive(job.out, foreign='scores.json'), full_disk(job.out), Stop() as stop:
         pending, entries, earlier = plan(job, found, pictures)
         skipped = len(pictures) - len(pending)
         if pending or earlier is None or earlier.requested != requested(job):

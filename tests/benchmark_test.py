@@ -265,3 +265,14 @@ def test_flags_can_stand_for_the_file_that_describes_a_folder(camvid, capsys):
     (camvid / 'padseg.toml').write_text("classes = ['sky', 'building', 'pole', 'road']\nignore_index = 11\n")
     evaluated(*arguments)
     assert printed(capsys)['iou'] == {'sky': None, 'building': 1.0, 'pole': 1.0, 'road': 1.0}
+
+
+def test_runs_and_evaluations_keep_out_of_each_others_folders(camvid, sd3_folder, tmp_path, capsys):
+    run = ['run', '--dir', str(camvid / 'images'), '--model', str(sd3_folder), '-q', '--out']
+    evaluation = ['eval', 'camvid', '--root', str(camvid), '--model', str(sd3_folder), '-q', '--out']
+    assert main([*run, str(tmp_path / 'first')]) == 0
+    assert main([*evaluation, str(tmp_path / 'first')]) == 6
+    assert 'holds run.json' in capsys.readouterr().err
+    assert main([*evaluation, str(tmp_path / 'second')]) == 0
+    assert main([*run, str(tmp_path / 'second')]) == 6
+    assert 'holds scores.json' in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import uuid
@@ -15,6 +16,8 @@ from padseg.errors import OutputConflict
 from padseg.errors import UsageError
 
 PREFIX = '.padseg-'  # of temporary names; hidden, and short so that long names stay possible
+# A picture's own fault when its results cannot be written; any other error of the file system concerns the whole run.
+NAME_FAULTS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 
 
 @contextlib.contextmanager
@@ -59,12 +62,14 @@ def sweep(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(out: Path) -> Iterator[None]:
-    """Make the output folder and keep other runs out of it. OutputConflict if one is in it."""
+def exclusive(out: Path, foreign: str) -> Iterator[None]:
+    """Make the output folder and keep other runs out of it. OutputConflict if one is in it, or if the file `foreign` is there."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f'cannot make the output folder {out}: {error.strerror}') from error
+    if (out / foreign).exists():
+        raise OutputConflict(f'{out} holds {foreign}, results of another command: choose another --out')
     try:
         with filelock.FileLock(out / '.lock', timeout=0):
             yield
