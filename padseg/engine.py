@@ -11,20 +11,14 @@ import logging
 import math
 import platform
 import time
-from collections import deque
-from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
-from concurrent.futures import Future
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from datetime import timezone
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import NamedTuple
-from typing import TypeVar
 
 from padseg import __version__
 from padseg.errors import NoImages
@@ -41,6 +35,9 @@ from padseg.images import decode
 from padseg.images import find
 from padseg.options import Options
 from padseg.options import Resolved
+from padseg.pipeline import ahead
+from padseg.pipeline import batches
+from padseg.pipeline import threads
 from padseg.progress import Progress
 from padseg.progress import Silent
 from padseg.records import Entry
@@ -68,8 +65,6 @@ if TYPE_CHECKING:
 NAME_FAULTS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 log = logging.getLogger(__name__)
-A = TypeVar('A')
-B = TypeVar('B')
 
 
 class Job(NamedTuple):
@@ -270,44 +265,15 @@ def results(job: Job, backbone: Backbone, pending: list[Found], stop: Stop) -> I
     with threads(job.workers) as readers, threads(job.workers) as writers:
         depth = job.batch + job.workers
         taken = ahead(readers, partial(take, max_pixels=job.max_pixels), pending, depth)
-        found = (each for some in batches(taken, job.batch) if not stop.asked for each in segmented(some, backbone, job.options))
-        yield from ahead(writers, partial(save, job), until(stop, found), depth)
+        yield from ahead(writers, partial(save, job), segment_all(job, backbone, taken, stop), depth)
 
 
-@contextlib.contextmanager
-def threads(number: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool that after an error starts nothing more."""
-    pool = ThreadPoolExecutor(number)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def ahead(pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[A], depth: int) -> Iterator[B]:
-    """function(item) for every item in order, computed in the pool, at most `depth` before they are asked for."""
-    running: deque[Future[B]] = deque()
-    for item in items:
-        running.append(pool.submit(function, item))
-        while running and (len(running) > depth or running[0].done()):
-            yield running.popleft().result()
-    while running:
-        yield running.popleft().result()
-
-
-def batches(items: Iterable[A], size: int) -> Iterator[list[A]]:
-    """The items in lists of `size`, the last one shorter."""
-    each = iter(items)
-    while batch := list(islice(each, size)):
-        yield batch
-
-
-def until(stop: Stop, items: Iterable[A]) -> Iterator[A]:
-    """The items, until the run is asked to stop."""
-    for item in items:
-        yield item
+def segment_all(job: Job, backbone: Backbone, taken: Iterable[Taken], stop: Stop) -> Iterator[Taken]:
+    """The pictures with their label maps. A batch that was asked to stop before its forward is dropped."""
+    for some in batches(taken, job.batch):
         if stop.asked:
             return
+        yield from segmented(some, backbone, job.options)
 
 
 def segmented(taken: list[Taken], backbone: Backbone, options: Options) -> Iterator[Taken]:

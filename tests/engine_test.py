@@ -512,17 +512,12 @@ def test_where_memory_runs_out_batches_are_halved(job, backbone):
     assert all(np.array_equal(one.labels, two.labels) for one, two in zip(found[1:], expected[1:], strict=True))
 
 
-def test_work_ahead_keeps_the_order_and_is_bounded():
-    running = []
-
-    def slow(number):
-        running.append(number)
-        return number * 2
-
-    def items():
-        for number in range(20):
-            assert len(running) <= number + 1
-            yield number
-
-    with engine.threads(4) as pool:
-        assert list(engine.ahead(pool, slow, items(), 5)) == [number * 2 for number in range(20)]
+def test_a_stop_reads_no_more_pictures(job):
+    """Asked to stop while the first pictures are worked on: those far behind are not even opened."""
+    for number in range(60):
+        put_picture(job.source / 'more' / f'{number:02}.png', (40, 48), number)
+    opened = job.source / 'more' / '59.png'
+    os.utime(opened, ns=(1, opened.stat().st_mtime_ns))  # access times may be off, so the count of done pictures tells too
+    counts = engine.run(job, Signal(signal.SIGTERM))
+    assert counts.done + counts.failed < 20
+    assert opened.stat().st_atime_ns == 1
