@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import NamedTuple
+from typing import Protocol
 
 from padseg import __version__
 from padseg.errors import NoImages
@@ -33,6 +34,7 @@ from padseg.images import Found
 from padseg.images import ImageError
 from padseg.images import decode
 from padseg.images import find
+from padseg.options import LATER
 from padseg.options import Options
 from padseg.options import Resolved
 from padseg.pipeline import ahead
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from padseg.backbones import Backbone
     from padseg.types import Image
     from padseg.types import LabelMap
+    from padseg.types import TokenMaps
 
 # A picture's own fault when its results cannot be written; any other error of the file system concerns the whole run.
 NAME_FAULTS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
@@ -71,7 +74,8 @@ class Job(NamedTuple):
     """What `padseg run` is asked to do: source, a folder or one picture; out, where results go; model … dtype as for `load`.
 
     workers: threads that read pictures ahead, and as many that write results behind the model. checksum: a picture is unchanged if its
-    content is, not if size and time of change are. max_failures: how many pictures may fail before the run ends. max_pixels: of a picture.
+    content is, not if size and time of change are. max_failures: how many pictures may fail before the run ends. max_pixels: of a
+    picture. maps: output of an earlier run whose token maps take the model's place.
     """
 
     source: Path
@@ -83,12 +87,14 @@ class Job(NamedTuple):
     dtype: str | None = None
     batch: int = 1
     overlay: bool = False
+    save_maps: bool = False
     overwrite: bool = False
     workers: int = 1
     checksum: bool = False
     max_failures: int | None = None
     max_pixels: int = MAX_PIXELS
     selection: Selection = Selection()
+    maps: Path | None = None
 
 
 class Counts(NamedTuple):
@@ -104,11 +110,18 @@ class Counts(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """A picture that was read, with what is known of it so far; image is None if it failed; labels: what the model found."""
+    """A picture that was read, with what is known of it so far; image is None if it failed; maps, labels: what was found in it."""
 
     entry: Entry
     image: Image | None
+    maps: TokenMaps | None = None
     labels: LabelMap | None = None
+
+
+class Segmenter(Protocol):
+    """Finds token maps and label maps of pictures that were read, none of which has failed; a picture that fails now is marked so."""
+
+    def __call__(self, taken: list[Taken]) -> list[Taken]: ...
 
 
 class Plan(NamedTuple):
@@ -130,11 +143,11 @@ def run(job: Job, progress: Progress = Silent()) -> Counts:
         pending, entries, earlier = plan(job, found, pictures)
         skipped = len(pictures) - len(pending)
         if pending or earlier is None or earlier.requested != requested(job):
-            backbone, record = prepare(job, earlier)
+            segmenter, record = prepare(job, earlier)
             write_run(record, job.out / 'run.json')
             with contextlib.closing(progress):
                 progress.start(len(pending))
-                for entry in work(job, backbone, pending, entries, stop):
+                for entry in work(job, segmenter, pending, entries, stop):
                     entries[entry.input] = entry
                     progress.step()
         else:
@@ -196,7 +209,8 @@ def is_done(picture: Found, entry: Entry | None, job: Job) -> bool:
 
 def outputs(name: str, job: Job) -> dict[str, str]:
     """Where the results of a picture go, relative to the output folder, by format."""
-    return {key: f'{key}/{name}{module.SUFFIX}' for key, module in FORMATS.items() if key != 'overlays' or job.overlay}
+    places = {key: f'{key}/{name}{module.SUFFIX}' for key, module in FORMATS.items() if key != 'overlays' or job.overlay}
+    return places | ({'maps': f'maps/{name}.npz'} if job.save_maps else {})
 
 
 def requested(job: Job) -> dict[str, Setting]:
@@ -210,8 +224,19 @@ def plain(options: Options | Resolved) -> dict[str, Setting]:
     return {name: str(value) if isinstance(value, float) and not math.isfinite(value) else value for name, value in fields.items()}
 
 
-def prepare(job: Job, earlier: Run | None) -> tuple[Backbone, Run]:
-    """Load the model and describe the run. OutputConflict if the earlier results in the same place came from other settings."""
+def prepare(job: Job, earlier: Run | None) -> tuple[Segmenter, Run]:
+    """What segments, and the run in words. OutputConflict if the earlier results in the same place came from other settings."""
+    segmenter, record = from_maps(job) if job.maps else from_model(job)
+    if earlier and earlier.settings != record.settings:
+        raise OutputConflict(
+            f'{job.out} holds results of other settings ({"; ".join(differences(earlier.settings, record.settings))}): '
+            'choose another --out, or --overwrite'
+        )
+    return segmenter, record
+
+
+def from_model(job: Job) -> tuple[Segmenter, Run]:
+    """The loaded model as a segmenter."""
     # torch takes seconds to import: a run that has nothing to do, or nothing to do it with, need not wait.
     import torch
 
@@ -220,17 +245,12 @@ def prepare(job: Job, earlier: Run | None) -> tuple[Backbone, Run]:
     backbone = load(job.model, revision=job.revision, device=job.device, dtype=job.dtype)
     dtype = str(backbone.dtype).removeprefix('torch.')
     settings: dict[str, Setting] = {'weights': backbone.identity.weights, 'dtype': dtype, **plain(job.options.resolve(backbone.spec))}
-    if earlier and earlier.settings != settings:
-        raise OutputConflict(
-            f'{job.out} holds results of other settings ({"; ".join(differences(earlier.settings, settings))}): '
-            'choose another --out, or --overwrite'
-        )
     record = Run(
         padseg=__version__,
         source=str(job.source.resolve()),
         requested=requested(job),
         settings=settings,
-        key=hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        key=key_of(settings),
         model=Model(**backbone.identity._asdict()),
         device=str(backbone.device),
         dtype=dtype,
@@ -240,10 +260,47 @@ def prepare(job: Job, earlier: Run | None) -> tuple[Backbone, Run]:
         batch=job.batch,
         started=now(),
     )
-    return backbone, record
+    return partial(by_model, backbone, job.options), record
 
 
-def work(job: Job, backbone: Backbone, pending: list[Found], entries: dict[str, Entry], stop: Stop) -> Iterator[Entry]:
+def from_maps(job: Job) -> tuple[Segmenter, Run]:
+    """The token maps that an earlier run kept as a segmenter. NoImages if there are none."""
+    assert job.maps is not None
+    made = read_run(job.maps / 'run.json')
+    if made is None or not (job.maps / 'maps').is_dir():
+        raise NoImages(f'{job.maps} holds no token maps: make them by `padseg run --save-maps --out {job.maps}`')
+    settings = {**made.settings, **{name: value for name, value in plain(job.options).items() if name in LATER and value is not None}}
+    known = {name: entry.sha256 for name, entry in read_entries(job.maps / 'manifest.jsonl').items()}
+    resolved = resolved_from(settings)
+    record = made.model_copy(
+        update={
+            'status': 'running',
+            'padseg': __version__,
+            'source': str(job.source.resolve()),
+            'requested': requested(job),
+            'settings': settings,
+            'key': key_of(settings),
+            'versions': versions(),
+            'started': now(),
+            'ended': None,
+        }
+    )
+    return partial(by_maps, job.maps / 'maps', known, resolved), record
+
+
+def resolved_from(settings: dict[str, Setting]) -> Resolved:
+    """Options as a record holds them. UsageError for a value that is not allowed."""
+    values = {field.name: settings[field.name] for field in dataclasses.fields(Resolved)}
+    values['threshold'] = float(str(values['threshold']))  # inf is a word there
+    Options(**values)  # type: ignore[arg-type]
+    return Resolved(**values)  # type: ignore[arg-type]
+
+
+def key_of(settings: dict[str, Setting]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def work(job: Job, segmenter: Segmenter, pending: list[Found], entries: dict[str, Entry], stop: Stop) -> Iterator[Entry]:
     """Do the pending pictures, each with its manifest line as the last thing written. Ends early when asked to stop."""
     places = [job.out / path for picture in pending for path in outputs(picture.name, job).values()]
     for folder in {job.out, *(path.parent for path in places)}:
@@ -251,7 +308,7 @@ def work(job: Job, backbone: Backbone, pending: list[Found], entries: dict[str, 
     write_entries(entries.values(), job.out / 'manifest.jsonl')  # drops a torn last line before more are added
     failures = 0
     with (job.out / 'manifest.jsonl').open('a', encoding='ascii') as manifest:
-        for entry in results(job, backbone, pending, stop):
+        for entry in results(job, segmenter, pending, stop):
             manifest.write(line(entry))
             manifest.flush()
             yield entry
@@ -260,53 +317,71 @@ def work(job: Job, backbone: Backbone, pending: list[Found], entries: dict[str, 
                 stop.asked = True
 
 
-def results(job: Job, backbone: Backbone, pending: list[Found], stop: Stop) -> Iterator[Entry]:
+def results(job: Job, segmenter: Segmenter, pending: list[Found], stop: Stop) -> Iterator[Entry]:
     """Read pictures ahead of the model and write results behind it, each in threads of its own; their records, in order."""
     with threads(job.workers) as readers, threads(job.workers) as writers:
         depth = job.batch + job.workers
         taken = ahead(readers, partial(take, max_pixels=job.max_pixels), pending, depth)
-        yield from ahead(writers, partial(save, job), segment_all(job, backbone, taken, stop), depth)
+        yield from ahead(writers, partial(save, job), segment_all(job, segmenter, taken, stop), depth)
 
 
-def segment_all(job: Job, backbone: Backbone, taken: Iterable[Taken], stop: Stop) -> Iterator[Taken]:
+def segment_all(job: Job, segmenter: Segmenter, taken: Iterable[Taken], stop: Stop) -> Iterator[Taken]:
     """The pictures with their label maps. A batch that was asked to stop before its forward is dropped."""
     for some in batches(taken, job.batch):
         if stop.asked:
             return
-        yield from segmented(some, backbone, job.options)
+        yield from segmented(some, segmenter)
 
 
-def segmented(taken: list[Taken], backbone: Backbone, options: Options) -> Iterator[Taken]:
+def segmented(taken: list[Taken], segmenter: Segmenter) -> Iterator[Taken]:
     """A batch with its label maps."""
-    images = [image for _, image, _ in taken if image is not None]
+    good = [each for each in taken if each.image is not None]
     began = time.perf_counter()
-    found = iter(label_maps(images, backbone, options) if images else ())
-    share = round((time.perf_counter() - began) / max(1, len(images)), 4)
+    found = iter(segmenter(good) if good else ())
+    share = round((time.perf_counter() - began) / max(1, len(good)), 4)
     for each in taken:
         if each.image is not None:
             each.entry.stages['segment'] = share
-            labels = next(found)
-            if labels is None:
-                fail(each.entry, ImageError('out of memory, alone in its batch: try a smaller --side'))
-            yield each._replace(labels=labels)
-        else:
-            yield each
+        yield each if each.image is None else next(found)
 
 
-def label_maps(images: list[Image], backbone: Backbone, options: Options) -> list[LabelMap | None]:
-    """Label maps of a batch; where memory runs out, of halves of it. None for a picture that is too much by itself."""
+def by_model(backbone: Backbone, options: Options, taken: list[Taken]) -> list[Taken]:
+    """A batch by a forward; where memory runs out, by halves of the batch. A picture that is too much by itself has failed."""
     import torch
 
-    from padseg.segment import segment_batch
+    from padseg.segment import regions
+    from padseg.segment import token_maps_batch
 
+    resolved = options.resolve(backbone.spec)
+    images = [each.image for each in taken if each.image is not None]
     try:
-        return list(segment_batch(images, backbone, options))
+        maps = token_maps_batch(images, backbone, resolved)
     except torch.OutOfMemoryError:
-        log.warning('out of memory with %d pictures at once', len(images))
-    if len(images) == 1:
-        return [None]
-    half = len(images) // 2
-    return label_maps(images[:half], backbone, options) + label_maps(images[half:], backbone, options)
+        log.warning('out of memory with %d pictures at once', len(taken))
+        if len(taken) == 1:
+            fail(taken[0].entry, ImageError('out of memory, alone in its batch: try a smaller --side'))
+            return taken
+        half = len(taken) // 2
+        return by_model(backbone, options, taken[:half]) + by_model(backbone, options, taken[half:])
+    labels = [regions(image, each, resolved) for image, each in zip(images, maps, strict=True)]
+    return [each._replace(maps=own, labels=label) for each, own, label in zip(taken, maps, labels, strict=True)]
+
+
+def by_maps(folder: Path, known: dict[str, str | None], options: Resolved, taken: list[Taken]) -> list[Taken]:
+    """A batch from kept token maps. A picture without them, or another one than they were made from, has failed."""
+    from padseg.saved_maps import read_maps
+    from padseg.segment import regions
+
+    found = []
+    for each in taken:
+        assert each.image is not None
+        maps = read_maps(folder / f'{each.entry.input}.npz')
+        if maps is None or known.get(each.entry.input) != each.entry.sha256:
+            fail(each.entry, ImageError('there are no token maps of this picture: run the model with --save-maps'))
+            found.append(each)
+        else:
+            found.append(each._replace(maps=maps, labels=regions(each.image, maps, options)))
+    return found
 
 
 def take(picture: Found, max_pixels: int = MAX_PIXELS) -> Taken:
@@ -329,11 +404,11 @@ def take(picture: Found, max_pixels: int = MAX_PIXELS) -> Taken:
 
 def save(job: Job, taken: Taken) -> Entry:
     """Write a picture's results; its complete record."""
-    entry, image, labels = taken
-    if image is not None and labels is not None:
+    entry, image, maps, labels = taken
+    if image is not None and labels is not None and maps is not None:
         began = time.perf_counter()
         try:
-            write_results(job, entry, image, labels)
+            write_results(job, entry, image, maps, labels)
         except (ImageError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in NAME_FAULTS:
                 raise
@@ -343,10 +418,15 @@ def save(job: Job, taken: Taken) -> Entry:
     return entry
 
 
-def write_results(job: Job, entry: Entry, image: Image, labels: LabelMap) -> None:
+def write_results(job: Job, entry: Entry, image: Image, maps: TokenMaps, labels: LabelMap) -> None:
+    from padseg.saved_maps import write_maps
+
     places = outputs(entry.input, job)
     for name, path in places.items():
-        FORMATS[name].write(image, labels, job.out / path)
+        if name == 'maps':
+            write_maps(maps, job.out / path)
+        else:
+            FORMATS[name].write(image, labels, job.out / path)
     entry.regions = int(labels.labels.max())
     entry.outputs = places
     entry.status = 'done'

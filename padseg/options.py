@@ -11,6 +11,7 @@ from padseg.errors import UsageError
 
 NORMALISATIONS = ('minmax-softmax', 'sum', 'share')
 GEOMETRIES = ('whole', 'stretch', 'diffseg', 'diffcut', 'seg4diff-paper', 'seg4diff-release')
+LATER = ('normalisation', 'threshold', 'superpixels', 'components', 'min_area')  # options that come after the token maps
 UNREFINED = {'superpixels': 0.0, 'components': False, 'min_area': 0.0}  # the papers end with the argmax
 
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-
 from padseg.backbones import Backbone
-from padseg.exports.files import atomic
 from padseg.exports.png import write_label_map
 from padseg.labels import label_map
 from padseg.labels import superpixels
@@ -20,6 +15,9 @@ from padseg.options import Resolved
 from padseg.proposals import merge
 from padseg.protocols import View
 from padseg.protocols import seen_prediction
+from padseg.saved_maps import forward_settings
+from padseg.saved_maps import read_maps
+from padseg.saved_maps import write_maps
 from padseg.types import Array
 from padseg.types import Frame
 from padseg.types import Image
@@ -67,36 +65,3 @@ def predicted(maps: TokenMaps, inside: Array | None, where: View, options: Resol
     proposals = proposals._replace(frame=Frame(where.size, (0, 0, *where.size)))
     near = None if inside is None else seen_prediction(inside, where)
     return label_map(proposals, near, options.components, options.min_area).labels
-
-
-def forward_settings(backbone: Backbone, options: Resolved) -> str:
-    """All that decides token maps, in words."""
-    return (
-        f'weights {backbone.identity.weights} dtype {backbone.dtype} layer {options.layer} step {options.step} '
-        f'geometry {options.geometry} side {options.side} seed {options.seed}'
-    )
-
-
-def write_maps(maps: TokenMaps, path: Path, made_by: str) -> None:
-    """Keep token maps (T, h, w) float32 with the words of their tokens, their frame and the settings that made them."""
-    with atomic(path) as temporary, temporary.open('wb') as file:
-        np.savez_compressed(
-            file,
-            maps=maps.maps.cpu().numpy(),
-            names=np.array(maps.names),
-            size=np.array(maps.frame.size),
-            box=np.array(maps.frame.box),
-            made_by=np.array(made_by),
-        )
-
-
-def read_maps(path: Path, made_by: str) -> TokenMaps | None:
-    """The token maps in a file; None if there is none, it is damaged, or other settings made it."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if str(file['made_by']) != made_by:
-                return None
-            size, box = tuple(file['size'].tolist()), tuple(file['box'].tolist())
-            return TokenMaps(torch.from_numpy(file['maps']), tuple(file['names'].tolist()), Frame(size, box))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None

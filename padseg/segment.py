@@ -30,9 +30,14 @@ def segment(image: Readable, backbone: Backbone, options: Options = Options()) -
 def segment_batch(images: Sequence[Image], backbone: Backbone, options: Options = Options()) -> list[LabelMap]:
     """Label maps of several pictures, the same as one by one."""
     resolved = options.resolve(backbone.spec)
-    latents = [encode(image, backbone, resolved) for image in images]  # (1, C, H', W') each
-    maps = [each for group in forwards(latents, backbone) for each in latent_token_maps(group, backbone, resolved)]  # (T, h, w) each
+    maps = token_maps_batch(images, backbone, resolved)  # (T, h, w) each
     return [regions(image, each, resolved) for image, each in zip(images, maps, strict=True)]  # (H, W) each
+
+
+def token_maps_batch(images: Sequence[Image], backbone: Backbone, options: Resolved) -> list[TokenMaps]:
+    """Token maps of several pictures, (T, h, w) each."""
+    latents = [encode(image, backbone, options) for image in images]  # (1, C, H', W') each
+    return [each for group in forwards(latents, backbone) for each in latent_token_maps(group, backbone, options)]
 
 
 def regions(image: Image, maps: TokenMaps, options: Resolved) -> LabelMap:

@@ -24,6 +24,7 @@ from padseg.errors import OutputConflict
 from padseg.errors import UsageError
 from padseg.exports import read_label_map
 from padseg.exports import read_masks
+from padseg.images import Found
 from padseg.images import read
 from padseg.options import Options
 from padseg.progress import Silent
@@ -491,8 +492,10 @@ def test_threads_change_nothing(job, tmp_path, workers):
 def test_where_memory_runs_out_batches_are_halved(job, backbone):
     import torch
 
-    images = [read(job.source / name) for name in SIZES]
-    expected = engine.label_maps(images, backbone, job.options)
+    def read_all():
+        return [engine.take(Found(job.source / name, name)) for name in SIZES]
+
+    expected = engine.by_model(backbone, job.options, read_all())
     family = backbone.family
 
     class Small:
@@ -507,9 +510,9 @@ def test_where_memory_runs_out_batches_are_halved(job, backbone):
                 raise torch.OutOfMemoryError
             return family.denoise(*arguments, **options)
 
-    found = engine.label_maps(images, dataclasses.replace(backbone, family=Small()), job.options)
-    assert found[0] is None
-    assert all(np.array_equal(one.labels, two.labels) for one, two in zip(found[1:], expected[1:], strict=True))
+    found = engine.by_model(dataclasses.replace(backbone, family=Small()), job.options, read_all())
+    assert found[0].labels is None and 'out of memory' in found[0].entry.reason
+    assert all(np.array_equal(one.labels.labels, two.labels.labels) for one, two in zip(found[1:], expected[1:], strict=True))
 
 
 def test_a_stop_reads_no_more_pictures(job):

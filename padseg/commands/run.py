@@ -7,6 +7,7 @@ import json
 import sys
 import typing
 from collections.abc import Callable
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -23,10 +24,10 @@ SOME_FAILED = 3
 SIGNALLED = 128  # plus the number of the signal, as shells have it
 
 
-def option_flags(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A flag for each field of Options."""
+def option_flags(function: Callable[..., Any], only: Collection[str] | None = None) -> Callable[..., Any]:
+    """A flag for each field of Options, or for some."""
     types = typing.get_type_hints(Options)
-    for field in reversed(dataclasses.fields(Options)):
+    for field in reversed([field for field in dataclasses.fields(Options) if only is None or field.name in only]):
         kind = next(kind for kind in (bool, int, float, str) if kind in (types[field.name], *typing.get_args(types[field.name])))
         name = field.name.replace('_', '-')
         flag = f'--{name}/--no-{name}' if kind is bool else f'--{name}'
@@ -55,6 +56,7 @@ def option_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option('--checksum', is_flag=True, help='tell changed pictures by their content, not by size and time of change')
 @click.option('--dry-run', is_flag=True, help='print the pictures that would be worked on, and do nothing')
 @click.option('--overlay', is_flag=True, help='also write the picture with its regions in colour')
+@click.option('--save-maps', is_flag=True, help='also keep the token maps, for `padseg merge`')
 @click.option('--overwrite', is_flag=True, help='do everything again, also over results of other settings')
 @click.option('--json', 'as_json', is_flag=True, help='print the counts as one JSON object on stdout')
 @click.option('--no-progress', is_flag=True, help='no progress on stderr')
@@ -84,10 +86,15 @@ def command(as_json: bool, no_progress: bool, quiet: bool, dry_run: bool, **sett
         print(json.dumps({'pending': pending}) if as_json else '\n'.join(pending))
         return 0
     counts = run(job, shown(quiet or no_progress))
+    return report(counts, job.out, quiet, as_json)
+
+
+def report(counts: Counts, out: Path, quiet: bool, as_json: bool) -> int:
+    """Say how a run went; its exit code."""
     if not quiet:
-        print(summary(counts, job.out), file=sys.stderr)
+        print(summary(counts, out), file=sys.stderr)
     if as_json:
-        print(json.dumps({**counts._asdict(), 'out': str(job.out)}))
+        print(json.dumps({**counts._asdict(), 'out': str(out)}))
     if counts.signal:
         return SIGNALLED + counts.signal
     return SOME_FAILED if counts.failed else 0

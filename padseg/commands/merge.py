@@ -1,0 +1,48 @@
+"""`padseg merge`: kept token maps merged again with other settings, without the model."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from padseg.commands.run import option_flags
+from padseg.commands.run import report
+from padseg.options import LATER
+from padseg.options import Options
+
+
+@click.command('merge')
+@click.argument('made', metavar='OUT', type=click.Path(path_type=Path))
+@click.option('--out', type=click.Path(path_type=Path), required=True, help='folder for the new results')
+@click.option('--dir', 'source', type=click.Path(path_type=Path), help='the pictures (default: where the run found them)')
+@click.option('--overlay', is_flag=True, help='also write the picture with its regions in colour')
+@click.option('--overwrite', is_flag=True, help='do everything again, also over results of other settings')
+@click.option('--workers', type=click.IntRange(min=1), default=1, show_default=True, help='threads that read, and as many that write')
+@click.option('--json', 'as_json', is_flag=True, help='print the counts as one JSON object on stdout')
+@click.option('-q', '--quiet', is_flag=True, help='nothing on stderr but errors')
+@partial(option_flags, only=LATER)
+def command(made: Path, source: Path | None, as_json: bool, quiet: bool, **settings: Any) -> int:
+    """Merge the token maps of `padseg run --save-maps --out OUT` again, into another folder.
+
+    Settings that are not given are those of that run. Nothing is loaded but the maps and the pictures.
+    """
+    options = Options(**{name: settings.pop(name) for name in LATER})
+
+    from padseg.engine import Job
+    from padseg.engine import run
+    from padseg.errors import NoImages
+    from padseg.errors import UsageError
+    from padseg.progress import shown
+    from padseg.records import read_run
+
+    earlier = read_run(made / 'run.json')
+    if earlier is None:
+        raise NoImages(f'{made} holds no results of `padseg run`')
+    if settings['out'].resolve() == made.resolve():
+        raise UsageError(f'--out is another folder than {made}, whose results stay')
+    job = Job(source or Path(earlier.source), options=options, maps=made, model=earlier.model.model, **settings)
+    counts = run(job, shown(quiet))
+    return report(counts, job.out, quiet, as_json)
