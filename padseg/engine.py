@@ -22,11 +22,13 @@ from typing import NamedTuple
 from typing import Protocol
 
 from padseg import __version__
+from padseg.convert import write_coco
 from padseg.errors import NoImages
 from padseg.errors import OutputConflict
 from padseg.errors import ResourceExhausted
 from padseg.errors import UsageError
 from padseg.exports import FORMATS
+from padseg.exports.files import NAME_FAULTS
 from padseg.exports.files import exclusive
 from padseg.exports.files import sweep
 from padseg.images import MAX_PIXELS
@@ -64,8 +66,6 @@ if TYPE_CHECKING:
     from padseg.types import LabelMap
     from padseg.types import TokenMaps
 
-# A picture's own fault when its results cannot be written; any other error of the file system concerns the whole run.
-NAME_FAULTS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 log = logging.getLogger(__name__)
 
@@ -88,6 +88,7 @@ class Job(NamedTuple):
     batch: int = 1
     overlay: bool = False
     save_maps: bool = False
+    coco: bool = False
     overwrite: bool = False
     workers: int = 1
     checksum: bool = False
@@ -154,6 +155,9 @@ def run(job: Job, progress: Progress = Silent()) -> Counts:
             record = earlier
         counts = count(pictures, entries, skipped, time.perf_counter() - began, stop.signal)
         finish(job.out, record, entries, counts)
+        if job.coco and counts.done and not counts.signal:
+            for name, reason in write_coco(job.out).items():
+                log.warning('not in the COCO files: %s: %s', name, reason)
     return counts
 
 

@@ -151,6 +151,16 @@ def test_overlays_are_added_to_a_finished_run_when_asked_for(job):
     assert {name: after[name] for name in before} == before
 
 
+def test_coco_is_written_at_the_end_and_brought_up_to_date(job):
+    assert engine.run(job._replace(coco=True)).done == 3
+    first = json.loads((job.out / 'coco/instances.json').read_text())
+    assert [image['file_name'] for image in first['images']] == sorted(SIZES)
+    assert len(first['annotations']) == sum(entry['regions'] for entry in records(job))
+    put_picture(job.source / 'new.png')
+    engine.run(job._replace(coco=True))
+    assert len(json.loads((job.out / 'coco/instances.json').read_text())['images']) == 4
+
+
 def test_a_single_picture(job):
     counts = engine.run(job._replace(source=job.source / 'sub' / 'b.png'))
     assert counts.done == 1

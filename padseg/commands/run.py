@@ -56,6 +56,7 @@ def option_flags(function: Callable[..., Any], only: Collection[str] | None = No
 @click.option('--checksum', is_flag=True, help='tell changed pictures by their content, not by size and time of change')
 @click.option('--dry-run', is_flag=True, help='print the pictures that would be worked on, and do nothing')
 @click.option('--overlay', is_flag=True, help='also write the picture with its regions in colour')
+@click.option('--coco', is_flag=True, help='also write OUT/coco: instances.json, and panoptic.json with its PNGs')
 @click.option('--save-maps', is_flag=True, help='also keep the token maps, for `padseg merge`')
 @click.option('--overwrite', is_flag=True, help='do everything again, also over results of other settings')
 @click.option('--json', 'as_json', is_flag=True, help='print the counts as one JSON object on stdout')

@@ -1,25 +1,35 @@
-"""Label maps to files. FORMATS has one module a format; its key is also the folder of a run's output that holds it."""
+"""Label maps to files. FORMATS writes one label map, CONVERTERS a whole run; each has one module a format.
+
+A key of FORMATS is also the folder of a run's output that holds the results.
+"""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Protocol
 
 from padseg.errors import UsageError
+from padseg.exports import coco
+from padseg.exports import imagefolder
+from padseg.exports import labelme
 from padseg.exports import masks
 from padseg.exports import overlay
+from padseg.exports import panoptic
 from padseg.exports import png
 from padseg.exports.masks import read_masks
 from padseg.exports.masks import write_masks
 from padseg.exports.png import read_label_map
 from padseg.exports.png import write_label_map
+from padseg.exports.regions import Add
+from padseg.exports.regions import Place
 
 if TYPE_CHECKING:
     from padseg.types import Image
     from padseg.types import LabelMap
 
-__all__ = ['FORMATS', 'export', 'read_label_map', 'read_masks', 'write_label_map', 'write_masks']
+__all__ = ['CONVERTERS', 'FORMATS', 'export', 'read_label_map', 'read_masks', 'write_label_map', 'write_masks']
 
 
 class Format(Protocol):
@@ -34,6 +44,24 @@ FORMATS: dict[str, Format] = {
     'labels': png,
     'masks': masks,
     'overlays': overlay,
+}
+
+
+class Converter(Protocol):
+    """What a converter's module offers. FOLDER: where it goes inside the run's output; PARTS: folders in it with a file a picture."""
+
+    FOLDER: str
+    PARTS: tuple[str, ...]
+
+    def writer(self, place: Place) -> AbstractContextManager[Add]:
+        """What is entered writes one picture, or raises UnreadableLabels or ImageError and leaves nothing of it."""
+
+
+CONVERTERS: dict[str, Converter] = {
+    'coco': coco,
+    'coco-panoptic': panoptic,
+    'labelme': labelme,
+    'hf-imagefolder': imagefolder,
 }
 
 

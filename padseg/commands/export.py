@@ -1,0 +1,45 @@
+"""`padseg export`: the results of a run in the forms of other tools."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from padseg.commands.run import SOME_FAILED
+from padseg.exports import CONVERTERS
+
+FOLDER = click.Path(path_type=Path)
+
+
+@click.command('export')
+@click.argument('results', metavar='OUT', type=FOLDER)
+@click.option('--format', type=click.Choice(list(CONVERTERS)), required=True, help='what to write')
+@click.option('--out', type=FOLDER, help='folder to write to (default: OUT/coco, OUT/labelme or OUT/hf-imagefolder)')
+@click.option('--images', type=FOLDER, help='folder of the pictures (default: where the run found them)')
+@click.option('--json', 'as_json', is_flag=True, help='print one JSON object on stdout')
+@click.option('-q', '--quiet', is_flag=True, help='nothing on stderr but errors')
+def command(results: Path, format: str, out: Path | None, images: Path | None, as_json: bool, quiet: bool) -> int:
+    """Write the label maps that `padseg run` left in OUT in the form of another tool, without the model.
+
+    A picture that cannot be converted is named, and the rest go on (exit code 3). Running it again gives the same bytes.
+    """
+    from padseg.convert import convert
+    from padseg.engine import full_disk
+
+    with full_disk(out or results):
+        converted = convert(results, format, out, images)
+    for name, reason in converted.failed.items():
+        print(f'padseg: {printable(name)}: {printable(reason)}', file=sys.stderr)
+    if not quiet:
+        print(f'{converted.pictures} pictures in {converted.folder}, {len(converted.failed)} failed', file=sys.stderr)
+    if as_json:
+        print(json.dumps({**converted._asdict(), 'folder': str(converted.folder)}))
+    return SOME_FAILED if converted.failed else 0
+
+
+def printable(text: str) -> str:
+    """The text with bytes that are no UTF-8 shown as such."""
+    return text.encode(errors='backslashreplace').decode()

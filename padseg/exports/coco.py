@@ -1,0 +1,68 @@
+"""A run as one data set in COCO's form: instances.json with a run-length mask for each region."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask
+
+from padseg.exports.files import atomic
+from padseg.exports.regions import Add
+from padseg.exports.regions import Picture
+from padseg.exports.regions import Place
+from padseg.exports.regions import Region
+from padseg.exports.regions import regions
+
+FOLDER = 'coco'
+PARTS: tuple[str, ...] = ()
+FILE = 'instances.json'
+CATEGORY = {'id': 1, 'name': 'region', 'supercategory': ''}  # regions have no classes: all are of one
+
+
+@contextlib.contextmanager
+def writer(place: Place) -> Iterator[Add]:
+    """Write instances.json; ids of annotations are unique over the file."""
+    numbers = itertools.count(1)
+    with annotated(place.folder / FILE, place, CATEGORY) as add:
+        yield lambda picture: add(picture, (annotation(region, picture, next(numbers)) for region in regions(picture.labels)))
+
+
+def annotation(region: Region, picture: Picture, number: int) -> dict[str, Any]:
+    """A region as COCO has it: its mask as run lengths down the columns, in pycocotools' letters."""
+    runs = mask.encode(region.mask.astype(np.uint8, order='F'))
+    return {
+        'id': number,
+        'image_id': picture.number,
+        'category_id': CATEGORY['id'],
+        'segmentation': {'size': list(picture.labels.shape), 'counts': runs['counts'].decode('ascii')},
+        'area': region.area,
+        'bbox': list(region.box),
+        'iscrowd': 0,
+    }
+
+
+@contextlib.contextmanager
+def annotated(path: Path, place: Place, category: dict[str, Any]) -> Iterator[Callable[[Picture, Iterable[dict[str, Any]]], None]]:
+    """Write a file of COCO's outline, complete or not at all, with the annotations as they come; what is yielded adds a picture's."""
+    images: list[str] = []
+    head = {'info': {'description': 'regions found by padseg', **place.made_by}, 'licenses': [], 'categories': [category]}
+    with atomic(path) as temporary, temporary.open('w', encoding='ascii') as file:
+        file.write(json.dumps(head)[:-1] + ', "annotations": [')
+        separators = itertools.chain(['\n'], itertools.repeat(',\n'))
+
+        def add(picture: Picture, annotations: Iterable[dict[str, Any]]) -> None:
+            height, width = picture.labels.shape
+            images.append(json.dumps({'id': picture.number, 'file_name': picture.name, 'width': width, 'height': height}))
+            for each in annotations:
+                file.write(next(separators) + json.dumps(each))
+
+        yield add
+        file.write('\n], "images": [\n' + ',\n'.join(images) + '\n]}\n')

@@ -1,0 +1,80 @@
+"""A run as a folder that the datasets library of Hugging Face opens: metadata.csv pairs pictures with label maps."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+from collections.abc import Iterator
+
+import cv2
+
+from padseg.errors import UnreadableLabels
+from padseg.exports.files import atomic
+from padseg.exports.png import write_label_map
+from padseg.exports.regions import Add
+from padseg.exports.regions import Picture
+from padseg.exports.regions import Place
+from padseg.images import ImageError
+from padseg.images import decode
+from padseg.types import Image
+from padseg.types import LabelMap
+
+FOLDER = 'hf-imagefolder'
+PARTS: tuple[str, ...] = ('images', 'labels')
+COLUMNS = ('file_name', 'mask_file_name')
+# Without this, a folder or file whose name holds a word such as test would become a split of its own.
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: "**"
+---
+"""
+
+
+@contextlib.contextmanager
+def writer(place: Place) -> Iterator[Add]:
+    """Write images/<name>.png, labels/<name>.png, metadata.csv, and README.md that names all of it as one split."""
+    with atomic(place.folder / 'metadata.csv') as temporary, temporary.open('w', newline='', encoding='utf-8') as file:
+        table = csv.writer(file, lineterminator='\n')
+        table.writerow(COLUMNS)
+
+        def add(picture: Picture) -> None:
+            if '\\' in picture.name or not is_utf8(picture.name):
+                raise ImageError('its name holds a backslash or is no UTF-8, which the datasets library cannot open')
+            image = source(place, picture)
+            paths = [f'{part}/{picture.name}.png' for part in PARTS]
+            with atomic(place.folder / paths[0]) as copy:
+                copy.write_bytes(cv2.imencode('.png', cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes())
+            write_label_map(LabelMap(picture.labels, ()), place.folder / paths[1])
+            table.writerow(paths)
+
+        yield add
+    if not (place.folder / 'README.md').exists():  # a person may have gone on writing it
+        with atomic(place.folder / 'README.md') as card:
+            card.write_text(CARD, encoding='ascii')
+
+
+def source(place: Place, picture: Picture) -> Image:
+    """The picture that was segmented, upright and without what its file says about camera and place."""
+    path = place.images / picture.name
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ImageError(f'cannot read {path}: {error.strerror} (--images says where the pictures are)') from error
+    if picture.sha256 not in (None, hashlib.sha256(data).hexdigest()):
+        raise ImageError(f'{path} is another picture than the one that was segmented')
+    image = decode(data)
+    if image.shape[:2] != picture.labels.shape:
+        raise UnreadableLabels(path, 'differs in size from its label map')
+    return image
+
+
+def is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,82 @@
+"""A run as labelme's files: one JSON a picture, in which every region is a shape of the type mask."""
+
+from __future__ import annotations
+
+import base64
+import collections
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+import cv2
+import numpy as np
+
+from padseg.errors import UnreadableLabels
+from padseg.exports.files import atomic
+from padseg.exports.regions import Add
+from padseg.exports.regions import Picture
+from padseg.exports.regions import Place
+from padseg.exports.regions import Region
+from padseg.exports.regions import regions
+
+FOLDER = 'labelme'
+PARTS: tuple[str, ...] = ('',)
+VERSION = '5.5.0'  # of labelme, whose form of a file this is
+
+
+@contextlib.contextmanager
+def writer(place: Place) -> Iterator[Add]:
+    """Write <name>.json, where labelme looks for it. What a person may have written outside the run's own folder stays."""
+    paths = {name: place.folder / file for name, file in file_names(place.names).items()}
+
+    def add(picture: Picture) -> None:
+        path = paths[picture.name]
+        shown = os.path.relpath(place.images.resolve() / picture.name, path.parent.resolve())
+        data = (json.dumps(described(picture, shown), indent=2) + '\n').encode('ascii')
+        if path.exists() and not place.own and path.read_bytes() != data:
+            raise UnreadableLabels(path, 'is there already with other annotations: move it away, or choose another --out')
+        with atomic(path) as temporary:
+            temporary.write_bytes(data)
+
+    yield add
+
+
+def file_names(names: Sequence[str]) -> dict[str, str]:
+    """The file of each picture: its name with .json for the suffix; after the suffix where two pictures would share a file."""
+    stems = {name: str(PurePosixPath(name).with_suffix('')) for name in names}
+    # one rule on every system: some take a.json and A.json for the same file
+    taken = collections.Counter(text.casefold() for text in (*stems.values(), *names))
+    return {name: f'{stem if taken[stem.casefold()] == 1 else name}.json' for name, stem in stems.items()}
+
+
+def described(picture: Picture, shown: str) -> dict[str, Any]:
+    """The file's content; shown: path of the picture as seen from the file."""
+    height, width = picture.labels.shape
+    return {
+        'version': VERSION,
+        'flags': {},
+        'shapes': [shape(region) for region in regions(picture.labels)],
+        'imagePath': shown,
+        'imageData': None,
+        'imageHeight': height,
+        'imageWidth': width,
+    }
+
+
+def shape(region: Region) -> dict[str, Any]:
+    """A region as a shape. Its two points are the first and the last pixel of its box, its mask the box as PNG of 0 and 1."""
+    left, top, width, height = region.box
+    data = cv2.imencode('.png', region.patch.astype(np.uint8))[1].tobytes()
+    return {
+        'label': 'region',
+        'points': [[left, top], [left + width - 1, top + height - 1]],
+        'group_id': None,
+        'description': '',
+        'shape_type': 'mask',
+        'flags': {},
+        'mask': base64.b64encode(data).decode('ascii'),
+    }

@@ -1,0 +1,53 @@
+"""A run in COCO's panoptic form: panoptic.json, and one PNG a picture whose colours are region numbers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+from typing import Any
+
+import cv2
+import numpy as np
+
+from padseg.exports.coco import CATEGORY
+from padseg.exports.coco import annotated
+from padseg.exports.files import atomic
+from padseg.exports.regions import Add
+from padseg.exports.regions import Picture
+from padseg.exports.regions import Place
+from padseg.exports.regions import Region
+from padseg.exports.regions import regions
+
+if TYPE_CHECKING:
+    from padseg.types import Array
+
+FOLDER = 'coco'
+FILE = 'panoptic.json'
+PARTS: tuple[str, ...] = ('panoptic',)
+
+
+@contextlib.contextmanager
+def writer(place: Place) -> Iterator[Add]:
+    """Write panoptic.json and panoptic/<name>.png."""
+    with annotated(place.folder / FILE, place, {**CATEGORY, 'isthing': 1, 'color': [220, 20, 60]}) as annotate:
+
+        def add(picture: Picture) -> None:
+            name = f'{picture.name}.png'
+            segments = [segment(region) for region in regions(picture.labels)]
+            with atomic(place.folder / PARTS[0] / name) as temporary:
+                temporary.write_bytes(cv2.imencode('.png', coded(picture.labels))[1].tobytes())
+            annotate(picture, [{'image_id': picture.number, 'file_name': name, 'segments_info': segments}])
+
+        yield add
+
+
+def segment(region: Region) -> dict[str, Any]:
+    """A region's row in segments_info; its id is its number in the label map."""
+    return {'id': region.number, 'category_id': CATEGORY['id'], 'area': region.area, 'bbox': list(region.box), 'iscrowd': 0}
+
+
+def coded(labels: Array) -> Array:
+    """(H, W, 3) uint8 in OpenCV's order blue, green, red, where red + 256 green + 65536 blue is the region; 0 is void."""
+    wide = labels.astype(np.uint32)
+    return np.stack([wide >> 16 & 255, wide >> 8 & 255, wide & 255], -1).astype(np.uint8)
