@@ -14,7 +14,7 @@ from padseg.errors import PadsegError
 from padseg.versions import versions
 
 # Modules of padseg.commands, imported when asked for.
-COMMANDS = ('run', 'eval', 'models')
+COMMANDS = ('run', 'merge', 'export', 'eval', 'models', 'doctor')
 INTERRUPTED = 130
 
 

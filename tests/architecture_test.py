@@ -22,9 +22,11 @@ ORDER = (
     'versions',
     'signals',
     'progress',
+    'pipeline',
     'backbones.spec',
     'options',
     'images',
+    'selection',
     'attention',
     'backbones',
     'latents',
@@ -38,6 +40,7 @@ ORDER = (
     'protocols',
     'datasets',
     'scores',
+    'saved_maps',
     'predict',
     'evaluate',
     'textures',
@@ -48,11 +51,13 @@ ORDER = (
     'training_data',
     'train_tiny',
     'records',
+    'convert',
     'sheet',
     'reports',
     'benchmark',
     'speed',
     'engine',
+    'doctor',
     'commands',
     'cli',
 )
@@ -154,7 +159,7 @@ def test_the_command_line_is_imported_without_torch() -> None:
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, 'False\n', '')
 
 
-@pytest.mark.parametrize('command', [(), ('run',), ('eval',), ('models',)])
+@pytest.mark.parametrize('command', [(), ('run',), ('export',), ('eval',), ('models',), ('doctor',)])
 def test_help_answers_where_torch_cannot_be_imported(command: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / 'torch.py').write_text("raise ImportError('no torch here')\n")
     assert 'no torch here' in fresh_python('-c', 'import torch', PYTHONPATH=str(tmp_path)).stderr

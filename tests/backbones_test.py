@@ -507,7 +507,7 @@ def test_a_hub_model_is_downloaded_and_loads_offline_afterwards(hub, tmp_path, b
     assert online[1:] == [
         [4, 'org/gated is gated: accept its licence on https://huggingface.co/org/gated, then `hf auth login`'],
         [4, 'org/none is not on the hub, or is private: check the name, or `hf auth login`'],
-        [4, 'org/model has no revision no-such'],
+        [4, 'org/model has no revision no-such: https://huggingface.co/org/model/tree/main lists branches and tags'],
         [4, online[4][1]],
     ]
     assert 'org/cut is not in the cache and the hub cannot be reached' in online[4][1] and '--model tiny' in online[4][1]

@@ -164,7 +164,7 @@ def test_models(capsys):
     rows = json.loads(capsys.readouterr().out)
     assert {name: row['repo'] for name, row in rows.items()} == {name: spec.repo for name, spec in BACKBONES.items()}
     assert main(['models']) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(BACKBONES)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if line[0] != ' '] == list(BACKBONES)
 
 
 @pytest.fixture
@@ -218,6 +218,32 @@ def test_eval_of_a_data_set_that_is_not_there(tmp_path, capsys):
     assert 'SegmentationClass' in capsys.readouterr().err
     assert main(['eval', 'voc22', '--root', str(tmp_path), '--check']) == 2
     assert 'voc21' in capsys.readouterr().err
+
+
+def test_kept_token_maps_are_merged_again_without_the_model(tmp_path, sd3_folder, picture, capsys):
+    (tmp_path / 'in/sub').mkdir(parents=True)
+    for name in ('a.png', 'sub/b.png'):
+        PIL.Image.fromarray(picture).save(tmp_path / 'in' / name)
+    run = ['run', '--dir', f'{tmp_path}/in', '--model', str(sd3_folder), '--device', 'cpu', '-q']
+    wanted = ['--threshold', '0', '--normalisation', 'share', '--components', '--superpixels', '20', '--overlay']
+    assert main([*run, '--out', f'{tmp_path}/direct', *wanted]) == 0
+    assert main([*run, '--out', f'{tmp_path}/made', '--save-maps']) == 0
+    assert main(['merge', f'{tmp_path}/made', '--out', f'{tmp_path}/merged', '-q', *wanted]) == 0
+
+    def results(out):
+        return {path.relative_to(out): path.read_bytes() for path in sorted(out.rglob('*.*')) if path.is_file() and path.parent != out}
+
+    assert results(tmp_path / 'merged') == results(tmp_path / 'direct')
+    records = [json.loads((tmp_path / out / 'run.json').read_text()) for out in ('direct', 'merged')]
+    assert records[0]['settings'] == records[1]['settings'] and records[0]['key'] == records[1]['key']
+    assert main(['merge', f'{tmp_path}/made', '--out', f'{tmp_path}/merged', '-q', '--threshold', '0.5']) == 6
+    assert main(['merge', f'{tmp_path}/made', '--out', f'{tmp_path}/made', '-q']) == 2
+    assert main(['merge', f'{tmp_path}/direct', '--out', f'{tmp_path}/other', '-q']) == 5
+    assert 'holds no token maps' in capsys.readouterr().err
+    PIL.Image.fromarray(picture[::-1]).save(tmp_path / 'in/a.png')
+    assert main(['merge', f'{tmp_path}/made', '--out', f'{tmp_path}/other', '-q', '--threshold', '0']) == 3
+    failures = [json.loads(line) for line in (tmp_path / 'other/failures.jsonl').read_text().splitlines()]
+    assert [line['input'] for line in failures] == ['a.png'] and 'no token maps of this picture' in failures[0]['reason']
 
 
 def test_plain_progress_is_a_line_now_and_then(monkeypatch, capsys):

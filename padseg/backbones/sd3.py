@@ -8,6 +8,7 @@ import os
 import pathlib
 import sys
 import tempfile
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -25,11 +26,15 @@ from torch import nn
 
 from padseg.backbones import Backbone
 from padseg.backbones import Identity
+from padseg.backbones.source import TEXT_PARTS
 from padseg.backbones.source import Source
+from padseg.backbones.source import check_files
 from padseg.backbones.source import content_hash
 from padseg.backbones.source import files
 from padseg.backbones.source import read_json
+from padseg.backbones.source import tensor_shapes
 from padseg.backbones.source import text_files
+from padseg.backbones.source import weight_files
 from padseg.errors import ModelUnavailable
 from padseg.errors import UsageError
 from padseg.types import Prompt
@@ -84,12 +89,42 @@ def choose_dtype(device: torch.device, size: int) -> torch.dtype:
 def read_model(kind: Any, source: Source, part: str, **options: Any) -> Any:
     """A component with weights, from safetensors only. ModelUnavailable also when a tensor is missing: it would be left random."""
     model, info = read_part(kind, source, part, 'config.json', use_safetensors=True, output_loading_info=True, **options)
-    missing = sorted(info['missing_keys'])
+    refuse_lost(source, part, info['missing_keys'])
+    return model
+
+
+def refuse_lost(source: Source, part: str, tensors: Iterable[str]) -> None:
+    missing = sorted(tensors)
     if missing:
         raise ModelUnavailable(
             f'{part} of {source.model} is incomplete: the weights in {source.folder / part} lack {len(missing)} tensors, {missing[0]} first'
         )
-    return model
+
+
+def check(source: Source) -> None:
+    """Raises ModelUnavailable for what `load` would refuse, as far as it shows without reading weights and without a network."""
+    config = read_json(source.folder / 'transformer' / 'config.json')
+    try:
+        with torch.device('meta'):
+            model = SD3Transformer2DModel.from_config(config)
+    except DAMAGE as error:
+        raise unreadable(source, 'transformer', error) from error
+    there = {name for path in weight_files(source.folder, ('transformer',)) for name in tensor_shapes(path)}
+    refuse_lost(source, 'transformer', set(model.state_dict()) - there)
+    if not prompt_is_cached(source):
+        check_files(source, TEXT_PARTS)
+        for part in ('tokenizer', 'tokenizer_2'):
+            read_tokenizer(source, part, source.spec.sequence)
+
+
+def prompt_is_cached(source: Source) -> bool:
+    """Whether loading does without the text encoders."""
+    return bool(read_cache(cache_path(source)))
+
+
+def unreadable(source: Source, part: str, error: Exception) -> ModelUnavailable:
+    reason = ' '.join(str(error).split())[:300]
+    return ModelUnavailable(f'{part} of {source.model} cannot be read from {source.folder / part}: {reason}')
 
 
 def read_part(kind: Any, source: Source, part: str, config: str, **options: Any) -> Any:
@@ -99,8 +134,7 @@ def read_part(kind: Any, source: Source, part: str, config: str, **options: Any)
     try:
         return kind.from_pretrained(folder, local_files_only=True, **options)
     except DAMAGE as error:
-        reason = ' '.join(str(error).split())[:300]
-        raise ModelUnavailable(f'{part} of {source.model} cannot be read from {folder}: {reason}') from error
+        raise unreadable(source, part, error) from error
 
 
 def null_prompt(source: Source, transformer: SD3Transformer2DModel, device: torch.device, dtype: torch.dtype) -> Prompt:
@@ -132,6 +166,7 @@ def compute_null_prompt(source: Source, transformer: SD3Transformer2DModel, slot
     from transformers import CLIPTextModelWithProjection
 
     text_files(source)
+    check_files(source, TEXT_PARTS)
     parts: dict[str, Any] = {}
     for number in ('', '_2'):
         # on the CPU in float32 always: the result is a constant and must not depend on where it was computed first

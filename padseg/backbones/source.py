@@ -15,11 +15,21 @@ import pydantic
 from padseg.backbones.spec import BACKBONES
 from padseg.backbones.spec import Spec
 from padseg.errors import ModelUnavailable
+from padseg.errors import PadsegError
 from padseg.errors import UsageError
 from padseg.options import Options
 
-MAIN = ('model_index.json', 'padseg.json', 'transformer/*', 'vae/*', 'scheduler/*')
-TEXT = ('text_encoder/*', 'text_encoder_2/*', 'tokenizer/*', 'tokenizer_2/*')
+MAIN_PARTS = ('transformer', 'vae', 'scheduler')
+TEXT_PARTS = ('text_encoder', 'text_encoder_2', 'tokenizer', 'tokenizer_2')
+MAIN = ('model_index.json', 'padseg.json', *(f'{part}/*' for part in MAIN_PARTS))
+TEXT = tuple(f'{part}/*' for part in TEXT_PARTS)
+CONFIGS = {'scheduler': 'scheduler_config.json', 'tokenizer': 'tokenizer_config.json', 'tokenizer_2': 'tokenizer_config.json'}
+WEIGHTS = {  # without their suffix, since a large model's are several files
+    'transformer': 'diffusion_pytorch_model',
+    'vae': 'diffusion_pytorch_model',
+    'text_encoder': 'model',
+    'text_encoder_2': 'model',
+}
 HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
 BLOCK = 1 << 24
 
@@ -33,53 +43,176 @@ class Source(NamedTuple):
     commit: str | None
 
 
-def locate(model: str, revision: str | None = None) -> Source:
-    """The files of a model and its row; `padseg.json` in the folder overrides the row. Nothing but small files is read yet."""
-    name, _, tagged = model.partition('@')
-    if model in BACKBONES:
-        spec = BACKBONES[model]
-    elif model and pathlib.Path(model).is_dir():
-        spec = Spec(repo=model)
-    elif HUB_ID.fullmatch(name):
-        spec, revision = Spec(repo=name), revision or tagged or None
-    else:
-        raise unknown(model)
+def locate(model: str, revision: str | None = None, *, fetch: bool = True) -> Source:
+    """The files of a model and its row; `padseg.json` in the folder overrides the row. Of the weights only the headers are read.
+
+    Without fetch, nothing is downloaded and the hub is not asked. Raises UsageError for an unknown name, ModelUnavailable otherwise.
+    """
+    spec, commit_or_branch = named(model, revision)
     folder = pathlib.Path(spec.repo)
     commit = None
     if not folder.is_dir():
         if not HUB_ID.fullmatch(spec.repo):
-            raise ModelUnavailable(f'the files of {model} should be in {folder}, which does not exist')
-        folder = snapshot(spec.repo, revision, MAIN)
+            raise ModelUnavailable(f'the files of {model} should be in {folder}, which does not exist', 'incomplete')
+        folder = snapshot(spec.repo, commit_or_branch, MAIN, fetch=fetch)
         commit = folder.name
-    elif revision:
-        raise UsageError(f'{model} is a folder, which has no revisions; got revision {revision}')
-    return Source(read_row(spec, folder), model, folder, commit)
+        if (folder / 'model_index.json').exists():
+            refuse_missing(model, folder, commit, MAIN_PARTS)
+        elif not (folder / 'transformer' / 'config.json').exists():
+            raise no_layout(spec.repo)
+    elif commit_or_branch:
+        raise UsageError(f'{model} is a folder, which has no revisions; got revision {commit_or_branch}')
+    source = Source(read_row(spec, folder), model, folder, commit)
+    check_files(source, MAIN_PARTS)
+    return source
+
+
+def named(model: str, revision: str | None = None) -> tuple[Spec, str | None]:
+    """The row of a model's name before anything is read, and the revision wanted. Raises UsageError for what can be no model."""
+    name, _, tagged = model.partition('@')
+    if model in BACKBONES:
+        return BACKBONES[model], revision
+    if model and pathlib.Path(model).is_dir():
+        return Spec(repo=model), revision
+    if HUB_ID.fullmatch(name):
+        return Spec(repo=name), revision or tagged or None
+    raise unknown(model)
 
 
 def unknown(model: str) -> UsageError:
     return UsageError(f'unknown model {model}: use {", ".join(BACKBONES)}, a hub id such as org/name, or a folder in diffusers layout')
 
 
-def snapshot(repo: str, revision: str | None, patterns: Sequence[str]) -> pathlib.Path:
-    """The hub's files that match, downloaded unless cached. The text encoder T5 is never among them."""
-    from huggingface_hub import snapshot_download
+def no_layout(name: str) -> ModelUnavailable:
+    return ModelUnavailable(f'{name} is no model in diffusers layout: transformer/config.json is missing', 'incomplete')
+
+
+def snapshot(repo: str, revision: str | None, patterns: Sequence[str], *, fetch: bool = True) -> pathlib.Path:
+    """The folder of the hub's files that match, downloaded unless cached; it may lack some. The text encoder T5 is never among them."""
     from huggingface_hub import errors
+    from huggingface_hub import snapshot_download
 
     try:
-        return pathlib.Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
-    except errors.HFValidationError as error:
-        raise unknown(repo) from error
-    except errors.GatedRepoError as error:
-        raise ModelUnavailable(f'{repo} is gated: accept its licence on https://huggingface.co/{repo}, then `hf auth login`') from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelUnavailable(f'{repo} has no revision {revision}') from error
-    except errors.RepositoryNotFoundError as error:
-        raise ModelUnavailable(f'{repo} is not on the hub, or is private: check the name, or `hf auth login`') from error
-    except (OSError, errors.EntryNotFoundError, errors.HTTPError) as error:
-        first = str(error).partition('\n')[0]
-        raise ModelUnavailable(
-            f'{repo} is not in the cache and the hub cannot be reached ({first}); `--model tiny` needs no download'
-        ) from error
+        return pathlib.Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns), local_files_only=not fetch))
+    except hub_errors() as error:
+        # newer clients refuse a folder that lacks any file of the repository; which of them are needed is decided here
+        partial = getattr(error, 'snapshot_path', None)
+        if partial and isinstance(error, errors.LocalEntryNotFoundError):
+            return pathlib.Path(partial)
+        raise refusal(repo, revision, error) from error
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """All that the hub's client raises for what is wrong with a repository, an account or the network."""
+    from huggingface_hub import errors
+
+    return (OSError, errors.HFValidationError, errors.EntryNotFoundError, errors.HTTPError)
+
+
+def refusal(repo: str, revision: str | None, error: Exception) -> PadsegError:
+    """What an error of the hub's client means, in one line with the remedy."""
+    from huggingface_hub import errors
+    from huggingface_hub import get_token
+    from huggingface_hub import is_offline_mode
+
+    page = f'https://huggingface.co/{repo}'
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    first = str(error).strip().partition('\n')[0]
+    if isinstance(error, errors.HFValidationError):
+        return unknown(repo)
+    if isinstance(error, errors.GatedRepoError):
+        if get_token() is None:
+            return ModelUnavailable(f'{repo} is gated: accept its licence on {page}, then `hf auth login`', 'no token')
+        return ModelUnavailable(
+            f'{repo} is gated and the account of your token has no access: accept its licence on {page} with that account '
+            '(`hf auth whoami` names it)',
+            'licence not accepted',
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return ModelUnavailable(f'{repo} has no revision {revision}: {page}/tree/main lists branches and tags', 'unknown revision')
+    # a repository that is not there is answered with 401 to those without a token, which the client knows of the usual endpoint only
+    if isinstance(error, errors.RepositoryNotFoundError) or (status == 401 and get_token() is None):
+        remedy = '`hf auth login`' if get_token() is None else 'that the account of your token may read it (`hf auth whoami`)'
+        return ModelUnavailable(f'{repo} is not on the hub, or is private: check the name, or {remedy}', 'unknown repository')
+    if isinstance(error, errors.HfHubHTTPError) and status in (401, 403):
+        reason = error.response.headers.get('X-Error-Message') or f'HTTP {status}'
+        remedy = (
+            '`hf auth login` again, or mend HF_TOKEN'
+            if status == 401
+            else 'change what it may read on https://huggingface.co/settings/tokens'
+        )
+        return ModelUnavailable(f'the hub refuses your token for {repo} ({reason}): {remedy}', 'token refused')
+    if is_offline_mode():
+        return ModelUnavailable(
+            f'{repo} is not in the cache and the hub cannot be reached (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set): '
+            'unset it for the first run; `--model tiny` needs no download',
+            'offline and not cached',
+        )
+    return ModelUnavailable(
+        f'{repo} is not in the cache and the hub cannot be reached ({first}); `--model tiny` needs no download', 'offline and not cached'
+    )
+
+
+def check_files(source: Source, parts: Sequence[str]) -> None:
+    """Raises ModelUnavailable if a file of these parts is missing, a configuration is no JSON, or weights do not fit their header."""
+    from safetensors import SafetensorError
+
+    refuse_missing(source.model, source.folder, source.commit, parts)
+    for part in parts:
+        read_json(source.folder / part / CONFIGS.get(part, 'config.json'))
+    for path in weight_files(source.folder, parts):
+        try:
+            tensor_shapes(path)
+        except (OSError, SafetensorError) as error:
+            remedy = f'`rm {path.resolve()}` and run again with a network' if source.commit else 'copy or download it again'
+            raise ModelUnavailable(f'{path} is damaged ({str(error).strip()}): {remedy}') from error
+
+
+def refuse_missing(model: str, folder: pathlib.Path, commit: str | None, parts: Sequence[str]) -> None:
+    """Raises ModelUnavailable that names the files of these parts which loading needs and which are not there."""
+    missing = [f'{name} in {part}' for part in parts for name in needed(folder, part) if not (folder / part / name).is_file()]
+    if missing:
+        remedy = 'run again with a network to fetch the rest' if commit else 'copy or download the folder again'
+        raise ModelUnavailable(f'{model} is incomplete: no file named {", ".join(missing)} of {folder}; {remedy}', 'incomplete')
+
+
+def needed(folder: pathlib.Path, part: str) -> list[str]:
+    """Names of the files that a part is loaded from, whether they are there or not."""
+    weights = [path.name for path in weight_files(folder, (part,))]
+    vocabulary: list[str] = []
+    if part.startswith('tokenizer') and not (folder / part / 'tokenizer.json').is_file():
+        split = ['vocab.json', 'merges.txt']
+        vocabulary = split if any((folder / part / name).is_file() for name in split) else ['tokenizer.json']
+    return [CONFIGS.get(part, 'config.json'), *weights, *vocabulary]
+
+
+def weight_files(folder: pathlib.Path, parts: Sequence[str]) -> list[pathlib.Path]:
+    """The safetensors of these parts: one each, or the shards that its index lists; they need not be there."""
+    found = []
+    for part in parts:
+        if part in WEIGHTS:
+            whole = folder / part / f'{WEIGHTS[part]}.safetensors'
+            index = whole.with_name(f'{whole.name}.index.json')
+            sharded = not whole.is_file() and index.is_file()
+            found += [folder / part / name for name in shards(index)] if sharded else [whole]
+    return found
+
+
+def shards(index: pathlib.Path) -> list[str]:
+    names = read_json(index).get('weight_map')
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ModelUnavailable(f'{index} must say weight_map, the file of each tensor')
+    return sorted(set(names.values()))
+
+
+def tensor_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor in a safetensors file, from its header. Raises OSError or SafetensorError if it is damaged."""
+    from safetensors import safe_open
+
+    with safe_open(path, 'np') as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
 
 
 def read_row(spec: Spec, folder: pathlib.Path) -> Spec:
@@ -118,7 +251,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding='utf-8'))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ModelUnavailable(
-            f'{path.parent.parent} is no model in diffusers layout: {path.parent.name}/{path.name} is missing'
+            f'{path.parent.parent} is no model in diffusers layout: {path.parent.name}/{path.name} is missing', 'incomplete'
         ) from error
     except (OSError, ValueError) as error:
         raise ModelUnavailable(f'{path} is not valid JSON: {error}') from error
@@ -131,7 +264,7 @@ def text_files(source: Source) -> list[pathlib.Path]:
     """The text encoders' and tokenizers' files, from the hub if they are not there yet."""
     if source.commit:
         snapshot(source.spec.repo, source.commit, TEXT)
-    return files(source.folder, ('text_encoder', 'text_encoder_2', 'tokenizer', 'tokenizer_2'))
+    return files(source.folder, TEXT_PARTS)
 
 
 def files(folder: pathlib.Path, parts: Sequence[str]) -> list[pathlib.Path]:

@@ -31,3 +31,17 @@ BACKBONES: dict[str, Spec] = {
     'sd3': Spec(repo='stabilityai/stable-diffusion-3-medium-diffusers'),
     'sd3.5': Spec(repo='stabilityai/stable-diffusion-3.5-medium'),
 }
+
+
+class Card(NamedTuple):
+    """What a named model's card says of its terms."""
+
+    licence: str
+    gated: bool
+
+
+CARDS: dict[str, Card] = {
+    'tiny': Card('Apache-2.0', False),
+    'sd3': Card('Stability AI Community License', True),
+    'sd3.5': Card('Stability AI Community License', True),
+}

@@ -4,33 +4,57 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
 from padseg.backbones.spec import BACKBONES
+from padseg.backbones.spec import CARDS
+from padseg.errors import ModelUnavailable
 
-INDEX = 'model_index.json'  # the file that every model in diffusers' layout has
+MEGABYTE = 1_000_000
 
 
 @click.command('models')
 @click.option('--json', 'as_json', is_flag=True, help='print one JSON object')
 def command(as_json: bool) -> int:
-    """List the models that have a name, and whether they are here."""
-    rows = {name: {'repo': spec.repo, 'family': spec.family, 'local': is_local(spec.repo)} for name, spec in BACKBONES.items()}
+    """List the models that have a name: whether they are here, how large, on which terms, and their settings."""
+    rows = {name: row(name) for name in BACKBONES}
     if as_json:
         print(json.dumps(rows))
         return 0
     width = max(map(len, rows))
-    for name, row in rows.items():
-        print(f'{name:{width}}  {"local" if row["local"] else "not here":8}  {row["repo"]}')
+    for name, found in rows.items():
+        size = '' if found['bytes'] is None else f', {found["bytes"] / MEGABYTE:.1f} MB'
+        terms = f'{found["licence"]}{", gated" if found["gated"] else ""}'
+        print(f'{name:{width}}  {found["state"]}{size}; {terms}; {found["repo"]}')
+        print(f'{"":{width}}  {", ".join(f"{key} {value}" for key, value in found["settings"].items())}')
     return 0
 
 
-def is_local(repo: str) -> bool:
-    """Whether a model's folder exists, or the hub's cache on this machine holds it."""
-    if Path(repo).is_absolute():
-        return Path(repo, INDEX).is_file()
+def row(name: str) -> dict[str, Any]:
+    """A named model: repo, family, state, local, folder, bytes on disk, licence, gated, settings. Nothing is downloaded."""
+    from padseg.backbones.source import locate
 
-    from huggingface_hub import try_to_load_from_cache
+    spec, folder = BACKBONES[name], None
+    try:
+        source = locate(name, fetch=False)
+        spec, folder, state = source.spec, source.folder, 'here'
+    except ModelUnavailable as error:
+        state = 'not here' if error.state == 'offline and not cached' else error.state
+    settings = spec._asdict()
+    return {
+        'repo': settings.pop('repo'),
+        'family': settings.pop('family'),
+        'state': state,
+        'local': folder is not None,
+        'folder': str(folder) if folder else None,
+        'bytes': size(folder) if folder else None,
+        **CARDS[name]._asdict(),
+        'settings': settings,
+    }
 
-    return isinstance(try_to_load_from_cache(repo, INDEX), str)
+
+def size(folder: Path) -> int:
+    """Bytes of all files below."""
+    return sum(path.stat().st_size for path in folder.rglob('*') if path.is_file())
