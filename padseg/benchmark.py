@@ -23,7 +23,6 @@ from padseg.evaluate import score_sample
 from padseg.evaluate import score_stored
 from padseg.evaluate import stamp_of
 from padseg.exports.files import atomic
-from padseg.exports.files import exclusive
 from padseg.progress import Progress
 from padseg.progress import Silent
 from padseg.protocols import rules
@@ -33,6 +32,7 @@ from padseg.scores import Picture
 from padseg.scores import Result
 from padseg.scores import Totals
 from padseg.scores import finite
+from padseg.sharing import exclusive
 from padseg.versions import versions
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from padseg.exports.regions import Place
 from padseg.images import ImageError
 from padseg.records import Entry
 from padseg.records import Run
-from padseg.records import read_entries
 from padseg.records import read_run
+from padseg.sharing import all_entries
 
 if TYPE_CHECKING:
     from padseg.types import Array
@@ -44,7 +44,7 @@ def convert(out: Path, format: str, folder: Path | None = None, images: Path | N
     run = read_run(out / 'run.json')
     if run is None:
         raise NoImages(f'there are no results of `padseg run` in {out}')
-    entries = read_entries(out / 'manifest.jsonl')
+    entries = all_entries(out)
     done = [entries[name] for name in sorted(entries) if entries[name].status == 'done']
     if not done:
         raise NoImages(f'no picture is done in {out}: see failures.jsonl there')

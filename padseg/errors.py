@@ -45,6 +45,10 @@ class ResourceExhausted(PadsegError):
     exit_code = 7
 
 
+class NotFinite(PadsegError):
+    """Attention that overflowed; the message names layer and dtype."""
+
+
 class UnreadableLabels(PadsegError):
     """A file that holds no labels, or damaged ones; the message names it and says why."""
 

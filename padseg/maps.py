@@ -10,7 +10,7 @@ from torch import Tensor
 from padseg.attention import token_attention
 from padseg.attention import watch
 from padseg.backbones import Backbone
-from padseg.errors import PadsegError
+from padseg.errors import NotFinite
 from padseg.images import as_image
 from padseg.images import Readable
 from padseg.latents import encode
@@ -30,7 +30,7 @@ def latent_token_maps(latents: Sequence[Latent], backbone: Backbone, options: Re
     """Token maps of latents that share one shape and one noise level, from one forward."""
     maps = attention_maps(torch.cat([latent.z for latent in latents]), latents[0].timestep, backbone, options.layer)
     if not torch.isfinite(maps).all():
-        raise PadsegError(f'attention is not finite in layer {options.layer} with {backbone.dtype}: try another --dtype')
+        raise NotFinite(f'attention is not finite in layer {options.layer} with {backbone.dtype}: try another --dtype')
     return [TokenMaps(each, backbone.prompt.names, latent.frame) for each, latent in zip(maps, latents, strict=True)]
 
 

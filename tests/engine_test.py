@@ -18,7 +18,7 @@ import PIL.Image
 import pytest
 
 from padseg import engine
-from padseg.engine import Job
+from padseg import stages
 from padseg.errors import NoImages
 from padseg.errors import OutputConflict
 from padseg.errors import UsageError
@@ -26,6 +26,7 @@ from padseg.exports import read_label_map
 from padseg.exports import read_masks
 from padseg.images import Found
 from padseg.images import read
+from padseg.job import Job
 from padseg.options import Options
 from padseg.progress import Silent
 from padseg.selection import Selection
@@ -75,7 +76,7 @@ class Count(Silent):
 
     pictures = 0
 
-    def step(self):
+    def step(self, record=None):
         self.pictures += 1
 
 
@@ -85,7 +86,7 @@ class Signal(Silent):
     def __init__(self, *numbers):
         self.numbers = numbers
 
-    def step(self):
+    def step(self, record=None):
         numbers, self.numbers = self.numbers, ()
         for number in numbers:
             os.kill(os.getpid(), number)
@@ -290,9 +291,10 @@ def test_a_second_signal_stops_at_once(job):
 
 def test_a_killed_run_leaves_readable_records_and_is_continued(job, tmp_path):
     program = (
-        'import os, sys; from pathlib import Path; from padseg.engine import Job, run; from padseg.progress import Silent\n'
+        'import os, sys; from pathlib import Path\n'
+        'from padseg.engine import run; from padseg.job import Job; from padseg.progress import Silent\n'
         'class Kill(Silent):\n'
-        '    def step(self): os.kill(os.getpid(), 9)\n'
+        '    def step(self, record=None): os.kill(os.getpid(), 9)\n'
         'run(Job(Path(sys.argv[1]), Path(sys.argv[2]), model=sys.argv[3], device="cpu"), Kill())\n'
     )
     root = Path(__file__).parent.parent
@@ -389,10 +391,11 @@ import os, random, signal, sys, time
 from pathlib import Path
 import torch
 from padseg import engine
+from padseg.job import Job
 from padseg.backbones import load
 torch.set_num_threads(1)
 source, out, model, kills = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-job = engine.Job(source, out, model=model, device='cpu')
+job = Job(source, out, model=model, device='cpu')
 random.seed(0)
 killed = 0
 while killed < kills:
@@ -451,16 +454,6 @@ def test_pictures_are_told_unchanged_by_size_and_time(job):
     assert engine.run(job._replace(checksum=True)).skipped == 2
 
 
-def test_shards_make_what_one_run_makes(job, tmp_path):
-    for seed in range(6):
-        put_picture(job.source / 'more' / f'{seed}.png', (40, 48), seed)
-    engine.run(job._replace(out=tmp_path / 'whole'))
-    done = [engine.run(job._replace(selection=Selection(shard=(part, 3)))).images for part in (1, 2, 3)]
-    assert sum(done) == 9 and max(done) < 9
-    assert results(job.out) == results(tmp_path / 'whole')
-    assert alike(job) == alike(job._replace(out=tmp_path / 'whole'))
-
-
 def test_a_run_over_some_pictures_keeps_the_records_of_others(job):
     (job.source / 'sub' / 'bad.png').write_bytes(b'bad')
     engine.run(job)
@@ -476,11 +469,24 @@ def test_a_run_over_some_pictures_keeps_the_records_of_others(job):
         engine.run(job._replace(selection=Selection(include=('z*',))))
 
 
+def test_failed_pictures_may_be_left_alone(job):
+    (job.source / 'x.png').write_bytes(b'bad')
+    (job.source / 'y.png').write_bytes(b'bad')
+    assert engine.run(job).failed == 2
+    put_picture(job.source / 'x.png')
+    counted = Count()
+    counts = engine.run(job._replace(retry_failed=False), counted)
+    assert (counts.done, counts.skipped, counts.failed, counted.pictures) == (4, 4, 1, 1)  # the changed one is tried
+    assert engine.run(job._replace(retry_failed=False)).failed == 1
+    assert engine.run(job, counted).failed == 1 and counted.pictures == 2
+
+
 def test_too_many_failures_end_the_run(job):
     for number in range(9):
         (job.source / f'a{number}.png').write_bytes(b'bad')
     counts = engine.run(job._replace(max_failures=2))
     assert 3 <= counts.failed < 9 and counts.done < 3
+    assert run_record(job)['status'] == 'interrupted'
     assert engine.run(job).failed == 9
 
 
@@ -503,9 +509,9 @@ def test_where_memory_runs_out_batches_are_halved(job, backbone):
     import torch
 
     def read_all():
-        return [engine.take(Found(job.source / name, name)) for name in SIZES]
+        return [stages.take(job, Found(job.source / name, name)) for name in SIZES]
 
-    expected = engine.by_model(backbone, job.options, read_all())
+    expected = stages.by_model(backbone, job.options, read_all())
     family = backbone.family
 
     class Small:
@@ -520,7 +526,7 @@ def test_where_memory_runs_out_batches_are_halved(job, backbone):
                 raise torch.OutOfMemoryError
             return family.denoise(*arguments, **options)
 
-    found = engine.by_model(dataclasses.replace(backbone, family=Small()), job.options, read_all())
+    found = stages.by_model(dataclasses.replace(backbone, family=Small()), job.options, read_all())
     assert found[0].labels is None and 'out of memory' in found[0].entry.reason
     assert all(np.array_equal(one.labels.labels, two.labels.labels) for one, two in zip(found[1:], expected[1:], strict=True))
 

@@ -39,7 +39,8 @@ NOT_RUN = {'pip', 'bin/test', 'bin/train-tiny', '.venv/bin/python'}
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf'^```{language}\n(.*?)^```$', README, re.MULTILINE | re.DOTALL)
+    every = re.findall(r'^```(\w*)\n(.*?)^```$', README, re.MULTILINE | re.DOTALL)
+    return [text for name, text in every if name == language]
 
 
 def shell_lines() -> list[str]:

@@ -167,7 +167,7 @@ def predictor_of(ctx: click.Context, given: dict[str, Any], rules: Protocol, thr
 
 def source_of(predictor: Predictor) -> dict[str, Any]:
     """The model and settings behind predictions, as scores.json has them."""
-    from padseg.engine import plain
+    from padseg.job import plain
 
     backbone = predictor.backbone
     dtype = str(backbone.dtype).removeprefix('torch.')

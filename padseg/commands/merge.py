@@ -31,10 +31,10 @@ def command(made: Path, source: Path | None, as_json: bool, quiet: bool, **setti
     """
     options = Options(**{name: settings.pop(name) for name in LATER})
 
-    from padseg.engine import Job
     from padseg.engine import run
     from padseg.errors import NoImages
     from padseg.errors import UsageError
+    from padseg.job import Job
     from padseg.progress import shown
     from padseg.records import read_run
 

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import logging
 import sys
 import typing
 from collections.abc import Callable
 from collections.abc import Collection
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
 import click
 
+from padseg.errors import PadsegError
 from padseg.images import MAX_PIXELS
 from padseg.options import Options
+from padseg.progress import EventHandler
+from padseg.progress import Events
+from padseg.progress import event
+from padseg.progress import shown
 
 if TYPE_CHECKING:
     from padseg.engine import Counts
 
 SOME_FAILED = 3
 SIGNALLED = 128  # plus the number of the signal, as shells have it
+log = logging.getLogger(__name__)
 
 
 def option_flags(function: Callable[..., Any], only: Collection[str] | None = None) -> Callable[..., Any]:
@@ -39,7 +48,8 @@ def option_flags(function: Callable[..., Any], only: Collection[str] | None = No
 
 
 @click.command('run')
-@click.option('--dir', 'source', type=click.Path(path_type=Path), required=True, help='folder of pictures, or one picture')
+@click.argument('folders', nargs=-1, metavar='', type=click.Path(path_type=Path))
+@click.option('--dir', 'source', type=click.Path(path_type=Path), help='folder of pictures, or one picture')
 @click.option('--out', type=click.Path(path_type=Path), default='out', show_default=True, help='folder for the results')
 @click.option('--model', default='tiny', show_default=True, help='a model of `padseg models`, a hub id, or a folder')
 @click.option('--revision', help='branch, tag or commit on the hub')
@@ -49,8 +59,10 @@ def option_flags(function: Callable[..., Any], only: Collection[str] | None = No
 @click.option('--workers', type=click.IntRange(min=1), default=1, show_default=True, help='threads that read, and as many that write')
 @click.option('--include', multiple=True, metavar='PATTERN', help='only pictures with such names, as *.jpg or cats/*; may be repeated')
 @click.option('--exclude', multiple=True, metavar='PATTERN', help='no pictures with such names; may be repeated')
-@click.option('--shard', metavar='I/N', help='only the I-th of N parts, from 1: every picture is in one part')
+@click.option('--shard', metavar='I/N', help='only the I-th of N parts, from 1; runs of all parts may share OUT at a time')
+@click.option('--collect', is_flag=True, help='join what shards did: `padseg run --collect OUT`, or --collect OUT1 OUT2 … --out OUT')
 @click.option('--limit', type=click.IntRange(min=1), help='only the first so many pictures')
+@click.option('--retry-failed/--no-retry-failed', default=True, show_default=True, help='try unchanged pictures again that failed before')
 @click.option('--max-failures', type=click.IntRange(min=0), help='stop when more pictures than this have failed')
 @click.option('--max-pixels', type=click.IntRange(min=1), default=MAX_PIXELS, show_default=True, help='larger pictures fail undecoded')
 @click.option('--checksum', is_flag=True, help='tell changed pictures by their content, not by size and time of change')
@@ -60,25 +72,34 @@ def option_flags(function: Callable[..., Any], only: Collection[str] | None = No
 @click.option('--save-maps', is_flag=True, help='also keep the token maps, for `padseg merge`')
 @click.option('--overwrite', is_flag=True, help='do everything again, also over results of other settings')
 @click.option('--json', 'as_json', is_flag=True, help='print the counts as one JSON object on stdout')
+@click.option('--log-json', is_flag=True, help='all on stderr as JSON, a line for each picture and each event')
 @click.option('--no-progress', is_flag=True, help='no progress on stderr')
 @click.option('-q', '--quiet', is_flag=True, help='nothing on stderr but errors')
 @option_flags
-def command(as_json: bool, no_progress: bool, quiet: bool, dry_run: bool, **settings: Any) -> int:
+def command(folders: tuple[Path, ...], collect: bool, log_json: bool, **settings: Any) -> int:
     """Segment every picture of a folder, without labels.
 
     Running it again continues: pictures that are done are skipped, failed ones tried again. Results: OUT/labels (one indexed
     PNG a picture), OUT/masks (one PNG a region, metadata.csv), OUT/manifest.jsonl, OUT/failures.jsonl, OUT/run.json.
     """
-    options = Options(**{field.name: settings.pop(field.name) for field in dataclasses.fields(Options)})
+    if folders and not collect:
+        raise click.UsageError(f'the folder of pictures is given by its option: --dir {folders[0]}')
+    if not (settings['source'] or collect):
+        raise click.UsageError('which pictures? --dir FOLDER')
+    with as_events() if log_json else contextlib.nullcontext():
+        return join(folders, log_json, **settings) if collect else segment(log_json, **settings)
 
-    from padseg.engine import Job
+
+def segment(log_json: bool, as_json: bool, no_progress: bool, quiet: bool, dry_run: bool, **settings: Any) -> int:
+    """Run the job that the flags describe, or with dry_run print what it would work on."""
     from padseg.engine import choose
     from padseg.engine import plan
     from padseg.engine import run
-    from padseg.progress import shown
+    from padseg.job import Job
     from padseg.selection import Selection
     from padseg.selection import parse_shard
 
+    options = Options(**{field.name: settings.pop(field.name) for field in dataclasses.fields(Options)})
     shard = parse_shard(settings.pop('shard'))
     selection = Selection(settings.pop('include'), settings.pop('exclude'), shard, settings.pop('limit'))
     job = Job(options=options, selection=selection, **settings)
@@ -86,13 +107,45 @@ def command(as_json: bool, no_progress: bool, quiet: bool, dry_run: bool, **sett
         pending = [picture.name for picture in plan(job, *choose(job)).pending]
         print(json.dumps({'pending': pending}) if as_json else '\n'.join(pending))
         return 0
-    counts = run(job, shown(quiet or no_progress))
-    return report(counts, job.out, quiet, as_json)
+    counts = run(job, Events() if log_json else shown(quiet or no_progress))
+    return report(counts, job.out, quiet, as_json, log_json)
 
 
-def report(counts: Counts, out: Path, quiet: bool, as_json: bool) -> int:
+def join(folders: tuple[Path, ...], log_json: bool, out: Path, coco: bool, quiet: bool, as_json: bool, **unused: Any) -> int:
+    """Collect what shards did, in these folders or in OUT."""
+    from padseg.collect import collect
+
+    given = click.get_current_context().get_parameter_source('out') is not click.core.ParameterSource.DEFAULT
+    if len(folders) > 1 and not given:
+        raise click.UsageError('several folders are joined in another: --out OUT')
+    target = out if given or not folders else folders[0]
+    counts, missing = collect(folders or (out,), target, coco)
+    if missing:
+        log.warning('no finished run was found of the shards %s', ', '.join(missing))
+    return report(counts, target, quiet, as_json, log_json) or (SOME_FAILED if missing else 0)
+
+
+@contextlib.contextmanager
+def as_events() -> Iterator[None]:
+    """What goes wrong, and what libraries log, as events on stderr."""
+    handler = EventHandler()
+    logging.getLogger().addHandler(handler)
+    logging.captureWarnings(True)
+    try:
+        yield
+    except PadsegError as error:
+        event('error', message=str(error), exit_code=error.exit_code)
+        raise click.exceptions.Exit(error.exit_code) from error
+    finally:
+        logging.captureWarnings(False)
+        logging.getLogger().removeHandler(handler)
+
+
+def report(counts: Counts, out: Path, quiet: bool, as_json: bool, log_json: bool = False) -> int:
     """Say how a run went; its exit code."""
-    if not quiet:
+    if log_json:
+        event('end', **counts._asdict(), out=str(out))
+    elif not quiet:
         print(summary(counts, out), file=sys.stderr)
     if as_json:
         print(json.dumps({**counts._asdict(), 'out': str(out)}))

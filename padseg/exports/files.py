@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import uuid
+from collections.abc import Collection
 from collections.abc import Iterator
 from pathlib import Path
 
-import filelock
-
-from padseg.errors import OutputConflict
-from padseg.errors import UsageError
-
 PREFIX = '.padseg-'  # of temporary names; hidden, and short so that long names stay possible
+MARK = 12  # hexadecimal digits
 # A picture's own fault when its results cannot be written; any other error of the file system concerns the whole run.
 NAME_FAULTS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 
@@ -27,7 +25,7 @@ def atomic(path: Path) -> Iterator[Path]:
     If the block raises, nothing is left of it and `path` is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f'{PREFIX}{uuid.uuid4().hex}'
+    temporary = temporary_beside(path)
     try:
         yield temporary
         for file in sorted(temporary.iterdir()) if temporary.is_dir() else [temporary]:
@@ -39,6 +37,11 @@ def atomic(path: Path) -> Iterator[Path]:
         remove(temporary)
 
 
+def temporary_beside(path: Path) -> Path:
+    """A new name in the folder of `path`."""
+    return path.parent / f'{temporary_prefix(path.name)}-{uuid.uuid4().hex[:MARK]}'
+
+
 def flush(path: Path) -> None:
     """Wait until the file's bytes are on the disk."""
     with path.open('rb+') as file:
@@ -48,30 +51,22 @@ def flush(path: Path) -> None:
 def remove(path: Path) -> None:
     """Remove a file or folder, if there is one; a folder leaves its place before its files go."""
     if path.is_dir():
-        doomed = path.parent / f'{PREFIX}{uuid.uuid4().hex}'
-        path.rename(doomed)
+        doomed = path if path.name.startswith(PREFIX) else temporary_beside(path)
+        if doomed != path:
+            path.rename(doomed)
         shutil.rmtree(doomed)
     else:
         path.unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what a killed run left half written in a folder."""
+def sweep(folder: Path, names: Collection[str] | None = None) -> None:
+    """Remove what a killed run left half written in a folder; only what was to get one of these names, if any are given."""
+    wanted = None if names is None else {temporary_prefix(name) for name in names}
     for path in folder.glob(f'{PREFIX}*'):
-        remove(path)
+        if wanted is None or path.name[: len(PREFIX) + MARK] in wanted:
+            remove(path)
 
 
-@contextlib.contextmanager
-def exclusive(out: Path, foreign: str) -> Iterator[None]:
-    """Make the output folder and keep other runs out of it. OutputConflict if one is in it, or if the file `foreign` is there."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f'cannot make the output folder {out}: {error.strerror}') from error
-    if (out / foreign).exists():
-        raise OutputConflict(f'{out} holds {foreign}, results of another command: choose another --out')
-    try:
-        with filelock.FileLock(out / '.lock', timeout=0):
-            yield
-    except filelock.Timeout as error:
-        raise OutputConflict(f'another run is writing to {out}') from error
+def temporary_prefix(name: str) -> str:
+    """How temporary names for a file or folder of this name begin: runs that share a folder know theirs by it."""
+    return PREFIX + hashlib.sha256(os.fsencode(name)).hexdigest()[:MARK]

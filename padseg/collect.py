@@ -1,0 +1,103 @@
+"""The results of runs over parts of a folder of pictures, joined as if one run had made them."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from padseg.convert import write_coco
+from padseg.engine import Counts
+from padseg.engine import agree
+from padseg.engine import finish
+from padseg.engine import full_disk
+from padseg.errors import NoImages
+from padseg.errors import OutputConflict
+from padseg.exports.files import atomic
+from padseg.exports.files import sweep
+from padseg.records import Entry
+from padseg.records import Run
+from padseg.records import read_run
+from padseg.sharing import all_entries
+from padseg.sharing import exclusive
+from padseg.sharing import forget_shards
+from padseg.sharing import shard_homes
+from padseg.sharing import unfinished
+
+
+class Collected(NamedTuple):
+    """counts: of all pictures recorded. missing: the shards, as i/N, of which no finished run was found."""
+
+    counts: Counts
+    missing: list[str]
+
+
+def collect(folders: Sequence[Path], out: Path, coco: bool = False) -> Collected:
+    """Join the records of all shards in these output folders into those of `out`, with the results that lie elsewhere copied there.
+
+    Raises NoImages where there are no results, OutputConflict if their settings differ, if two folders hold results of different
+    pictures of one name, or if a run is writing to one of them.
+    """
+    others = [folder for folder in folders if folder.resolve() != out.resolve()]
+    made = {folder: read_run(folder / 'run.json') for folder in folders}
+    records = [run for run in made.values() if run]
+    if len(records) < len(made):
+        raise NoImages(f'there are no results of `padseg run` in {next(folder for folder, run in made.items() if run is None)}')
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(full_disk(out))
+        for folder in (out, *others):
+            stack.enter_context(exclusive(folder, foreign='scores.json'))
+        there = read_run(out / 'run.json')
+        for folder, record in zip(made, records, strict=True):
+            agree(folder, there or records[0], record, '')
+        missing = unfinished([out, *others])
+        entries = all_entries(out)
+        sweep(out)
+        for folder in others:
+            for entry in all_entries(folder).values():
+                if wanted(entry, entries.get(entry.input), folder, out):
+                    bring(entry, folder, out)
+                    entries[entry.input] = entry
+        seconds = sum(run.seconds or 0.0 for folder in {out, *others} for run in runs(folder))
+        counts = total(entries, seconds)
+        finish(out, there or records[0], entries, counts, worked=True)
+        if not missing:
+            forget_shards(out)
+        if coco and counts.done:
+            write_coco(out)
+    return Collected(counts, missing)
+
+
+def runs(folder: Path) -> list[Run]:
+    """The runs that have records in an output folder: those of its shards, or the one."""
+    return [run for home in shard_homes(folder).values() or [folder] if (run := read_run(home / 'run.json'))]
+
+
+def wanted(entry: Entry, here: Entry | None, folder: Path, out: Path) -> bool:
+    """Whether a picture's results are to be copied from `folder`. OutputConflict if those here are of another picture."""
+    if here is None or here.status == 'failed':
+        return True
+    if entry.status == 'failed':
+        return False
+    if entry.sha256 != here.sha256:
+        raise OutputConflict(f'{folder} and {out} hold results of different pictures of the name {entry.input}')
+    return not all((out / path).exists() for path in entry.outputs.values())
+
+
+def bring(entry: Entry, folder: Path, out: Path) -> None:
+    """Copy a picture's results."""
+    for path in entry.outputs.values():
+        sweep((out / path).parent, {Path(path).name})
+        with atomic(out / path) as temporary:
+            if (folder / path).is_dir():
+                shutil.copytree(folder / path, temporary, copy_function=shutil.copyfile)
+            else:
+                shutil.copyfile(folder / path, temporary)
+
+
+def total(entries: dict[str, Entry], seconds: float) -> Counts:
+    regions = [entry.regions or 0 for entry in entries.values() if entry.status == 'done']
+    mean = sum(regions) / len(regions) if regions else 0.0
+    return Counts(len(entries), len(regions), len(regions), len(entries) - len(regions), mean, seconds)

@@ -1,0 +1,155 @@
+"""The stages that a picture of a run goes through: taken from its file, segmented, its results written."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import NamedTuple
+from typing import Protocol
+
+from padseg.errors import NotFinite
+from padseg.exports import FORMATS
+from padseg.exports.files import NAME_FAULTS
+from padseg.images import Found
+from padseg.images import ImageError
+from padseg.images import decode
+from padseg.job import Job
+from padseg.job import outputs
+from padseg.options import Options
+from padseg.options import Resolved
+from padseg.records import Entry
+
+if TYPE_CHECKING:
+    from padseg.backbones import Backbone
+    from padseg.types import Image
+    from padseg.types import LabelMap
+    from padseg.types import TokenMaps
+
+log = logging.getLogger(__name__)
+
+
+class Taken(NamedTuple):
+    """A picture that was read, with what is known of it so far; image is None if it failed; maps, labels: what was found in it."""
+
+    entry: Entry
+    image: Image | None
+    maps: TokenMaps | None = None
+    labels: LabelMap | None = None
+
+
+class OutOfMemory(ImageError):
+    """A picture that is too much for the device's memory, by itself."""
+
+
+class Segmenter(Protocol):
+    """Finds token maps and label maps of pictures that were read, none of which has failed; a picture that fails now is marked so."""
+
+    def __call__(self, taken: list[Taken]) -> list[Taken]: ...
+
+
+def take(job: Job, picture: Found) -> Taken:
+    """Read a picture and start its record."""
+    began = time.perf_counter()
+    entry = Entry(input=picture.name, status='failed')
+    image = None
+    try:
+        entry.modified = picture.path.stat().st_mtime_ns
+        data = picture.path.read_bytes()
+        entry.bytes = len(data)
+        entry.sha256 = hashlib.sha256(data).hexdigest()
+        image = decode(data, job.max_pixels)
+        entry.size = (image.shape[0], image.shape[1])
+    except (ImageError, OSError) as error:
+        fail(entry, error)
+    entry.stages['decode'] = round(time.perf_counter() - began, 4)
+    return Taken(entry, image)
+
+
+def segmented(segmenter: Segmenter, taken: list[Taken]) -> Iterator[Taken]:
+    """A batch with its label maps."""
+    good = [each for each in taken if each.image is not None]
+    began = time.perf_counter()
+    found = iter(segmenter(good) if good else ())
+    share = round((time.perf_counter() - began) / max(1, len(good)), 4)
+    for each in taken:
+        if each.image is not None:
+            each.entry.stages['segment'] = share
+        yield each if each.image is None else next(found)
+
+
+def by_model(backbone: Backbone, options: Options, taken: list[Taken]) -> list[Taken]:
+    """A batch by a forward; where memory runs out or the attention is not finite, by halves of the batch. Alone, such a picture fails."""
+    import torch
+
+    from padseg.segment import regions
+    from padseg.segment import token_maps_batch
+
+    resolved = options.resolve(backbone.spec)
+    images = [each.image for each in taken if each.image is not None]
+    try:
+        maps = token_maps_batch(images, backbone, resolved)
+    except (torch.OutOfMemoryError, NotFinite) as error:
+        memory = isinstance(error, torch.OutOfMemoryError)
+        if len(taken) == 1:
+            fail(taken[0].entry, OutOfMemory('out of memory, alone in its batch: try a smaller --side') if memory else error)
+            return taken
+        log.warning('%s with %d pictures at once: trying half as many', 'out of memory' if memory else error, len(taken))
+        half = len(taken) // 2
+        return by_model(backbone, options, taken[:half]) + by_model(backbone, options, taken[half:])
+    labels = [regions(image, each, resolved) for image, each in zip(images, maps, strict=True)]
+    return [each._replace(maps=own, labels=label) for each, own, label in zip(taken, maps, labels, strict=True)]
+
+
+def by_maps(folder: Path, known: dict[str, str | None], options: Resolved, taken: list[Taken]) -> list[Taken]:
+    """A batch from kept token maps. A picture without them, or another one than they were made from, has failed."""
+    from padseg.saved_maps import read_maps
+    from padseg.segment import regions
+
+    found = []
+    for each in taken:
+        assert each.image is not None
+        maps = read_maps(folder / f'{each.entry.input}.npz')
+        if maps is None or known.get(each.entry.input) != each.entry.sha256:
+            fail(each.entry, ImageError('there are no token maps of this picture: run the model with --save-maps'))
+            found.append(each)
+        else:
+            found.append(each._replace(maps=maps, labels=regions(each.image, maps, options)))
+    return found
+
+
+def save(job: Job, taken: Taken) -> Entry:
+    """Write a picture's results; its complete record. OSError if the trouble is not of this picture alone."""
+    entry, image, maps, labels = taken
+    if image is not None and labels is not None and maps is not None:
+        began = time.perf_counter()
+        try:
+            write_results(job, entry, image, maps, labels)
+        except (ImageError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in NAME_FAULTS:
+                raise
+            fail(entry, error)
+        entry.stages['write'] = round(time.perf_counter() - began, 4)
+    entry.seconds = round(sum(entry.stages.values()), 4)
+    return entry
+
+
+def write_results(job: Job, entry: Entry, image: Image, maps: TokenMaps, labels: LabelMap) -> None:
+    from padseg.saved_maps import write_maps
+
+    places = outputs(entry.input, job)
+    for name, path in places.items():
+        write = partial(write_maps, maps) if name == 'maps' else partial(FORMATS[name].write, image, labels)
+        write(job.out / path)
+    entry.regions = int(labels.labels.max())
+    entry.outputs = places
+    entry.status = 'done'
+
+
+def fail(entry: Entry, error: Exception) -> None:
+    entry.error = type(error).__name__
+    entry.reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
