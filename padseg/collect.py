@@ -12,10 +12,10 @@ from padseg.convert import write_coco
 from padseg.engine import Counts
 from padseg.engine import agree
 from padseg.engine import finish
-from padseg.engine import full_disk
 from padseg.errors import NoImages
 from padseg.errors import OutputConflict
 from padseg.exports.files import atomic
+from padseg.exports.files import full_disk
 from padseg.exports.files import sweep
 from padseg.records import Entry
 from padseg.records import Run
@@ -54,7 +54,6 @@ def collect(folders: Sequence[Path], out: Path, coco: bool = False) -> Collected
             agree(folder, there or records[0], record, '')
         missing = unfinished([out, *others])
         entries = all_entries(out)
-        sweep(out)
         for folder in others:
             for entry in all_entries(folder).values():
                 if wanted(entry, entries.get(entry.input), folder, out):

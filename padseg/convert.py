@@ -12,10 +12,13 @@ from padseg.errors import UsageError
 from padseg.exports import CONVERTERS
 from padseg.exports import read_label_map
 from padseg.exports.files import NAME_FAULTS
+from padseg.exports.files import full_disk
 from padseg.exports.files import sweep
 from padseg.exports.regions import Picture
 from padseg.exports.regions import Place
 from padseg.images import ImageError
+from padseg.images import file_and_frame
+from padseg.job import reading_from
 from padseg.records import Entry
 from padseg.records import Run
 from padseg.records import read_run
@@ -53,9 +56,11 @@ def convert(out: Path, format: str, folder: Path | None = None, images: Path | N
     for path in {place.folder, *((place.folder / part / name).parent for part in converter.PARTS for name in place.names)}:
         sweep(path)
     failed = {}
-    with converter.writer(place) as add:
+    with full_disk(place.folder), converter.writer(place) as add:
         for number, entry in enumerate(done, start=1):
             try:
+                if converter.BESIDE:
+                    refuse_other_size(entry, place)
                 add(Picture(number, entry.input, entry.sha256, label_map(out, entry)))
             except (UnreadableLabels, ImageError) as error:
                 failed[entry.input] = str(error)
@@ -81,9 +86,20 @@ def place_of(out: Path, run: Run, done: list[Entry], folder: Path, images: Path 
         folder=folder,
         own=folder.resolve().is_relative_to(out.resolve()),
         images=source.parent if source.is_file() else source,
+        reading=reading_from(run.settings),
         names=tuple(entry.input for entry in done),
         made_by={'version': run.padseg, 'model': run.model.model, 'revision': run.model.revision, 'weights': run.model.weights},
     )
+
+
+def refuse_other_size(entry: Entry, place: Place) -> None:
+    """ImageError for a label map that does not fit the picture's file as others open it."""
+    if entry.reduced_from:
+        raise ImageError('it was reduced: its label map is smaller than its file')
+    if place.reading.exif != 'apply':
+        raise ImageError('it was not turned upright, as other programs show it')
+    if file_and_frame(entry.input)[0] != entry.input:
+        raise ImageError('it is a frame of a file')
 
 
 def label_map(out: Path, entry: Entry) -> Array:

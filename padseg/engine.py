@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -18,17 +17,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 from padseg import __version__
+from padseg.cluster import results_on_ray
 from padseg.convert import write_coco
 from padseg.errors import NoImages
 from padseg.errors import OutputConflict
 from padseg.errors import ResourceExhausted
 from padseg.errors import UsageError
+from padseg.exports.files import full_disk
 from padseg.exports.files import sweep
 from padseg.images import Found
+from padseg.images import collisions
 from padseg.images import find
+from padseg.images import frames_of
+from padseg.images import ignores_case
 from padseg.job import Job
 from padseg.job import outputs
 from padseg.job import plain
+from padseg.job import reading_settings
 from padseg.job import requested
 from padseg.job import resolved_from
 from padseg.options import LATER
@@ -66,7 +71,6 @@ from padseg.stages import segmented
 from padseg.stages import take
 from padseg.versions import versions
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 log = logging.getLogger(__name__)
 
 
@@ -100,16 +104,21 @@ def run(job: Job, progress: Progress = Silent()) -> Counts:
     found, pictures = choose(job)
     shard = job.selection.shard
     own = home(job.out, shard)
-    with held(job), full_disk(job.out), Stop() as stop:
+    with full_disk(job.out), held(job), Stop() as stop:
+        refuse_collisions(job.out, pictures)
         pending, entries, earlier = plan(job, found, pictures)
         skipped = len(pictures) - len(pending)
         worked = bool(pending) or earlier is None or earlier.requested != requested(job)
         if worked:
             segmenter, record = prepare(job, earlier)
             write_run(record, own / 'run.json')
+            if job.engine == 'ray':
+                made = results_on_ray(job, record, pending, stop, job.address)
+            else:
+                made = results(job, segmenter, pending, stop)
             with contextlib.closing(progress):
                 progress.start(len(pending))
-                for entry in work(job, segmenter, pending, entries, stop):
+                for entry in work(job, made, pending, entries, stop):
                     entries[entry.input] = entry
                     progress.step(entry.model_dump())
         else:
@@ -137,13 +146,20 @@ def choose(job: Job) -> tuple[list[Found], list[Found]]:
     """All pictures of the source, and those that the run is about. Raises NoImages if there are none, and UsageError."""
     if job.source.resolve() == job.out.resolve():
         raise UsageError(f'the output cannot be the folder of the pictures itself: {job.out}')
-    found = find(job.source, skip=job.out)
+    found = [frame for picture in find(job.source, skip=job.out) for frame in frames_of(picture, job.reading)]
     if not found:
         raise NoImages(f'there are no pictures in {job.source}')
     pictures = select(found, job.selection)
     if not pictures:
         raise NoImages(f'none of the {len(found)} pictures in {job.source} is selected')
     return found, pictures
+
+
+def refuse_collisions(out: Path, pictures: list[Found]) -> None:
+    """UsageError if two pictures' results would be one file."""
+    same = collisions(picture.name for picture in pictures)
+    if same and ignores_case(out):
+        raise UsageError(f'{same[0][0]} and {same[0][1]} are one name on the file system of {out}: rename one, or --exclude it')
 
 
 def plan(job: Job, found: list[Found], pictures: list[Found]) -> Plan:
@@ -162,17 +178,6 @@ def plan(job: Job, found: list[Found], pictures: list[Found]) -> Plan:
         kept = {picture.name: kept[picture.name] for picture in pictures if picture.name in kept}
     done = any(entry.status == 'done' for entry in entries.values())
     return Plan(pending, kept, earlier if done else None)
-
-
-@contextlib.contextmanager
-def full_disk(out: Path) -> Iterator[None]:
-    """A full disk or quota, at whichever write, as ResourceExhausted."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise ResourceExhausted(f'{out}: {error.strerror}; what is finished stays, and the same command continues') from error
 
 
 def settled(picture: Found, entry: Entry | None, job: Job) -> bool:
@@ -223,6 +228,7 @@ def from_model(job: Job) -> tuple[Segmenter, Run]:
     backbone = load(job.model, revision=job.revision, device=job.device, dtype=job.dtype)
     dtype = str(backbone.dtype).removeprefix('torch.')
     settings: dict[str, Setting] = {'weights': backbone.identity.weights, 'dtype': dtype, **plain(job.options.resolve(backbone.spec))}
+    settings |= reading_settings(job.reading)
     record = Run(
         padseg=__version__,
         source=str(job.source.resolve()),
@@ -270,14 +276,14 @@ def key_of(settings: dict[str, Setting]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def work(job: Job, segmenter: Segmenter, pending: list[Found], entries: dict[str, Entry], stop: Stop) -> Iterator[Entry]:
-    """Do the pending pictures, each with its manifest line as the last thing written. Ends early when asked to stop."""
+def work(job: Job, made: Iterable[Entry], pending: list[Found], entries: dict[str, Entry], stop: Stop) -> Iterator[Entry]:
+    """Do the pending pictures, as their records are made, each with its manifest line as the last thing written."""
     own = home(job.out, job.selection.shard)
-    clean(job, pending, own)
+    clean(job, pending)
     write_entries(entries.values(), own / 'manifest.jsonl')  # drops a torn last line before more are added
     failures = 0
     with (own / 'manifest.jsonl').open('a', encoding='ascii') as manifest:
-        for entry in results(job, segmenter, pending, stop):
+        for entry in made:
             manifest.write(line(entry))
             manifest.flush()
             yield entry
@@ -286,14 +292,14 @@ def work(job: Job, segmenter: Segmenter, pending: list[Found], entries: dict[str
                 stop.asked = True
 
 
-def clean(job: Job, pending: list[Found], own: Path) -> None:
+def clean(job: Job, pending: list[Found]) -> None:
     """Remove what killed runs left half written; beside other shards, only where it was to become results of these pictures."""
-    names: dict[Path, set[str]] = {own: set()}
+    names: dict[Path, set[str]] = {}
     for picture in pending:
         for path in outputs(picture.name, job).values():
             names.setdefault((job.out / path).parent, set()).add(Path(path).name)
     for folder, mine in names.items():
-        sweep(folder, mine if job.selection.shard and folder != own else None)
+        sweep(folder, mine if job.selection.shard else None)
 
 
 def results(job: Job, segmenter: Segmenter, pending: list[Found], stop: Stop) -> Iterator[Entry]:

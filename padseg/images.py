@@ -1,46 +1,74 @@
-"""Files to pictures: finding them in a folder, and decoding them to upright RGB or saying why not."""
+"""Files to pictures: finding them in a folder, and reading them."""
 
 from __future__ import annotations
 
-import io
 import os
-import struct
-import warnings
-import zlib
+import re
+import stat
+import tempfile
+import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 from typing import NoReturn
 
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 
+from padseg.decode import DAMAGE
+from padseg.decode import DECODERS
+from padseg.decode import EXIF
+from padseg.decode import FRAMES
+from padseg.decode import MAX_BYTES
+from padseg.decode import MAX_FRAMES
+from padseg.decode import MAX_PIXELS
+from padseg.decode import Decoded
+from padseg.decode import ImageError
+from padseg.decode import Reading
+from padseg.decode import count_frames
+from padseg.decode import decode
+from padseg.decode import decode_with_notes
+from padseg.decode import reasons
 from padseg.errors import NoImages
-from padseg.errors import PadsegError
 from padseg.types import Image
 
+# The rest of the package has all that is about pictures from here.
+__all__ = [
+    'DAMAGE',
+    'DECODERS',
+    'EXIF',
+    'FRAMES',
+    'MAX_BYTES',
+    'MAX_FRAMES',
+    'MAX_PIXELS',
+    'SUFFIXES',
+    'Decoded',
+    'Found',
+    'ImageError',
+    'Readable',
+    'Reading',
+    'as_image',
+    'collisions',
+    'contents',
+    'decode',
+    'decode_with_notes',
+    'file_and_frame',
+    'find',
+    'frames_of',
+    'ignores_case',
+    'read',
+]
+
 Readable = Image | str | Path  # a picture, or where its file is
-
-# The decoders that are let near a stranger's file; Pillow knows many more.
-DECODERS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'GIF', 'PPM')
+FRAME = re.compile(r'(.+)\.f(\d{4})', re.DOTALL)
 SUFFIXES = frozenset('.jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .tif .tiff .gif .ppm .pgm .pbm .pnm'.split())
-MAX_PIXELS = 178_000_000  # just below where Pillow itself refuses
-TIFF_BITS_PER_SAMPLE = 258
-# What Pillow's decoders raise on damaged files: OSError for most, the rest from parsing headers.
-DAMAGE = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError, struct.error, zlib.error)
-
-
-class ImageError(PadsegError):
-    """A file that is no picture padseg can use; the message is the reason."""
-
-    exit_code = 3
 
 
 class Found(NamedTuple):
-    """A picture's file. name: its POSIX path relative to the folder that was searched."""
+    """A picture's file. name: its POSIX path relative to the folder that was searched; frame: which one of it, from 0."""
 
     path: Path
     name: str
+    frame: int = 0
 
 
 def find(source: Path, skip: Path | None = None) -> list[Found]:
@@ -57,13 +85,62 @@ def find(source: Path, skip: Path | None = None) -> list[Found]:
     for folder, folders, files in os.walk(source, onerror=refuse):
         folders[:] = [name for name in folders if name[0] != '.' and Path(folder, name).resolve() != hidden]
         paths = [Path(folder, name) for name in files if name[0] != '.' and Path(name).suffix.lower() in SUFFIXES]
-        # A dangling link stays in, so that it is reported and not lost.
-        found += [Found(path, path.relative_to(source).as_posix()) for path in paths if path.is_file() or not path.exists()]
+        found += [Found(path, path.relative_to(source).as_posix()) for path in paths if not is_special(path)]
     return sorted(found, key=lambda picture: picture.name)
 
 
 def refuse(error: OSError) -> NoReturn:
     raise NoImages(f'cannot list {error.filename}: {error.strerror}') from error
+
+
+def is_special(path: Path) -> bool:
+    """Whether this is no file but a pipe, a socket, a device. Not so a dangling link: it is to be reported and not lost."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False
+
+
+def frames_of(found: Found, reading: Reading) -> list[Found]:
+    """The frames of a file as pictures `a.gif.f0000`, `a.gif.f0001`, … if all are wanted and there are several; else the file as it is.
+
+    It also stays one if it cannot be read or has more than MAX_FRAMES frames: decoding it says so.
+    """
+    if reading.frames == 'first':
+        return [found]
+    try:
+        check_file(found.path, reading)
+        with found.path.open('rb') as file, reasons():
+            number = count_frames(file, reading)
+    except (ImageError, OSError):
+        return [found]
+    if not 1 < number <= MAX_FRAMES:
+        return [found]
+    return [Found(found.path, f'{found.name}.f{frame:04d}', frame) for frame in range(number)]
+
+
+def file_and_frame(name: str) -> tuple[str, int]:
+    """The file's name and the frame of it that a picture's name stands for: `a.gif.f0003` is frame 3 of `a.gif`."""
+    found = FRAME.fullmatch(name)  # no file that is taken for a picture has such a suffix
+    return (found[1], int(found[2])) if found else (name, 0)
+
+
+def collisions(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Pairs of names that are one where neither case nor the form of accents counts: the first in order, and each other one."""
+    first: dict[str, str] = {}
+    pairs = []
+    for name in sorted(set(names)):
+        plain = unicodedata.normalize('NFC', unicodedata.normalize('NFD', name).casefold())
+        if first.setdefault(plain, name) != name:
+            pairs.append((first[plain], name))
+    return pairs
+
+
+def ignores_case(folder: Path) -> bool:
+    """Whether a folder takes `a` and `A` for one name, tried with a temporary file. OSError if it cannot be written to."""
+    with tempfile.NamedTemporaryFile(prefix='.case-', dir=folder) as file:
+        path = Path(file.name)
+        return path.with_name(path.name.swapcase()).exists()
 
 
 def as_image(image: Readable) -> Image:
@@ -75,55 +152,20 @@ def as_image(image: Readable) -> Image:
     return image
 
 
-def read(path: str | Path) -> Image:
+def read(path: str | Path, reading: Reading = Reading()) -> Image:
     """The picture in a file, (H, W, 3) uint8 RGB, upright. Raises ImageError with the reason, OSError if the file cannot be read."""
-    return decode(Path(path).read_bytes())
+    return decode(contents(Path(path), reading), reading)
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image:
-    """The picture in a file's bytes, its first frame, (H, W, 3) uint8 RGB, upright. Raises ImageError with the reason.
-
-    max_pixels: larger pictures are refused before they are decoded.
-    """
-    if not data:
-        raise ImageError('empty file')
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # oddities that do not stop Pillow, and its own size warning: MAX_PIXELS decides
-        try:
-            picture = PIL.Image.open(io.BytesIO(data), formats=DECODERS)
-        except PIL.UnidentifiedImageError as error:
-            raise ImageError(f'not a picture that padseg reads ({", ".join(DECODERS)})') from error
-        except PIL.Image.DecompressionBombError as error:
-            raise ImageError(f'size exceeds {MAX_PIXELS} pixels') from error
-        except DAMAGE as error:
-            raise ImageError(f'truncated or damaged: {error}') from error
-        if picture.width * picture.height > max_pixels:
-            raise ImageError(f'size {picture.width}x{picture.height} exceeds {max_pixels} pixels')
-        try:
-            picture.load()
-            return np.array(to_rgb(picture))  # (H, W, 3)
-        except DAMAGE as error:
-            raise ImageError(f'truncated or damaged: {error}') from error
+def contents(path: Path, reading: Reading = Reading()) -> bytes:
+    """The bytes of a file. Raises ImageError if it is too large or no file, which is found out before it is read; and OSError."""
+    check_file(path, reading)
+    return path.read_bytes()
 
 
-def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """Upright RGB of a loaded picture of any mode: deep greys scaled to 8 bits, transparency laid on white."""
-    highest = 2 ** depth(picture) - 1
-    picture = PIL.ImageOps.exif_transpose(picture)
-    if picture.mode.startswith('I'):
-        grey = np.asarray(picture).astype(np.uint32)
-        return PIL.Image.fromarray(((grey * 255 + highest // 2) // highest).astype(np.uint8)).convert('RGB')
-    if picture.has_transparency_data:
-        picture = picture.convert('RGBA')
-        picture = PIL.Image.alpha_composite(PIL.Image.new('RGBA', picture.size, 'white'), picture)
-    return picture.convert('RGB')
-
-
-def depth(picture: PIL.Image.Image) -> int:
-    """Bits of a sample. Raises ImageError for samples without a known range: floats and 32-bit integers."""
-    if picture.mode == 'F' or (picture.mode == 'I' and picture.format == 'TIFF'):
-        raise ImageError('float or 32-bit samples, whose range is not known')
-    if not picture.mode.startswith('I'):
-        return 8
-    bits: tuple[int, ...] = getattr(picture, 'tag_v2', {}).get(TIFF_BITS_PER_SAMPLE, (16,))
-    return bits[0]
+def check_file(path: Path, reading: Reading) -> None:
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError('not a regular file')  # a pipe would be waited for
+    if status.st_size > reading.max_bytes:
+        raise ImageError(f'file of {status.st_size} bytes exceeds {reading.max_bytes}')

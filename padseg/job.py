@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import PIL.ImageColor
+
+from padseg.errors import UsageError
 from padseg.exports import FORMATS
-from padseg.images import MAX_PIXELS
+from padseg.images import Reading
 from padseg.options import Options
 from padseg.options import Resolved
 from padseg.records import Setting
 from padseg.selection import Selection
+
+
+ENGINES = ('local', 'ray')
 
 
 class Job(NamedTuple):
@@ -20,8 +27,8 @@ class Job(NamedTuple):
 
     workers: threads that read pictures ahead, and as many that write results behind the model. checksum: a picture is unchanged if its
     content is, not if size and time of change are. retry_failed: whether pictures that failed are tried again though they are unchanged.
-    max_failures: how many pictures may fail before the run ends. max_pixels: of a picture. maps: output of an earlier run whose token
-    maps take the model's place.
+    max_failures: how many pictures may fail before the run ends. reading: how files become pictures. maps: output of an earlier run
+    whose token maps take the model's place. engine: one of ENGINES; address: of a Ray cluster, otherwise $RAY_ADDRESS or this machine.
     """
 
     source: Path
@@ -40,9 +47,11 @@ class Job(NamedTuple):
     checksum: bool = False
     retry_failed: bool = True
     max_failures: int | None = None
-    max_pixels: int = MAX_PIXELS
+    reading: Reading = Reading()
     selection: Selection = Selection()
     maps: Path | None = None
+    engine: str = 'local'
+    address: str | None = None
 
 
 def outputs(name: str, job: Job) -> dict[str, str]:
@@ -53,7 +62,45 @@ def outputs(name: str, job: Job) -> dict[str, str]:
 
 def requested(job: Job) -> dict[str, Setting]:
     """The settings as the user gave them."""
-    return {'model': job.model, 'revision': job.revision, 'dtype': job.dtype, **plain(job.options)}
+    return {'model': job.model, 'revision': job.revision, 'dtype': job.dtype, **plain(job.options), **reading_settings(job.reading)}
+
+
+def reading_settings(reading: Reading) -> dict[str, Setting]:
+    """What decides which pictures there are and how they look, as JSON can hold it."""
+    return {
+        'exif': reading.exif,
+        'frames': reading.frames,
+        'value_range': ' '.join(map(repr, reading.value_range)) if reading.value_range else None,
+        'background': '#{:02x}{:02x}{:02x}'.format(*reading.background),
+        'void': reading.void,
+        'shrink': reading.shrink,
+    }
+
+
+def reading_from(settings: dict[str, Setting]) -> Reading:
+    """The same back from a record; limits are not in it."""
+    settings = {**reading_settings(Reading()), **settings}
+    bounds = settings['value_range']
+    low, high = map(float, str(bounds).split()) if bounds else (0.0, 0.0)
+    return Reading(
+        max_pixels=sys.maxsize,
+        max_bytes=sys.maxsize,
+        exif=str(settings['exif']),
+        frames=str(settings['frames']),
+        value_range=(low, high) if bounds else None,
+        background=rgb(str(settings['background'])),
+        void=bool(settings['void']),
+        shrink=int(str(settings['shrink'])) if settings['shrink'] else None,
+    )
+
+
+def rgb(text: str) -> tuple[int, int, int]:
+    """A colour such as #ffffff or white. UsageError for what is none."""
+    try:
+        red, green, blue = PIL.ImageColor.getrgb(text)[:3]
+    except ValueError as error:
+        raise UsageError(f'{text} is no colour: use a name, or #rrggbb') from error
+    return red, green, blue
 
 
 def plain(options: Options | Resolved) -> dict[str, Setting]:

@@ -118,6 +118,12 @@ def relabel(regions: Array) -> tuple[list[int], Array]:
     return names[order].tolist(), new[index].reshape(regions.shape)
 
 
+def unassign(labels: LabelMap, void: Array) -> LabelMap:
+    """The label map with 0 where `void` (H, W) holds; regions that are left are numbered anew."""
+    order, numbered = relabel(np.where(void, 0, labels.labels))
+    return LabelMap(numbered, tuple(labels.tokens[name - 1] for name in order))
+
+
 def superpixels(image: Image, scale: float) -> Array:
     """Felzenszwalb and Huttenlocher's graph-based superpixels: (H, W, 3) uint8 -> (H, W) int."""
     height, width = image.shape[:2]

@@ -23,7 +23,8 @@ Setting = str | int | float | bool | None
 class Entry(BaseModel):
     """One picture, a line of manifest.jsonl. input is a POSIX path relative to the folder, outputs are to OUT; size is (height, width).
 
-    modified: when the file last changed, in nanoseconds since 1970.
+    modified: when the file last changed, in nanoseconds since 1970; reduced_from: the size of the file's picture if it was reduced;
+    notes: what was done to it that is not plain decoding.
     """
 
     input: Name
@@ -32,6 +33,8 @@ class Entry(BaseModel):
     modified: int | None = None
     sha256: str | None = None
     size: tuple[int, int] | None = None
+    reduced_from: tuple[int, int] | None = None
+    notes: list[str] = []
     regions: int | None = None
     seconds: float = 0.0
     stages: dict[str, float] = {}  # seconds of decode, segment (a batch's share) and write

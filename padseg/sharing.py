@@ -15,7 +15,9 @@ import filelock
 
 from padseg.errors import OutputConflict
 from padseg.errors import UsageError
+from padseg.exports.files import FULL
 from padseg.exports.files import remove
+from padseg.exports.files import sweep
 from padseg.records import Entry
 from padseg.records import read_entries
 from padseg.records import read_run
@@ -41,12 +43,16 @@ def shard_homes(out: Path) -> dict[Shard, Path]:
 
 @contextlib.contextmanager
 def exclusive(out: Path, foreign: str) -> Iterator[None]:
-    """Make the output folder and keep all other runs out. OutputConflict if one is in it, or if the file `foreign` is there."""
+    """Make the output folder, keep all other runs out, and remove what killed ones left half written beside the records.
+
+    OutputConflict if a run is in it, or if the file `foreign` is there.
+    """
     make(out, foreign)
     with contextlib.ExitStack() as stack:
         enter(stack, out, f'another run is writing to {out}')
         for (i, n), folder in shard_homes(out).items():
             enter(stack, folder, f'the run of shard {i}/{n} is writing to {out}')
+        sweep(out)
         yield
 
 
@@ -56,12 +62,14 @@ def shared(out: Path, shard: Shard, foreign: str) -> Iterator[None]:
     make(out, foreign)
     with contextlib.ExitStack() as stack:
         with briefly(out):
+            sweep(out, {'run.json'})  # all that a shard writes there, and only while it holds the folder
             for (i, n), folder in shard_homes(out).items():
                 if n != shard[1]:
                     with contextlib.ExitStack() as probe:
                         enter(probe, folder, f'a run of shard {i}/{n} is writing to {out}: it can be shared by shards of one number only')
             home(out, shard).mkdir(parents=True, exist_ok=True)
             enter(stack, home(out, shard), f'another run of shard {shard[0]}/{shard[1]} is writing to {out}')
+        sweep(home(out, shard))
         yield
 
 
@@ -79,6 +87,8 @@ def make(out: Path, foreign: str) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if error.errno in FULL:
+            raise
         raise UsageError(f'cannot make the output folder {out}: {error.strerror}') from error
     if (out / foreign).exists():
         raise OutputConflict(f'{out} holds {foreign}, results of another command: choose another --out')

@@ -17,7 +17,8 @@ from padseg.exports import FORMATS
 from padseg.exports.files import NAME_FAULTS
 from padseg.images import Found
 from padseg.images import ImageError
-from padseg.images import decode
+from padseg.images import contents
+from padseg.images import decode_with_notes
 from padseg.job import Job
 from padseg.job import outputs
 from padseg.options import Options
@@ -26,6 +27,7 @@ from padseg.records import Entry
 
 if TYPE_CHECKING:
     from padseg.backbones import Backbone
+    from padseg.types import Array
     from padseg.types import Image
     from padseg.types import LabelMap
     from padseg.types import TokenMaps
@@ -34,10 +36,12 @@ log = logging.getLogger(__name__)
 
 
 class Taken(NamedTuple):
-    """A picture that was read, with what is known of it so far; image is None if it failed; maps, labels: what was found in it."""
+    """A picture that was read, with what is known of it so far; image is None if it failed; void: (H, W) bool, pixels to be left
+    unassigned, or None; maps, labels: what was found in it."""
 
     entry: Entry
     image: Image | None
+    void: Array | None = None
     maps: TokenMaps | None = None
     labels: LabelMap | None = None
 
@@ -56,18 +60,23 @@ def take(job: Job, picture: Found) -> Taken:
     """Read a picture and start its record."""
     began = time.perf_counter()
     entry = Entry(input=picture.name, status='failed')
-    image = None
+    image = void = None
     try:
         entry.modified = picture.path.stat().st_mtime_ns
-        data = picture.path.read_bytes()
+        data = contents(picture.path, job.reading)
         entry.bytes = len(data)
         entry.sha256 = hashlib.sha256(data).hexdigest()
-        image = decode(data, job.max_pixels)
+        image, void, size, notes = decode_with_notes(data, job.reading, picture.frame)
         entry.size = (image.shape[0], image.shape[1])
+        entry.reduced_from = None if size == entry.size else size
+        entry.notes = list(notes)
+        for note in notes:
+            if note.startswith('first of'):  # the rest of the file is left out
+                log.warning('%s: %s', picture.name, note)
     except (ImageError, OSError) as error:
         fail(entry, error)
     entry.stages['decode'] = round(time.perf_counter() - began, 4)
-    return Taken(entry, image)
+    return Taken(entry, image, void)
 
 
 def segmented(segmenter: Segmenter, taken: list[Taken]) -> Iterator[Taken]:
@@ -86,7 +95,6 @@ def by_model(backbone: Backbone, options: Options, taken: list[Taken]) -> list[T
     """A batch by a forward; where memory runs out or the attention is not finite, by halves of the batch. Alone, such a picture fails."""
     import torch
 
-    from padseg.segment import regions
     from padseg.segment import token_maps_batch
 
     resolved = options.resolve(backbone.spec)
@@ -101,30 +109,37 @@ def by_model(backbone: Backbone, options: Options, taken: list[Taken]) -> list[T
         log.warning('%s with %d pictures at once: trying half as many', 'out of memory' if memory else error, len(taken))
         half = len(taken) // 2
         return by_model(backbone, options, taken[:half]) + by_model(backbone, options, taken[half:])
-    labels = [regions(image, each, resolved) for image, each in zip(images, maps, strict=True)]
-    return [each._replace(maps=own, labels=label) for each, own, label in zip(taken, maps, labels, strict=True)]
+    return [labelled(each, own, resolved) for each, own in zip(taken, maps, strict=True)]
+
+
+def labelled(taken: Taken, maps: TokenMaps, options: Resolved) -> Taken:
+    """The picture with its label map."""
+    from padseg.labels import unassign
+    from padseg.segment import regions
+
+    assert taken.image is not None
+    labels = regions(taken.image, maps, options)
+    return taken._replace(maps=maps, labels=labels if taken.void is None else unassign(labels, taken.void))
 
 
 def by_maps(folder: Path, known: dict[str, str | None], options: Resolved, taken: list[Taken]) -> list[Taken]:
     """A batch from kept token maps. A picture without them, or another one than they were made from, has failed."""
     from padseg.saved_maps import read_maps
-    from padseg.segment import regions
 
     found = []
     for each in taken:
-        assert each.image is not None
         maps = read_maps(folder / f'{each.entry.input}.npz')
         if maps is None or known.get(each.entry.input) != each.entry.sha256:
             fail(each.entry, ImageError('there are no token maps of this picture: run the model with --save-maps'))
             found.append(each)
         else:
-            found.append(each._replace(maps=maps, labels=regions(each.image, maps, options)))
+            found.append(labelled(each, maps, options))
     return found
 
 
 def save(job: Job, taken: Taken) -> Entry:
     """Write a picture's results; its complete record. OSError if the trouble is not of this picture alone."""
-    entry, image, maps, labels = taken
+    entry, image, _, maps, labels = taken
     if image is not None and labels is not None and maps is not None:
         began = time.perf_counter()
         try:

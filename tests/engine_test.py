@@ -19,14 +19,20 @@ import pytest
 
 from padseg import engine
 from padseg import stages
+from padseg.cli import main
+from padseg.convert import convert
 from padseg.errors import NoImages
 from padseg.errors import OutputConflict
+from padseg.errors import ResourceExhausted
 from padseg.errors import UsageError
 from padseg.exports import read_label_map
 from padseg.exports import read_masks
 from padseg.images import Found
+from padseg.images import Reading
+from padseg.images import ignores_case
 from padseg.images import read
 from padseg.job import Job
+from padseg.job import reading_from
 from padseg.options import Options
 from padseg.progress import Silent
 from padseg.selection import Selection
@@ -133,6 +139,12 @@ def test_the_run_record_holds_what_is_needed_to_repeat_it(job, backbone):
         'dtype': 'float32',
         **vars(Options(threshold=1.0).resolve(backbone.spec)),
         'threshold': 'inf',
+        'exif': 'apply',
+        'frames': 'first',
+        'value_range': None,
+        'background': '#ffffff',
+        'void': False,
+        'shrink': None,
     }
     assert record['requested']['layer'] is None
     assert record['model'] == backbone.identity._asdict()
@@ -491,7 +503,7 @@ def test_too_many_failures_end_the_run(job):
 
 
 def test_pictures_with_too_many_pixels_fail(job):
-    counts = engine.run(job._replace(max_pixels=48 * 80 - 1))
+    counts = engine.run(job._replace(reading=Reading(max_pixels=48 * 80 - 1)))
     assert (counts.done, counts.failed) == (1, 2)
     assert 'size 80x48 exceeds 3839 pixels' in records(job, 'failures.jsonl')[0]['reason']
 
@@ -540,3 +552,150 @@ def test_a_stop_reads_no_more_pictures(job):
     counts = engine.run(job, Signal(signal.SIGTERM))
     assert counts.done + counts.failed < 20
     assert opened.stat().st_atime_ns == 1
+
+
+def only(job, name, **reading):
+    """The job on one of its pictures, read in such a way; its record."""
+    job = job._replace(source=job.source / name, reading=Reading(**reading))
+    engine.run(job)
+    return records(job)[0]
+
+
+def test_reduced_pictures_are_recorded_and_leave_the_formats_that_need_the_file(job, caplog):
+    put_picture(job.source / 'large.png', (300, 500))
+    entry = only(job, 'large.png', shrink=10_000)
+    assert entry['reduced_from'] == [300, 500] and entry['notes'] == ['reduced from 500x300']
+    height, width = entry['size']
+    assert height * width <= 10_000 and read_label_map(job.out / 'labels/large.png.png').shape == (height, width)
+    assert convert(job.out, 'labelme').failed == {'large.png': 'it was reduced: its label map is smaller than its file'}
+    assert convert(job.out, 'coco').failed == {}
+    assert convert(job.out, 'hf-imagefolder').failed == {}
+    assert PIL.Image.open(job.out / 'hf-imagefolder/images/large.png.png').size == (width, height)
+    with pytest.raises(OutputConflict, match='shrink 10000 there, None now'):
+        only(job, 'large.png')
+
+
+def test_orientation_can_be_ignored(job, tmp_path):
+    picture = PIL.Image.open(job.source / 'sub/b.png')
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(job.source / 'turned.png', exif=exif)
+    assert only(job, 'turned.png')['size'] == [40, 64]
+    ignoring = job._replace(out=tmp_path / 'ignored')
+    assert only(ignoring, 'turned.png', exif='ignore')['size'] == [64, 40]
+    assert convert(job.out, 'cvat').failed == {} != convert(ignoring.out, 'cvat').failed
+
+
+def test_frames(job, tmp_path, caplog):
+    frames = []
+    for seed in range(3):
+        put_picture(tmp_path / 'frame.png', (40, 40), seed)
+        frames.append(PIL.Image.open(tmp_path / 'frame.png').copy())
+    frames[0].save(job.source / 'pages.tif', save_all=True, append_images=frames[1:])
+    assert only(job, 'pages.tif')['notes'] == ['first of 3 frames']
+    assert 'pages.tif: first of 3 frames' in caplog.text
+    all_frames = job._replace(out=tmp_path / 'all', reading=Reading(frames='all'))
+    assert engine.run(all_frames).done == 6
+    names = [entry['input'] for entry in records(all_frames)]
+    assert names == sorted([*SIZES, 'pages.tif.f0000', 'pages.tif.f0001', 'pages.tif.f0002'])
+    first = (job.out / 'labels/pages.tif.png').read_bytes()
+    assert (
+        (all_frames.out / 'labels/pages.tif.f0000.png').read_bytes()
+        == first
+        != (all_frames.out / 'labels/pages.tif.f0001.png').read_bytes()
+    )
+    assert engine.run(all_frames).skipped == 6
+    assert convert(all_frames.out, 'hf-imagefolder').pictures == 6
+    assert np.array_equal(np.asarray(PIL.Image.open(all_frames.out / 'hf-imagefolder/images/pages.tif.f0002.png')), np.asarray(frames[2]))
+    assert convert(all_frames.out, 'labelme').failed == {name: 'it is a frame of a file' for name in names if '.tif' in name}
+
+
+def test_frames_of_one_file_have_noise_of_their_own(job, backbone):
+    """The noise comes from a picture's content, so equal frames have equal label maps."""
+    frame = PIL.Image.open(job.source / 'a.png')
+    frame.save(job.source / 'same.tif', save_all=True, append_images=[frame])
+    engine.run(job._replace(source=job.source / 'same.tif', reading=Reading(frames='all')))
+    assert len({(job.out / f'labels/same.tif.f000{number}.png').read_bytes() for number in (0, 1)}) == 1
+
+
+def test_transparent_pixels_can_be_left_unassigned(job):
+    picture = PIL.Image.open(job.source / 'a.png').convert('RGBA')
+    picture.putalpha(255)
+    picture.paste((0, 0, 0, 0), (0, 0, 30, 20))
+    picture.save(job.source / 'clear.png')
+    only(job, 'clear.png', void=True)
+    labels = read_label_map(job.out / 'labels/clear.png.png')
+    assert np.array_equal(labels == 0, np.asarray(picture)[..., 3] == 0)
+    assert sorted(np.unique(labels)) == list(range(labels.max() + 1))
+
+
+def test_files_that_are_too_large_are_not_read(job):
+    entry = only(job, 'a.png', max_bytes=100)
+    assert entry['reason'].endswith('bytes exceeds 100') and entry['sha256'] is None
+
+
+def test_maps_are_merged_as_the_pictures_were_read(job, tmp_path):
+    put_picture(job.source / 'large.png', (300, 500))
+    job = job._replace(save_maps=True, reading=Reading(shrink=10_000, background=(1, 2, 3)))
+    engine.run(job)
+    assert main(['merge', str(job.out), '--out', str(tmp_path / 'merged'), '-q']) == 0
+    assert (tmp_path / 'merged/labels/large.png.png').read_bytes() == (job.out / 'labels/large.png.png').read_bytes()
+
+
+def test_names_that_differ_in_case_alone(job):
+    """Where the file system tells them apart both are done; where it does not, they are refused before anything is lost."""
+    put_picture(job.source / 'A.JPG', seed=5)
+    if ignores_case(job.source):
+        assert engine.run(job).images == 3
+    else:
+        assert engine.run(job).done == 4
+        assert (job.out / 'labels/A.JPG.png').read_bytes() != (job.out / 'labels/a.jpg.png').read_bytes()
+
+
+def test_flags_of_reading(job, capsys):
+    arguments = ['run', '--dir', str(job.source), '--out', str(job.out), '--model', job.model, '--device', 'cpu', '-q']
+    for wrong, words in {
+        '--background no-colour': 'no-colour is no colour',
+        '--value-range 2 1': 'LOW < HIGH',
+        '--shrink 0': 'x>=1',
+    }.items():
+        assert main([*arguments, *wrong.split()]) == 2
+        assert words in capsys.readouterr().err
+    flags = '--background #102030 --value-range 0 2.5 --shrink 900 --exif ignore --frames all --void-transparent --max-file-size 1000000'
+    assert main([*arguments, *flags.split()]) == 0
+    settings = run_record(job)['settings']
+    expected = {'background': '#102030', 'value_range': '0.0 2.5', 'shrink': 900, 'exif': 'ignore', 'frames': 'all', 'void': True}
+    assert {name: settings[name] for name in expected} == expected
+    again = reading_from(settings)
+    assert again._replace(max_pixels=1, max_bytes=1) == Reading(1, 1, 'ignore', 'all', (0.0, 2.5), (16, 32, 48), True, 900)
+
+
+def test_where_nothing_fits_into_memory(job, backbone, monkeypatch):
+    """A device without memory for even one picture: every failure is recorded, and the run says so by its exit code."""
+    import torch
+
+    from padseg.backbones import sd3
+
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(sd3.SD3Transformer2DModel, 'forward', full)
+    with pytest.raises(ResourceExhausted, match='no picture fits into memory'):
+        engine.run(job._replace(batch=2))
+    assert [entry['error'] for entry in records(job, 'failures.jsonl')] == ['OutOfMemory'] * 3
+
+
+@pytest.mark.parametrize('batch', [1, 3])
+def test_attention_that_is_not_finite_fails_its_picture_alone(job, batch):
+    """Samples that overflow: one picture's noise is made infinite by a model whose weights are."""
+    model = shutil.copytree(job.model, job.out.parent / 'broken')
+    from safetensors.numpy import load_file
+    from safetensors.numpy import save_file
+
+    (path,) = (model / 'transformer').glob('*.safetensors')
+    weights = load_file(path)
+    weights['pos_embed.proj.bias'][:] = np.nan
+    save_file(weights, path, {'format': 'pt'})
+    counts = engine.run(job._replace(model=str(model), batch=batch))
+    assert (counts.done, counts.failed) == (0, 3)
+    assert 'not finite in layer 2' in records(job, 'failures.jsonl')[0]['reason']

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from padseg.commands.run import SOME_FAILED
-from padseg.commands.run import option_flags
+from padseg.commands.flags import option_flags
 from padseg.errors import UsageError
 from padseg.options import Options
 from padseg.progress import shown

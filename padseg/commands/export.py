@@ -17,7 +17,7 @@ FOLDER = click.Path(path_type=Path)
 @click.command('export')
 @click.argument('results', metavar='OUT', type=FOLDER)
 @click.option('--format', type=click.Choice(list(CONVERTERS)), required=True, help='what to write')
-@click.option('--out', type=FOLDER, help='folder to write to (default: OUT/coco, OUT/labelme or OUT/hf-imagefolder)')
+@click.option('--out', type=FOLDER, help='folder to write to (default: a folder in OUT named after the form)')
 @click.option('--images', type=FOLDER, help='folder of the pictures (default: where the run found them)')
 @click.option('--json', 'as_json', is_flag=True, help='print one JSON object on stdout')
 @click.option('-q', '--quiet', is_flag=True, help='nothing on stderr but errors')
@@ -27,10 +27,8 @@ def command(results: Path, format: str, out: Path | None, images: Path | None, a
     A picture that cannot be converted is named, and the rest go on (exit code 3). Running it again gives the same bytes.
     """
     from padseg.convert import convert
-    from padseg.engine import full_disk
 
-    with full_disk(out or results):
-        converted = convert(results, format, out, images)
+    converted = convert(results, format, out, images)
     for name, reason in converted.failed.items():
         print(f'padseg: {printable(name)}: {printable(reason)}', file=sys.stderr)
     if not quiet:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from padseg.commands.run import option_flags
+from padseg.commands.flags import option_flags
 from padseg.commands.run import report
 from padseg.options import LATER
 from padseg.options import Options
@@ -35,6 +35,7 @@ def command(made: Path, source: Path | None, as_json: bool, quiet: bool, **setti
     from padseg.errors import NoImages
     from padseg.errors import UsageError
     from padseg.job import Job
+    from padseg.job import reading_from
     from padseg.progress import shown
     from padseg.records import read_run
 
@@ -43,6 +44,7 @@ def command(made: Path, source: Path | None, as_json: bool, quiet: bool, **setti
         raise NoImages(f'{made} holds no results of `padseg run`')
     if settings['out'].resolve() == made.resolve():
         raise UsageError(f'--out is another folder than {made}, whose results stay')
-    job = Job(source or Path(earlier.source), options=options, maps=made, model=earlier.model.model, **settings)
+    reading = reading_from(earlier.settings)
+    job = Job(source or Path(earlier.source), options=options, maps=made, model=earlier.model.model, reading=reading, **settings)
     counts = run(job, shown(quiet))
     return report(counts, job.out, quiet, as_json)

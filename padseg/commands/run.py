@@ -7,9 +7,6 @@ import dataclasses
 import json
 import logging
 import sys
-import typing
-from collections.abc import Callable
-from collections.abc import Collection
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +14,11 @@ from typing import Any
 
 import click
 
+from padseg.commands.flags import option_flags
+from padseg.commands.flags import reading
+from padseg.commands.flags import reading_flags
 from padseg.errors import PadsegError
-from padseg.images import MAX_PIXELS
+from padseg.job import ENGINES
 from padseg.options import Options
 from padseg.progress import EventHandler
 from padseg.progress import Events
@@ -33,20 +33,6 @@ SIGNALLED = 128  # plus the number of the signal, as shells have it
 log = logging.getLogger(__name__)
 
 
-def option_flags(function: Callable[..., Any], only: Collection[str] | None = None) -> Callable[..., Any]:
-    """A flag for each field of Options, or for some."""
-    types = typing.get_type_hints(Options)
-    for field in reversed([field for field in dataclasses.fields(Options) if only is None or field.name in only]):
-        kind = next(kind for kind in (bool, int, float, str) if kind in (types[field.name], *typing.get_args(types[field.name])))
-        name = field.name.replace('_', '-')
-        flag = f'--{name}/--no-{name}' if kind is bool else f'--{name}'
-        choices = field.metadata.get('choices')
-        shown = "the model's own" if field.default is None else field.default
-        text = f'{field.metadata["help"]} (default: {shown})'
-        function = click.option(flag, type=click.Choice(choices) if choices else kind, default=field.default, help=text)(function)
-    return function
-
-
 @click.command('run')
 @click.argument('folders', nargs=-1, metavar='', type=click.Path(path_type=Path))
 @click.option('--dir', 'source', type=click.Path(path_type=Path), help='folder of pictures, or one picture')
@@ -57,6 +43,8 @@ def option_flags(function: Callable[..., Any], only: Collection[str] | None = No
 @click.option('--dtype', help="float32, bfloat16 or float16 (default: the device's own)")
 @click.option('--batch', type=click.IntRange(min=1), default=1, show_default=True, help='pictures of a forward pass; results stay the same')
 @click.option('--workers', type=click.IntRange(min=1), default=1, show_default=True, help='threads that read, and as many that write')
+@click.option('--engine', type=click.Choice(ENGINES), default='local', show_default=True, help='what runs it; ray needs padseg[ray]')
+@click.option('--address', help='of a Ray cluster, as HOST:PORT (default: $RAY_ADDRESS, or a Ray of its own on this machine)')
 @click.option('--include', multiple=True, metavar='PATTERN', help='only pictures with such names, as *.jpg or cats/*; may be repeated')
 @click.option('--exclude', multiple=True, metavar='PATTERN', help='no pictures with such names; may be repeated')
 @click.option('--shard', metavar='I/N', help='only the I-th of N parts, from 1; runs of all parts may share OUT at a time')
@@ -64,7 +52,6 @@ def option_flags(function: Callable[..., Any], only: Collection[str] | None = No
 @click.option('--limit', type=click.IntRange(min=1), help='only the first so many pictures')
 @click.option('--retry-failed/--no-retry-failed', default=True, show_default=True, help='try unchanged pictures again that failed before')
 @click.option('--max-failures', type=click.IntRange(min=0), help='stop when more pictures than this have failed')
-@click.option('--max-pixels', type=click.IntRange(min=1), default=MAX_PIXELS, show_default=True, help='larger pictures fail undecoded')
 @click.option('--checksum', is_flag=True, help='tell changed pictures by their content, not by size and time of change')
 @click.option('--dry-run', is_flag=True, help='print the pictures that would be worked on, and do nothing')
 @click.option('--overlay', is_flag=True, help='also write the picture with its regions in colour')
@@ -75,6 +62,7 @@ def option_flags(function: Callable[..., Any], only: Collection[str] | None = No
 @click.option('--log-json', is_flag=True, help='all on stderr as JSON, a line for each picture and each event')
 @click.option('--no-progress', is_flag=True, help='no progress on stderr')
 @click.option('-q', '--quiet', is_flag=True, help='nothing on stderr but errors')
+@reading_flags
 @option_flags
 def command(folders: tuple[Path, ...], collect: bool, log_json: bool, **settings: Any) -> int:
     """Segment every picture of a folder, without labels.
@@ -102,7 +90,7 @@ def segment(log_json: bool, as_json: bool, no_progress: bool, quiet: bool, dry_r
     options = Options(**{field.name: settings.pop(field.name) for field in dataclasses.fields(Options)})
     shard = parse_shard(settings.pop('shard'))
     selection = Selection(settings.pop('include'), settings.pop('exclude'), shard, settings.pop('limit'))
-    job = Job(options=options, selection=selection, **settings)
+    job = Job(options=options, selection=selection, reading=reading(settings), **settings)
     if dry_run:
         pending = [picture.name for picture in plan(job, *choose(job)).pending]
         print(json.dumps({'pending': pending}) if as_json else '\n'.join(pending))

@@ -12,8 +12,10 @@ from typing import Protocol
 
 from padseg.errors import UsageError
 from padseg.exports import coco
+from padseg.exports import cvat
 from padseg.exports import imagefolder
 from padseg.exports import labelme
+from padseg.exports import labelstudio
 from padseg.exports import masks
 from padseg.exports import overlay
 from padseg.exports import panoptic
@@ -48,10 +50,14 @@ FORMATS: dict[str, Format] = {
 
 
 class Converter(Protocol):
-    """What a converter's module offers. FOLDER: where it goes inside the run's output; PARTS: folders in it with a file a picture."""
+    """What a converter's module offers. FOLDER: where it goes inside the run's output; PARTS: folders in it with a file a picture.
+
+    BESIDE: whether its masks are laid over the picture's own file, which has to be of their size.
+    """
 
     FOLDER: str
     PARTS: tuple[str, ...]
+    BESIDE: bool
 
     def writer(self, place: Place) -> AbstractContextManager[Add]:
         """What is entered writes one picture, or raises UnreadableLabels or ImageError and leaves nothing of it."""
@@ -62,6 +68,8 @@ CONVERTERS: dict[str, Converter] = {
     'coco-panoptic': panoptic,
     'labelme': labelme,
     'hf-imagefolder': imagefolder,
+    'cvat': cvat,
+    'label-studio': labelstudio,
 }
 
 

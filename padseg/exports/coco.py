@@ -23,6 +23,7 @@ from padseg.exports.regions import regions
 
 FOLDER = 'coco'
 PARTS: tuple[str, ...] = ()
+BESIDE = False
 FILE = 'instances.json'
 CATEGORY = {'id': 1, 'name': 'region', 'supercategory': ''}  # regions have no classes: all are of one
 

@@ -12,7 +12,10 @@ from collections.abc import Collection
 from collections.abc import Iterator
 from pathlib import Path
 
+from padseg.errors import ResourceExhausted
+
 PREFIX = '.padseg-'  # of temporary names; hidden, and short so that long names stay possible
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 MARK = 12  # hexadecimal digits
 # A picture's own fault when its results cannot be written; any other error of the file system concerns the whole run.
 NAME_FAULTS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
@@ -35,6 +38,17 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         remove(temporary)
+
+
+@contextlib.contextmanager
+def full_disk(out: Path) -> Iterator[None]:
+    """A full disk or quota, at whichever write, as ResourceExhausted."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise ResourceExhausted(f'{out}: {error.strerror}; what is finished stays, and the same command continues') from error
 
 
 def temporary_beside(path: Path) -> Path:

@@ -16,12 +16,15 @@ from padseg.exports.regions import Add
 from padseg.exports.regions import Picture
 from padseg.exports.regions import Place
 from padseg.images import ImageError
+from padseg.images import contents
 from padseg.images import decode
+from padseg.images import file_and_frame
 from padseg.types import Image
 from padseg.types import LabelMap
 
 FOLDER = 'hf-imagefolder'
 PARTS: tuple[str, ...] = ('images', 'labels')
+BESIDE = False
 COLUMNS = ('file_name', 'mask_file_name')
 # Without this, a folder or file whose name holds a word such as test would become a split of its own.
 CARD = """---
@@ -59,14 +62,15 @@ def writer(place: Place) -> Iterator[Add]:
 
 def source(place: Place, picture: Picture) -> Image:
     """The picture that was segmented, upright and without what its file says about camera and place."""
-    path = place.images / picture.name
+    file, frame = file_and_frame(picture.name)
+    path = place.images / file
     try:
-        data = path.read_bytes()
+        data = contents(path, place.reading)
     except OSError as error:
         raise ImageError(f'cannot read {path}: {error.strerror} (--images says where the pictures are)') from error
     if picture.sha256 not in (None, hashlib.sha256(data).hexdigest()):
         raise ImageError(f'{path} is another picture than the one that was segmented')
-    image = decode(data)
+    image = decode(data, place.reading, frame)
     if image.shape[:2] != picture.labels.shape:
         raise UnreadableLabels(path, 'differs in size from its label map')
     return image

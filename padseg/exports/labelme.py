@@ -25,6 +25,7 @@ from padseg.exports.regions import regions
 
 FOLDER = 'labelme'
 PARTS: tuple[str, ...] = ('',)
+BESIDE = True
 VERSION = '5.5.0'  # of labelme, whose form of a file this is
 
 

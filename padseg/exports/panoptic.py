@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 FOLDER = 'coco'
 FILE = 'panoptic.json'
 PARTS: tuple[str, ...] = ('panoptic',)
+BESIDE = False
 
 
 @contextlib.contextmanager

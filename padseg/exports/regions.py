@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from padseg.images import Reading
+
 if TYPE_CHECKING:
     from padseg.types import Array
 
@@ -24,11 +26,13 @@ class Picture(NamedTuple):
 
 
 class Place(NamedTuple):
-    """folder: where the files go; own: it lies inside the run's; images: folder of the pictures; names: of all done ones."""
+    """folder: where the files go; own: it lies inside the run's; images: folder of the pictures, reading: how the run read them;
+    names: of all done ones."""
 
     folder: Path
     own: bool
     images: Path
+    reading: Reading
     names: tuple[str, ...]
     made_by: dict[str, str | None]
 

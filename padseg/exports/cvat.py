@@ -1,0 +1,79 @@
+"""A run as CVAT's XML for images: annotations.xml with a run-length mask for each region."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+from xml.sax.saxutils import quoteattr
+
+import numpy as np
+
+from padseg.exports.files import atomic
+from padseg.exports.regions import Add
+from padseg.exports.regions import Picture
+from padseg.exports.regions import Place
+from padseg.exports.regions import Region
+from padseg.exports.regions import regions
+from padseg.images import ImageError
+
+if TYPE_CHECKING:
+    from padseg.types import Array
+
+FOLDER = 'cvat'
+PARTS: tuple[str, ...] = ()
+BESIDE = True
+FILE = 'annotations.xml'
+HEAD = """<?xml version="1.0" encoding="utf-8"?>
+<annotations>
+  <version>1.1</version>
+  <meta>
+    <task>
+      <mode>annotation</mode>
+      <labels>
+        <label>
+          <name>region</name>
+          <type>mask</type>
+          <attributes></attributes>
+        </label>
+      </labels>
+    </task>
+  </meta>
+"""
+FOOT = '</annotations>\n'
+NOT_IN_XML = re.compile('[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]')  # not even as a character reference
+
+
+@contextlib.contextmanager
+def writer(place: Place) -> Iterator[Add]:
+    """Write annotations.xml; CVAT pairs its images with those of a task by name."""
+    with atomic(place.folder / FILE) as temporary, temporary.open('w', encoding='utf-8') as file:
+        file.write(HEAD)
+
+        def add(picture: Picture) -> None:
+            if NOT_IN_XML.search(picture.name):
+                raise ImageError('its name holds a control character or is no UTF-8, which cannot be in XML')
+            height, width = picture.labels.shape
+            file.write(f'  <image id="{picture.number - 1}" name={quoteattr(picture.name)} width="{width}" height="{height}">\n')
+            file.writelines(element(region) for region in regions(picture.labels))
+            file.write('  </image>\n')
+
+        yield add
+        file.write(FOOT)
+
+
+def element(region: Region) -> str:
+    """A region as a mask: the runs of its box."""
+    left, top, width, height = region.box
+    rle = ', '.join(map(str, run_lengths(region.patch)))
+    box = f'left="{left}" top="{top}" width="{width}" height="{height}"'
+    return f'    <mask label="region" source="auto" occluded="0" rle="{rle}" {box} z_order="0"/>\n'
+
+
+def run_lengths(mask: Array) -> list[int]:
+    """How long the runs of a bool mask are, row by row: without and with the region in turn, so the first is 0 if it starts with it."""
+    bits = mask.ravel()
+    ends = np.flatnonzero(bits[1:] != bits[:-1]) + 1
+    lengths: list[int] = np.diff(ends, prepend=0, append=bits.size).tolist()
+    return [0, *lengths] if bits[0] else lengths

@@ -1,0 +1,114 @@
+"""A run as Label Studio's tasks: tasks.json with a brush mask for each region, and the labelling interface that shows them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+
+from padseg.exports.cvat import run_lengths
+from padseg.exports.files import atomic
+from padseg.exports.regions import Add
+from padseg.exports.regions import Picture
+from padseg.exports.regions import Place
+from padseg.exports.regions import Region
+from padseg.exports.regions import regions
+from padseg.images import ImageError
+
+if TYPE_CHECKING:
+    from padseg.types import Array
+
+FOLDER = 'label-studio'
+PARTS: tuple[str, ...] = ()
+BESIDE = True
+TASKS = 'tasks.json'
+INTERFACE = 'interface.xml'
+VIEW = """<View>
+  <Image name="image" value="$image" zoom="true"/>
+  <BrushLabels name="brush" toName="image">
+    <Label value="region"/>
+  </BrushLabels>
+</View>
+"""
+CHANNELS = 4  # a brush mask is a picture of red, green, blue and opacity, all 0 or all 255
+WORD = 8  # bits of a value
+SIZES = (3, 4, 8, 16)  # bits of a run's length; a run is written with the first that is enough
+
+
+@contextlib.contextmanager
+def writer(place: Place) -> Iterator[Add]:
+    """Write tasks.json and interface.xml; pictures are addressed as files of a local storage, seen from the folder above theirs."""
+    folder = Path(os.path.abspath(place.images)).name
+    model = ' '.join(filter(None, ('padseg', place.made_by['version'], place.made_by['model'])))
+    with atomic(place.folder / TASKS) as temporary, temporary.open('w', encoding='ascii') as file:
+        file.write('[')
+        separators = itertools.chain(['\n'], itertools.repeat(',\n'))
+
+        def add(picture: Picture) -> None:
+            url = f'/data/local-files/?d={quoted(f"{folder}/{picture.name}")}'
+            file.write(next(separators) + json.dumps(task(picture, url, model)))
+
+        yield add
+        file.write('\n]\n')
+    with atomic(place.folder / INTERFACE) as temporary:
+        temporary.write_text(VIEW, encoding='ascii')
+
+
+def quoted(path: str) -> str:
+    try:
+        return urllib.parse.quote(path)
+    except UnicodeEncodeError as error:
+        raise ImageError('its name is no UTF-8, which Label Studio cannot address') from error
+
+
+def task(picture: Picture, url: str, model: str) -> dict[str, Any]:
+    """A picture with its regions as a prediction, from which annotations can start."""
+    shape: tuple[int, int] = picture.labels.shape
+    result = [brush(region, shape) for region in regions(picture.labels)]
+    return {'data': {'image': url}, 'predictions': [{'model_version': model, 'result': result}]}
+
+
+def brush(region: Region, shape: tuple[int, int]) -> dict[str, Any]:
+    height, width = shape
+    return {
+        'id': str(region.number),
+        'type': 'brushlabels',
+        'from_name': 'brush',
+        'to_name': 'image',
+        'original_width': width,
+        'original_height': height,
+        'image_rotation': 0,
+        'value': {'format': 'rle', 'rle': encode(region.mask), 'brushlabels': ['region']},
+    }
+
+
+def encode(mask: Array) -> list[int]:
+    """A bool mask (H, W) as the bytes of Label Studio's bit stream, which is not COCO's run-length code.
+
+    Head: the number of values (32 bits), the bits of one value less 1 (5) and of the four kinds of length less 1 (4 each).
+    """
+    head = f'{CHANNELS * mask.size:032b}{WORD - 1:05b}' + ''.join(f'{size - 1:04b}' for size in SIZES)
+    alternating = zip(run_lengths(mask), itertools.cycle((0, 255)))
+    bits = head + ''.join(run(length, value) for pixels, value in alternating for length in pieces(CHANNELS * pixels))
+    bits += '0' * (-len(bits) % 8)
+    return list(int(bits, 2).to_bytes(len(bits) // 8, 'big'))
+
+
+def pieces(length: int) -> Iterator[int]:
+    """A length as a sum of such as the widest of SIZES can hold."""
+    longest = 1 << SIZES[-1]
+    yield from itertools.repeat(longest, length // longest)
+    if length % longest:
+        yield length % longest
+
+
+def run(length: int, value: int) -> str:
+    """The bits of a value that repeats: 1 for a run, which of SIZES, the length less 1, the value."""
+    kind = next(kind for kind, size in enumerate(SIZES) if length <= 1 << size)
+    return f'1{kind:02b}{length - 1:0{SIZES[kind]}b}{value:0{WORD}b}'
