@@ -6,7 +6,6 @@ import math
 import os
 import platform
 import re
-import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,8 @@ from padseg.backbones.source import tensor_shapes
 from padseg.backbones.source import weight_files
 from padseg.errors import ModelUnavailable
 from padseg.errors import UsageError
+from padseg.space import free_space
+from padseg.space import human
 from padseg.versions import versions
 
 MEMINFO = Path('/proc/meminfo')
@@ -234,21 +235,6 @@ def memory_available() -> int | None:
     text = MEMINFO.read_text() if MEMINFO.is_file() else ''
     found = re.search(r'^MemAvailable: +(\d+) kB$', text, re.MULTILINE)
     return int(found[1]) * 1024 if found else None
-
-
-def free_space(path: Path) -> int:
-    """Bytes free where this folder is or would be made."""
-    path = path.expanduser().absolute()
-    return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
-
-
-def human(size: int) -> str:
-    """13 B, 4.2 kB, 8.1 GB."""
-    number, units = float(size), ['B', 'kB', 'MB', 'GB', 'TB']
-    while number >= 1000 and len(units) > 1:
-        number /= 1000
-        del units[0]
-    return f'{number:.0f} B' if units[0] == 'B' else f'{number:.1f} {units[0]}'
 
 
 def as_object(report: Report) -> dict[str, Any]:

@@ -61,6 +61,7 @@ from padseg.sharing import home
 from padseg.sharing import shard_homes
 from padseg.sharing import shared
 from padseg.signals import Stop
+from padseg.space import warn_if_short
 from padseg.stages import OutOfMemory
 from padseg.stages import Segmenter
 from padseg.stages import Taken
@@ -112,6 +113,7 @@ def run(job: Job, progress: Progress = Silent()) -> Counts:
         if worked:
             segmenter, record = prepare(job, earlier)
             write_run(record, own / 'run.json')
+            warn_if_short(job, pending, int(str(record.settings['side'])))
             if job.engine == 'ray':
                 made = results_on_ray(job, record, pending, stop, job.address)
             else:

@@ -61,6 +61,7 @@ ORDER = (
     'reports',
     'benchmark',
     'speed',
+    'space',
     'cluster',
     'engine',
     'collect',

@@ -24,6 +24,7 @@ from padseg import doctor
 from padseg.backbones.spec import BACKBONES
 from padseg.backbones.spec import CARDS
 from padseg.cli import main
+from padseg.space import human
 
 ROOT = pathlib.Path(__file__).parent.parent
 COMMIT = '0123456789abcdef0123456789abcdef01234567'
@@ -293,7 +294,7 @@ def test_what_the_hub_grants_is_not_downloaded(hub, tmp_path):
     files = [path for path in Hub.folder.rglob('*') if path.is_file() and path.parent.name != 'text_encoder_3']
     total = sum(path.stat().st_size for path in files)
     assert (code, report['state']['state'], report['state']['commit'], report['state']['download']) == (0, 'not downloaded', COMMIT, total)
-    assert f'the first run downloads {len(files)} files, {doctor.human(total)}' in report['state']['message']
+    assert f'the first run downloads {len(files)} files, {human(total)}' in report['state']['message']
     assert (report['downloaded'], loaded) == (0, COMMIT)
     assert len([path for path in home.rglob('*') if path.is_symlink()]) == len(files)
     assert (other[0], other[1]['state']['state'], other[1]['state']['message']) == (4, 'incomplete', other[2])
@@ -386,7 +387,7 @@ def test_shortages_are_named_with_a_remedy(tmp_path):
     assert doctor.shortages(report._replace(memory_free=size)) == []
     assert len(doctor.shortages(report._replace(memory=size - 1))) == 1
     (line,) = doctor.shortages(report._replace(memory_free=size - 1))
-    assert '`--dtype bfloat16`' in line and doctor.human(size) in line
+    assert '`--dtype bfloat16`' in line and human(size) in line
     assert doctor.shortages(report._replace(memory_free=None, memory=size)) == []
     assert len(doctor.shortages(report._replace(memory_free=None, memory=size - 1))) == 1
     assert doctor.shortages(report._replace(device='cuda:0', device_memory=report.needed.device)) == []
@@ -415,7 +416,7 @@ def test_memory_of_the_machine_and_of_a_container(tmp_path, monkeypatch):
     [(0, '0 B'), (999, '999 B'), (1000, '1.0 kB'), (4_200_000, '4.2 MB'), (8_100_000_000, '8.1 GB'), (10**16, '10000.0 TB')],
 )
 def test_sizes_for_people(size, text):
-    assert doctor.human(size) == text
+    assert human(size) == text
 
 
 # the list of models
