@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Collection
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,9 +19,11 @@ from padseg.exports.files import atomic
 from padseg.exports.files import full_disk
 from padseg.exports.files import sweep
 from padseg.records import Entry
+from padseg.records import Recorded
 from padseg.records import Run
+from padseg.records import entry_of
 from padseg.records import read_run
-from padseg.sharing import all_entries
+from padseg.sharing import all_records
 from padseg.sharing import exclusive
 from padseg.sharing import forget_shards
 from padseg.sharing import shard_homes
@@ -42,26 +45,26 @@ def collect(folders: Sequence[Path], out: Path, coco: bool = False) -> Collected
     """
     others = [folder for folder in folders if folder.resolve() != out.resolve()]
     made = {folder: read_run(folder / 'run.json') for folder in folders}
-    records = [run for run in made.values() if run]
-    if len(records) < len(made):
+    known = [run for run in made.values() if run]
+    if len(known) < len(made):
         raise NoImages(f'there are no results of `padseg run` in {next(folder for folder, run in made.items() if run is None)}')
     with contextlib.ExitStack() as stack:
         stack.enter_context(full_disk(out))
         for folder in (out, *others):
             stack.enter_context(exclusive(folder, foreign='scores.json'))
         there = read_run(out / 'run.json')
-        for folder, record in zip(made, records, strict=True):
-            agree(folder, there or records[0], record, '')
+        for folder, run in zip(made, known, strict=True):
+            agree(folder, there or known[0], run, '')
         missing = unfinished([out, *others])
-        entries = all_entries(out)
+        found = all_records(out)
         for folder in others:
-            for entry in all_entries(folder).values():
-                if wanted(entry, entries.get(entry.input), folder, out):
-                    bring(entry, folder, out)
-                    entries[entry.input] = entry
+            for name, record in all_records(folder).items():
+                if wanted(record, found.get(name), folder, out):
+                    bring(entry_of(record), folder, out)
+                    found[name] = record
         seconds = sum(run.seconds or 0.0 for folder in {out, *others} for run in runs(folder))
-        counts = total(entries, seconds)
-        finish(out, there or records[0], entries, counts, worked=True)
+        counts = total(found.values(), seconds)
+        finish(out, there or known[0], found, counts, worked=True)
         if not missing:
             forget_shards(out)
         if coco and counts.done:
@@ -74,13 +77,14 @@ def runs(folder: Path) -> list[Run]:
     return [run for home in shard_homes(folder).values() or [folder] if (run := read_run(home / 'run.json'))]
 
 
-def wanted(entry: Entry, here: Entry | None, folder: Path, out: Path) -> bool:
+def wanted(record: Recorded, here: Recorded | None, folder: Path, out: Path) -> bool:
     """Whether a picture's results are to be copied from `folder`. OutputConflict if those here are of another picture."""
     if here is None or here.status == 'failed':
         return True
-    if entry.status == 'failed':
+    if record.status == 'failed':
         return False
-    if entry.sha256 != here.sha256:
+    entry = entry_of(record)
+    if entry.sha256 != entry_of(here).sha256:
         raise OutputConflict(f'{folder} and {out} hold results of different pictures of the name {entry.input}')
     return not all((out / path).exists() for path in entry.outputs.values())
 
@@ -96,7 +100,7 @@ def bring(entry: Entry, folder: Path, out: Path) -> None:
                 shutil.copyfile(folder / path, temporary)
 
 
-def total(entries: dict[str, Entry], seconds: float) -> Counts:
-    regions = [entry.regions or 0 for entry in entries.values() if entry.status == 'done']
+def total(records: Collection[Recorded], seconds: float) -> Counts:
+    regions = [record.regions or 0 for record in records if record.status == 'done']
     mean = sum(regions) / len(regions) if regions else 0.0
-    return Counts(len(entries), len(regions), len(regions), len(entries) - len(regions), mean, seconds)
+    return Counts(len(records), len(regions), len(regions), len(records) - len(regions), mean, seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import NamedTuple
@@ -21,8 +22,9 @@ from padseg.images import file_and_frame
 from padseg.job import reading_from
 from padseg.records import Entry
 from padseg.records import Run
+from padseg.records import entry_of
 from padseg.records import read_run
-from padseg.sharing import all_entries
+from padseg.sharing import all_records
 
 if TYPE_CHECKING:
     from padseg.types import Array
@@ -47,8 +49,7 @@ def convert(out: Path, format: str, folder: Path | None = None, images: Path | N
     run = read_run(out / 'run.json')
     if run is None:
         raise NoImages(f'there are no results of `padseg run` in {out}')
-    entries = all_entries(out)
-    done = [entries[name] for name in sorted(entries) if entries[name].status == 'done']
+    done = {name: record for name, record in sorted(all_records(out).items()) if record.status == 'done'}
     if not done:
         raise NoImages(f'no picture is done in {out}: see failures.jsonl there')
     converter = CONVERTERS[format]
@@ -57,7 +58,7 @@ def convert(out: Path, format: str, folder: Path | None = None, images: Path | N
         sweep(path)
     failed = {}
     with full_disk(place.folder), converter.writer(place) as add:
-        for number, entry in enumerate(done, start=1):
+        for number, entry in enumerate(map(entry_of, done.values()), start=1):
             try:
                 if converter.BESIDE:
                     refuse_other_size(entry, place)
@@ -76,7 +77,7 @@ def write_coco(out: Path) -> dict[str, str]:
     return convert(out, 'coco').failed | convert(out, 'coco-panoptic').failed
 
 
-def place_of(out: Path, run: Run, done: list[Entry], folder: Path, images: Path | None) -> Place:
+def place_of(out: Path, run: Run, done: Collection[str], folder: Path, images: Path | None) -> Place:
     if folder.resolve() == out.resolve():
         raise UsageError(f'the files would mix with those of the run in {out}: choose another --out')
     if images and not images.exists():
@@ -87,7 +88,7 @@ def place_of(out: Path, run: Run, done: list[Entry], folder: Path, images: Path 
         own=folder.resolve().is_relative_to(out.resolve()),
         images=source.parent if source.is_file() else source,
         reading=reading_from(run.settings),
-        names=tuple(entry.input for entry in done),
+        names=tuple(done),
         made_by={'version': run.padseg, 'model': run.model.model, 'revision': run.model.revision, 'weights': run.model.weights},
     )
 

@@ -44,16 +44,19 @@ from padseg.progress import Progress
 from padseg.progress import Silent
 from padseg.records import Entry
 from padseg.records import Model
+from padseg.records import Recorded
 from padseg.records import Run
 from padseg.records import Setting
 from padseg.records import Totals
 from padseg.records import differences
+from padseg.records import entry_of
 from padseg.records import line
 from padseg.records import read_run
-from padseg.records import write_entries
+from padseg.records import recorded
+from padseg.records import write_records
 from padseg.records import write_run
 from padseg.selection import select
-from padseg.sharing import all_entries
+from padseg.sharing import all_records
 from padseg.sharing import briefly
 from padseg.sharing import exclusive
 from padseg.sharing import forget_shards
@@ -91,7 +94,7 @@ class Plan(NamedTuple):
     """What there is to do. kept: records of pictures that stay as they are; earlier: the run that made results which are there."""
 
     pending: list[Found]
-    kept: dict[str, Entry]
+    kept: dict[str, Recorded]
     earlier: Run | None
 
 
@@ -107,33 +110,27 @@ def run(job: Job, progress: Progress = Silent()) -> Counts:
     own = home(job.out, shard)
     with full_disk(job.out), held(job), Stop() as stop:
         refuse_collisions(job.out, pictures)
-        pending, entries, earlier = plan(job, found, pictures)
+        pending, records, earlier = plan(job, found, pictures)
         skipped = len(pictures) - len(pending)
         worked = bool(pending) or earlier is None or earlier.requested != requested(job)
         if worked:
-            segmenter, record = prepare(job, earlier)
-            write_run(record, own / 'run.json')
-            warn_if_short(job, pending, int(str(record.settings['side'])))
-            if job.engine == 'ray':
-                made = results_on_ray(job, record, pending, stop, job.address)
-            else:
-                made = results(job, segmenter, pending, stop)
+            record, made = start(job, pending, earlier, stop)
             with contextlib.closing(progress):
                 progress.start(len(pending))
-                for entry in work(job, made, pending, entries, stop):
-                    entries[entry.input] = entry
+                for entry in work(job, made, pending, records.values(), stop):
+                    records[entry.input] = recorded(entry)
                     progress.step(entry.model_dump())
         else:
             assert earlier is not None
             record = earlier
-        counts = count(pictures, entries, skipped, time.perf_counter() - began, stop.signal)
-        finish(own, record, entries, counts, worked)
+        counts = count(pictures, records, skipped, time.perf_counter() - began, stop.signal)
+        finish(own, record, records, counts, worked)
         if not shard:
             forget_shards(job.out)
         if job.coco and counts.done and not counts.signal:
             for name, reason in write_coco(job.out).items():
                 log.warning('not in the COCO files: %s: %s', name, reason)
-    if counts.failed == counts.images and all(entries[picture.name].error == OutOfMemory.__name__ for picture in pictures):
+    if counts.failed == counts.images and all(records[picture.name].error == OutOfMemory.__name__ for picture in pictures):
         raise ResourceExhausted('no picture fits into memory: try a smaller --side, or --dtype bfloat16')
     return counts
 
@@ -168,24 +165,25 @@ def plan(job: Job, found: list[Found], pictures: list[Found]) -> Plan:
     """Compare the chosen pictures with the results that are there. OutputConflict if these cannot be understood."""
     shard = job.selection.shard
     earlier = None if job.overwrite and not shard else read_run(job.out / 'run.json')
-    entries = all_entries(job.out) if earlier else {}
-    past = {} if job.overwrite else entries
+    records = all_records(job.out) if earlier else {}
+    past = {} if job.overwrite else records
     pending = [picture for picture in pictures if not settled(picture, past.get(picture.name), job)]
     again = {picture.name for picture in pending}
     # failed pictures that this run is not about keep their records, unless they are gone
     there = {picture.name for picture in found} - {picture.name for picture in pictures}
-    kept = {name: entry for name, entry in entries.items() if name not in again and (entry.status == 'done' or name in there)}
-    kept |= {picture.name: entries[picture.name] for picture in pictures if picture.name not in again}
+    kept = {name: record for name, record in records.items() if name not in again and (record.status == 'done' or name in there)}
+    kept |= {picture.name: records[picture.name] for picture in pictures if picture.name not in again}
     if shard:  # what is not of the shard is recorded elsewhere
         kept = {picture.name: kept[picture.name] for picture in pictures if picture.name in kept}
-    done = any(entry.status == 'done' for entry in entries.values())
+    done = any(record.status == 'done' for record in records.values())
     return Plan(pending, kept, earlier if done else None)
 
 
-def settled(picture: Found, entry: Entry | None, job: Job) -> bool:
+def settled(picture: Found, record: Recorded | None, job: Job) -> bool:
     """Whether nothing is to be done for this very picture: it has all its results, or it failed and is not to be tried again."""
-    if entry is None or (entry.status == 'failed' and job.retry_failed):
+    if record is None or (record.status == 'failed' and job.retry_failed):
         return False
+    entry = entry_of(record)
     if entry.status == 'done' and not all((job.out / path).exists() for path in outputs(picture.name, job).values()):
         return False
     try:
@@ -195,6 +193,16 @@ def settled(picture: Found, entry: Entry | None, job: Job) -> bool:
         return hashlib.sha256(picture.path.read_bytes()).hexdigest() == entry.sha256
     except OSError:
         return False  # reading it again will tell what is wrong
+
+
+def start(job: Job, pending: list[Found], earlier: Run | None, stop: Stop) -> tuple[Run, Iterator[Entry]]:
+    """The run in words, and the records of its pictures, which are made when they are asked for."""
+    segmenter, record = prepare(job, earlier)
+    write_run(record, home(job.out, job.selection.shard) / 'run.json')
+    warn_if_short(job, pending, int(str(record.settings['side'])))
+    if job.engine == 'ray':  # whose actors load the model: the one here is let go
+        return record, results_on_ray(job, record, pending, stop, job.address)
+    return record, results(job, segmenter, pending, stop)
 
 
 def prepare(job: Job, earlier: Run | None) -> tuple[Segmenter, Run]:
@@ -256,7 +264,7 @@ def from_maps(job: Job) -> tuple[Segmenter, Run]:
     if made is None or not (job.maps / 'maps').is_dir():
         raise NoImages(f'{job.maps} holds no token maps: make them by `padseg run --save-maps --out {job.maps}`')
     settings = {**made.settings, **{name: value for name, value in plain(job.options).items() if name in LATER and value is not None}}
-    known = {name: entry.sha256 for name, entry in all_entries(job.maps).items()}
+    known = {name: entry_of(record).sha256 for name, record in all_records(job.maps).items()}
     resolved = resolved_from(settings)
     record = made.model_copy(
         update={
@@ -278,11 +286,11 @@ def key_of(settings: dict[str, Setting]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def work(job: Job, made: Iterable[Entry], pending: list[Found], entries: dict[str, Entry], stop: Stop) -> Iterator[Entry]:
+def work(job: Job, made: Iterable[Entry], pending: list[Found], kept: Iterable[Recorded], stop: Stop) -> Iterator[Entry]:
     """Do the pending pictures, as their records are made, each with its manifest line as the last thing written."""
     own = home(job.out, job.selection.shard)
     clean(job, pending)
-    write_entries(entries.values(), own / 'manifest.jsonl')  # drops a torn last line before more are added
+    write_records(kept, own / 'manifest.jsonl')  # drops a torn last line before more are added
     failures = 0
     with (own / 'manifest.jsonl').open('a', encoding='ascii') as manifest:
         for entry in made:
@@ -292,6 +300,8 @@ def work(job: Job, made: Iterable[Entry], pending: list[Found], entries: dict[st
             failures += entry.status == 'failed'
             if job.max_failures is not None and failures > job.max_failures:
                 stop.asked = True
+    if job.engine == 'ray':  # a worker may have been killed and its work done again by another
+        clean(job, pending)
 
 
 def clean(job: Job, pending: list[Found]) -> None:
@@ -320,26 +330,26 @@ def segment_all(job: Job, segmenter: Segmenter, taken: Iterable[Taken], stop: St
         yield from segmented(segmenter, some)
 
 
-def count(pictures: list[Found], entries: dict[str, Entry], skipped: int, seconds: float, signal: int | None) -> Counts:
+def count(pictures: list[Found], records: dict[str, Recorded], skipped: int, seconds: float, signal: int | None) -> Counts:
     """Sum up the records of the pictures that are in the folder now."""
-    present = [entries[picture.name] for picture in pictures if picture.name in entries]
-    regions = [entry.regions or 0 for entry in present if entry.status == 'done']
+    present = [records[picture.name] for picture in pictures if picture.name in records]
+    regions = [record.regions or 0 for record in present if record.status == 'done']
     mean = sum(regions) / len(regions) if regions else 0.0
     return Counts(len(pictures), len(regions), skipped, len(present) - len(regions), mean, seconds, signal)
 
 
-def finish(out: Path, record: Run, entries: dict[str, Entry], counts: Counts, worked: bool) -> None:
+def finish(out: Path, run: Run, records: dict[str, Recorded], counts: Counts, worked: bool) -> None:
     """Bring the records into their last form: one line a picture, sorted by name."""
-    ordered = [entries[name] for name in sorted(entries)]
-    write_entries(ordered, out / 'manifest.jsonl')
-    write_entries([entry for entry in ordered if entry.status == 'failed'], out / 'failures.jsonl')
+    ordered = [records[name] for name in sorted(records)]
+    write_records(ordered, out / 'manifest.jsonl')
+    write_records([record for record in ordered if record.status == 'failed'], out / 'failures.jsonl')
     last = {
         'status': 'finished' if counts.done + counts.failed == counts.images else 'interrupted',
         'counts': Totals(**{name: getattr(counts, name) for name in Totals.model_fields}),
-        'ended': now() if worked else record.ended,
-        'seconds': round(counts.seconds, 3) if worked else record.seconds,
+        'ended': now() if worked else run.ended,
+        'seconds': round(counts.seconds, 3) if worked else run.seconds,
     }
-    write_run(record.model_copy(update=last), out / 'run.json')
+    write_run(run.model_copy(update=last), out / 'run.json')
 
 
 def now() -> str:

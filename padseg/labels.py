@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 
 import cv2
 import numpy as np
 from skimage.measure import label as connected_components
 from skimage.segmentation import felzenszwalb
 
+from padseg.refine import guide_of
+from padseg.refine import guided
 from padseg.types import Array
 from padseg.types import Image
 from padseg.types import LabelMap
@@ -18,15 +22,26 @@ from padseg.types import Proposals
 SUPERPIXEL_AREA = 1_000_000  # pixels; on larger pictures superpixels are found on a reduced copy
 
 
-def label_map(proposals: Proposals, superpixels: Array | None = None, components: bool = False, min_area: float = 0.0) -> LabelMap:
+def label_map(
+    proposals: Proposals,
+    superpixels: Array | None = None,
+    components: bool = False,
+    min_area: float = 0.0,
+    guide: Image | None = None,
+) -> LabelMap:
     """Each pixel's strongest proposal, as regions 1..K in order of first appearance; 0 where the model did not look.
 
     superpixels: (H, W) int, values averaged inside each before the argmax, or None. components: connected components become regions
     (4-neighbours). min_area: smaller regions, as a share of the picture in 0..1, go to the neighbour with the longest common border.
+    guide: the picture (H, W, 3), if the maps are to be enlarged along its edges.
     """
     top, left, height, width = proposals.frame.box
     box = np.s_[top : top + height, left : left + width]
-    winner = argmax(proposals, (height, width)) if superpixels is None else argmax_inside(proposals, superpixels[box])
+    if guide is None:
+        enlarge = partial(upsample, size=(height, width))
+    else:
+        enlarge = partial(guided, guide=guide_of(guide[box], proposals.maps.shape[1:]))
+    winner = argmax(proposals, enlarge) if superpixels is None else argmax_inside(proposals, superpixels[box], enlarge)
     labels = np.zeros(proposals.frame.size, np.int32)
     labels[box] = winner + 1
     regions = connected_components(labels, background=0, connectivity=1) if components else labels
@@ -36,22 +51,24 @@ def label_map(proposals: Proposals, superpixels: Array | None = None, components
     return LabelMap(numbered, tuple(proposals.members[proposal[name]] for name in order))
 
 
-def argmax(proposals: Proposals, size: tuple[int, int]) -> Array:
-    """Number of the strongest proposal at each pixel, the first among equals: (M, h, w) -> (H, W) int32."""
-    best, winner = np.full(size, -np.inf, np.float32), np.zeros(size, np.int32)
-    for number, values in enumerate(scaled(proposals)):
-        values = upsample(values, size)  # (H, W)
+def argmax(proposals: Proposals, enlarge: Callable[[Array], Array]) -> Array:
+    """Number of the strongest proposal at each pixel, the first among equals: (M, h, w) -> (H, W) int32. enlarge: (h, w) -> (H, W)."""
+    first, *rest = scaled(proposals)
+    best = enlarge(first)  # (H, W)
+    winner = np.zeros(best.shape, np.int32)
+    for number, values in enumerate(rest, start=1):
+        values = enlarge(values)
         stronger = values > best
         np.copyto(best, values, where=stronger)
         np.copyto(winner, number, where=stronger)
     return winner
 
 
-def argmax_inside(proposals: Proposals, superpixels: Array) -> Array:
+def argmax_inside(proposals: Proposals, superpixels: Array, enlarge: Callable[[Array], Array]) -> Array:
     """As argmax, with every proposal averaged inside each superpixel: (M, h, w), (H, W) -> (H, W) int32."""
     index = np.unique(superpixels, return_inverse=True)[1].ravel()
     area = np.bincount(index)
-    means = [np.bincount(index, upsample(values, superpixels.shape).ravel()) / area for values in scaled(proposals)]
+    means = [np.bincount(index, enlarge(values).ravel()) / area for values in scaled(proposals)]
     return np.argmax(means, 0).astype(np.int32)[index].reshape(superpixels.shape)
 
 

@@ -11,8 +11,9 @@ from padseg.errors import UsageError
 
 NORMALISATIONS = ('minmax-softmax', 'sum', 'share')
 GEOMETRIES = ('whole', 'stretch', 'diffseg', 'diffcut', 'seg4diff-paper', 'seg4diff-release')
-LATER = ('normalisation', 'threshold', 'superpixels', 'components', 'min_area')  # options that come after the token maps
-UNREFINED = {'superpixels': 0.0, 'components': False, 'min_area': 0.0}  # the papers end with the argmax
+REFINEMENTS = ('none', 'guided')
+LATER = ('normalisation', 'threshold', 'refine', 'superpixels', 'components', 'min_area')  # options that come after the token maps
+UNREFINED = {'refine': 'none', 'superpixels': 0.0, 'components': False, 'min_area': 0.0}  # the papers end with the argmax
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -33,6 +34,9 @@ class Options:
     threshold: float | None = option(None, 'merge maps whose symmetric KL divergence / 2 is below this; 0 merges none, inf all')
     geometry: str = option('whole', "what the model sees: the whole picture, or a paper's preset", choices=GEOMETRIES)
     side: int | None = option(None, "side in pixels of the model's view (whole: of the square with the same area)")
+    refine: str | None = option(
+        None, 'how maps are enlarged: bilinear, or guided by the edges of the picture (guided filter)', choices=REFINEMENTS
+    )
     superpixels: float | None = option(None, 'average maps inside Felzenszwalb superpixels of this scale before the argmax; 0 = off')
     components: bool | None = option(None, 'split regions into connected components')
     min_area: float | None = option(None, 'regions below this share of the picture go to the neighbour with the longest common border')
@@ -48,6 +52,7 @@ class Options:
         require(self.threshold is None or self.threshold >= 0, f'threshold is a number >= 0 or inf; got {self.threshold}')
         require(self.geometry in GEOMETRIES, f'geometry is one of {", ".join(GEOMETRIES)}; got {self.geometry}')
         require(self.side is None or self.side >= 1, f'side is a number of pixels >= 1; got {self.side}')
+        require(self.refine in (None, *REFINEMENTS), f'refine is one of {", ".join(REFINEMENTS)}; got {self.refine}')
         require(
             self.superpixels is None or (self.superpixels >= 0 and math.isfinite(self.superpixels)),
             f'superpixels is a finite scale >= 0; got {self.superpixels}',
@@ -78,6 +83,7 @@ class Resolved:
     threshold: float
     geometry: str
     side: int
+    refine: str
     superpixels: float
     components: bool
     min_area: float

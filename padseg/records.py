@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from typing import Literal
+from typing import NamedTuple
 
 from pydantic import BaseModel
 from pydantic import SkipValidation
@@ -105,25 +107,48 @@ def line(entry: Entry) -> str:
     return json.dumps(entry.model_dump()) + '\n'
 
 
-def write_entries(entries: Iterable[Entry], path: Path) -> None:
+class Recorded(NamedTuple):
+    """A picture's line of the manifest with what a run needs of it: an Entry takes five times the memory, and there may be millions."""
+
+    line: str
+    status: str
+    regions: int | None
+    error: str | None
+
+
+def recorded(entry: Entry) -> Recorded:
+    return Recorded(line(entry), entry.status, entry.regions, entry.error)
+
+
+def entry_of(record: Recorded) -> Entry:
+    """The entry that a line holds."""
+    return Entry.model_validate(json.loads(record.line))
+
+
+def write_records(records: Iterable[Recorded], path: Path) -> None:
     """Write one line a picture, all lines or nothing."""
-    with atomic(path) as temporary:
-        temporary.write_text(''.join(map(line, entries)), encoding='ascii')
+    with atomic(path) as temporary, temporary.open('w', encoding='ascii') as file:
+        file.writelines(record.line for record in records)
 
 
-def read_entries(path: Path) -> dict[str, Entry]:
-    """The last record of every picture in a manifest, by name. A last line that a killed run left torn does not count."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    entries: dict[str, Entry] = {}
-    for number, text in enumerate(lines, start=1):
-        try:
-            entry = Entry.model_validate(json.loads(text))
-        except (ValueError, ValidationError) as error:
-            if number == len(lines):
-                break
-            raise OutputConflict(f'{path}, line {number} is no record of a picture: choose another --out, or --overwrite') from error
-        entries[entry.input] = entry
-    return entries
+def read_records(path: Path) -> dict[str, Recorded]:
+    """The last record of every picture in a manifest, by name. A last line that a killed run left torn does not count.
+
+    OutputConflict if it cannot be understood.
+    """
+    records: dict[str, Recorded] = {}
+    fault = ''
+    with path.open('rb') if path.exists() else contextlib.nullcontext(()) as lines:
+        for number, text in enumerate(lines, start=1):
+            if fault:
+                raise OutputConflict(fault)
+            try:
+                entry = Entry.model_validate(json.loads(text))
+            except (ValueError, ValidationError):
+                fault = f'{path}, line {number} is no record of a picture: choose another --out, or --overwrite'
+                continue
+            records[entry.input] = recorded(entry)
+    return records
 
 
 def differences(there: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -18,8 +18,8 @@ from padseg.errors import UsageError
 from padseg.exports.files import FULL
 from padseg.exports.files import remove
 from padseg.exports.files import sweep
-from padseg.records import Entry
-from padseg.records import read_entries
+from padseg.records import Recorded
+from padseg.records import read_records
 from padseg.records import read_run
 
 Shard = tuple[int, int]  # (i, N), i from 1
@@ -102,15 +102,15 @@ def enter(stack: contextlib.ExitStack, folder: Path, otherwise: str) -> None:
         raise OutputConflict(otherwise) from error
 
 
-def all_entries(out: Path) -> dict[str, Entry]:
+def all_records(out: Path) -> dict[str, Recorded]:
     """The last record of every picture of an output folder, those of shards too."""
     # the folder's own manifest is written last by a run that has joined what shards were there before: theirs are newer
     manifests = [folder / 'manifest.jsonl' for folder in shard_homes(out).values()]
     newest_last = sorted((path for path in manifests if path.exists()), key=lambda path: path.stat().st_mtime_ns)
-    entries: dict[str, Entry] = {}
+    records: dict[str, Recorded] = {}
     for path in (out / 'manifest.jsonl', *newest_last):
-        entries |= read_entries(path)
-    return entries
+        records |= read_records(path)
+    return records
 
 
 def unfinished(folders: Sequence[Path]) -> list[str]:

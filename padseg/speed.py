@@ -1,4 +1,4 @@
-"""How fast parts of padseg are on this machine, beside simpler ways to the same result in the same run. Start it with bin/bench."""
+"""How fast scoring is on this machine, beside simpler ways to the same result in the same run: bin/bench eval."""
 
 from __future__ import annotations
 
@@ -63,12 +63,7 @@ class Speed(NamedTuple):
     peak: float
 
 
-@click.group()
-def main() -> None:
-    """Time parts of padseg."""
-
-
-@main.command('eval')
+@click.command('eval')
 @click.option('--pairs', type=click.IntRange(min=2), default=200, show_default=True, help='label maps and ground truths to make')
 @click.option('--size', type=click.IntRange(min=BORDER), default=512, show_default=True, help='their side in pixels')
 @click.option('--classes', type=click.IntRange(1, IGNORE), default=27, show_default=True, help='classes of the ground truth')
@@ -147,8 +142,13 @@ def score(folder: Path, classes: int, number: int, workers: int) -> Speed:
     seconds = time.perf_counter() - start
     if done != number:
         raise click.ClickException(f'{number - done} of {number} pairs could not be scored')
+    return Speed(seconds, peak())
+
+
+def peak() -> float:
+    """The most memory that this process took so far, in MiB."""
     per_mib = 2**20 if sys.platform == 'darwin' else 2**10  # bytes there, KiB elsewhere
-    return Speed(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_mib)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_mib
 
 
 def steps(folder: Path, classes: int) -> dict[str, float]:
@@ -220,7 +220,3 @@ def in_words(measured: dict[str, Any]) -> str:
     ]
     head = f'pairs of {size}, {measured["classes"]} classes; {measured["processors"]} processors, load {measured["load"]:.2f}'
     return '\n'.join([head, *(f'{name:22} {"too short" if value is None else f"{value:9.2f}"} {unit}' for name, value, unit in rows)])
-
-
-if __name__ == '__main__':
-    main()

@@ -1,22 +1,27 @@
-"""A run's stages on a real Ray of two processors: the same bytes as without it, whatever dies, fails or is full."""
+"""A run's stages on a real Ray: the same bytes as without it, whatever dies, fails or is full."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
+import json
+import math
 import os
 import pickle
+import re
 import secrets
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+import yaml
 
 from padseg import engine
 from padseg.cluster import Share
@@ -26,11 +31,15 @@ from padseg.cluster import on_cpu
 from padseg.cluster import results_on_ray
 from padseg.cluster import share
 from padseg.errors import OutputConflict
+from padseg.errors import ResourceExhausted
 from padseg.errors import UsageError
 from padseg.images import Found
 from padseg.job import Job
+from padseg.progress import Silent
 from padseg.records import Entry
 from padseg.records import Run
+from padseg.selection import Selection
+from padseg.selection import parse_shard
 from padseg.signals import Stop
 from padseg.stages import Taken
 from padseg.types import Frame
@@ -39,6 +48,8 @@ from padseg.types import TokenMaps
 ray = pytest.importorskip('ray')
 ROOT = Path(__file__).parent.parent
 PICTURES = 50
+DOCS = (ROOT / 'docs' / 'cluster.md').read_text(encoding='utf-8')
+BAD = ('bad.jpg', 'text.png')
 SURROGATE = os.fsdecode(b'caf\xe9.png')  # a name that is no UTF-8
 
 # In every process of the cluster: a disk on which nothing can be written.
@@ -50,25 +61,6 @@ def hook(event, arguments):
         raise OSError(errno.ENOSPC, 'No space left on device')
 
 sys.addaudithook(hook)
-"""
-
-# A run of its own process: prints a line for each record, then how it ended.
-DRIVER = """
-import sys
-from pathlib import Path
-from padseg import engine
-from padseg.cluster import results_on_ray
-from padseg.job import Job
-from padseg.signals import Stop
-
-source, out, model, address = sys.argv[1:]
-job = Job(Path(source), Path(out), model=model, device='cpu')
-pending = engine.choose(job)[1]
-record = engine.from_model(job)[1]
-with Stop() as stop:
-    for entry in results_on_ray(job, record, pending, stop, address or None):
-        print(entry.status, flush=True)
-print('signal', stop.signal)
 """
 
 
@@ -88,7 +80,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope='module')
 def cluster(environment: None) -> Iterator[str]:
     """The address of a Ray that runs before padseg comes and stays when it goes."""
-    context = ray.init('local', num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level='ERROR')
+    # a third processor, since the actor of a run that failed keeps one for a while
+    context = ray.init('local', num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level='ERROR')
     yield context.address_info['address']
     ray.shutdown()
 
@@ -115,15 +108,15 @@ def put_picture(path: Path, size: tuple[int, int], rng: np.random.Generator) -> 
 
 @pytest.fixture
 def job(folder: Path, tmp_path: Path, sd3_folder: Path) -> Job:
-    return Job(folder, tmp_path / 'ray', model=str(sd3_folder), device='cpu', batch=2, save_maps=True)
+    return Job(folder, tmp_path / 'ray', model=str(sd3_folder), device='cpu', batch=2, save_maps=True, engine='ray')
 
 
 @pytest.fixture(scope='module')
-def plain(folder: Path, tmp_path_factory: pytest.TempPathFactory, sd3_folder: Path) -> tuple[dict[str, str], dict[str, Entry]]:
-    """What a run without Ray makes of the pictures: the digests of its files, and its records."""
+def plain(folder: Path, tmp_path_factory: pytest.TempPathFactory, sd3_folder: Path) -> Path:
+    """The output of a run without Ray."""
     job = Job(folder, tmp_path_factory.mktemp('plain') / 'out', model=str(sd3_folder), device='cpu', save_maps=True)
     assert engine.run(job)[:4] == (PICTURES, PICTURES - 2, 0, 2)
-    return digests(job.out), engine.all_entries(job.out)
+    return job.out
 
 
 def prepared(job: Job) -> tuple[Run, list[Found]]:
@@ -136,24 +129,41 @@ def digests(out: Path) -> dict[str, str]:
     return {path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def timeless(entry: Entry) -> Entry:
-    return entry.model_copy(update={'seconds': 0.0, 'stages': dict.fromkeys(entry.stages, 0.0)})
+def timeless(out: Path) -> list[dict[str, object]]:
+    """The lines of the manifest, without what differs from run to run."""
+    entries = [json.loads(line) for line in (out / 'manifest.jsonl').read_text().splitlines()]
+    return [{**entry, 'seconds': 0, 'stages': sorted(entry['stages'])} for entry in entries]
 
 
-def test_the_same_bytes_and_records_though_every_worker_is_killed(job, plain, cluster):
-    """The model's actor, and whatever reads and writes at that moment, die after the first record; each picture is recorded once."""
-    record, pending = prepared(job)
-    entries = []
-    for entry in results_on_ray(job, record, pending, Stop()):
-        if not entries:
+class KillWorkers(Silent):
+    """Kills, after the first picture, all workers of the run; counts the pictures."""
+
+    pictures = 0
+
+    def step(self, record: Mapping[str, Any] | None = None) -> None:
+        self.pictures += 1
+        if self.pictures == 1:
             kill_workers()
-        entries.append(entry)
-    assert sorted(entry.input for entry in entries) == sorted(picture.name for picture in pending)
-    engine.clean(job, pending, job.out)
-    files, expected = plain
-    assert digests(job.out) == files
-    assert {entry.input: timeless(entry) for entry in entries} == {name: timeless(entry) for name, entry in expected.items()}
+
+
+def test_stopped_and_with_workers_killed_it_ends_with_the_same_bytes_and_records(job, plain, cluster, monkeypatch):
+    """SIGTERM ends a first run on the cluster cleanly; in a second one the model's actor dies, and whatever reads or writes then."""
+    events, code = stopped(job, cluster, signal.SIGTERM)
+    assert (code, events[-1]['signal']) == (143, 15)
+    done = [event['input'] for event in events if event['event'] == 'picture']
+    assert 0 < len(done) < PICTURES
+    assert ray.cluster_resources()['CPU'] == 3
+
+    progress = KillWorkers()
+    counts = engine.run(job, progress)
+    assert counts[:4] == (PICTURES, PICTURES - 2, len([name for name in done if name not in BAD]), 2)
+    assert progress.pictures == PICTURES - counts.skipped
+    assert digests(job.out) == digests(plain)
+    assert timeless(job.out) == timeless(plain)
     assert ray.is_initialized()
+
+    monkeypatch.setitem(sys.modules, 'ray', None)  # nothing is left to do, and so nothing is imported
+    assert engine.run(job._replace(retry_failed=False)).skipped == PICTURES
 
 
 def kill_workers() -> None:
@@ -181,18 +191,20 @@ def ancestors(pid: int, parents: dict[int, int]) -> Iterator[int]:
         yield pid
 
 
-def driver(job: Job, address: str, then: signal.Signals) -> tuple[list[str], str, int]:
-    """Start a run of its own and send its process group a signal after the first record: what it said, and its exit code."""
-    command = [sys.executable, '-c', DRIVER, job.source, job.out, job.model, address]
+def stopped(job: Job, address: str | None, number: signal.Signals) -> tuple[list[dict[str, Any]], int]:
+    """Run `padseg run` and send its process group a signal after the first picture: its events, and its exit code."""
+    given = ('--dir', job.source, '--out', job.out, '--model', job.model, '--device', 'cpu', '--batch', str(job.batch), '--save-maps')
+    command = [sys.executable, '-m', 'padseg', 'run', *given, '--engine', 'ray', '--log-json', *(('--address', address) if address else ())]
     environment = {**os.environ, 'PADSEG_TEST': str(job.out)}
-    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
-    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
-        assert process.stdout and process.stderr
-        lines = [process.stdout.readline()]
-        assert bool(address) == (len(started_by(job)) == 1)
-        os.killpg(process.pid, then)
-        lines += process.stdout.readlines()
-        return lines, process.stderr.read(), process.wait()
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stderr
+        events = []
+        for line in process.stderr:
+            events.append(json.loads(line))
+            if [event['event'] for event in events].count('picture') == 1 and events[-1]['event'] == 'picture':
+                assert (len(started_by(job)) == 1) == (address is not None)
+                os.killpg(process.pid, number)
+        return events, process.wait()
 
 
 def started_by(job: Job) -> list[Path]:
@@ -207,18 +219,16 @@ def content(path: Path) -> bytes:
         return b''
 
 
-def test_sigterm_ends_a_run_on_a_cluster_and_leaves_the_cluster(job, cluster):
-    lines, words, code = driver(job, cluster, signal.SIGTERM)
-    assert (lines[-1], words, code) == ('signal 15\n', '', 0)
-    assert 2 <= len(lines) < PICTURES
-    assert ray.cluster_resources()['CPU'] == 2
-
-
 def test_a_run_without_address_brings_its_own_ray_and_takes_it_away(job, environment):
-    lines, words, code = driver(job, '', signal.SIGINT)
-    assert (lines[-1], words, code) == ('signal 2\n', '', 0)
-    assert 2 <= len(lines) < PICTURES
+    events, code = stopped(job, None, signal.SIGINT)
+    assert (code, events[-1]['signal']) == (130, 2)
+    assert 0 < len([event for event in events if event['event'] == 'picture']) < PICTURES
     assert started_by(job) == []
+
+
+def test_too_many_failures_end_a_run(job, cluster):
+    counts = engine.run(job._replace(max_failures=0, selection=Selection(include=(*BAD, '1*.png'))))
+    assert counts.failed == 1
 
 
 def test_other_weights_on_a_machine_are_refused(job, cluster):
@@ -231,18 +241,15 @@ def test_other_weights_on_a_machine_are_refused(job, cluster):
 
 def test_a_full_disk_in_a_worker_is_one_in_the_run(job, cluster):
     job = job._replace(out=job.out / 'full' / 'out')
-    with pytest.raises(OSError) as caught:
-        list(results_on_ray(job, *prepared(job), Stop()))
-    assert caught.value.errno == errno.ENOSPC
-    assert type(caught.value) is OSError
+    with pytest.raises(ResourceExhausted, match='No space left on device'):
+        engine.run(job)
+    assert list(job.out.rglob('*.png')) == []
 
 
-def test_nothing_to_do_needs_no_ray(job, monkeypatch):
-    record, pending = prepared(job)
+def test_without_ray_installed_it_says_what_to_install(job, monkeypatch):
     monkeypatch.setitem(sys.modules, 'ray', None)
-    assert list(results_on_ray(job, record, [], Stop())) == []
     with pytest.raises(UsageError, match=r"needs Ray: pip install 'padseg\[ray\]'"):
-        list(results_on_ray(job, record, pending, Stop()))
+        engine.run(job)
 
 
 @pytest.mark.parametrize('address', ['127.0.0.1:1', 'nowhere.invalid:6379'])
@@ -294,8 +301,56 @@ def test_a_models_folder_is_found_from_anywhere_and_names_stay(tmp_path, monkeyp
 
 def test_maps_reach_other_processes_bit_by_bit():
     maps = torch.tensor([[[0.1, -0.0], [float('nan'), 1e-40]]])
-    taken = Taken(Entry(input=SURROGATE, status='failed'), None, TokenMaps(maps, ('a',), Frame((2, 2), (0, 0, 2, 2))))
+    own = TokenMaps(maps, ('a',), Frame((2, 2), (0, 0, 2, 2)))
+    taken = Taken(Entry(input=SURROGATE, status='failed'), None, maps=own)
     again = pickle.loads(pickle.dumps(on_cpu(taken)))
     assert again.entry == taken.entry
     assert again.maps.maps.numpy().tobytes() == maps.numpy().tobytes()
     assert (again.maps.maps.dtype, again.maps.maps.device.type, again.maps[1:]) == (torch.float32, 'cpu', taken.maps[1:])
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf'^```{language}\n(.*?)^```$', DOCS, re.MULTILINE | re.DOTALL)
+
+
+def test_the_jobs_in_the_docs_do_every_shard_once():
+    spec = yaml.safe_load(blocks('yaml')[0])['spec']
+    (command,) = spec['template']['spec']['containers'][0]['args']
+    shards = [shard_of(command, JOB_COMPLETION_INDEX=str(index)) for index in range(spec['completions'])]
+    assert shards == [(i, len(shards)) for i in range(1, len(shards) + 1)]
+    (slurm,) = (block for block in blocks('bash') if '#SBATCH --array' in block)
+    first, last = map(int, re.findall(r'--array=(\d+)-(\d+)', slurm)[0])
+    shards = [shard_of(slurm, SLURM_ARRAY_TASK_ID=str(index)) for index in range(first, last + 1)]
+    assert shards == [(i, last) for i in range(1, last + 1)]
+
+
+def shard_of(command: str, **environment: str) -> tuple[int, int] | None:
+    """The shard that a shell makes of a command."""
+    word = re.findall(r'--shard ("[^"]+"|\S+ \+ \S+)', command)[0]
+    return parse_shard(subprocess.run(['bash', '-ec', f'echo {word}'], env=environment, capture_output=True, text=True).stdout.strip())
+
+
+@pytest.mark.parametrize('block', blocks('bash'))
+def test_shell_lines_in_the_docs_can_be_parsed(block):
+    ran = subprocess.run(['bash', '-n'], input=block, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, '')
+
+
+def test_sizes_in_the_docs_are_what_their_formula_gives():
+    table = DOCS[DOCS.index('| pictures a second and GPU |') :].split('\n\n')[0].splitlines()
+    gpus = [int(found) for found in re.findall(r'(\d+) GPU', table[0].replace('and GPU', ''))]
+    rates = {float(row.split('|')[1]): re.findall(r'[\d.]+', row)[1:] for row in table[2:]}
+    assert len(rates) == 3 and len(gpus) == 3
+    for rate, hours in rates.items():
+        assert hours == [f'{1e6 / (rate * number * 3600):.1f}' for number in gpus]
+    assert f'{1e6 / (5 * 3600 * 8):.1f}, so {math.ceil(1e6 / (5 * 3600 * 8))} GPUs' in DOCS
+
+
+def test_the_lines_for_sizing_run_on_a_manifest(plain):
+    ran = subprocess.run([sys.executable, '-c', *blocks('python')], cwd=plain.parent, capture_output=True, text=True)
+    entries = [json.loads(line) for line in (plain / 'manifest.jsonl').read_text().splitlines()]
+    done = [entry for entry in entries if entry['status'] == 'done']
+    rate = len(done) / sum(entry['stages']['segment'] for entry in done)
+    files = len(list((plain / 'labels').rglob('*.png'))) + len(list((plain / 'masks').rglob('*'))) - 1  # sub/ is not of a picture
+    expected = f'{rate:.1f} pictures a second .* fed by [\\d.]+ cores; {files / len(done):.0f} files'
+    assert re.match(expected, ran.stdout), (expected, ran.stdout, ran.stderr)

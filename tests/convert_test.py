@@ -34,7 +34,8 @@ from padseg.exports.regions import regions
 from padseg.records import Entry
 from padseg.records import Model
 from padseg.records import Run
-from padseg.records import write_entries
+from padseg.records import recorded
+from padseg.records import write_records
 from padseg.records import write_run
 from padseg.types import LabelMap
 
@@ -62,7 +63,7 @@ def put_run(folder: Path, maps: dict[str, np.ndarray], source: Path | None = Non
         where = {'labels': f'labels/{name}.png'}
         entries.append(Entry(input=name, status='done', sha256=digest, size=labels.shape, regions=int(labels.max()), outputs=where))
     entries.append(Entry(input='bad.png', status='failed', error='ImageError', reason='empty file'))
-    write_entries(entries, folder / 'out' / 'manifest.jsonl')
+    write_records(map(recorded, entries), folder / 'out' / 'manifest.jsonl')
     run = Run(
         padseg='1.2.3',
         source=str(source or folder / 'in'),
@@ -258,7 +259,7 @@ def test_imagefolder_has_pictures_upright_and_without_exif(tmp_path):
     sideways[0, 0] = 255  # upper left: turned clockwise, it is upper right
     PIL.Image.fromarray(sideways).save(tmp_path / 'in/a.png', exif=exif)
     entry = Entry(input='a.png', status='done', size=(2, 4), outputs={'labels': 'labels/a.png.png'})
-    write_entries([entry], out / 'manifest.jsonl')
+    write_records([recorded(entry)], out / 'manifest.jsonl')
     assert convert(out, 'hf-imagefolder').failed == {}
     with PIL.Image.open(out / 'hf-imagefolder/images/a.png.png') as picture:
         assert np.asarray(picture)[..., 0].tolist() == [[0, 0, 0, 255], [0, 0, 0, 0]]
@@ -385,7 +386,7 @@ def test_where_there_is_no_run(out, tmp_path):
         convert(out, 'hf-imagefolder', out)
     with pytest.raises(NoImages, match='there is no folder'):
         convert(out, 'labelme', images=tmp_path / 'nowhere')
-    write_entries([], out / 'manifest.jsonl')
+    write_records([], out / 'manifest.jsonl')
     with pytest.raises(NoImages, match='no picture is done'):
         convert(out, 'coco')
     assert not (out / 'coco').exists()

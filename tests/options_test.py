@@ -74,6 +74,7 @@ def test_what_is_left_open_comes_from_the_row():
         threshold=0.5,
         geometry='whole',
         side=256,
+        refine='none',
         superpixels=20.0,
         components=True,
         min_area=0.0,
@@ -82,10 +83,10 @@ def test_what_is_left_open_comes_from_the_row():
 
 
 def test_a_papers_preset_leaves_refinements_off_unless_they_are_given():
-    row = ROW._replace(superpixels=20.0, components=True, min_area=0.1)
+    row = ROW._replace(refine='guided', superpixels=20.0, components=True, min_area=0.1)
     for geometry in GEOMETRIES[1:]:
         resolved = Options(geometry=geometry).resolve(row)
-        assert (resolved.superpixels, resolved.components, resolved.min_area) == (0.0, False, 0.0)
+        assert (resolved.refine, resolved.superpixels, resolved.components, resolved.min_area) == ('none', 0.0, False, 0.0)
     kept = Options(geometry='diffseg', superpixels=9.0, min_area=0.2).resolve(row)
     assert (kept.superpixels, kept.components, kept.min_area) == (9.0, False, 0.2)
 
@@ -98,6 +99,7 @@ def test_what_is_given_stands_even_where_it_is_false():
         threshold=0.0,
         geometry='diffcut',
         side=1,
+        refine='none',
         superpixels=0.0,
         components=False,
         min_area=0.0,
@@ -125,6 +127,7 @@ def test_the_ends_of_the_ranges_are_allowed():
         {'side': 0},
         {'superpixels': -1.0},
         {'min_area': 1.0},
+        {'refine': 'sharp'},
     ],
 )
 def test_a_row_is_held_to_the_same_ranges(change):

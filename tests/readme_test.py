@@ -14,10 +14,12 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import click
 import pytest
 
 import padseg
 from padseg.cli import COMMANDS
+from padseg.commands.flags import reading_flags
 from padseg.commands.run import SIGNALLED
 from padseg.commands.run import SOME_FAILED
 from padseg.datasets import DATASETS
@@ -116,6 +118,17 @@ def test_options_are_those_of_the_code():
         assert f'| {", ".join(f"`{flag}`" for flag in flags)} | {default} | {words} |\n' in README
     table = README[README.index('| option | default |') :].split('\n\n')[0]
     assert len(table.splitlines()) == 2 + len(dataclasses.fields(Options))
+
+
+def test_options_of_reading_are_those_of_the_code():
+    table = README[README.index('How files become pictures:') :].split('\n\n')[1]
+    stated = dict(re.findall(r'^\| `(--[\w-]+)` \| `?(\w+)`? \|', table, re.MULTILINE))
+    command = click.command()(reading_flags(lambda **values: None))
+    assert list(stated) and set(stated) == {option.opts[0] for option in command.params}
+    for option in command.params:
+        default = option.get_default(click.Context(command))
+        known = str(default) if isinstance(default, (int, str)) and not isinstance(default, bool) else 'off'
+        assert stated[option.opts[0]] == ('none' if option.nargs == 2 else known)
 
 
 def rows(heading: str) -> list[str]:

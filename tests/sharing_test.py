@@ -25,7 +25,7 @@ from padseg.options import Options
 from padseg.progress import Silent
 from padseg.records import read_run
 from padseg.selection import Selection
-from padseg.sharing import all_entries
+from padseg.sharing import all_records
 from padseg.sharing import exclusive
 from padseg.sharing import shared
 from padseg.sharing import unfinished
@@ -71,7 +71,7 @@ def test_shards_joined_are_one_run(job, whole):
     counts = [engine.run(part(job, i, 3)) for i in (1, 2, 3)]
     assert sum(each.images for each in counts) == 9 and max(each.images for each in counts) < 9
     assert not (job.out / 'manifest.jsonl').exists()
-    assert {entry.input: entry.status for entry in all_entries(job.out).values()} == {entry['input']: 'done' for entry in alike(whole)}
+    assert {name: record.status for name, record in all_records(job.out).items()} == {entry['input']: 'done' for entry in alike(whole)}
     joined = collect([job.out], job.out)
     assert (joined.missing, joined.counts[:4]) == ([], (9, 9, 9, 0))
     assert (files(job.out), alike(job.out)) == (files(whole), alike(whole))
@@ -83,7 +83,7 @@ def test_shards_joined_are_one_run(job, whole):
 
 def test_a_run_without_shards_joins_them_too(job, whole):
     engine.run(part(job, 1, 2))
-    done = len(all_entries(job.out))
+    done = len(all_records(job.out))
     assert engine.run(job).skipped == done
     assert (files(job.out), alike(job.out)) == (files(whole), alike(whole))
     assert not (job.out / 'shards').exists()
@@ -97,7 +97,7 @@ def test_results_of_shards_can_be_exported_before_they_are_joined(job):
 
 def test_another_number_of_shards_continues(job, whole):
     engine.run(part(job, 1, 2))
-    done = len(all_entries(job.out))
+    done = len(all_records(job.out))
     assert sum(engine.run(part(job, i, 3)).skipped for i in (1, 2, 3)) == done
     assert collect([job.out], job.out).missing == []
     assert (files(job.out), alike(job.out)) == (files(whole), alike(whole))

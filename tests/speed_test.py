@@ -13,6 +13,8 @@ import PIL.Image
 import pytest
 
 from padseg import speed
+from padseg import speed_engine
+from padseg.exports import read_label_map
 from padseg.metrics import hungarian_counts
 from padseg.metrics import match
 from padseg.metrics import widened
@@ -23,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 def benched(*arguments):
     """A run in a process of its own, with a folder of its own for temporary files."""
     return subprocess.run(
-        [sys.executable, '-m', 'padseg.speed', 'eval', *arguments],
+        [sys.executable, '-m', 'padseg.bench', *arguments],
         cwd=ROOT,
         env={**os.environ, 'OMP_NUM_THREADS': '1'},
         capture_output=True,
@@ -34,7 +36,7 @@ def benched(*arguments):
 
 def test_a_small_run(tmp_path, monkeypatch):
     monkeypatch.setenv('TMPDIR', str(tmp_path))
-    ran = benched('--pairs', '6', '--size', '64', '--classes', '5', '--json')
+    ran = benched('eval', '--pairs', '6', '--size', '64', '--classes', '5', '--json')
     assert ran.returncode == 0, ran.stderr
     measured = json.loads(ran.stdout)
     assert (measured['pairs'], measured['size'], measured['classes']) == (6, 64, 5)
@@ -102,3 +104,30 @@ def test_the_simpler_ways_by_hand():
 def test_runs_too_short_to_tell_have_no_rate():
     assert speed.rate(10, 2.0) == 5.0
     assert speed.rate(10, -0.1) is None
+
+
+def test_a_small_run_of_the_engine(tmp_path):
+    ran = benched('engine', '--pictures', '10', '--many', '100', '--folder', str(tmp_path), '--json')
+    assert ran.returncode == 0, ran.stderr
+    measured = json.loads(ran.stdout)
+    assert list(measured['milliseconds']) == ['own', 'system', 'wall']
+    assert all(-50 < value < 1000 for value in measured['milliseconds'].values())  # ten pictures are few
+    assert list(measured['steps']) == ['decode', 'labels', 'masks'] and all(0 < value < 1000 for value in measured['steps'].values())
+    assert list(measured['memory_mib']) == ['10', '100']
+    assert measured['memory_many_to_few'] == pytest.approx(measured['memory_mib']['100'] / measured['memory_mib']['10'])
+    assert list(tmp_path.iterdir()) == []
+    words = speed_engine.in_words(measured | {'memory_mib': {10: 1.0, 100: 1.5}, 'memory_many_to_few': 1.5})
+    assert 'memory of 100 pictures        1.50 MiB; 1.500 x' in words
+
+
+def test_the_engines_work_is_that_of_a_run(tmp_path):
+    """The pictures that are timed have their label maps and masks, as after a run."""
+    folder = speed_engine.make_pictures(tmp_path / 'in', (48, 64), 30)
+    cost = speed_engine.work(folder, tmp_path / 'out', 28)
+    assert cost.wall > 0 and cost.peak > 20
+    expected = speed_engine.label_map((48, 64)).labels
+    names = sorted(path.name for path in (tmp_path / 'out/labels').iterdir())
+    assert names == [f'{number:06}.jpg.png' for number in range(28)]
+    assert all(np.array_equal(read_label_map(tmp_path / 'out/labels' / name), expected) for name in names)
+    assert len(list((tmp_path / 'out/masks').rglob('*.png'))) == 28 * expected.max()
+    assert len((tmp_path / 'out/manifest.jsonl').read_text().splitlines()) == 28

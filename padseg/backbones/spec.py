@@ -20,6 +20,7 @@ class Spec(NamedTuple):
     side: int = 1024  # pixels of the square picture the model was trained on
     normalisation: str = 'minmax-softmax'
     threshold: float = 0.1
+    refine: str = 'none'
     superpixels: float = 0.0
     components: bool = False
     min_area: float = 0.0

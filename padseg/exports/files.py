@@ -32,7 +32,7 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in sorted(temporary.iterdir()) if temporary.is_dir() else [temporary]:
-            flush(file)
+            flush(file)  # all of a folder after all are written: one commit of the file system's journal serves them all
         if temporary.is_dir() and path.is_dir():
             remove(path)  # a rename replaces a file, but no folder that holds something
         os.replace(temporary, path)
@@ -58,8 +58,11 @@ def temporary_beside(path: Path) -> Path:
 
 def flush(path: Path) -> None:
     """Wait until the file's bytes are on the disk."""
-    with path.open('rb+') as file:
-        os.fsync(file.fileno())
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def remove(path: Path) -> None:

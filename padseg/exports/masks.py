@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ SUFFIX = ''
 BOX = ('bbox_x0', 'bbox_y0', 'bbox_w', 'bbox_h')
 CROP = ('crop_box_x0', 'crop_box_y0', 'crop_box_w', 'crop_box_h')
 UNKNOWN = ('point_input_x', 'point_input_y', 'predicted_iou', 'stability_score')  # only a prompted mask has these: left empty
+ENCODING = (cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE)  # both quicker and smaller for masks
 COLUMNS = ('id', 'area', *BOX, *UNKNOWN, *CROP, 'region', 'tokens')
 
 
@@ -33,19 +35,20 @@ def write(image: Image | None, labels: LabelMap, path: Path) -> None:
 def write_masks(labels: LabelMap, folder: Path) -> None:
     """Write region k as folder/{k-1}.png, 0 or 255, and a row of metadata.csv; boxes are x, y, width, height in pixels."""
     height, width = labels.labels.shape
+    text = io.StringIO()
+    table = csv.DictWriter(text, COLUMNS, lineterminator='\n')
+    table.writeheader()
     with atomic(folder) as temporary:
         temporary.mkdir()
-        with (temporary / 'metadata.csv').open('w', newline='', encoding='utf-8') as file:
-            table = csv.DictWriter(file, COLUMNS, lineterminator='\n')
-            table.writeheader()
-            for region in range(1, int(labels.labels.max()) + 1):
-                mask = (labels.labels == region).astype(np.uint8) * 255  # (H, W)
-                (temporary / f'{region - 1}.png').write_bytes(cv2.imencode('.png', mask)[1].tobytes())
-                row = {'id': region - 1, 'area': cv2.countNonZero(mask), 'region': region}
-                row |= dict(zip(BOX, cv2.boundingRect(mask), strict=True))
-                row |= dict(zip(CROP, (0, 0, width, height), strict=True))
-                tokens = labels.tokens[region - 1] if labels.tokens else ()
-                table.writerow(row | {'tokens': ' '.join(map(str, tokens))})
+        for region in range(1, int(labels.labels.max()) + 1):
+            mask = (labels.labels == region).astype(np.uint8) * 255  # (H, W)
+            (temporary / f'{region - 1}.png').write_bytes(cv2.imencode('.png', mask, ENCODING)[1].tobytes())
+            row = {'id': region - 1, 'area': cv2.countNonZero(mask), 'region': region}
+            row |= dict(zip(BOX, cv2.boundingRect(mask), strict=True))
+            row |= dict(zip(CROP, (0, 0, width, height), strict=True))
+            tokens = labels.tokens[region - 1] if labels.tokens else ()
+            table.writerow(row | {'tokens': ' '.join(map(str, tokens))})
+        (temporary / 'metadata.csv').write_text(text.getvalue(), encoding='ascii')
 
 
 def read_masks(folder: Path) -> Array:

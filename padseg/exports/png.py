@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ def write_label_map(labels: LabelMap, path: Path) -> None:
         picture = PIL.Image.fromarray(labels.labels.astype(np.uint8))
         picture.putpalette(voc_colours().tobytes())
     with atomic(path) as temporary:
-        picture.save(temporary, 'PNG')
+        picture.save(temporary, 'PNG', compress_type=zlib.Z_RLE)  # five times as quick for a fifth more bytes
 
 
 def read_label_map(path: Path) -> Array:

@@ -1,0 +1,158 @@
+"""What a run costs beside the model: bin/bench engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+from typing import NamedTuple
+
+import click
+import cv2
+import numpy as np
+import PIL.Image
+import torch
+
+from padseg import engine
+from padseg.exports import write_label_map
+from padseg.exports import write_masks
+from padseg.images import find
+from padseg.images import read
+from padseg.job import Job
+from padseg.metrics import compact
+from padseg.records import recorded
+from padseg.signals import Stop
+from padseg.speed import TIMED
+from padseg.speed import fresh
+from padseg.speed import peak
+from padseg.speed import surface
+from padseg.speed import timed
+from padseg.stages import Taken
+from padseg.types import Frame
+from padseg.types import LabelMap
+from padseg.types import TokenMaps
+
+KINDS = 25  # of pictures that differ; the rest are further names of these files
+SMALL = (48, 64)
+MAPS = TokenMaps(torch.zeros(1, 1, 1), ('',), Frame((1, 1), (0, 0, 1, 1)))  # which are not written
+
+
+class Cost(NamedTuple):
+    """Seconds. own: of the processor in padseg and its libraries, all threads together; system: in the kernel, for files; wall: on the
+    clock. peak: the most memory that the process took, in MiB."""
+
+    own: float
+    system: float
+    wall: float
+    peak: float
+
+
+@click.command('engine')
+@click.option('--pictures', type=click.IntRange(min=10), default=200, show_default=True, help='of 481 x 321 pixels, to time')
+@click.option('--many', type=click.IntRange(min=100), default=10_000, show_default=True, help='small ones, for memory; and a tenth')
+@click.option('--folder', type=click.Path(exists=True, path_type=Path), help='on the disk to write to (default: for temporary files)')
+@click.option('--json', 'as_json', is_flag=True, help='print one JSON object')
+def command(pictures: int, many: int, folder: Path | None, as_json: bool) -> None:
+    """What a run costs beside the model: a picture's reading, decoding, label map, masks and record.
+
+    The model's place takes a stored label map with 14 regions. The difference of a long and a short run leaves out the start.
+    """
+    with tempfile.TemporaryDirectory(prefix='padseg-bench-', dir=folder) as name:
+        large, small = (make_pictures(Path(name) / kind, size, count) for kind, size, count in sizes(pictures, many))
+        costs = {count: fresh(work, large, Path(name) / f'large-{count}', count) for count in (pictures // 5, pictures)}
+        memory = {count: fresh(work, small, Path(name) / f'small-{count}', count).peak for count in (many // 10, many)}
+        single = fresh(steps, large, Path(name) / 'steps')
+    short, long = costs.values()
+    per_picture = {
+        name: 1000 * (getattr(long, name) - getattr(short, name)) / (pictures - pictures // 5) for name in ('own', 'system', 'wall')
+    }
+    measured = {
+        'pictures': pictures,
+        'processors': os.cpu_count(),
+        'load': os.getloadavg()[0],
+        'milliseconds': per_picture,
+        'steps': single,
+        'memory_mib': memory,
+        'memory_many_to_few': memory[many] / memory[many // 10],
+    }
+    print(json.dumps(measured) if as_json else in_words(measured))
+
+
+def sizes(pictures: int, many: int) -> tuple[tuple[str, tuple[int, int], int], ...]:
+    return ('large', (321, 481), pictures), ('small', SMALL, many)
+
+
+def make_pictures(folder: Path, size: tuple[int, int], count: int) -> Path:
+    """A folder of JPEG photographs, as far as smooth blobs with noise are like them: size is (height, width)."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        path = folder / f'{number:06}.jpg'
+        if number < KINDS:
+            shapes = cv2.resize(surface(rng, 64)[..., :3], size[::-1], interpolation=cv2.INTER_CUBIC)
+            noisy = 128 + 60 * shapes + rng.normal(0, 8, shapes.shape)
+            PIL.Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+        else:
+            path.hardlink_to(folder / f'{number % KINDS:06}.jpg')
+    return folder
+
+
+def label_map(size: tuple[int, int]) -> LabelMap:
+    """Smooth blobs, (H, W)."""
+    blobs = surface(np.random.default_rng(1), 512).argmax(2).astype(np.uint8)
+    labels = compact(cv2.resize(blobs, size[::-1], interpolation=cv2.INTER_NEAREST)).astype(np.int32) + 1
+    return LabelMap(labels, tuple((number,) for number in range(int(labels.max()))))
+
+
+def work(folder: Path, out: Path, count: int) -> Cost:
+    """The engine's own work on the first so many pictures."""
+    pictures = find(folder)[:count]
+    height, width = read(pictures[0].path).shape[:2]
+    labels = label_map((height, width))
+
+    def segmenter(taken: list[Taken]) -> list[Taken]:
+        return [each._replace(maps=MAPS, labels=labels) for each in taken]
+
+    job = Job(folder, out)
+    out.mkdir()
+    with Stop() as stop:
+        began = os.times()
+        pending, records, _ = engine.plan(job, pictures, pictures)
+        for entry in engine.work(job, engine.results(job, segmenter, pending, stop), pending, records.values(), stop):
+            records[entry.input] = recorded(entry)
+        ended = os.times()
+    cost = Cost(ended.user - began.user, ended.system - began.system, ended.elapsed - began.elapsed, peak())
+    failed = [record.line for record in records.values() if record.status == 'failed']
+    if failed or len(records) != count:
+        raise click.ClickException(f'{len(failed)} of {count} pictures failed: {failed[:1]}')
+    return cost
+
+
+def steps(folder: Path, out: Path) -> dict[str, float]:
+    """Milliseconds on the clock of single steps, the quickest of several calls."""
+    taken: dict[str, list[float]] = {'decode': [], 'labels': [], 'masks': []}
+    for picture in find(folder)[:TIMED]:
+        image = timed(taken['decode'], lambda: read(picture.path))
+        labels = label_map(image.shape[:2])
+        timed(taken['labels'], lambda: write_label_map(labels, out / 'a.png'))
+        timed(taken['masks'], lambda: write_masks(labels, out / 'a'))
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def in_words(measured: dict[str, Any]) -> str:
+    """One measure a line."""
+    (few, less), (many, more) = measured['memory_mib'].items()
+    taken = measured['milliseconds']
+    rows = [
+        ('a picture', taken['own'], 'ms of one core'),
+        ('  and in the kernel', taken['system'], 'ms, for making files and waiting until they are on the disk'),
+        ('  on the clock', taken['wall'], 'ms'),
+        *((f'  {name}', value, 'ms on the clock, alone') for name, value in measured['steps'].items()),
+        (f'memory of {few} pictures', less, 'MiB'),
+        (f'memory of {many} pictures', more, f'MiB; {measured["memory_many_to_few"]:.3f} x'),
+    ]
+    head = f'pictures of 481 x 321 with 14 regions; {measured["processors"]} processors, load {measured["load"]:.2f}'
+    return '\n'.join([head, *(f'{name:24} {value:9.2f} {unit}' for name, value, unit in rows)])
