@@ -117,6 +117,7 @@ def test_padseg_json_overrides_the_row(folder):
         'side': 64,
         'threshold': 0.5,
         'normalisation': 'share',
+        'refine': 'guided',
         'superpixels': 30,
         'components': True,
         'min_area': 0.25,

@@ -30,6 +30,7 @@ from padseg.cluster import model_from_anywhere
 from padseg.cluster import on_cpu
 from padseg.cluster import results_on_ray
 from padseg.cluster import share
+from padseg.collect import collect
 from padseg.errors import OutputConflict
 from padseg.errors import ResourceExhausted
 from padseg.errors import UsageError
@@ -47,7 +48,7 @@ from padseg.types import TokenMaps
 
 ray = pytest.importorskip('ray')
 ROOT = Path(__file__).parent.parent
-PICTURES = 50
+PICTURES = 52  # two of them are none
 DOCS = (ROOT / 'docs' / 'cluster.md').read_text(encoding='utf-8')
 BAD = ('bad.jpg', 'text.png')
 SURROGATE = os.fsdecode(b'caf\xe9.png')  # a name that is no UTF-8
@@ -133,6 +134,14 @@ def timeless(out: Path) -> list[dict[str, object]]:
     """The lines of the manifest, without what differs from run to run."""
     entries = [json.loads(line) for line in (out / 'manifest.jsonl').read_text().splitlines()]
     return [{**entry, 'seconds': 0, 'stages': sorted(entry['stages'])} for entry in entries]
+
+
+def test_shards_make_the_same_bytes_and_records(job, plain):
+    for number in (3, 1, 2):
+        engine.run(job._replace(engine='local', selection=Selection(shard=(number, 3))))
+    assert collect([job.out], job.out).missing == []
+    assert digests(job.out) == digests(plain)
+    assert timeless(job.out) == timeless(plain)
 
 
 class KillWorkers(Silent):

@@ -25,6 +25,7 @@ from padseg.errors import NoImages
 from padseg.errors import OutputConflict
 from padseg.errors import ResourceExhausted
 from padseg.errors import UsageError
+from padseg.exports import CONVERTERS
 from padseg.exports import read_label_map
 from padseg.exports import read_masks
 from padseg.images import Found
@@ -703,3 +704,22 @@ def test_attention_that_is_not_finite_fails_its_picture_alone(job, batch):
     counts = engine.run(job._replace(model=str(model), batch=batch))
     assert (counts.done, counts.failed) == (0, 3)
     assert 'not finite in layer 2' in records(job, 'failures.jsonl')[0]['reason']
+
+
+def test_nothing_written_tells_where_a_picture_was_taken(job):
+    picture = PIL.Image.open(job.source / 'a.jpg')
+    exif = picture.getexif()
+    exif[0x010E] = 'the secret garden'
+    exif.get_ifd(0x8825)[1] = 'N'
+    exif.get_ifd(0x8825)[2] = (52.0, 22.0, 12.0)
+    picture.save(job.source / 'a.jpg', exif=exif, comment=b'the secret garden', icc_profile=b'the secret garden')
+    assert (job.source / 'a.jpg').read_bytes().count(b'the secret garden') == 3
+    engine.run(job._replace(overlay=True, coco=True, save_maps=True))
+    for format in CONVERTERS:
+        convert(job.out, format)
+    for path in job.out.rglob('*'):
+        if path.is_file():
+            assert b'secret' not in path.read_bytes(), path
+        if path.suffix in ('.png', '.jpg') and path.is_file():
+            written = PIL.Image.open(path)
+            assert not written.getexif() and not {'comment', 'icc_profile', 'exif'} & written.info.keys(), path

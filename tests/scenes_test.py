@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -79,8 +80,15 @@ def test_one_generator_gives_one_scene_after_another():
 
 
 def test_another_process_gives_the_same_scene():
-    code = 'from tests.scenes_test import digest; print(digest(5))'
-    answer = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
+    code = 'from scenes_test import digest; print(digest(5))'
+    answer = subprocess.run(
+        [sys.executable, '-c', code],
+        cwd=ROOT / 'tests',
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert answer.stdout.strip() == digest(5)
 
 
