@@ -215,7 +215,9 @@ class Model:
 
         torch.set_num_threads(self.record.threads)  # sums may be rounded otherwise with another number
         there = self.record.settings
-        backbone = load(self.job.model, revision=self.record.model.revision, device=self.device, dtype=self.record.dtype)
+        job, record = self.job, self.record
+        revision, layer = record.model.revision, job.options.layer
+        backbone = load(job.model, revision=revision, device=self.device, dtype=record.dtype, layer=layer, vae=job.vae)
         here = {**there, 'weights': backbone.identity.weights, 'dtype': str(backbone.dtype).removeprefix('torch.')}
         if here != there:
             raise OutputConflict(f'{os.uname().nodename} has another {self.job.model} ({"; ".join(differences(there, here))})')

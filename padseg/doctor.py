@@ -184,7 +184,7 @@ def choose_dtype(place: torch.device, source: Source | None) -> str:
 def reckon(source: Source, place: torch.device, dtype: str) -> Memory:
     """The weights alone. On another device they pass through the computer's memory part by part; text encoders stay there, in float32."""
     size = getattr(torch, dtype).itemsize
-    parts = [size * parameters(source.folder, (part,)) for part in MAIN_PARTS]
+    parts = [size * sum(map(math.prod, sd3.tensors_needed(source, part).values())) for part in ('transformer', 'vae')]
     prompt = 0 if sd3.prompt_is_cached(source) else torch.float32.itemsize * parameters(source.folder, TEXT_PARTS)
     if place.type == 'cpu':
         return Memory(sum(parts), sum(parts) + prompt)

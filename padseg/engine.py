@@ -235,7 +235,7 @@ def from_model(job: Job) -> tuple[Segmenter, Run]:
 
     from padseg.backbones import load
 
-    backbone = load(job.model, revision=job.revision, device=job.device, dtype=job.dtype)
+    backbone = load(job.model, revision=job.revision, device=job.device, dtype=job.dtype, layer=job.options.layer, vae=job.vae)
     dtype = str(backbone.dtype).removeprefix('torch.')
     settings: dict[str, Setting] = {'weights': backbone.identity.weights, 'dtype': dtype, **plain(job.options.resolve(backbone.spec))}
     settings |= reading_settings(job.reading)

@@ -23,7 +23,7 @@ ENGINES = ('local', 'ray')
 
 
 class Job(NamedTuple):
-    """What `padseg run` is asked to do: source, a folder or one picture; out, where results go; model … dtype as for `load`.
+    """What `padseg run` is asked to do: source, a folder or one picture; out, where results go; model … vae as for `load`.
 
     workers: threads that read pictures ahead, and as many that write results behind the model. checksum: a picture is unchanged if its
     content is, not if size and time of change are. retry_failed: whether pictures that failed are tried again though they are unchanged.
@@ -38,6 +38,7 @@ class Job(NamedTuple):
     revision: str | None = None
     device: str | None = None
     dtype: str | None = None
+    vae: str | None = None
     batch: int = 1
     overlay: bool = False
     save_maps: bool = False
@@ -62,7 +63,14 @@ def outputs(name: str, job: Job) -> dict[str, str]:
 
 def requested(job: Job) -> dict[str, Setting]:
     """The settings as the user gave them."""
-    return {'model': job.model, 'revision': job.revision, 'dtype': job.dtype, **plain(job.options), **reading_settings(job.reading)}
+    return {
+        'model': job.model,
+        'revision': job.revision,
+        'dtype': job.dtype,
+        'vae': job.vae,
+        **plain(job.options),
+        **reading_settings(job.reading),
+    }
 
 
 def reading_settings(reading: Reading) -> dict[str, Setting]:

@@ -35,7 +35,9 @@ def encode(image: Image, backbone: Backbone, options: Resolved) -> Latent:
 def encode_pixels(pixels: Tensor, backbone: Backbone) -> Tensor:
     """(B, 3, H, W) in -1..1 -> (B, C, H', W') in the units that the transformer was trained on."""
     config = backbone.vae.config
-    mean = backbone.vae.encode(pixels.to(backbone.device, backbone.vae.dtype)).latent_dist.mean
+    pixels = pixels.to(backbone.device, backbone.vae.dtype, memory_format=torch.channels_last)
+    encoded = backbone.vae.encode(pixels)
+    mean = encoded.latent_dist.mean if 'latent_dist' in encoded else encoded.latents  # a small VAE has no posterior
     return (mean - (config.shift_factor or 0.0)) * config.scaling_factor
 
 

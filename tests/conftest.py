@@ -53,14 +53,14 @@ def sd35_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def backbone(sd3_folder: pathlib.Path):  # type: ignore[no-untyped-def]
     from padseg.backbones import load
 
-    return load(str(sd3_folder), device='cpu')
+    return load(str(sd3_folder), device='cpu', whole=True)
 
 
 @pytest.fixture(scope='session')
 def backbone35(sd35_folder: pathlib.Path):  # type: ignore[no-untyped-def]
     from padseg.backbones import load
 
-    return load(str(sd35_folder), device='cpu')
+    return load(str(sd35_folder), device='cpu', whole=True)
 
 
 @pytest.fixture

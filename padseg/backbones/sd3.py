@@ -8,7 +8,7 @@ import os
 import pathlib
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers import AutoencoderTiny
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers import SD3Transformer2DModel
 from safetensors import SafetensorError
@@ -35,40 +36,116 @@ from padseg.backbones.source import read_json
 from padseg.backbones.source import tensor_shapes
 from padseg.backbones.source import text_files
 from padseg.backbones.source import weight_files
+from padseg.backbones.weights import build
+from padseg.backbones.weights import fill
+from padseg.backbones.weights import refuse_lost
+from padseg.backbones.weights import refuse_surplus
 from padseg.errors import ModelUnavailable
 from padseg.errors import UsageError
 from padseg.types import Prompt
 
 SMALL = 1 << 30  # bytes: smaller models run in float32 everywhere
+BFLOAT16 = ('avx512_bf16', 'amx_bf16', 'bf16', 'sve_bf16')  # what CPUs call it
 # what diffusers and transformers raise on files that are missing, damaged or of another kind
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 log = logging.getLogger(__name__)
 
 
-def load(source: Source, device: str | None = None, dtype: str | None = None) -> Backbone:
-    """The transformer, the VAE and the null prompt of a located model; text encoders are read only if the prompt is not cached."""
-    weights = files(source.folder, ('transformer', 'vae'))
+def load(
+    source: Source,
+    device: str | None = None,
+    dtype: str | None = None,
+    layer: int | None = None,
+    whole: bool = False,
+    vae: Source | None = None,
+) -> Backbone:
+    """The parts of transformer and VAE that token maps of the blocks up to `layer` need (the row's, unless given), or the whole.
+
+    And the null prompt: text encoders are read only if it is not cached. vae: another VAE, which comes by itself.
+    """
+    layer = source.spec.layer if layer is None else layer
+    last = None if whole else layer
     place = choose_device(device)
-    kind = getattr(torch, dtype) if dtype else choose_dtype(place, sum(path.stat().st_size for path in weights))
-    transformer, vae = (
-        # torch's own `to`, since diffusers leaves float32 weights in float32 whatever it is asked for, and its `to` warns of a change
-        nn.Module.to(read_model(part, source, name, torch_dtype=kind, low_cpu_mem_usage=False), place, kind).eval().requires_grad_(False)
-        for part, name in ((SD3Transformer2DModel, 'transformer'), (AutoencoderKL, 'vae'))
-    )
+    size = sum(path.stat().st_size for path in weight_files(source.folder, ('transformer', 'vae')))
+    kind = getattr(torch, dtype) if dtype else choose_dtype(place, size)
+    owner, part = (vae, '.') if vae else (source, 'vae')
+    transformer = filled(source, 'transformer', last, place, kind)
+    encoder = filled(owner, part, last, place, kind).to(memory_format=torch.channels_last)  # how convolutions are quick
     config = transformer.config
-    multiple = config.patch_size * 2 ** (len(vae.config.block_out_channels) - 1)
+    if encoder.config.latent_channels != config.in_channels:
+        raise UsageError(
+            f'the latents of {owner.model} have {encoder.config.latent_channels} channels, the transformer takes {config.in_channels}'
+        )
+    multiple = config.patch_size * 2 ** (len(encoder.config.block_out_channels) - 1)
     return Backbone(
         spec=source.spec,
-        identity=Identity(source.model, str(source.folder), source.commit, content_hash(source.folder, weights)),
+        identity=Identity(source.model, str(source.folder), source.commit, weights_hash(source, vae)),
         family=sys.modules[__name__],
         transformer=transformer,
-        vae=vae,
+        vae=encoder,
         scheduler=read_part(FlowMatchEulerDiscreteScheduler, source, 'scheduler', 'scheduler_config.json'),
         prompt=null_prompt(source, transformer, place, kind),
+        layers=source.spec.layers if whole else layer + 1,
         patch=config.patch_size,
         multiple=multiple,
         limit=config.pos_embed_max_size * multiple,
     )
+
+
+def weights_hash(source: Source, vae: Source | None) -> str:
+    """SHA-256 over the files of transformer and VAE."""
+    if vae is None:
+        return content_hash(source.folder, files(source.folder, ('transformer', 'vae')))
+    hashes = content_hash(source.folder, files(source.folder, ('transformer',))), content_hash(vae.folder, files(vae.folder, ('.',)))
+    return hashlib.sha256(' '.join(hashes).encode()).hexdigest()
+
+
+def built(source: Source, part: str) -> Any:
+    """The whole transformer or VAE without weights. ModelUnavailable for a configuration that cannot be used."""
+    config = read_json(source.folder / part / 'config.json')
+    try:
+        return build(KINDS[part], config)
+    except DAMAGE as error:
+        raise unreadable(source, part, error) from error
+
+
+def filled(source: Source, part: str, layer: int | None, place: torch.device, kind: torch.dtype) -> Any:
+    """A model with its weights; of a transformer only what blocks 0..layer need, of a VAE only the encoder, unless layer is None."""
+    model = built(source, part)
+    known = set(model.state_dict())
+    if layer is not None:
+        CUTS[part](model, layer)
+    try:
+        return fill(model, weight_files(source.folder, (part,)), known, place, kind, label(source, part))
+    except ModelUnavailable:
+        raise
+    except DAMAGE as error:
+        raise unreadable(source, part, error) from error
+
+
+def label(source: Source, part: str) -> str:
+    return source.model if part == '.' else f'{part} of {source.model}'
+
+
+def cut_transformer(transformer: SD3Transformer2DModel, layer: int) -> None:
+    """Leave the blocks 0..layer, of the last of them only what its queries and keys need: there the forward stops."""
+    if layer >= len(transformer.transformer_blocks):
+        raise UsageError(f'layer is one of 0..{len(transformer.transformer_blocks) - 1}; got {layer}')
+    transformer.transformer_blocks = transformer.transformer_blocks[: layer + 1]
+    transformer.norm_out = transformer.proj_out = None
+    last = transformer.transformer_blocks[layer]
+    last.attn2 = last.ff = last.ff_context = None
+    last.attn.to_v = last.attn.add_v_proj = nn.Identity()  # the processor asks for values before it comes to queries and keys
+    last.attn.to_out = last.attn.to_add_out = None
+
+
+def cut_vae(vae: AutoencoderKL | AutoencoderTiny, layer: int) -> None:
+    """Leave the encoder."""
+    vae.decoder = vae.post_quant_conv = None
+
+
+KINDS = {'transformer': SD3Transformer2DModel, 'vae': AutoencoderKL, '.': AutoencoderTiny}
+CUTS: dict[str, Callable[[Any, int], None]] = {'transformer': cut_transformer, 'vae': cut_vae, '.': cut_vae}
 
 
 def choose_device(device: str | None) -> torch.device:
@@ -83,38 +160,41 @@ def choose_device(device: str | None) -> torch.device:
 
 
 def choose_dtype(device: torch.device, size: int) -> torch.dtype:
-    return torch.float32 if device.type == 'cpu' or size < SMALL else torch.float16
+    """float32 for small models; for others float16 on a GPU, and bfloat16 on a CPU that multiplies in it."""
+    if size < SMALL:
+        return torch.float32
+    if device.type != 'cpu':
+        return torch.float16
+    capable = torch.cpu.get_capabilities()
+    return torch.bfloat16 if any(capable.get(name) for name in BFLOAT16) else torch.float32
 
 
 def read_model(kind: Any, source: Source, part: str, **options: Any) -> Any:
     """A component with weights, from safetensors only. ModelUnavailable also when a tensor is missing: it would be left random."""
     model, info = read_part(kind, source, part, 'config.json', use_safetensors=True, output_loading_info=True, **options)
-    refuse_lost(source, part, info['missing_keys'])
+    refuse_lost(info['missing_keys'], source.folder / part, f'{part} of {source.model}')
     return model
-
-
-def refuse_lost(source: Source, part: str, tensors: Iterable[str]) -> None:
-    missing = sorted(tensors)
-    if missing:
-        raise ModelUnavailable(
-            f'{part} of {source.model} is incomplete: the weights in {source.folder / part} lack {len(missing)} tensors, {missing[0]} first'
-        )
 
 
 def check(source: Source) -> None:
     """Raises ModelUnavailable for what `load` would refuse, as far as it shows without reading weights and without a network."""
-    config = read_json(source.folder / 'transformer' / 'config.json')
-    try:
-        with torch.device('meta'):
-            model = SD3Transformer2DModel.from_config(config)
-    except DAMAGE as error:
-        raise unreadable(source, 'transformer', error) from error
-    there = {name for path in weight_files(source.folder, ('transformer',)) for name in tensor_shapes(path)}
-    refuse_lost(source, 'transformer', set(model.state_dict()) - there)
+    for part in ('transformer', 'vae'):
+        model = built(source, part)
+        known = set(model.state_dict())
+        there = {name for path in weight_files(source.folder, (part,)) for name in tensor_shapes(path)}
+        refuse_lost(tensors_needed(source, part).keys() - there, source.folder / part, f'{part} of {source.model}')
+        refuse_surplus(there - known, source.folder / part, f'{part} of {source.model}')
     if not prompt_is_cached(source):
         check_files(source, TEXT_PARTS)
         for part in ('tokenizer', 'tokenizer_2'):
             read_tokenizer(source, part, source.spec.sequence)
+
+
+def tensors_needed(source: Source, part: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what `load` reads of the transformer or VAE by default."""
+    model = built(source, part)
+    CUTS[part](model, source.spec.layer)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def prompt_is_cached(source: Source) -> bool:
@@ -124,7 +204,7 @@ def prompt_is_cached(source: Source) -> bool:
 
 def unreadable(source: Source, part: str, error: Exception) -> ModelUnavailable:
     reason = ' '.join(str(error).split())[:300]
-    return ModelUnavailable(f'{part} of {source.model} cannot be read from {source.folder / part}: {reason}')
+    return ModelUnavailable(f'{label(source, part)} cannot be read from {source.folder / part}: {reason}')
 
 
 def read_part(kind: Any, source: Source, part: str, config: str, **options: Any) -> Any:

@@ -29,7 +29,9 @@ WEIGHTS = {  # without their suffix, since a large model's are several files
     'vae': 'diffusion_pytorch_model',
     'text_encoder': 'model',
     'text_encoder_2': 'model',
+    '.': 'diffusion_pytorch_model',  # a VAE that comes by itself
 }
+VAES = {'tiny': 'madebyollin/taesd3'}
 HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
 BLOCK = 1 << 24
 
@@ -64,6 +66,20 @@ def locate(model: str, revision: str | None = None, *, fetch: bool = True) -> So
         raise UsageError(f'{model} is a folder, which has no revisions; got revision {commit_or_branch}')
     source = Source(read_row(spec, folder), model, folder, commit)
     check_files(source, MAIN_PARTS)
+    return source
+
+
+def locate_vae(name: str) -> Source:
+    """The files of a small VAE that comes by itself: `tiny`, a hub id or a folder. Raises UsageError, ModelUnavailable."""
+    repo = VAES.get(name, name)
+    folder, commit = pathlib.Path(repo), None
+    if not folder.is_dir():
+        if not HUB_ID.fullmatch(repo):
+            raise UsageError(f'unknown VAE {name}: use {", ".join(VAES)}, a hub id such as org/name, or a folder with an AutoencoderTiny')
+        folder = snapshot(repo, None, ('config.json', f'{WEIGHTS["."]}*.safetensors*'))
+        commit = folder.name
+    source = Source(Spec(repo=repo), name, folder, commit)
+    check_files(source, ('.',))
     return source
 
 

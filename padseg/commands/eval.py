@@ -57,6 +57,7 @@ FOLDER = click.Path(path_type=Path)
 @click.option('--revision', help='branch, tag or commit on the hub')
 @click.option('--device', help='cpu, cuda, cuda:1, mps, … (default: the best there is)')
 @click.option('--dtype', help="float32, bfloat16 or float16 (default: the device's own)")
+@click.option('--vae', help="a quicker VAE for SD3's latents: tiny (TAESD3), a hub id, or a folder with an AutoencoderTiny")
 @option_flags
 @click.option('--quiet', '-q', is_flag=True, help='no progress')
 @click.option('--json', 'as_json', is_flag=True, help='print one JSON object')
@@ -161,7 +162,7 @@ def predictor_of(ctx: click.Context, given: dict[str, Any], rules: Protocol, thr
     if ctx.get_parameter_source('geometry') is click.core.ParameterSource.DEFAULT:
         fields['geometry'] = rules.geometry
     options = Options(**fields)
-    backbone = load(given['model'], revision=given['revision'], device=given['device'], dtype=given['dtype'])
+    backbone = load(given['model'], **{name: given[name] for name in ('revision', 'device', 'dtype', 'vae', 'layer')})
     return Predictor(backbone, options, thresholds, given['out'], keep_maps=bool(thresholds))
 
 
