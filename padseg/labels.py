@@ -6,6 +6,7 @@ import heapq
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -42,34 +43,36 @@ def label_map(
     else:
         enlarge = partial(guided, guide=guide_of(guide[box], proposals.maps.shape[1:]))
     winner = argmax(proposals, enlarge) if superpixels is None else argmax_inside(proposals, superpixels[box], enlarge)
-    labels = np.zeros(proposals.frame.size, np.int32)
-    labels[box] = winner + 1
-    regions = connected_components(labels, background=0, connectivity=1) if components else labels
-    names, places = np.unique(regions, return_index=True)
-    proposal = dict(zip(names.tolist(), (labels.ravel()[places] - 1).tolist(), strict=True))
-    order, numbered = relabel(absorb(regions, min_area * labels.size))
-    return LabelMap(numbered, tuple(proposals.members[proposal[name]] for name in order))
+    labels = np.zeros(proposals.frame.size, winner.dtype)
+    np.add(winner, 1, out=labels[box])
+    regions = runs_of(connected_components(labels, background=0, connectivity=1) if components else labels)
+    proposal = labels.ravel()[regions.places].astype(int) - 1  # (K,)
+    order, numbered = relabel(regions, absorb(regions, min_area * labels.size))
+    return LabelMap(numbered, tuple(proposals.members[proposal[region]] for region in order))
 
 
 def argmax(proposals: Proposals, enlarge: Callable[[Array], Array]) -> Array:
-    """Number of the strongest proposal at each pixel, the first among equals: (M, h, w) -> (H, W) int32. enlarge: (h, w) -> (H, W)."""
+    """Number of the strongest proposal at each pixel, the first among equals: (M, h, w) -> (H, W), in the least type that holds M.
+
+    enlarge: (h, w) -> (H, W).
+    """
     first, *rest = scaled(proposals)
     best = enlarge(first)  # (H, W)
-    winner = np.zeros(best.shape, np.int32)
-    for number, values in enumerate(rest, start=1):
-        values = enlarge(values)
-        stronger = values > best
+    winner = np.zeros(best.shape, np.min_scalar_type(len(proposals.maps)))
+    stronger = np.empty(best.shape, bool)
+    for number, small in enumerate(rest, start=1):
+        values = enlarge(small)
+        np.greater(values, best, out=stronger)
         np.copyto(best, values, where=stronger)
         np.copyto(winner, number, where=stronger)
     return winner
 
 
 def argmax_inside(proposals: Proposals, superpixels: Array, enlarge: Callable[[Array], Array]) -> Array:
-    """As argmax, with every proposal averaged inside each superpixel: (M, h, w), (H, W) -> (H, W) int32."""
-    index = np.unique(superpixels, return_inverse=True)[1].ravel()
-    area = np.bincount(index)
-    means = [np.bincount(index, enlarge(values).ravel()) / area for values in scaled(proposals)]
-    return np.argmax(means, 0).astype(np.int32)[index].reshape(superpixels.shape)
+    """As argmax, with every proposal averaged inside each superpixel: (M, h, w), (H, W) -> (H, W)."""
+    runs = runs_of(superpixels)
+    means = [mean_inside(runs, enlarge(values)) for values in scaled(proposals)]  # M times (K,)
+    return painted(runs, np.argmax(means, 0).astype(np.min_scalar_type(len(means))))
 
 
 def scaled(proposals: Proposals) -> Array:
@@ -84,17 +87,53 @@ def upsample(values: Array, size: tuple[int, ...]) -> Array:
     return cv2.resize(values, size[::-1], interpolation=cv2.INTER_LINEAR)
 
 
-def absorb(regions: Array, smallest: float) -> Array:
-    """Join every region of less than `smallest` pixels to the neighbour with the longest common border, the least first; 0 stays."""
-    names, index, area = np.unique(regions, return_inverse=True, return_counts=True)
-    index = index.reshape(regions.shape)
-    borders = common_borders(index)
-    owner, size = list(range(len(names))), area.tolist()
-    queue = [(pixels, region) for region, pixels in enumerate(size) if pixels < smallest and names[region] != 0]
+class Runs(NamedTuple):
+    """A picture of numbers as runs of equal ones in reading order. names: (K,) the numbers, ascending; places: (K,) the first pixel of
+    each; areas: (K,) its pixels; starts, lengths, regions: (R,) a run's first pixel, its pixels, and which of the names it has."""
+
+    names: Array
+    places: Array
+    areas: Array
+    starts: Array
+    lengths: Array
+    regions: Array
+    shape: tuple[int, ...]
+
+
+def runs_of(numbers: Array) -> Runs:
+    """The runs of a picture of whole numbers, (H, W): far fewer than its pixels, so sorting them takes little."""
+    flat = numbers.ravel()
+    starts = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))
+    lengths = np.diff(starts, append=len(flat))
+    names, first, regions = np.unique(flat[starts], return_index=True, return_inverse=True)
+    areas = np.bincount(regions, lengths).astype(int)
+    return Runs(names, starts[first], areas, starts, lengths, regions, numbers.shape)
+
+
+def painted(runs: Runs, values: Array) -> Array:
+    """The picture with a value for each name: (K,) -> (H, W)."""
+    return np.repeat(values[runs.regions], runs.lengths).reshape(runs.shape)
+
+
+def mean_inside(runs: Runs, values: Array) -> Array:
+    """Mean of the values (H, W) over each name's pixels: (K,)."""
+    totals = np.add.reduceat(values.ravel(), runs.starts, dtype=np.float64)  # (R,)
+    return np.bincount(runs.regions, totals) / runs.areas
+
+
+def absorb(regions: Runs, smallest: float) -> Array:
+    """Join every region of less than `smallest` pixels to the neighbour with the longest common border, the least first; 0 stays.
+
+    The region that each one ends in, (K,); its own number if it stays.
+    """
+    size, fixed = regions.areas.tolist(), (regions.names == 0).tolist()
+    owner = list(range(len(size)))
+    queue = [(pixels, region) for region, pixels in enumerate(size) if pixels < smallest and not fixed[region]]
     heapq.heapify(queue)
+    borders = common_borders(regions) if queue else []
     while queue:
         pixels, region = heapq.heappop(queue)
-        around = {other: length for other, length in borders[region].items() if names[other] != 0}
+        around = {other: length for other, length in borders[region].items() if not fixed[other]}
         if pixels != size[region] or owner[region] != region or not around:
             continue  # it has grown since, is gone, or has nobody to go to
         target = max(around, key=lambda other: (around[other], size[other], -other))
@@ -110,35 +149,43 @@ def absorb(regions: Array, smallest: float) -> Array:
     for region in range(len(owner)):
         while owner[region] != owner[owner[region]]:
             owner[region] = owner[owner[region]]
-    return names[np.array(owner)[index]]
+    return np.array(owner)
 
 
-def common_borders(index: Array) -> list[Counter[int]]:
-    """For each region 0..R-1 the length of the border with each neighbour, in pixel edges: (H, W) -> R counters."""
-    borders: list[Counter[int]] = [Counter() for _ in range(int(index.max()) + 1)]
+def common_borders(regions: Runs) -> list[Counter[int]]:
+    """For each of the K regions the length of the border with each neighbour, in pixel edges."""
+    count = len(regions.names)
+    index = painted(regions, np.arange(count, dtype=np.int32))  # (H, W)
+    borders: list[Counter[int]] = [Counter() for _ in range(count)]
     for first, second in ((index[:, :-1], index[:, 1:]), (index[:-1], index[1:])):
         apart = first != second
-        pairs, lengths = np.unique(np.stack([first[apart], second[apart]]), axis=1, return_counts=True)
-        for one, other, length in zip(*pairs.tolist(), lengths.tolist(), strict=True):
+        pairs, lengths = np.unique(first[apart].astype(np.int64) * count + second[apart], return_counts=True)
+        for pair, length in zip(pairs.tolist(), lengths.tolist(), strict=True):
+            one, other = divmod(pair, count)
             borders[one][other] += length
             borders[other][one] += length
     return borders
 
 
-def relabel(regions: Array) -> tuple[list[int], Array]:
-    """Number the regions 1..K by first appearance in reading order, 0 kept: their old names in that order, and (H, W) int32."""
-    names, places, index = np.unique(regions, return_index=True, return_inverse=True)
-    real = np.flatnonzero(names > 0)
-    order = real[np.argsort(places[real])]
-    new = np.zeros(len(names), np.int32)
+def relabel(regions: Runs, owner: Array) -> tuple[list[int], Array]:
+    """Number the regions that are left 1..K by first appearance in reading order, 0 kept: which they are, and (H, W) int32.
+
+    owner: the region that each one ends in.
+    """
+    places = np.full(len(owner), regions.places.max())
+    np.minimum.at(places, owner, regions.places)
+    left = np.unique(owner[regions.names > 0])
+    order = left[np.argsort(places[left])]
+    new = np.zeros(len(owner), np.int32)
     new[order] = np.arange(1, len(order) + 1)
-    return names[order].tolist(), new[index].reshape(regions.shape)
+    return order.tolist(), painted(regions, new[owner])
 
 
 def unassign(labels: LabelMap, void: Array) -> LabelMap:
     """The label map with 0 where `void` (H, W) holds; regions that are left are numbered anew."""
-    order, numbered = relabel(np.where(void, 0, labels.labels))
-    return LabelMap(numbered, tuple(labels.tokens[name - 1] for name in order))
+    regions = runs_of(np.where(void, 0, labels.labels))
+    order, numbered = relabel(regions, np.arange(len(regions.names)))
+    return LabelMap(numbered, tuple(labels.tokens[name - 1] for name in regions.names[order].tolist()))
 
 
 def superpixels(image: Image, scale: float) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,26 +33,26 @@ def normalise(maps: Tensor, normalisation: str) -> Tensor:
     `minmax-softmax`: each map to 0..1 over space, then a softmax over space (Seg4Diff's release); `sum`: each map divided by its sum
     over space (DiffSeg); `share`: each pixel divided by its sum over tokens.
     """
-    maps = maps.double()
+    maps = maps.to(torch.float64, copy=True)  # which is changed in place: page faults would take as long as the sums
     if normalisation == 'minmax-softmax':
         low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-        return ((maps - low) / (high - low).clamp_min(EPS)).flatten(1).softmax(1).view_as(maps)
+        return maps.sub_(low).div_((high - low).clamp_min_(EPS)).flatten(1).softmax(1).view_as(maps)
     if normalisation == 'sum':
         return spatial(maps.flatten(1)).view_as(maps)
     if normalisation == 'share':
-        return maps / maps.sum(0, keepdim=True).clamp_min(EPS)
+        return maps.div_(maps.sum(0, keepdim=True).clamp_min_(EPS))
     raise UsageError(f'normalisation is one of {", ".join(NORMALISATIONS)}; got {normalisation}')
 
 
 def spatial(rows: Tensor) -> Tensor:
     """Rows as distributions over space, a row of zeros as the even one: (T, N) -> (T, N)."""
     total = rows.sum(1, keepdim=True)
-    return torch.where(total > 0, rows / total.clamp_min(1e-300), 1 / rows.shape[1])
+    return (rows / total.clamp_min(1e-300)).masked_fill_(~(total > 0), 1 / rows.shape[1])
 
 
 def symmetric_kl(p: Tensor) -> Tensor:
     """(KL(a || b) + KL(b || a)) / 2 for all pairs of rows: (T, N) float64 -> (T, T), zero on the diagonal (DiffSeg, Eq. 3)."""
-    cross = p @ p.clamp_min(EPS).log().T  # (T, T), sum of p_a log p_b
+    cross = p @ p.clamp_min(EPS).log_().T  # (T, T), sum of p_a log p_b
     own = cross.diagonal()
     return ((own[:, None] + own[None, :] - cross - cross.T) / 2).clamp_min(0)
 
@@ -61,12 +62,12 @@ def greedy_groups(distance: Tensor, threshold: float) -> tuple[tuple[int, ...], 
 
     As in the released code a map that an earlier anchor took is averaged into later groups too, so groups may overlap.
     """
-    near = distance < threshold  # (T, T)
-    taken = torch.zeros(len(distance), dtype=torch.bool)
+    near = (distance < threshold).cpu().numpy()  # (T, T)
+    np.fill_diagonal(near, True)
+    taken = np.zeros(len(near), bool)
     groups = []
-    for anchor in range(len(distance)):
+    for anchor, row in enumerate(near):
         if not taken[anchor]:
-            near[anchor, anchor] = True
-            taken |= near[anchor]
-            groups.append(tuple(near[anchor].nonzero()[:, 0].tolist()))
+            taken |= row
+            groups.append(tuple(np.flatnonzero(row).tolist()))
     return tuple(groups)

@@ -307,6 +307,27 @@ def test_a_folder_of_something_else(tmp_path):
     assert refusal(tmp_path) == f'{tmp_path} is no model in diffusers layout: transformer/config.json is missing'
 
 
+def test_what_is_not_read_takes_no_memory(sd3_folder, make_model, tmp_path):
+    """Peak memory of fresh processes: a model of 226 MB whole, and up to its second of six blocks."""
+    make_model(tmp_path, qk_norm=None, num_layers=6, num_attention_heads=8, attention_head_dim=64)
+    program = (
+        'import sys\nfrom padseg.backbones import load\nfrom padseg.speed import peak\n'
+        "load(sys.argv[1], device='cpu', layer=1, whole=sys.argv[2] == 'whole')\n"
+        'print(peak())\n'
+    )
+
+    def peak(folder: pathlib.Path, whole: str) -> int:
+        ran = subprocess.run([sys.executable, '-c', program, folder, whole], cwd=ROOT, capture_output=True, text=True, check=True)
+        return round(2**20 * float(ran.stdout))
+
+    for folder in (sd3_folder, tmp_path):
+        load(str(folder), device='cpu')  # the prompt is computed once
+    size = sum(path.stat().st_size for path in tmp_path.rglob('*.safetensors') if 'text_encoder' not in str(path))
+    nothing, part, whole = peak(sd3_folder, 'part'), peak(tmp_path, 'part'), peak(tmp_path, 'whole')
+    assert size > 200e6 and whole - nothing > 0.9 * size
+    assert part - nothing < 0.35 * (whole - nothing), (nothing, part, whole)
+
+
 # a VAE that comes by itself
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable
 from collections.abc import Iterator
 
 import numpy as np
@@ -35,6 +36,12 @@ def random_model(folder: pathlib.Path, **transformer: object) -> pathlib.Path:
             torch.nn.init.normal_(weight, std=0.2)
     tiny.save(parts, WORDS, folder, ROW, torch.float32)
     return folder
+
+
+@pytest.fixture(scope='session')
+def make_model() -> Callable[..., pathlib.Path]:
+    """`random_model`, for models of other sizes."""
+    return random_model
 
 
 @pytest.fixture(scope='session')

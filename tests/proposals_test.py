@@ -122,6 +122,15 @@ def test_every_token_is_a_member_and_the_ends_are_exact(tokens, seed, threshold)
     assert merge(maps, math.inf, 'sum').members == (tuple(range(tokens)),)
 
 
+@pytest.mark.parametrize('normalisation', ['minmax-softmax', 'sum', 'share'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_the_maps_themselves_stay_as_they_are(normalisation, dtype):
+    maps = random_maps(5).to(dtype)
+    before = maps.clone()
+    merge(token_maps(maps), 0.1, normalisation)
+    assert torch.equal(maps, before)
+
+
 def test_bad_values_name_what_is_allowed():
     maps = token_maps(random_maps(2))
     for threshold in (-0.1, math.nan):

@@ -1,0 +1,239 @@
+"""What follows the model: distances, merging, label map and refinements, beside plain loops to the same result: bin/bench merge."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+from typing import Any
+from typing import TypeVar
+
+import click
+import cv2
+import numpy as np
+import torch
+from skimage.measure import label as connected_components
+
+from padseg.labels import label_map
+from padseg.labels import scaled
+from padseg.labels import superpixels
+from padseg.labels import upsample
+from padseg.proposals import EPS
+from padseg.proposals import merge
+from padseg.proposals import normalise
+from padseg.proposals import spatial
+from padseg.proposals import symmetric_kl
+from padseg.speed import fresh
+from padseg.speed import peak
+from padseg.speed import surface
+from padseg.types import Frame
+from padseg.types import LabelMap
+from padseg.types import Proposals
+from padseg.types import TokenMaps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from padseg.types import Array
+    from padseg.types import Image
+
+T = TypeVar('T')
+
+SIDE = 64  # of the maps, as of SD3's for 1024 pixels
+KINDS = 25  # of maps that differ by more than THRESHOLD, and thus proposals
+NOISE = 0.02  # between maps of one kind
+THRESHOLD, NORMALISATION = 0.1, 'sum'
+SMALL = (481, 321)
+REFINED: dict[str, Any] = {'components': True, 'min_area': 0.005}
+SCALE = 300.0  # of the superpixels
+REPEATS, SPENT = 7, 1.0  # a step is repeated so often, or until so many seconds are gone
+STEPS = {
+    'distances': 'distances of all maps',
+    'merge': 'merging, with the distances',
+    'label_map': 'label map',
+    'superpixels': 'superpixels, by scikit-image',
+    'refined': 'label map, refined',
+}
+
+
+@click.command('merge')
+@click.option('--maps', type=click.IntRange(min=1), default=77, show_default=True, help=f'token maps of {SIDE} x {SIDE}')
+@click.option('--size', type=(int, int), default=(4000, 3000), show_default=True, help='width and height of the large picture')
+@click.option('--json', 'as_json', is_flag=True, help='print one JSON object')
+def command(maps: int, size: tuple[int, int], as_json: bool) -> None:
+    """Token maps to label map on one core: time of each step beside a plain way to the same result, and memory.
+
+    Refined stands for superpixels, components and the least area. Memory is what the label map takes above the rest of the process.
+    """
+    pictures = {f'{width} x {height}': fresh(steps, maps, (height, width)) for width, height in (SMALL, size)}
+    memory = {
+        'proposals': fresh(memory_of, KINDS, size[::-1], False),
+        'three_times_as_many': fresh(memory_of, 3 * KINDS, size[::-1], False),
+        'plainly': fresh(memory_of, KINDS, size[::-1], True),
+    }
+    measured = {
+        'maps': maps,
+        'processors': os.cpu_count(),
+        'load': os.getloadavg()[0],
+        'pictures': pictures,
+        'memory_mib': memory,
+    }
+    print(json.dumps(measured) if as_json else in_words(measured))
+
+
+def steps(maps: int, size: tuple[int, int]) -> dict[str, dict[str, float]]:
+    """For each step its milliseconds, those of the plain way and their ratio; both have to give the same."""
+    one_core()
+    tokens, picture = token_maps(maps, size), noisy_picture(size)
+    inside = superpixels(picture, SCALE)
+    normalised = normalise(tokens.maps, NORMALISATION).flatten(1)
+    proposals = merge(tokens, THRESHOLD, NORMALISATION)
+    shares = spatial(normalised)
+    return {
+        'label_map': compared(lambda: label_map(proposals), lambda: plain_label_map(proposals)),
+        'superpixels': {'ours': least(lambda: superpixels(picture, SCALE))[0]},
+        'refined': compared(lambda: label_map(proposals, inside, **REFINED), lambda: plain_refined(proposals, inside, **REFINED)),
+        'distances': compared(lambda: symmetric_kl(shares), lambda: plain_distances(shares)),
+        'merge': compared(lambda: merge(tokens, THRESHOLD, NORMALISATION), lambda: plain_merge(tokens)),
+    }
+
+
+def one_core() -> None:
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+
+
+def token_maps(count: int, size: tuple[int, int]) -> TokenMaps:
+    """Smooth maps of KINDS kinds that differ, and slightly within a kind: (count, SIDE, SIDE); size: of the picture, (H, W)."""
+    rng = np.random.default_rng(0)
+    kinds = np.concatenate([surface(rng, SIDE) for _ in range(3)], 2).transpose(2, 0, 1)[np.arange(count) % KINDS]
+    maps = np.exp(kinds + NOISE * rng.standard_normal(kinds.shape))
+    return TokenMaps(torch.tensor(maps / maps.sum(0), dtype=torch.float32), tuple(map(str, range(count))), Frame(size, (0, 0, *size)))
+
+
+def noisy_picture(size: tuple[int, int]) -> Image:
+    """Smooth colours with noise, (H, W, 3): size is (H, W)."""
+    rng = np.random.default_rng(1)
+    colours = cv2.resize(surface(rng, SIDE)[..., :3], size[::-1], interpolation=cv2.INTER_CUBIC)
+    return (128 + 60 * colours + rng.normal(0, 8, colours.shape)).clip(0, 255).astype(np.uint8)
+
+
+def compared(ours: Callable[[], T], plain: Callable[[], T]) -> dict[str, float]:
+    """Milliseconds of both, and how many times as long the plain way takes."""
+    (quick, result), (slow, expected) = least(ours), least(plain)
+    if not same(result, expected):
+        raise click.ClickException('the plain way gives another result')
+    return {'ours': quick, 'plain': slow, 'ratio': slow / quick}
+
+
+def least(function: Callable[[], T]) -> tuple[float, T]:
+    """Milliseconds of the processor for the quickest of several calls, and the result."""
+    times: list[float] = []
+    while len(times) < REPEATS and sum(times) < 1000 * SPENT:
+        start = time.process_time()
+        result = function()
+        times.append(1000 * (time.process_time() - start))
+    return min(times), result
+
+
+def same(one: object, other: object) -> bool:
+    if isinstance(one, LabelMap) and isinstance(other, LabelMap):
+        return np.array_equal(one.labels, other.labels) and one.tokens == other.tokens
+    if isinstance(one, Proposals) and isinstance(other, Proposals):
+        return one.members == other.members and torch.allclose(one.maps, other.maps, rtol=1e-9)
+    return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+def plain_distances(shares: Tensor) -> Tensor:
+    """Every map against all others, one after the other: (T, N) -> (T, T)."""
+    logs = shares.clamp_min(EPS).log()
+    rows = [((own * (log - logs)).sum(1) + (shares * (logs - log)).sum(1)) / 2 for own, log in zip(shares, logs, strict=True)]
+    return torch.stack(rows)
+
+
+def plain_merge(tokens: TokenMaps) -> Proposals:
+    """Anchor after anchor, with the distances to all maps worked out for each."""
+    normalised = normalise(tokens.maps, NORMALISATION)
+    shares = normalised / normalised.sum((1, 2), keepdim=True)
+    taken: set[int] = set()
+    groups, merged = [], []
+    for anchor, own in enumerate(shares):
+        if anchor not in taken:
+            logs = (own.clamp_min(EPS) / shares.clamp_min(EPS)).log()  # (T, h, w)
+            near = ((own * logs).sum((1, 2)) - (shares * logs).sum((1, 2))) / 2 < THRESHOLD  # (T,)
+            group = tuple(token for token in range(len(shares)) if token == anchor or near[token])
+            taken.update(group)
+            groups.append(group)
+            merged.append(sum((normalised[token] for token in group), torch.zeros_like(own)) / len(group))
+    return Proposals(torch.stack(merged), tuple(groups), tokens.frame)
+
+
+def plain_label_map(proposals: Proposals) -> LabelMap:
+    """All proposals enlarged at once, and one pass over the pixels for each region."""
+    winner = np.stack([upsample(values, proposals.frame.size) for values in scaled(proposals)]).argmax(0)
+    return in_order(winner, proposals, winner)
+
+
+def plain_refined(proposals: Proposals, inside: Array, components: bool, min_area: float) -> LabelMap:
+    """The refinements with a pass over all pixels for each superpixel's numbers, and for each region that is absorbed."""
+    values = [upsample(each, proposals.frame.size).ravel() for each in scaled(proposals)]
+    index = np.unique(inside, return_inverse=True)[1].ravel()
+    means = [np.bincount(index, each) / np.bincount(index) for each in values]
+    winner = np.argmax(means, 0)[index].reshape(inside.shape)
+    regions = connected_components(winner + 1, connectivity=1) if components else winner + 1
+    return in_order(plain_absorb(regions, min_area * regions.size), proposals, winner, regions)
+
+
+def in_order(numbers: Array, proposals: Proposals, winner: Array, before: Array | None = None) -> LabelMap:
+    """Numbered by first appearance. before: the regions that the numbers name, where these have grown since."""
+    labels = np.zeros(numbers.shape, np.int32)
+    names, places = np.unique(numbers, return_index=True)
+    tokens = []
+    for name in names[np.argsort(places)]:
+        tokens.append(proposals.members[winner[(numbers if before is None else before) == name][0]])
+        labels[numbers == name] = len(tokens)
+    return LabelMap(labels, tuple(tokens))
+
+
+def plain_absorb(regions: Array, smallest: float) -> Array:
+    """Again and again the smallest region to the neighbour with the longest border, all counted afresh."""
+    regions = regions.astype(np.int32)
+    while True:
+        areas = np.bincount(regions.ravel())
+        small = [(area, name) for name, area in enumerate(areas.tolist()) if 0 < area < smallest]
+        if len(small) == 0 or np.count_nonzero(areas) == 1:
+            return regions
+        name = min(small)[1]
+        lengths = np.zeros(len(areas), int)
+        for first, second in ((regions[:, :-1], regions[:, 1:]), (regions[:-1], regions[1:])):
+            lengths += np.bincount(second[first == name], minlength=len(areas)) + np.bincount(first[second == name], minlength=len(areas))
+        lengths[name] = 0
+        regions[regions == name] = max(np.flatnonzero(lengths), key=lambda other: (lengths[other], areas[other], -other))
+
+
+def memory_of(count: int, size: tuple[int, int], plainly: bool) -> float:
+    """What a label map (H, W) of so many proposals takes, in MiB."""
+    one_core()
+    proposals = Proposals(token_maps(count, size).maps.double(), tuple((number,) for number in range(count)), Frame(size, (0, 0, *size)))
+    before = peak()
+    if plainly:
+        plain_label_map(proposals)
+    else:
+        label_map(proposals)
+    return peak() - before
+
+
+def in_words(measured: dict[str, Any]) -> str:
+    """One measure a line, each with its plain way and the ratio."""
+    lines = [f'{measured["maps"]} maps of {SIDE} x {SIDE}; one core of {measured["processors"]}, load {measured["load"]:.2f}']
+    for size, taken in measured['pictures'].items():
+        lines.append(f'picture of {size:12} {"ms":>12} {"plainly":>10} {"ratio":>9}')
+        for step, words in STEPS.items():
+            one = taken[step]
+            beside = f' {one["plain"]:10.2f} {one["ratio"]:7.1f} x' if 'plain' in one else ''
+            lines.append(f'  {words:28} {one["ours"]:8.2f}{beside}')
+    memory = measured['memory_mib']
+    rows = ((f'{KINDS} proposals', 'proposals'), (f'{3 * KINDS} proposals', 'three_times_as_many'), (f'{KINDS}, plainly', 'plainly'))
+    return '\n'.join([*lines, f'memory for {size}', *(f'  {words:28} {memory[name]:8.1f} MiB' for words, name in rows)])
