@@ -6,9 +6,11 @@ import click
 
 from padseg import speed
 from padseg import speed_engine
+from padseg import speed_merge
+from padseg import speed_sd3
 
 
-@click.group(commands=[speed.command, speed_engine.command])
+@click.group(commands=[speed.command, speed_engine.command, speed_merge.command, speed_sd3.command, speed_sd3.load_command])
 def main() -> None:
     """Time parts of padseg."""
 

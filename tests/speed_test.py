@@ -8,16 +8,29 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import numpy as np
 import PIL.Image
 import pytest
+import torch
+from diffusers import AutoencoderTiny
+from torch.nn.attention import SDPBackend
+from torch.nn.attention import sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from padseg import speed
 from padseg import speed_engine
+from padseg import speed_flops
+from padseg import speed_model
+from padseg import speed_reference
+from padseg import speed_sd3
 from padseg.exports import read_label_map
+from padseg.latents import encode
+from padseg.maps import latent_token_maps
 from padseg.metrics import hungarian_counts
 from padseg.metrics import match
 from padseg.metrics import widened
+from padseg.options import Options
 
 ROOT = Path(__file__).parent.parent
 
@@ -131,3 +144,221 @@ def test_the_engines_work_is_that_of_a_run(tmp_path):
     assert all(np.array_equal(read_label_map(tmp_path / 'out/labels' / name), expected) for name in names)
     assert len(list((tmp_path / 'out/masks').rglob('*.png'))) == 28 * expected.max()
     assert len((tmp_path / 'out/manifest.jsonl').read_text().splitlines()) == 28
+
+
+@pytest.fixture(scope='module')
+def architecture(tmp_path_factory):
+    return speed_model.make_model(tmp_path_factory.mktemp('speed') / 'small', 'small')
+
+
+def setting_of(folder, **changes):
+    return speed_sd3.Setting(folder, 64, 128, 1, None, 'float32', 'cpu', 1)._replace(**changes)
+
+
+def test_the_full_model_has_the_published_configuration():
+    """Its parameters are counted without memory for them: 2028 million of the transformer, 84 of the VAE, 124 and 695 of the encoders."""
+    with torch.device('meta'):
+        parts = speed_model.build(speed_model.SIZES['full'])
+    millions = [round(sum(weight.numel() for weight in part.parameters()) / 1e6) for part in parts]
+    assert millions == [2028, 84, 124, 695]
+    assert parts.transformer.config.caption_projection_dim == 1536 and parts.transformer.pos_embed.pos_embed.shape == (1, 192**2, 1536)
+    assert parts.vae.config.latent_channels == 16 and parts.vae.encoder.mid_block.attentions[0] is not None
+
+
+def test_a_model_is_made_once_and_always_the_same(architecture, tmp_path):
+    again = speed_model.make_model(tmp_path / 'again', 'small')
+    files = sorted(path.relative_to(again) for path in again.rglob('*') if path.is_file())
+    assert files == sorted(path.relative_to(architecture) for path in architecture.rglob('*') if path.is_file())
+    assert all((again / name).read_bytes() == (architecture / name).read_bytes() for name in files)
+    assert [path.name for path in tmp_path.iterdir()] == ['again']
+    (again / 'padseg.json').write_text('{}')
+    assert (speed_model.make_model(again, 'small') / 'padseg.json').read_text() == '{}'
+
+
+@pytest.mark.parametrize('side', [128, 256])
+def test_the_reference_finds_what_we_find(architecture, side):
+    setting = setting_of(architecture, side=side)
+    a, b = speed_sd3.ours(setting), speed_sd3.reference(setting)
+    alike = speed_sd3.compare(a.outcome, b.outcome)
+    assert np.ptp(b.outcome.maps, (1, 2)).max() > 0.1 * b.outcome.maps.max()  # maps that are flat would be alike always
+    assert alike['of_greatest'] < 1e-5 and alike['of_deviation'] < 1e-5 and alike['same_pixels'] > 0.999
+    assert alike['same_groups'] and 3 < alike['groups'][0] < 77
+    assert a.outcome.labels.shape == (side, side) and a.outcome.labels.max() == b.outcome.labels.max() > 1
+    assert all(value > 0 for value in b.seconds.values()) and a.seconds['text'] == 0 < min(list(a.seconds.values())[1:])
+
+
+@pytest.mark.gpu
+def test_the_reference_finds_what_we_find_on_a_gpu(architecture):
+    setting = setting_of(architecture, device='cuda', batch=2, passes=3)
+    a, b = speed_sd3.ours(setting), speed_sd3.reference(setting)
+    assert speed_sd3.compare(a.outcome, b.outcome)['of_deviation'] < 0.02  # convolutions in TF32
+    assert 0 < a.loaded <= a.peak and all(value > 1e9 for value in a.ceiling.values())
+
+
+def test_a_batch_gives_the_first_picture_the_same(architecture):
+    one, two = (speed_sd3.ours(setting_of(architecture, batch=batch)).outcome for batch in (1, 2))
+    assert np.allclose(one.maps, two.maps, atol=1e-7) and one.groups == two.groups
+
+
+def test_what_differs_is_seen():
+    maps = np.zeros((2, 2, 2), np.float32)
+    maps[0], maps[1] = [[0.5, 1.5], [0.5, 1.5]], [[2.5, 2.5], [1.5, 1.5]]  # standard deviations of 0.5
+    one = speed_sd3.Outcome(maps, ((0,), (1,)), np.array([[1, 2], [1, 1]]))
+    other = speed_sd3.Outcome(maps - 0.5, ((0, 1),), np.array([[1, 2], [1, 2]]))
+    assert speed_sd3.compare(one, one) == {'of_greatest': 0, 'of_deviation': 0, 'groups': [2, 2], 'same_groups': True, 'same_pixels': 1}
+    assert speed_sd3.compare(one, other) == {
+        'of_greatest': 0.25,
+        'of_deviation': 1.0,
+        'groups': [2, 1],
+        'same_groups': False,
+        'same_pixels': 0.75,
+    }
+
+
+def test_merging_by_the_loop_is_the_release_by_hand():
+    """Two maps that are alike and one that is not: the mean of the first two, then the third."""
+    maps = torch.tensor([[[0.0, 1.0]], [[0.0, 2.0]], [[3.0, 1.0]]])
+    merged, groups = speed_reference.merge_by_loop(maps, 0.1)
+    low, high = 1 / (1 + np.e), np.e / (1 + np.e)
+    assert groups == ((0, 1), (2,))
+    assert torch.allclose(merged, torch.tensor([[[low, high]], [[high, low]]], dtype=torch.float64))
+
+
+def test_regions_are_numbered_in_reading_order():
+    assert speed_sd3.in_order(np.array([[7, 7, 0], [3, 0, 7]])).tolist() == [[1, 1, 2], [3, 2, 1]]
+
+
+def counted(function, *arguments, **options):
+    """Operations by torch's own count; the plain attention is the one that it knows on every device."""
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        function(*arguments, **options)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(('height', 'width'), [(128, 128), (64, 256)])
+def test_operations_of_the_whole_are_those_that_torch_counts(architecture, height, width):
+    whole = speed_reference.load_models(architecture, torch.device('cpu'), torch.float32)
+    transformer, vae = whole['transformer'], whole['vae']
+    assert counted(vae.encode, torch.zeros(1, 3, height, width)) == speed_flops.encoder(vae.config, height, width)
+    inputs = {
+        'hidden_states': torch.zeros(1, 16, height // 8, width // 8),
+        'encoder_hidden_states': torch.zeros(1, 154, 64),
+        'pooled_projections': torch.zeros(1, 40),
+        'timestep': torch.zeros(1),
+    }
+    expected = speed_flops.transformer(transformer.config, height * width // 256, 154)
+    assert counted(transformer, **inputs) == expected
+    transformer.transformer_blocks[2].attn.processor = speed_reference.WholeAttention()
+    assert counted(transformer, **inputs) == expected
+    smaller = AutoencoderTiny.from_pretrained(architecture / speed_model.TINY_VAE)
+    assert counted(smaller.encode, torch.zeros(1, 3, height, width)) == speed_flops.tiny_encoder(smaller.config, height, width)
+
+
+def test_we_run_no_more_than_is_needed(architecture):
+    """But for the expert block's queries of the text, and the modulation of what comes after its attention."""
+    setting = setting_of(architecture)
+    backbone = speed_sd3.open_backbone(setting)
+    options = Options(side=setting.side).resolve(backbone.spec)
+    image = speed_sd3.picture(setting.side, 0)
+    needed = speed_sd3.work(setting)['ours']
+    assert counted(encode, image, backbone, options) == needed['vae']
+    latent = encode(image, backbone, options)
+    more = speed_flops.linear(154, 32, 32) + speed_flops.linear(1, 32, 8 * 32)
+    assert needed['transformer'] <= counted(latent_token_maps, [latent], backbone, options) <= needed['transformer'] + more
+
+
+def test_operations_of_the_full_model():
+    """Of a picture of 1024 x 1024, in units of 10^12: the encoder, its small rival, all blocks, and what the ninth block's maps need."""
+    settings = speed_model.SIZES['full']
+    with torch.device('meta'):
+        parts = speed_model.build(settings)
+        smaller = AutoencoderTiny(latent_channels=16, **settings.tiny_vae)
+    config = parts.transformer.config
+    operations = (
+        speed_flops.encoder(parts.vae.config, 1024, 1024),
+        speed_flops.tiny_encoder(smaller.config, 1024, 1024),
+        speed_flops.transformer(config, 4096, 154),
+        speed_flops.proposals(config, 4096, 154, 9),
+    )
+    assert [round(each / 1e12, 1) for each in operations] == [4.9, 0.5, 8.4, 3.3]
+
+
+def test_a_small_run_of_sd3(architecture):
+    ran = benched(
+        'sd3', '--size', 'small', '--dtype', 'float32', '--repeats', '1', '--batch', '2', '--json', '--folder', str(architecture.parent)
+    )
+    assert (ran.returncode, ran.stderr) == (0, '')
+    measured = json.loads(ran.stdout)
+    assert [measured[name] for name in ('size', 'side', 'batch', 'vae', 'dtype')] == ['small', 128, 2, 'exact', 'float32']
+    assert measured['device'] == 'cpu' and measured['threads'] == 1 and measured['versions']['torch'] == str(torch.__version__)
+    assert set(measured['ceiling']) == {'bfloat16', 'float32'} and all(1e9 < value < 1e14 for value in measured['ceiling'].values())
+    assert set(measured['seconds']) == set(measured['operations']) == {'ours', 'reference'}
+    assert all(tuple(stages) == speed_sd3.STAGES for stages in measured['seconds'].values())
+    for name in ('ours', 'reference'):
+        (loaded,), (most,) = measured['loaded_mib'][name], measured['peak_mib'][name]
+        assert 200 < loaded <= most < 4000
+        assert all(0 < share < 2 for share in measured['ceiling_share'][name].values())
+        assert all(0 < value < 60 for value in measured['loading'][name])
+    assert 0.5 < measured['memory_ours_to_reference']['median'] < 1.5  # libraries are most of it
+    assert 0 < measured['rest_share'] < 1
+    assert measured['alike']['of_greatest'] < 1e-5 and measured['alike']['same_groups']
+
+
+def test_a_summary_of_two_turns(architecture):
+    """With the other VAE nothing is compared, and the VAE's share is that of its own operations."""
+    setting = setting_of(architecture, vae=architecture / speed_model.TINY_VAE, passes=2)
+    side = speed_sd3.ours(setting)
+    slower = side._replace(seconds=dict(zip(speed_sd3.STAGES, (1.0, 2.0, 3.0, 0.5, 1.5))), peak=600.0, ceiling={'float32': 4e9})
+    quicker = side._replace(seconds=dict(zip(speed_sd3.STAGES, (0.0, 1.0, 2.5, 0.25, 0.25))), peak=300.0, ceiling={'float32': 2e9})
+    middle = slower._replace(seconds=dict(zip(speed_sd3.STAGES, (0.0, 2.0, 1.5, 0.25, 0.25))), peak=450.0)
+    measured = speed_sd3.summary(setting, 'small', [(quicker, slower), (middle, slower)])
+    assert measured['total'] == {'ours': [4.0, 4.0], 'reference': [8.0, 8.0]}
+    assert measured['reference_to_ours'] == {'median': 2.0, 'least': 2.0, 'most': 2.0}
+    assert measured['memory_ours_to_reference'] == {'median': 0.625, 'least': 0.5, 'most': 0.75}
+    assert measured['ceiling'] == {'float32': 4e9} and measured['rest_share'] == 0.125
+    operations = measured['operations']
+    assert operations['ours']['vae'] < operations['reference']['vae'] and measured['vae'] == 'tiny'
+    assert measured['ceiling_share']['ours'] == {
+        'vae': operations['ours']['vae'] / 1.5 / 4e9,
+        'transformer': operations['ours']['transformer'] / 8e9,
+    }
+    assert measured['alike'] is None
+    lines = speed_sd3.in_words(measured).splitlines()
+    assert lines[0].startswith('small model, 128 x 128, float32, tiny VAE, batches of 1; ')
+    assert lines[3].split() == 'text, s 0.000 (0.000..0.000) 1.000 (1.000..1.000)'.split()
+    assert lines[4].split() == 'vae, s 1.500 (1.000..2.000) 2.000 (2.000..2.000)'.split()
+    assert lines[-1] == (
+        'speed 2.00 (2.00..2.00) x the reference; memory 0.62 (0.50..0.75) x; beside VAE and transformer 12.5% of the time'
+    )
+    alike = speed_sd3.compare(side.outcome, side.outcome)
+    assert speed_sd3.in_words(measured | {'alike': alike}).splitlines()[-1].endswith('100.00% of the pixels labelled the same')
+
+
+def test_a_small_run_of_load(tmp_path):
+    ran = benched('load', '--size', 'small', '--repeats', '1', '--folder', str(tmp_path), '--json')
+    assert (ran.returncode, ran.stderr) == (0, '')
+    assert [path.name for path in tmp_path.iterdir()] == ['small']
+    measured = json.loads(ran.stdout)
+    assert all(len(values) == 1 and 0 < min(values) < 60 for values in measured['seconds'].values())
+    assert all(len(values) == 1 and 200 < min(values) < 4000 for values in measured['peak_mib'].values())
+    assert set(measured['seconds']) == set(measured['peak_mib']) == {'ours', 'whole'}
+    a, b = (measured['peak_mib'][name] for name in ('ours', 'whole'))
+    assert measured['memory_ours_to_whole'] == pytest.approx(speed_sd3.spread([one / other for one, other in zip(a, b)]))
+    assert speed_sd3.loading_in_words(measured).splitlines()[-1].startswith('the whole takes ')
+
+
+def test_records_are_kept_and_other_maps_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speed_sd3, 'RECORDS', tmp_path / 'benchmarks')
+    measured = {'processor': 'Some CPU (R) 7', 'processors': 2, 'device': 'cpu', 'dtype': 'float32', 'alike': {'of_deviation': 2e-4}}
+    with pytest.raises(click.ClickException, match='the maps differ by 0.0002 standard deviations'):
+        speed_sd3.finish('sd3', 'full-exact', measured, True, True, str)
+    (path,) = (tmp_path / 'benchmarks').iterdir()
+    assert path.name == 'some-cpu-r-7-2-sd3-full-exact.json' and json.loads(path.read_text()) == measured
+    assert json.loads(capsys.readouterr().out) == measured
+    speed_sd3.finish('sd3', 'full-exact', measured | {'dtype': 'bfloat16'}, False, False, lambda each: each['dtype'])
+    assert capsys.readouterr().out == 'bfloat16\n'
+
+
+def test_other_maps_of_no_number_are_refused():
+    with pytest.raises(click.ClickException, match='nan'):
+        speed_sd3.finish('sd3', '', {'dtype': 'float32', 'alike': {'of_deviation': float('nan')}}, False, False, str)
