@@ -11,6 +11,7 @@ import torch
 from PIL import Image as PillowImage
 from torch import Tensor
 
+from padseg.attention import by_rows
 from padseg.backbones import Backbone
 from padseg.options import Resolved
 from padseg.options import require
@@ -36,7 +37,8 @@ def encode_pixels(pixels: Tensor, backbone: Backbone) -> Tensor:
     """(B, 3, H, W) in -1..1 -> (B, C, H', W') in the units that the transformer was trained on."""
     config = backbone.vae.config
     pixels = pixels.to(backbone.device, backbone.vae.dtype, memory_format=torch.channels_last)
-    encoded = backbone.vae.encode(pixels)
+    with by_rows():
+        encoded = backbone.vae.encode(pixels)
     mean = encoded.latent_dist.mean if 'latent_dist' in encoded else encoded.latents  # a small VAE has no posterior
     return (mean - (config.shift_factor or 0.0)) * config.scaling_factor
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from padseg.attention import by_rows
 from padseg.attention import token_attention
 from padseg.attention import watch
 from padseg.backbones import Backbone
@@ -38,7 +39,7 @@ def latent_token_maps(latents: Sequence[Latent], backbone: Backbone, options: Re
 def attention_maps(z: Tensor, timestep: float, backbone: Backbone, layer: int) -> Tensor:
     """Mean over heads of the image-to-text part of one layer's softmax over all keys: (B, C, H', W') -> (B, T, h, w) float32."""
     h, w = (length // backbone.patch for length in z.shape[2:])
-    with watch({layer: backbone.attention_module(layer)}) as seen:
+    with by_rows(), watch({layer: backbone.attention_module(layer)}) as seen:
         backbone.denoise(z, timestep)
     picked = backbone.text_columns(h * w)
     attention = token_attention(seen[layer], h * w, picked)  # (B, h w, T)

@@ -325,7 +325,7 @@ def test_what_is_not_read_takes_no_memory(sd3_folder, make_model, tmp_path):
     size = sum(path.stat().st_size for path in tmp_path.rglob('*.safetensors') if 'text_encoder' not in str(path))
     nothing, part, whole = peak(sd3_folder, 'part'), peak(tmp_path, 'part'), peak(tmp_path, 'whole')
     assert size > 200e6 and whole - nothing > 0.9 * size
-    assert part - nothing < 0.35 * (whole - nothing), (nothing, part, whole)
+    assert part - nothing < 0.45 * (whole - nothing), (nothing, part, whole)
 
 
 # a VAE that comes by itself

@@ -34,11 +34,13 @@ def fill(model: Model, paths: Sequence[pathlib.Path], known: Collection[str], pl
     state: dict[str, Tensor] = {}
     there: set[str] = set()
     for path in paths:
-        with safe_open(path, 'pt') as file:
-            names = set(file.keys())
-            there |= names
-            # a copy even of the right dtype: in the file, tensors lie at any address, by which matrix products round
-            state |= {name: file.get_tensor(name).to(place, dtype, copy=True) for name in sorted(names & wanted.keys())}
+        names = names_in(path)
+        there |= names
+        for name in sorted(names & wanted.keys()):
+            # opened for each anew: an open file keeps all that was read of it in memory. A copy even of the right dtype: in the file,
+            # tensors lie at any address, by which matrix products round
+            with safe_open(path, 'pt') as file:
+                state[name] = file.get_tensor(name).to(place, dtype, copy=True)
     refuse_lost(wanted.keys() - there, paths[0].parent, label)
     refuse_surplus(there - set(known), paths[0].parent, label)
     for name, tensor in state.items():
@@ -48,6 +50,11 @@ def fill(model: Model, paths: Sequence[pathlib.Path], known: Collection[str], pl
             )
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def names_in(path: pathlib.Path) -> set[str]:
+    with safe_open(path, 'pt') as file:
+        return set(file.keys())
 
 
 def refuse_lost(names: Iterable[str], folder: pathlib.Path, label: str) -> None:
