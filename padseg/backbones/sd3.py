@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,8 +70,10 @@ def load(
     size = sum(path.stat().st_size for path in weight_files(source.folder, ('transformer', 'vae')))
     kind = getattr(torch, dtype) if dtype else choose_dtype(place, size)
     owner, part = (vae, '.') if vae else (source, 'vae')
-    transformer = filled(source, 'transformer', last, place, kind)
-    encoder = filled(owner, part, last, place, kind).to(memory_format=torch.channels_last)  # how convolutions are quick
+    with ThreadPoolExecutor(1) as beside:  # hashing four gigabytes takes as long as reading what is needed of them
+        hashed = beside.submit(weights_hash, source, vae)
+        transformer = filled(source, 'transformer', last, place, kind)
+        encoder = filled(owner, part, last, place, kind).to(memory_format=torch.channels_last)  # how convolutions are quick
     config = transformer.config
     if encoder.config.latent_channels != config.in_channels:
         raise UsageError(
@@ -79,7 +82,7 @@ def load(
     multiple = config.patch_size * 2 ** (len(encoder.config.block_out_channels) - 1)
     return Backbone(
         spec=source.spec,
-        identity=Identity(source.model, str(source.folder), source.commit, weights_hash(source, vae)),
+        identity=Identity(source.model, str(source.folder), source.commit, hashed.result()),
         family=sys.modules[__name__],
         transformer=transformer,
         vae=encoder,
