@@ -165,7 +165,7 @@ def dataset(job: Job, record: Run, pending: list[Found], share: Share) -> ray.da
     import ray.data
 
     for handler in logging.getLogger('ray.data').handlers:
-        if isinstance(handler, logging.StreamHandler):  # its files stay as they are
+        if isinstance(handler, logging.StreamHandler) and type(handler).__module__.startswith('ray.'):  # its files stay as they are
             handler.setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
