@@ -26,6 +26,7 @@ import torch
 from padseg import speed_flops as flops
 from padseg.backbones import DTYPES
 from padseg.backbones import load
+from padseg.backbones.source import cache_home
 from padseg.backbones.source import locate
 from padseg.backbones.source import read_json
 from padseg.labels import label_map
@@ -115,8 +116,7 @@ def shared(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def default_folder() -> Path:
-    home = os.environ.get('PADSEG_CACHE') or os.path.join(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'padseg')
-    return Path(home).expanduser() / 'bench'
+    return cache_home() / 'bench'
 
 
 @click.command('sd3')

@@ -528,12 +528,10 @@ def test_half_precision(family, dtype, bound, picture, request):
 # the hub
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """The part of the hub's protocol that a download needs: one model, and three that cannot be had."""
+class Replies(http.server.BaseHTTPRequestHandler):
+    """A server's answers, without a word on stderr."""
 
     protocol_version = 'HTTP/1.1'
-    folder: pathlib.Path
-    asked: list[str]
 
     def log_message(self, *_):
         pass
@@ -545,6 +543,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == 'GET':
             self.wfile.write(body)
+
+
+class Hub(Replies):
+    """The part of the hub's protocol that a download needs: one model, and three that cannot be had."""
+
+    folder: pathlib.Path
+    asked: list[str]
 
     def do_GET(self):
         path = self.path.partition('?')[0]

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 
 import pytest
+from backbones_test import Replies
 from safetensors.torch import load_file
 from safetensors.torch import save_file
 
@@ -194,22 +195,10 @@ def test_an_unreachable_hub(tmp_path, sd3_folder):
 # a hub
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
+class Hub(Replies):
     """What the hub answers about a model, one of another kind, a gated one, one that is not there; and to a token that is none."""
 
-    protocol_version = 'HTTP/1.1'
     folder: pathlib.Path
-
-    def log_message(self, *_):
-        pass
-
-    def reply(self, code: int, body: bytes = b'', **headers: str) -> None:
-        self.send_response(code)
-        for name, value in {'Content-Length': str(len(body)), **headers}.items():
-            self.send_header(name.replace('_', '-'), value)
-        self.end_headers()
-        if self.command == 'GET':
-            self.wfile.write(body)
 
     def do_GET(self):
         path = self.path.partition('?')[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import pathlib
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from padseg.backbones import Backbone
 from padseg.backbones import Identity
 from padseg.backbones.source import TEXT_PARTS
 from padseg.backbones.source import Source
+from padseg.backbones.source import cache_home
 from padseg.backbones.source import check_files
 from padseg.backbones.source import content_hash
 from padseg.backbones.source import files
@@ -302,8 +302,7 @@ def cache_path(source: Source) -> pathlib.Path:
     """One file a model: keyed by the commit of a hub snapshot, by the content of the text encoders in a folder."""
     key = source.commit or content_hash(source.folder, text_files(source))
     name = hashlib.sha256(f'{source.spec.repo if source.commit else ""} {key} {source.spec.sequence}'.encode()).hexdigest()
-    home = os.environ.get('PADSEG_CACHE') or os.path.join(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'padseg')
-    return pathlib.Path(home).expanduser() / 'prompts' / f'{name}.safetensors'
+    return cache_home() / 'prompts' / f'{name}.safetensors'
 
 
 def read_cache(path: pathlib.Path) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pathlib
 import re
 from collections.abc import Sequence
@@ -281,6 +282,12 @@ def text_files(source: Source) -> list[pathlib.Path]:
     if source.commit:
         snapshot(source.spec.repo, source.commit, TEXT)
     return files(source.folder, TEXT_PARTS)
+
+
+def cache_home() -> pathlib.Path:
+    """Where padseg keeps what it would otherwise compute or make again: $PADSEG_CACHE, or a folder of the user's cache."""
+    home = os.environ.get('PADSEG_CACHE') or os.path.join(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'padseg')
+    return pathlib.Path(home).expanduser()
 
 
 def files(folder: pathlib.Path, parts: Sequence[str]) -> list[pathlib.Path]:
