@@ -36,6 +36,7 @@ from padseg.sharing import exclusive
 from padseg.versions import versions
 
 if TYPE_CHECKING:
+    from padseg.predict import NamePredictor
     from padseg.predict import Predictor
 
 FAILED_SHOWN = 20
@@ -50,7 +51,7 @@ class Job(NamedTuple):
     task: Task
     protocol: str
     source: dict[str, Any]
-    predictor: Predictor | None = None
+    predictor: Predictor | NamePredictor | None = None
     thresholds: tuple[float, ...] = ()
     missing: int = 0
     out: Path | None = None

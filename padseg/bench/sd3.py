@@ -1,13 +1,9 @@
-"""SD3-medium at its real size, from picture to label map, beside the whole pipeline in the same run: bin/bench sd3 and bin/bench load."""
+"""SD3-medium at its real size, from picture to label map, beside the whole pipeline in the same run: bin/bench sd3."""
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -19,57 +15,46 @@ from typing import Any
 from typing import NamedTuple
 
 import click
-import cv2
 import numpy as np
 import torch
 
-from padseg import speed_flops as flops
-from padseg.backbones import DTYPES
-from padseg.backbones import load
-from padseg.backbones.source import cache_home
 from padseg.backbones.source import locate
 from padseg.backbones.source import read_json
+from padseg.bench import flops
+from padseg.bench.measure import between
+from padseg.bench.measure import finish
+from padseg.bench.measure import fresh
+from padseg.bench.measure import in_place
+from padseg.bench.measure import row
+from padseg.bench.measure import spread
+from padseg.bench.measure import surroundings
+from padseg.bench.model import TINY_VAE
+from padseg.bench.model import make_model
+from padseg.bench.setting import QUIET
+from padseg.bench.setting import Setting
+from padseg.bench.setting import import_libraries
+from padseg.bench.setting import memory
+from padseg.bench.setting import open_backbone
+from padseg.bench.setting import own_side
+from padseg.bench.setting import picture
+from padseg.bench.setting import shared
+from padseg.bench.setting import synchronize
 from padseg.labels import label_map
 from padseg.latents import encode
 from padseg.maps import latent_token_maps
 from padseg.options import Options
 from padseg.proposals import merge
 from padseg.segment import forwards
-from padseg.speed import fresh
-from padseg.speed import peak
-from padseg.speed import surface
-from padseg.speed_model import SIZES
-from padseg.speed_model import TINY_VAE
-from padseg.speed_model import make_model
 from padseg.types import Array
-from padseg.types import Image
-from padseg.versions import versions
 
 Run = Callable[[int, dict[str, float]], 'Outcome']  # on pictures of this side, noting the seconds of each stage
 
-QUIET = {'TRANSFORMERS_VERBOSITY': 'error', 'DIFFUSERS_VERBOSITY': 'error', 'HF_HUB_DISABLE_PROGRESS_BARS': '1'}
-CHECKOUT = Path(__file__).parent.parent
-RECORDS = CHECKOUT / 'data/benchmarks'
 STAGES = ('text', 'vae', 'transformer', 'merge', 'labels')
 THRESHOLD = 0.003  # random weights give maps so alike that the published 0.1 would join them all
 LIMITS = {'float32': 1e-4, 'bfloat16': 0.1, 'float16': 0.1}  # of the root mean square difference of maps, in their standard deviations
 WARM_UP = 128  # side in pixels of a picture before those that are timed, for libraries to start
 PRODUCT = {'full': 4096, 'small': 512}  # side of the matrices whose product is the ceiling
 PRODUCTS = {'cpu': 2, 'cuda': 50}  # how many are timed
-
-
-class Setting(NamedTuple):
-    """What both sides are measured with. product: side of the matrices of `ceiling`; vae: None for the model's own, or a folder; passes:
-    timed batches."""
-
-    folder: Path
-    product: int
-    side: int
-    batch: int
-    vae: Path | None
-    dtype: str
-    device: str
-    passes: int
 
 
 class Outcome(NamedTuple):
@@ -92,33 +77,6 @@ class Side(NamedTuple):
     ceiling: dict[str, float]
 
 
-class Loading(NamedTuple):
-    """seconds: from the files to memory; peak: most memory until then, in MiB."""
-
-    seconds: float
-    peak: float
-
-
-def shared(function: Callable[..., None]) -> Callable[..., None]:
-    """The flags of both commands."""
-    flags = (
-        click.option('--size', type=click.Choice(list(SIZES)), default='full', show_default=True, help="SD3-medium's, or a toy's"),
-        click.option('--repeats', type=click.IntRange(1), default=3, show_default=True, help='turns: a process of ours, one of the other'),
-        click.option('--dtype', type=click.Choice(DTYPES), default='bfloat16', show_default=True, help='of weights and activations'),
-        click.option('--device', default='cpu', show_default=True, help='cpu or cuda'),
-        click.option('--folder', type=click.Path(path_type=Path), default=default_folder, help='where models are made, and kept'),
-        click.option('--record', is_flag=True, help='write the figures to data/benchmarks/ as well'),
-        click.option('--json', 'as_json', is_flag=True, help='print one JSON object'),
-    )
-    for flag in reversed(flags):
-        function = flag(function)
-    return function
-
-
-def default_folder() -> Path:
-    return cache_home() / 'bench'
-
-
 @click.command('sd3')
 @shared
 @click.option('--side', type=click.IntRange(WARM_UP), help="of the pictures, in pixels (default: the model's own)")
@@ -127,6 +85,7 @@ def default_folder() -> Path:
     '--passes', type=click.IntRange(1), default=1, show_default=True, help='batches timed in each process, the median of which counts'
 )
 @click.option('--vae', type=click.Choice(('exact', 'tiny')), default='exact', show_default=True, help="of ours: SD3's, or AutoencoderTiny")
+@click.option('--compile', is_flag=True, help='blocks of ours; the time for that is not counted')
 def command(
     size: str,
     repeats: int,
@@ -139,6 +98,7 @@ def command(
     batch: int,
     passes: int,
     vae: str,
+    compile: bool,
 ) -> None:
     """From picture to label map with SD3-medium's architecture and random weights, beside the whole pipeline.
 
@@ -148,69 +108,22 @@ def command(
     os.environ |= QUIET  # which the processes inherit
     model = fresh(make_model, folder / size, size)
     other = model / TINY_VAE if vae == 'tiny' else None
-    setting = Setting(model, PRODUCT[size], side or own_side(size), batch, other, dtype, device, passes)
-    fresh(load_ours, setting)  # from now on the empty prompt is cached
+    setting = Setting(model, side or own_side(size), batch, other, dtype, device, passes, compile, PRODUCT[size])
+    fresh(open_once, setting)  # from now on the empty prompt is cached
     turns = [(fresh(ours, setting), fresh(reference, setting)) for _ in range(repeats)]
     measured = summary(setting, size, turns)
-    finish('sd3', f'{size}-{vae}-{setting.side}-batch-{batch}-{dtype}', measured, record, as_json, in_words)
+    case = f'{size}-{vae}-{setting.side}-batch-{batch}-{dtype}' + ('-compiled' if compile else '')
+    finish('sd3', case, measured, record, as_json, in_words)
+    refuse_other_maps(measured)
 
 
-@click.command('load')
-@shared
-def load_command(size: str, repeats: int, dtype: str, device: str, folder: Path, record: bool, as_json: bool) -> None:
-    """Loading what the maps need, beside loading the whole transformer and VAE: time and memory.
-
-    Files that were read before come from the system's cache, if it has room.
-    """
-    os.environ |= QUIET  # which the processes inherit
-    model = fresh(make_model, folder / size, size)
-    setting = Setting(model, PRODUCT[size], own_side(size), 1, None, dtype, device, 1)
-    fresh(load_ours, setting)
-    turns = [(fresh(load_ours, setting), fresh(load_whole, setting)) for _ in range(repeats)]
-    measured = {
-        'size': size,
-        'dtype': dtype,
-        **surroundings(device),
-        'seconds': {'ours': [a.seconds for a, _ in turns], 'whole': [b.seconds for _, b in turns]},
-        'peak_mib': {'ours': [a.peak for a, _ in turns], 'whole': [b.peak for _, b in turns]},
-        'whole_to_ours': spread([b.seconds / a.seconds for a, b in turns]),
-        'memory_ours_to_whole': spread([a.peak / b.peak for a, b in turns]),
-    }
-    finish('load', f'{size}-{dtype}', measured, record, as_json, loading_in_words)
-
-
-def own_side(size: str) -> int:
-    return 8 * SIZES[size].transformer['sample_size']
-
-
-def load_ours(setting: Setting) -> Loading:
-    import padseg.backbones.sd3  # noqa: F401  which is not what is timed
-
-    start = time.perf_counter()
+def open_once(setting: Setting) -> None:
     open_backbone(setting)
-    return Loading(time.perf_counter() - start, memory(setting.device))
-
-
-def load_whole(setting: Setting) -> Loading:
-    from padseg.speed_reference import load_models
-
-    start = time.perf_counter()
-    kept = load_models(setting.folder, torch.device(setting.device), getattr(torch, setting.dtype))
-    synchronize(setting.device)
-    return Loading(time.perf_counter() - start, memory(setting.device) if kept else 0.0)
-
-
-def open_backbone(setting: Setting) -> Any:
-    other = str(setting.vae) if setting.vae else None
-    backbone = load(str(setting.folder), device=setting.device, dtype=setting.dtype, vae=other)
-    synchronize(setting.device)
-    return backbone
 
 
 def ours(setting: Setting) -> Side:
     """padseg on the pictures, so many at a time."""
-    import padseg.backbones.sd3  # noqa: F401  which is not what is timed
-
+    import_libraries()
     start = time.perf_counter()
     backbone = open_backbone(setting)
     loading, loaded = time.perf_counter() - start, memory(setting.device)
@@ -234,8 +147,8 @@ def ours(setting: Setting) -> Side:
 
 def reference(setting: Setting) -> Side:
     """The whole pipeline on the same pictures, one at a time."""
-    from padseg.speed_reference import load_pipeline
-    from padseg.speed_reference import segment_obviously
+    from padseg.bench.reference import load_pipeline
+    from padseg.bench.reference import segment_obviously
 
     start = time.perf_counter()
     pipeline = load_pipeline(setting.folder, torch.device(setting.device), getattr(torch, setting.dtype))
@@ -277,24 +190,6 @@ def timed_stage(taken: dict[str, float], device: str, pictures: int, name: str) 
     yield
     synchronize(device)
     taken[name] = (time.perf_counter() - start) / pictures
-
-
-def synchronize(device: str) -> None:
-    if device.startswith('cuda'):
-        torch.cuda.synchronize(device)
-
-
-def memory(device: str) -> float:
-    """The most memory that this process took so far, in MiB: of the GPU if there is one."""
-    return torch.cuda.max_memory_allocated(device) / 2**20 if device.startswith('cuda') else peak()
-
-
-def picture(side: int, number: int) -> Image:
-    """Smooth shapes in plain colours with noise, (side, side, 3)."""
-    rng = np.random.default_rng(number)
-    shapes = cv2.resize(surface(rng, 64), (side, side), interpolation=cv2.INTER_CUBIC).argmax(2)
-    colours = rng.integers(0, 256, (shapes.max() + 1, 3))
-    return (colours[shapes] + rng.normal(0, 12, (side, side, 3))).clip(0, 255).astype(np.uint8)
 
 
 def ceiling(setting: Setting) -> dict[str, float]:
@@ -342,6 +237,7 @@ def summary(setting: Setting, size: str, turns: list[tuple[Side, Side]]) -> dict
         'side': setting.side,
         'batch': setting.batch,
         'vae': 'tiny' if setting.vae else 'exact',
+        'compile': setting.compile,
         'dtype': setting.dtype,
         **surroundings(setting.device),
         'ceiling': best,
@@ -362,6 +258,13 @@ def summary(setting: Setting, size: str, turns: list[tuple[Side, Side]]) -> dict
     }
 
 
+def refuse_other_maps(measured: dict[str, Any]) -> None:
+    """ClickException if the two sides found different maps."""
+    alike = measured['alike']
+    if alike and not alike['of_deviation'] <= LIMITS[measured['dtype']]:
+        raise click.ClickException(f'the maps differ by {alike["of_deviation"]:.2g} standard deviations in the mean')
+
+
 def compare(a: Outcome, b: Outcome) -> dict[str, Any]:
     """How near the results are. of_greatest: the maps' greatest difference, relative to their greatest value; of_deviation: its root mean
     square, relative to the standard deviation of a map."""
@@ -373,55 +276,6 @@ def compare(a: Outcome, b: Outcome) -> dict[str, Any]:
         'same_groups': a.groups == b.groups,
         'same_pixels': float((a.labels == b.labels).mean()),
     }
-
-
-def surroundings(device: str) -> dict[str, Any]:
-    """The machine, versions and revision that figures belong to."""
-    return {
-        'processor': processor(),
-        'processors': os.cpu_count(),
-        'threads': torch.get_num_threads(),
-        'device': torch.cuda.get_device_name(device) if device.startswith('cuda') else 'cpu',
-        'load': os.getloadavg()[0],
-        'system': platform.platform(),
-        'versions': versions(),
-        'revision': revision(),
-    }
-
-
-def processor() -> str:
-    """The processor's name."""
-    information = Path('/proc/cpuinfo')
-    names = re.findall(r'^model name\s*: (.+)$', information.read_text(), re.MULTILINE) if information.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def revision() -> str | None:
-    """The checkout's commit, marked if files differ from it; None without git or outside a checkout."""
-    try:
-        ran = subprocess.run(
-            ('git', 'describe', '--always', '--dirty', '--abbrev=12'), cwd=CHECKOUT, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return ran.stdout.strip()
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {'median': statistics.median(values), 'least': min(values), 'most': max(values)}
-
-
-def finish(command: str, case: str, measured: dict[str, Any], record: bool, as_json: bool, words: Callable[[dict[str, Any]], str]) -> None:
-    """Print what was measured and write it to RECORDS, if that is asked for. ClickException if the two sides found different maps."""
-    print(json.dumps(measured) if as_json else words(measured))
-    if record:
-        where = measured['processor'] if measured['device'] == 'cpu' else measured['device']
-        name = re.sub('[^a-z0-9]+', '-', f'{where} {measured["processors"]} {command} {case}'.lower())
-        RECORDS.mkdir(parents=True, exist_ok=True)
-        (RECORDS / f'{name}.json').write_text(json.dumps(measured, indent=2) + '\n')
-    alike = measured.get('alike')
-    if alike and not alike['of_deviation'] <= LIMITS[measured['dtype']]:
-        raise click.ClickException(f'the maps differ by {alike["of_deviation"]:.2g} standard deviations in the mean')
 
 
 def in_words(measured: dict[str, Any]) -> str:
@@ -455,29 +309,3 @@ def in_words(measured: dict[str, Any]) -> str:
             f'{alike["same_pixels"]:.2%} of the pixels labelled the same'
         )
     return '\n'.join(lines)
-
-
-def loading_in_words(measured: dict[str, Any]) -> str:
-    return '\n'.join(
-        [
-            f'{measured["size"]} model, {measured["dtype"]}; {in_place(measured)}',
-            f'{"":22}{"ours":>28}{"whole":>28}',
-            row('loading, s', *measured['seconds'].values()),
-            row('most memory, MiB', *measured['peak_mib'].values(), digits=0),
-            f'the whole takes {between(measured["whole_to_ours"])} x the time; '
-            f'we take {between(measured["memory_ours_to_whole"])} x the memory',
-        ]
-    )
-
-
-def in_place(measured: dict[str, Any]) -> str:
-    where = f'{measured["processor"]}, {measured["processors"]} processors, {measured["threads"]} threads, load {measured["load"]:.2f}'
-    return where if measured['device'] == 'cpu' else f'{measured["device"]}; {where}'
-
-
-def row(name: str, *columns: list[float], digits: int = 3) -> str:
-    return f'{name:22}' + ''.join(f'{between(spread(values), digits):>28}' for values in columns)
-
-
-def between(values: dict[str, float], digits: int = 2) -> str:
-    return f'{values["median"]:.{digits}f} ({values["least"]:.{digits}f}..{values["most"]:.{digits}f})'

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
-import re
-import resource
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from itertools import cycle
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 from typing import NamedTuple
-from typing import TypeVar
 
 import click
-import cv2
 import numpy as np
 from skimage.metrics import contingency_table
 
+from padseg.bench.measure import REGIONS
+from padseg.bench.measure import TIMED
+from padseg.bench.measure import finish
+from padseg.bench.measure import fresh
+from padseg.bench.measure import in_place
+from padseg.bench.measure import output_flags
+from padseg.bench.measure import peak
+from padseg.bench.measure import surface
+from padseg.bench.measure import surroundings
+from padseg.bench.measure import timed
 from padseg.datasets import label_folder
 from padseg.evaluate import Task
 from padseg.evaluate import paired
@@ -46,17 +46,9 @@ from padseg.types import LabelMap
 if TYPE_CHECKING:
     from padseg.types import Array
 
-T = TypeVar('T')
-
-STATUS = Path('/proc/self/status')
-
 IGNORE = 255
-REGIONS = 14  # of a prediction
-CELLS = 16  # random numbers across a picture, with a smooth surface between them
 NOISE = 0.6  # of the prediction, relative to the truth
 BORDER = 32  # the ignored rows on top are the picture's side divided by this
-TIMED = 8  # pairs that single steps are timed on
-REPEATS = 7
 
 
 class Speed(NamedTuple):
@@ -70,8 +62,8 @@ class Speed(NamedTuple):
 @click.option('--pairs', type=click.IntRange(min=2), default=200, show_default=True, help='label maps and ground truths to make')
 @click.option('--size', type=click.IntRange(min=BORDER), default=512, show_default=True, help='their side in pixels')
 @click.option('--classes', type=click.IntRange(1, IGNORE), default=27, show_default=True, help='classes of the ground truth')
-@click.option('--json', 'as_json', is_flag=True, help='print one JSON object')
-def command(pairs: int, size: int, classes: int, as_json: bool) -> None:
+@output_flags
+def command(pairs: int, size: int, classes: int, record: bool, as_json: bool) -> None:
     """Scoring of stored label maps: pairs a second, time of each step, and memory.
 
     Fresh processes score half and five times as many pairs as are made, files being read again. Pairs a second come from the
@@ -89,8 +81,7 @@ def command(pairs: int, size: int, classes: int, as_json: bool) -> None:
         'pairs': pairs,
         'size': size,
         'classes': classes,
-        'processors': os.cpu_count(),
-        'load': os.getloadavg()[0],
+        **surroundings(),
         'pairs_per_second': per_second,
         'with_start': {workers: rate(many, long.seconds) for workers, (_, long) in speeds.items()},
         'two_workers_to_one': per_second[2] / per_second[1] if per_second[1] and per_second[2] else None,
@@ -100,18 +91,12 @@ def command(pairs: int, size: int, classes: int, as_json: bool) -> None:
         'memory_mib': dict(zip((few, many), memory, strict=True)),
         'memory_many_to_few': memory[1] / memory[0],
     }
-    print(json.dumps(measured) if as_json else in_words(measured))
+    finish('eval', f'{pairs}-pairs', measured, record, as_json, in_words)
 
 
 def rate(pairs: int, seconds: float) -> float | None:
     """Pairs a second; None where the longer run was not the slower one, because both were too short to tell."""
     return pairs / seconds if seconds > 0 else None
-
-
-def fresh(function: Callable[..., T], *arguments: object) -> T:
-    """The function's result from a process of its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def make_pairs(folder: Path, pairs: int, size: int, classes: int) -> None:
@@ -125,10 +110,6 @@ def make_pairs(folder: Path, pairs: int, size: int, classes: int) -> None:
         pred = compact((surfaces + NOISE * others).argmax(2)) + 1
         for kind, labels in (('truth', truth), ('pred', pred)):
             write_label_map(LabelMap(labels, ()), folder / kind / f'{number}.png')
-
-
-def surface(rng: np.random.Generator, size: int) -> Array:
-    return cv2.resize(rng.standard_normal((CELLS, CELLS, REGIONS)), (size, size), interpolation=cv2.INTER_CUBIC)
 
 
 def task_of(folder: Path, classes: int) -> Task:
@@ -146,14 +127,6 @@ def score(folder: Path, classes: int, number: int, workers: int) -> Speed:
     if done != number:
         raise click.ClickException(f'{number - done} of {number} pairs could not be scored')
     return Speed(seconds, peak())
-
-
-def peak() -> float:
-    """The most memory that this process took so far, in MiB."""
-    if STATUS.is_file():  # getrusage would count what the parent had when it started this process
-        return int(re.findall(r'^VmHWM:\s+(\d+) kB$', STATUS.read_text(), re.MULTILINE)[0]) / 2**10
-    per_mib = 2**20 if sys.platform == 'darwin' else 2**10  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_mib
 
 
 def steps(folder: Path, classes: int) -> dict[str, float]:
@@ -176,17 +149,6 @@ def steps(folder: Path, classes: int) -> dict[str, float]:
 
 def same(a: ClassCounts, b: ClassCounts) -> bool:
     return a.total == b.total and np.array_equal(np.stack(a[:4]), np.stack(b[:4]))
-
-
-def timed(taken: list[float], function: Callable[[], T]) -> T:
-    """The function's result; adds the milliseconds of the quickest of several calls to `taken`."""
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        result = function()
-        times.append(1000 * (time.perf_counter() - start))
-    taken.append(min(times))
-    return result
 
 
 def matched(table: Array) -> ClassCounts:
@@ -223,5 +185,5 @@ def in_words(measured: dict[str, Any]) -> str:
         (f'memory of {few} pairs', less, 'MiB'),
         (f'memory of {many} pairs', more, f'MiB; {measured["memory_many_to_few"]:.3f} x'),
     ]
-    head = f'pairs of {size}, {measured["classes"]} classes; {measured["processors"]} processors, load {measured["load"]:.2f}'
+    head = f'pairs of {size}, {measured["classes"]} classes; {in_place(measured)}'
     return '\n'.join([head, *(f'{name:22} {"too short" if value is None else f"{value:9.2f}"} {unit}' for name, value, unit in rows)])

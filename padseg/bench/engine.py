@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import tempfile
@@ -17,6 +16,15 @@ import PIL.Image
 import torch
 
 from padseg import engine
+from padseg.bench.measure import TIMED
+from padseg.bench.measure import finish
+from padseg.bench.measure import fresh
+from padseg.bench.measure import in_place
+from padseg.bench.measure import output_flags
+from padseg.bench.measure import peak
+from padseg.bench.measure import surface
+from padseg.bench.measure import surroundings
+from padseg.bench.measure import timed
 from padseg.exports import write_label_map
 from padseg.exports import write_masks
 from padseg.images import find
@@ -25,11 +33,6 @@ from padseg.job import Job
 from padseg.metrics import compact
 from padseg.records import recorded
 from padseg.signals import Stop
-from padseg.speed import TIMED
-from padseg.speed import fresh
-from padseg.speed import peak
-from padseg.speed import surface
-from padseg.speed import timed
 from padseg.stages import Taken
 from padseg.types import Frame
 from padseg.types import LabelMap
@@ -54,8 +57,8 @@ class Cost(NamedTuple):
 @click.option('--pictures', type=click.IntRange(min=10), default=200, show_default=True, help='of 481 x 321 pixels, to time')
 @click.option('--many', type=click.IntRange(min=100), default=10_000, show_default=True, help='small ones, for memory; and a tenth')
 @click.option('--folder', type=click.Path(exists=True, path_type=Path), help='on the disk to write to (default: for temporary files)')
-@click.option('--json', 'as_json', is_flag=True, help='print one JSON object')
-def command(pictures: int, many: int, folder: Path | None, as_json: bool) -> None:
+@output_flags
+def command(pictures: int, many: int, folder: Path | None, record: bool, as_json: bool) -> None:
     """What a run costs beside the model: a picture's reading, decoding, label map, masks and record.
 
     The model's place takes a stored label map with 14 regions. The difference of a long and a short run leaves out the start.
@@ -71,14 +74,13 @@ def command(pictures: int, many: int, folder: Path | None, as_json: bool) -> Non
     }
     measured = {
         'pictures': pictures,
-        'processors': os.cpu_count(),
-        'load': os.getloadavg()[0],
+        **surroundings(),
         'milliseconds': per_picture,
         'steps': single,
         'memory_mib': memory,
         'memory_many_to_few': memory[many] / memory[many // 10],
     }
-    print(json.dumps(measured) if as_json else in_words(measured))
+    finish('engine', f'{pictures}-pictures', measured, record, as_json, in_words)
 
 
 def sizes(pictures: int, many: int) -> tuple[tuple[str, tuple[int, int], int], ...]:
@@ -154,5 +156,5 @@ def in_words(measured: dict[str, Any]) -> str:
         (f'memory of {few} pictures', less, 'MiB'),
         (f'memory of {many} pictures', more, f'MiB; {measured["memory_many_to_few"]:.3f} x'),
     ]
-    head = f'pictures of 481 x 321 with 14 regions; {measured["processors"]} processors, load {measured["load"]:.2f}'
+    head = f'pictures of 481 x 321 with 14 regions; {in_place(measured)}'
     return '\n'.join([head, *(f'{name:24} {value:9.2f} {unit}' for name, value, unit in rows)])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -16,6 +14,13 @@ import numpy as np
 import torch
 from skimage.measure import label as connected_components
 
+from padseg.bench.measure import finish
+from padseg.bench.measure import fresh
+from padseg.bench.measure import in_place
+from padseg.bench.measure import output_flags
+from padseg.bench.measure import peak
+from padseg.bench.measure import surface
+from padseg.bench.measure import surroundings
 from padseg.labels import label_map
 from padseg.labels import scaled
 from padseg.labels import superpixels
@@ -25,9 +30,6 @@ from padseg.proposals import merge
 from padseg.proposals import normalise
 from padseg.proposals import spatial
 from padseg.proposals import symmetric_kl
-from padseg.speed import fresh
-from padseg.speed import peak
-from padseg.speed import surface
 from padseg.types import Frame
 from padseg.types import LabelMap
 from padseg.types import Proposals
@@ -61,8 +63,8 @@ STEPS = {
 @click.command('merge')
 @click.option('--maps', type=click.IntRange(min=1), default=77, show_default=True, help=f'token maps of {SIDE} x {SIDE}')
 @click.option('--size', type=(int, int), default=(4000, 3000), show_default=True, help='width and height of the large picture')
-@click.option('--json', 'as_json', is_flag=True, help='print one JSON object')
-def command(maps: int, size: tuple[int, int], as_json: bool) -> None:
+@output_flags
+def command(maps: int, size: tuple[int, int], record: bool, as_json: bool) -> None:
     """Token maps to label map on one core: time of each step beside a plain way to the same result, and memory.
 
     Refined stands for superpixels, components and the least area. Memory is what the label map takes above the rest of the process.
@@ -75,12 +77,11 @@ def command(maps: int, size: tuple[int, int], as_json: bool) -> None:
     }
     measured = {
         'maps': maps,
-        'processors': os.cpu_count(),
-        'load': os.getloadavg()[0],
+        **surroundings(),
         'pictures': pictures,
         'memory_mib': memory,
     }
-    print(json.dumps(measured) if as_json else in_words(measured))
+    finish('merge', f'{maps}-maps', measured, record, as_json, in_words)
 
 
 def steps(maps: int, size: tuple[int, int]) -> dict[str, dict[str, float]]:
@@ -227,7 +228,7 @@ def memory_of(count: int, size: tuple[int, int], plainly: bool) -> float:
 
 def in_words(measured: dict[str, Any]) -> str:
     """One measure a line, each with its plain way and the ratio."""
-    lines = [f'{measured["maps"]} maps of {SIDE} x {SIDE}; one core of {measured["processors"]}, load {measured["load"]:.2f}']
+    lines = [f'{measured["maps"]} maps of {SIDE} x {SIDE}; one core of: {in_place(measured)}']
     for size, taken in measured['pictures'].items():
         lines.append(f'picture of {size:12} {"ms":>12} {"plainly":>10} {"ratio":>9}')
         for step, words in STEPS.items():

@@ -1,0 +1,1 @@
+"""How fast parts of padseg are: bin/bench."""

@@ -1,0 +1,125 @@
+"""What names for masks cost against how many there are, beside regions without names: bin/bench label."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import string
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from typing import NamedTuple
+
+import click
+
+from padseg.bench.measure import between
+from padseg.bench.measure import finish
+from padseg.bench.measure import fresh
+from padseg.bench.measure import in_place
+from padseg.bench.measure import spread
+from padseg.bench.measure import surroundings
+from padseg.bench.model import make_model
+from padseg.bench.setting import QUIET
+from padseg.bench.setting import Setting
+from padseg.bench.setting import open_backbone
+from padseg.bench.setting import own_side
+from padseg.bench.setting import picture
+from padseg.bench.setting import shared
+from padseg.bench.setting import synchronize
+from padseg.label import class_maps
+from padseg.label import classified
+from padseg.label import naming_of
+from padseg.options import LabelOptions
+from padseg.options import Options
+from padseg.segment import segment_batch
+
+COUNTS = (1, 10, 37, 38, 75, 150)  # of classes; 37 names of two tokens fill one prompt
+NAMES = [''.join(pair) for pair in itertools.product(string.ascii_lowercase, repeat=2)]
+
+
+class Named(NamedTuple):
+    """Seconds. words: from names to prompts, with text encoders that are read; again: the same from the cache; picture: a whole one."""
+
+    words: float
+    again: float
+    picture: float
+    prompts: int
+
+
+class Turn(NamedTuple):
+    """What one process found. run: seconds of a picture's regions; named: by number of classes."""
+
+    run: float
+    named: dict[int, Named]
+
+
+@click.command('label')
+@shared
+@click.option('--classes', multiple=True, type=click.IntRange(1, len(NAMES)), default=COUNTS, show_default=True, help='numbers of classes')
+def command(size: str, repeats: int, dtype: str, device: str, folder: Path, record: bool, as_json: bool, classes: tuple[int, ...]) -> None:
+    """Seconds of a picture against the number of classes, beside those of a picture whose regions get no names.
+
+    A model of SD3-medium's shape with random weights; every name is two tokens. As long as one prompt holds all names a forward is all.
+    """
+    os.environ |= QUIET  # which the processes inherit
+    setting = Setting(fresh(make_model, folder / size, size), own_side(size), dtype=dtype, device=device)
+    turns = [fresh(turn, setting, classes) for _ in range(repeats)]
+    measured = {
+        'size': size,
+        'side': setting.side,
+        'dtype': dtype,
+        **surroundings(device),
+        'run': [each.run for each in turns],
+        'classes': {count: columns([each.named[count] for each in turns]) for count in classes},
+    }
+    finish('label', f'{size}-{dtype}', measured, record, as_json, in_words)
+
+
+def columns(rows: list[Named]) -> dict[str, Any]:
+    values: dict[str, Any] = {name: [getattr(one, name) for one in rows] for name in ('words', 'again', 'picture')}
+    return {'prompts': rows[0].prompts, **values}
+
+
+def turn(setting: Setting, counts: tuple[int, ...]) -> Turn:
+    """All in one process; embeddings go to a cache of its own."""
+    backbone = open_backbone(setting)
+    image = picture(setting.side, 0)
+    segment_batch([image], backbone, Options(side=setting.side // 4))  # for libraries to start
+    run = seconds(setting, lambda: segment_batch([image], backbone, Options(side=setting.side)))
+    named = {}
+    with tempfile.TemporaryDirectory(prefix='padseg-bench-') as cache:
+        os.environ['PADSEG_CACHE'] = cache
+        options = LabelOptions(side=setting.side)
+        for count in counts:
+            words, again = (seconds(setting, lambda: naming_of(backbone, NAMES[:count], options)) for _ in range(2))
+            naming = naming_of(backbone, NAMES[:count], options)
+
+            def whole() -> None:
+                classified(image, class_maps([image], naming)[0], naming.classes, naming.options)
+
+            named[count] = Named(words, again, seconds(setting, whole), len(naming.prompts))
+    return Turn(run, named)
+
+
+def seconds(setting: Setting, function: Any) -> float:
+    start = time.perf_counter()
+    function()
+    synchronize(setting.device)
+    return time.perf_counter() - start
+
+
+def in_words(measured: dict[str, Any]) -> str:
+    """One number of classes a line."""
+    run = statistics.median(measured['run'])
+    lines = [
+        f'SD3 {measured["size"]}, {measured["side"]} x {measured["side"]}, {measured["dtype"]}; {in_place(measured)}',
+        f'regions without names: {between(spread(measured["run"]))} s a picture',
+        f'{"classes":>8}{"prompts":>9}{"a picture, s":>26}{"of run":>8}{"words, s":>24}{"from the cache, s":>26}',
+    ]
+    for count, row in measured['classes'].items():
+        times = [between(spread(row[name])) for name in ('picture', 'words', 'again')]
+        of_run = statistics.median(row['picture']) / run
+        lines.append(f'{count:>8}{row["prompts"]:>9}{times[0]:>26}{of_run:>8.2f}{times[1]:>24}{times[2]:>26}')
+    return '\n'.join(lines)

@@ -1,0 +1,96 @@
+"""Loading what the maps need of SD3, beside loading the whole: bin/bench load."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+from typing import NamedTuple
+
+import click
+import torch
+
+from padseg.bench.measure import between
+from padseg.bench.measure import finish
+from padseg.bench.measure import fresh
+from padseg.bench.measure import in_place
+from padseg.bench.measure import row
+from padseg.bench.measure import spread
+from padseg.bench.measure import surroundings
+from padseg.bench.model import make_model
+from padseg.bench.setting import QUIET
+from padseg.bench.setting import Setting
+from padseg.bench.setting import import_libraries
+from padseg.bench.setting import memory
+from padseg.bench.setting import open_backbone
+from padseg.bench.setting import own_side
+from padseg.bench.setting import shared
+from padseg.bench.setting import synchronize
+
+
+class Loading(NamedTuple):
+    """seconds: from the files to memory; before, peak: most memory until the first file is opened and in all, in MiB."""
+
+    seconds: float
+    before: float
+    peak: float
+
+
+@click.command('load')
+@shared
+def command(size: str, repeats: int, dtype: str, device: str, folder: Path, record: bool, as_json: bool) -> None:
+    """Loading what the maps need, beside loading the whole transformer and VAE: time and memory.
+
+    Files that were read before come from the system's cache, if it has room.
+    """
+    os.environ |= QUIET  # which the processes inherit
+    setting = Setting(fresh(make_model, folder / size, size), own_side(size), dtype=dtype, device=device)
+    fresh(load_ours, setting)
+    turns = [(fresh(load_ours, setting), fresh(load_whole, setting)) for _ in range(repeats)]
+    measured = {
+        'size': size,
+        'dtype': dtype,
+        **surroundings(device),
+        'seconds': {'ours': [a.seconds for a, _ in turns], 'whole': [b.seconds for _, b in turns]},
+        'before_mib': {'ours': [a.before for a, _ in turns], 'whole': [b.before for _, b in turns]},
+        'peak_mib': {'ours': [a.peak for a, _ in turns], 'whole': [b.peak for _, b in turns]},
+        'whole_to_ours': spread([b.seconds / a.seconds for a, b in turns]),
+        'memory_ours_to_whole': spread([a.peak / b.peak for a, b in turns]),
+        'added_ours_to_whole': spread(
+            [(a.peak - a.before) / max(1.0, b.peak - b.before) for a, b in turns]
+        ),  # a toy may fit into what imports left free
+    }
+    finish('load', f'{size}-{dtype}', measured, record, as_json, in_words)
+
+
+def load_ours(setting: Setting) -> Loading:
+    import_libraries()
+    start, before = time.perf_counter(), memory(setting.device)
+    open_backbone(setting)
+    return Loading(time.perf_counter() - start, before, memory(setting.device))
+
+
+def load_whole(setting: Setting) -> Loading:
+    from padseg.bench.reference import load_models
+
+    start, before = time.perf_counter(), memory(setting.device)
+    kept = load_models(setting.folder, torch.device(setting.device), getattr(torch, setting.dtype))
+    synchronize(setting.device)
+    return Loading(time.perf_counter() - start, before, memory(setting.device) if kept else 0.0)
+
+
+def in_words(measured: dict[str, Any]) -> str:
+    """Time and memory, ours and the whole; medians with least and most."""
+    return '\n'.join(
+        [
+            f'{measured["size"]} model, {measured["dtype"]}; {in_place(measured)}',
+            f'{"":22}{"ours":>28}{"whole":>28}',
+            row('loading, s', *measured['seconds'].values()),
+            row('most memory, MiB', *measured['peak_mib'].values(), digits=0),
+            row('  before loading', *measured['before_mib'].values(), digits=0),
+            f'the whole takes {between(measured["whole_to_ours"])} x the time; '
+            f'we take {between(measured["memory_ours_to_whole"])} x the memory, {between(measured["added_ours_to_whole"])} x without '
+            'Python and its libraries',
+        ]
+    )

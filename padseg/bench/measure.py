@@ -1,0 +1,138 @@
+"""What all benchmarks share: fresh processes, times, memory, and records that say where figures come from."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+from typing import TypeVar
+
+import click
+import cv2
+import numpy as np
+
+from padseg.versions import versions
+
+if TYPE_CHECKING:
+    from padseg.types import Array
+
+T = TypeVar('T')
+
+STATUS = Path('/proc/self/status')
+CHECKOUT = Path(__file__).parents[2]
+RECORDS = CHECKOUT / 'data/benchmarks'
+
+REGIONS = 14  # of a label map
+CELLS = 16  # random numbers across a picture, with a smooth surface between them
+TIMED = 8  # pictures that single steps are timed on
+REPEATS = 7
+
+
+def fresh(function: Callable[..., T], *arguments: object) -> T:
+    """The function's result from a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def timed(taken: list[float], function: Callable[[], T]) -> T:
+    """The function's result; adds the milliseconds of the quickest of several calls to `taken`."""
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        result = function()
+        times.append(1000 * (time.perf_counter() - start))
+    taken.append(min(times))
+    return result
+
+
+def peak() -> float:
+    """The most memory that this process took so far, in MiB."""
+    if STATUS.is_file():  # getrusage would count what the parent had when it started this process
+        return int(re.findall(r'^VmHWM:\s+(\d+) kB$', STATUS.read_text(), re.MULTILINE)[0]) / 2**10
+    per_mib = 2**20 if sys.platform == 'darwin' else 2**10  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_mib
+
+
+def surface(rng: np.random.Generator, size: int) -> Array:
+    """Smooth random numbers, (size, size, REGIONS)."""
+    return cv2.resize(rng.standard_normal((CELLS, CELLS, REGIONS)), (size, size), interpolation=cv2.INTER_CUBIC)
+
+
+def output_flags(function: Callable[..., None]) -> Callable[..., None]:
+    """Flags for what `finish` does."""
+    function = click.option('--json', 'as_json', is_flag=True, help='print one JSON object')(function)
+    return click.option('--record', is_flag=True, help='write the figures to data/benchmarks/ as well')(function)
+
+
+def finish(command: str, case: str, measured: dict[str, Any], record: bool, as_json: bool, words: Callable[[dict[str, Any]], str]) -> None:
+    """Print what was measured, `surroundings` included, and write it to RECORDS if that is asked for."""
+    print(json.dumps(measured) if as_json else words(measured))
+    if record:
+        where = measured['processor'] if measured['device'] == 'cpu' else measured['device']
+        name = re.sub('[^a-z0-9]+', '-', f'{where} {measured["processors"]} {command} {case}'.lower()).strip('-')
+        RECORDS.mkdir(parents=True, exist_ok=True)
+        (RECORDS / f'{name}.json').write_text(json.dumps(measured, indent=2) + '\n')
+
+
+def surroundings(device: str = 'cpu') -> dict[str, Any]:
+    """The machine, versions and revision that figures belong to."""
+    import torch  # which would count as memory of processes that do without
+
+    return {
+        'processor': processor(),
+        'processors': os.cpu_count(),
+        'threads': torch.get_num_threads(),
+        'device': torch.cuda.get_device_name(device) if device.startswith('cuda') else 'cpu',
+        'load': os.getloadavg()[0],
+        'system': platform.platform(),
+        'versions': versions(),
+        'revision': revision(),
+    }
+
+
+def processor() -> str:
+    """The processor's name."""
+    information = Path('/proc/cpuinfo')
+    names = re.findall(r'^model name\s*: (.+)$', information.read_text(), re.MULTILINE) if information.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def revision() -> str | None:
+    """The checkout's commit, marked if files differ from it; None without git or outside a checkout."""
+    try:
+        ran = subprocess.run(
+            ('git', 'describe', '--always', '--dirty', '--abbrev=12'), cwd=CHECKOUT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return ran.stdout.strip()
+
+
+def in_place(measured: dict[str, Any]) -> str:
+    """Where it was measured, in a few words."""
+    where = f'{measured["processor"]}, {measured["processors"]} processors, {measured["threads"]} threads, load {measured["load"]:.2f}'
+    return where if measured['device'] == 'cpu' else f'{measured["device"]}; {where}'
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {'median': statistics.median(values), 'least': min(values), 'most': max(values)}
+
+
+def row(name: str, *columns: list[float], digits: int = 3) -> str:
+    return f'{name:22}' + ''.join(f'{between(spread(values), digits):>28}' for values in columns)
+
+
+def between(values: dict[str, float], digits: int = 2) -> str:
+    return f'{values["median"]:.{digits}f} ({values["least"]:.{digits}f}..{values["most"]:.{digits}f})'

@@ -1,0 +1,225 @@
+"""What pictures cost as they grow in size and in number, and whether compiling pays: bin/bench scale."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from typing import NamedTuple
+
+import click
+import numpy as np
+from scipy.optimize import nnls
+
+from padseg import engine
+from padseg.backbones import Backbone
+from padseg.bench.engine import make_pictures
+from padseg.bench.measure import between
+from padseg.bench.measure import finish
+from padseg.bench.measure import fresh
+from padseg.bench.measure import in_place
+from padseg.bench.measure import peak
+from padseg.bench.measure import spread
+from padseg.bench.measure import surroundings
+from padseg.bench.model import TINY_VAE
+from padseg.bench.model import make_model
+from padseg.bench.setting import QUIET
+from padseg.bench.setting import Setting
+from padseg.bench.setting import memory
+from padseg.bench.setting import open_backbone
+from padseg.bench.setting import own_side
+from padseg.bench.setting import picture
+from padseg.bench.setting import shared
+from padseg.bench.setting import synchronize
+from padseg.job import Job
+from padseg.latents import encode
+from padseg.maps import latent_token_maps
+from padseg.options import Options
+
+TIMES = ('vae', 'transformer')
+QUARTERS = (1, 2, 3, 4)  # of the model's own side, that are measured
+BATCHES = (1, 4, 16)
+LATER = 3  # pictures after the first, the median of which counts
+PATCH = 16  # pixels along an image token
+
+
+class Sized(NamedTuple):
+    """Seconds of a picture after another, and the most memory in MiB."""
+
+    vae: float
+    transformer: float
+    peak: float
+
+
+class Forwards(NamedTuple):
+    """Seconds from latent to maps: of the first picture, and of a later one."""
+
+    first: float
+    later: float
+
+
+class Ran(NamedTuple):
+    """A run over a folder. seconds: with loading; peak: most memory in MiB."""
+
+    seconds: float
+    peak: float
+
+
+@click.command('scale')
+@shared
+@click.option('--pictures', type=click.IntRange(6), default=50, show_default=True, help='of the longest run of the embedded model')
+@click.option('--compile/--no-compile', 'compiling', default=True, show_default=True, help='also measure when compiling pays')
+def command(
+    size: str,
+    repeats: int,
+    dtype: str,
+    device: str,
+    folder: Path,
+    record: bool,
+    as_json: bool,
+    pictures: int,
+    compiling: bool,
+) -> None:
+    """Cost against a picture's side, the number of pictures and the batch; and after how many pictures compiling pays.
+
+    Sides and compiling are measured with SD3's architecture, numbers and batches as runs of the embedded model over a folder.
+    """
+    os.environ |= QUIET  # which the processes inherit
+    setting = Setting(fresh(make_model, folder / size, size), own_side(size), dtype=dtype, device=device)
+    fresh(at_side, setting._replace(side=setting.side // 4))  # from now on the empty prompt is cached
+    sides = [setting.side * quarter // 4 for quarter in QUARTERS]
+    by_side = {side: [fresh(at_side, setting._replace(side=side)) for _ in range(repeats)] for side in sides}
+    with tempfile.TemporaryDirectory(prefix='padseg-bench-') as name:
+        place = Path(name)
+        photographs = make_pictures(place / 'pictures', (321, 481), pictures)
+
+        def runs(count: int, batch: int) -> list[Ran]:
+            return [fresh(run_over, photographs, place / f'{count}-{batch}-{turn}', count, batch, device) for turn in range(repeats)]
+
+        counts = {count: runs(count, 1) for count in (1, pictures // 5, pictures)}
+        batches = {batch: runs(pictures // 3, batch) for batch in BATCHES}
+    measured = {
+        'size': size,
+        'dtype': dtype,
+        **surroundings(device),
+        'sides': {side: columns(by_side[side]) for side in sides},
+        'law': {part: law(sides, [statistics.median(getattr(one, part) for one in by_side[side]) for side in sides]) for part in TIMES},
+        'pictures': {count: columns(ran) for count, ran in counts.items()},
+        'batched': pictures // 3,
+        'batches': {batch: columns(ran) for batch, ran in batches.items()},
+        'compiling': compiled(setting, repeats) if compiling else None,
+    }
+    finish('scale', f'{size}-{dtype}', measured, record, as_json, in_words)
+
+
+def columns(rows: list[Any]) -> dict[str, list[float]]:
+    """The values of all turns by name."""
+    return {name: [getattr(one, name) for one in rows] for name in rows[0]._fields}
+
+
+def at_side(setting: Setting) -> Sized:
+    backbone = open_backbone(setting)
+    one_picture(setting._replace(side=setting.side // 4), backbone)  # for libraries to start
+    return Sized(*one_picture(setting, backbone), memory(setting.device))
+
+
+def one_picture(setting: Setting, backbone: Backbone) -> tuple[float, float]:
+    """Seconds from a picture to its latent, and from there to its maps."""
+    options = Options(side=setting.side).resolve(backbone.spec)
+    image = picture(setting.side, 0)
+    start = time.perf_counter()
+    latent = encode(image, backbone, options)
+    synchronize(setting.device)
+    middle = time.perf_counter()
+    latent_token_maps([latent], backbone, options)
+    synchronize(setting.device)
+    return middle - start, time.perf_counter() - middle
+
+
+def law(sides: list[int], seconds: list[float]) -> dict[str, float]:
+    """Seconds as a n + b n² of n image tokens, by least squares of the relative error; error: the greatest that is left."""
+    tokens = (np.array(sides) / PATCH) ** 2
+    terms = np.stack([tokens, tokens**2], 1)
+    scaled = terms / np.array(seconds)[:, None]
+    unit = scaled.max(0)
+    found = nnls(scaled / unit, np.ones(len(sides)))[0] / unit
+    return {'linear': float(found[0]), 'square': float(found[1]), 'error': float(np.abs(scaled @ found - 1).max())}
+
+
+def run_over(folder: Path, out: Path, count: int, batch: int, device: str) -> Ran:
+    """`padseg run` on the first so many pictures, from loading the model to the last file."""
+    from padseg.selection import Selection
+
+    start = time.perf_counter()
+    counts = engine.run(Job(folder, out, batch=batch, device=device, selection=Selection(limit=count)))
+    if counts.done != count:
+        raise click.ClickException(f'{counts.failed} of {count} pictures failed')
+    return Ran(time.perf_counter() - start, peak())
+
+
+def compiled(setting: Setting, repeats: int) -> dict[str, Any]:
+    """Forwards without compiling, with it, and with what an earlier process compiled and left on disk; pays: after how many pictures."""
+    turns = []
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory(prefix='padseg-bench-') as cache:
+            os.environ['TORCHINDUCTOR_CACHE_DIR'] = cache
+            quick = setting._replace(vae=setting.folder / TINY_VAE)  # whose time does not count here
+            kinds = {'plain': False, 'compiled': True, 'again': True}
+            turns.append({name: fresh(forwards, quick._replace(compile=each)) for name, each in kinds.items()})
+    result: dict[str, Any] = {name: columns([turn[name] for turn in turns]) for name in turns[0]}
+    middle = {name: Forwards(*map(statistics.median, result[name].values())) for name in turns[0]}
+    pays = {name: pays_after(middle['plain'], middle[name]) for name in ('compiled', 'again')}
+    return {**result, 'gain': 1 - middle['compiled'].later / middle['plain'].later, 'pays': pays}
+
+
+def forwards(setting: Setting) -> Forwards:
+    backbone = open_backbone(setting)
+    options = Options(side=setting.side).resolve(backbone.spec)
+    latent = encode(picture(setting.side, 0), backbone, options)
+    taken = []
+    for _ in range(1 + LATER):
+        start = time.perf_counter()
+        latent_token_maps([latent], backbone, options)
+        synchronize(setting.device)
+        taken.append(time.perf_counter() - start)
+    return Forwards(taken[0], statistics.median(taken[1:]))
+
+
+def pays_after(plain: Forwards, other: Forwards) -> int | None:
+    """The number of pictures from which on compiling saves time; None if never."""
+    gain = plain.later - other.later
+    return max(1, 1 + int(np.ceil((other.first - plain.first) / gain))) if gain > 0 else None
+
+
+def in_words(measured: dict[str, Any]) -> str:
+    """A table for each thing that grows."""
+    lines = [f'{measured["size"]} model, {measured["dtype"]}; {in_place(measured)}']
+    lines.append(heading('side', 'VAE, s', 'transformer, s', 'most memory, MiB'))
+    for side, taken in measured['sides'].items():
+        lines.append(line(side, *taken.values()))
+    for part, found in measured['law'].items():
+        lines.append(
+            f'{part}: {1e3 * found["linear"]:.3g} ms for each of n image tokens and {1e6 * found["square"]:.3g} us n^2, '
+            f'within {found["error"]:.0%}'
+        )
+    for name, key in (('pictures', 'pictures'), (f'batch, {measured["batched"]} pictures', 'batches')):
+        lines.append(heading(name, 'run of tiny, s', 'most memory, MiB'))
+        lines += [line(number, *taken.values()) for number, taken in measured[key].items()]
+    if compiling := measured['compiling']:
+        lines.append(heading('transformer', 'first, s', 'later, s'))
+        names = {'plain': 'not compiled', 'compiled': 'compiled', 'again': 'compiled before'}
+        lines += [line(words, *compiling[name].values()) for name, words in names.items()]
+        after, before = (f'from picture {number} on' if number else 'never' for number in compiling['pays'].values())
+        lines.append(f'compiling saves {compiling["gain"]:.1%} of a later forward and pays {after}; what is on disk already, {before}')
+    return '\n'.join(lines)
+
+
+def heading(*names: str) -> str:
+    return f'{names[0]:20}' + ''.join(f'{name:>26}' for name in names[1:])
+
+
+def line(name: object, *values: list[float]) -> str:
+    return f'{name!s:20}' + ''.join(f'{between(spread(each), 0 if min(each) > 100 else 2):>26}' for each in values)

@@ -1,0 +1,93 @@
+"""What is measured of SD3: the model, the pictures, the machine; one place for all that bench sd3, load and scale share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from typing import NamedTuple
+
+import click
+import cv2
+import numpy as np
+import torch
+
+from padseg.backbones import DTYPES
+from padseg.backbones import load
+from padseg.backbones.source import cache_home
+from padseg.bench.measure import output_flags
+from padseg.bench.measure import peak
+from padseg.bench.measure import surface
+from padseg.bench.model import SIZES
+from padseg.types import Image
+
+QUIET = {'TRANSFORMERS_VERBOSITY': 'error', 'DIFFUSERS_VERBOSITY': 'error', 'HF_HUB_DISABLE_PROGRESS_BARS': '1'}
+
+
+class Setting(NamedTuple):
+    """How one process works. vae: None for the model's own, or a folder; passes: timed batches; compile: whether ours compiles
+    blocks; product: side of the matrices whose product is the ceiling."""
+
+    folder: Path
+    side: int
+    batch: int = 1
+    vae: Path | None = None
+    dtype: str = 'bfloat16'
+    device: str = 'cpu'
+    passes: int = 1
+    compile: bool = False
+    product: int = 4096
+
+
+def shared(function: Callable[..., None]) -> Callable[..., None]:
+    """The flags of these commands."""
+    flags = (
+        click.option('--size', type=click.Choice(list(SIZES)), default='full', show_default=True, help="SD3-medium's, or a toy's"),
+        click.option('--repeats', type=click.IntRange(1), default=3, show_default=True, help='turns, each in fresh processes'),
+        click.option('--dtype', type=click.Choice(DTYPES), default='bfloat16', show_default=True, help='of weights and activations'),
+        click.option('--device', default='cpu', show_default=True, help='cpu or cuda'),
+        click.option('--folder', type=click.Path(path_type=Path), default=default_folder, help='where models are made, and kept'),
+    )
+    for flag in reversed(flags):
+        function = flag(function)
+    return output_flags(function)
+
+
+def default_folder() -> Path:
+    return cache_home() / 'bench'
+
+
+def own_side(size: str) -> int:
+    return 8 * SIZES[size].transformer['sample_size']
+
+
+def import_libraries() -> None:
+    """What `load` would import, which is not what is timed."""
+    import padseg.backbones.flux
+    import padseg.backbones.loading
+    import padseg.backbones.sd3  # noqa: F401
+
+
+def open_backbone(setting: Setting) -> Any:
+    other = str(setting.vae) if setting.vae else None
+    backbone = load(str(setting.folder), device=setting.device, dtype=setting.dtype, vae=other, compile=setting.compile)
+    synchronize(setting.device)
+    return backbone
+
+
+def synchronize(device: str) -> None:
+    if device.startswith('cuda'):
+        torch.cuda.synchronize(device)
+
+
+def memory(device: str) -> float:
+    """The most memory that this process took so far, in MiB: of the GPU if there is one."""
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.startswith('cuda') else peak()
+
+
+def picture(side: int, number: int) -> Image:
+    """Smooth shapes in plain colours with noise, (side, side, 3)."""
+    rng = np.random.default_rng(number)
+    shapes = cv2.resize(surface(rng, 64), (side, side), interpolation=cv2.INTER_CUBIC).argmax(2)
+    colours = rng.integers(0, 256, (shapes.max() + 1, 3))
+    return (colours[shapes] + rng.normal(0, 12, (side, side, 3))).clip(0, 255).astype(np.uint8)
