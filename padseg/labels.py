@@ -13,6 +13,9 @@ import numpy as np
 from skimage.measure import label as connected_components
 from skimage.segmentation import felzenszwalb
 
+from padseg.errors import UsageError
+from padseg.join import graph_of
+from padseg.join import joined as joined_superpixels
 from padseg.refine import guide_of
 from padseg.refine import guided
 from padseg.types import Array
@@ -28,27 +31,42 @@ def label_map(
     superpixels: Array | None = None,
     components: bool = False,
     min_area: float = 0.0,
-    guide: Image | None = None,
+    image: Image | None = None,
+    refine: str = 'none',
+    join: float = 0.0,
 ) -> LabelMap:
     """Each pixel's strongest proposal, as regions 1..K in order of first appearance; 0 where the model did not look.
 
     superpixels: (H, W) int, values averaged inside each before the argmax, or None. components: connected components become regions
     (4-neighbours). min_area: smaller regions, as a share of the picture in 0..1, go to the neighbour with the longest common border.
-    guide: the picture (H, W, 3), if the maps are to be enlarged along its edges.
+    image: the picture (H, W, 3), along whose edges maps are enlarged if refine is 'guided', and whose superpixels become regions by
+    `padseg.join` instead of the argmax if join, the distance below which they are joined, is above 0.
     """
     top, left, height, width = proposals.frame.box
     box = np.s_[top : top + height, left : left + width]
-    if guide is None:
-        enlarge = partial(upsample, size=(height, width))
+    if refine == 'guided':
+        enlarge = partial(guided, guide=guide_of(pictured(image)[box], proposals.maps.shape[1:]))
     else:
-        enlarge = partial(guided, guide=guide_of(guide[box], proposals.maps.shape[1:]))
-    winner = argmax(proposals, enlarge) if superpixels is None else argmax_inside(proposals, superpixels[box], enlarge)
-    labels = np.zeros(proposals.frame.size, winner.dtype)
-    np.add(winner, 1, out=labels[box])
+        enlarge = partial(upsample, size=(height, width))
+    strongest = np.arange(len(proposals.maps))  # of each number in `winner`
+    if superpixels is None:
+        winner = argmax(proposals, enlarge)
+    elif join:
+        winner, strongest = joined(proposals, superpixels[box], enlarge, pictured(image)[box], join)
+    else:
+        winner = argmax_inside(proposals, superpixels[box], enlarge)
+    labels = np.zeros(proposals.frame.size, np.promote_types(winner.dtype, np.min_scalar_type(len(strongest))))
+    np.add(winner, 1, out=labels[box], dtype=labels.dtype)
     regions = runs_of(connected_components(labels, background=0, connectivity=1) if components else labels)
-    proposal = labels.ravel()[regions.places].astype(int) - 1  # (K,)
+    proposal = strongest[labels.ravel()[regions.places].astype(int) - 1]  # (K,)
     order, numbered = relabel(regions, absorb(regions, min_area * labels.size))
     return LabelMap(numbered, tuple(proposals.members[proposal[region]] for region in order))
+
+
+def pictured(image: Image | None) -> Image:
+    if image is None:
+        raise UsageError('this refinement needs the picture')
+    return image
 
 
 def argmax(proposals: Proposals, enlarge: Callable[[Array], Array]) -> Array:
@@ -73,6 +91,19 @@ def argmax_inside(proposals: Proposals, superpixels: Array, enlarge: Callable[[A
     runs = runs_of(superpixels)
     means = [mean_inside(runs, enlarge(values)) for values in scaled(proposals)]  # M times (K,)
     return painted(runs, np.argmax(means, 0).astype(np.min_scalar_type(len(means))))
+
+
+def joined(
+    proposals: Proposals, superpixels: Array, enlarge: Callable[[Array], Array], image: Image, threshold: float
+) -> tuple[Array, Array]:
+    """Superpixels joined where proposals and picture agree: region 0..R-1 of each pixel (H, W), strongest proposal of each region (R,)."""
+    runs = runs_of(superpixels)
+    means = np.stack([mean_inside(runs, enlarge(values)) for values in scaled(proposals)], 1)  # (K, M)
+    owner = joined_superpixels(graph_of(painted(runs, np.arange(len(runs.names))), means, image), threshold)  # (K,)
+    _, regions = np.unique(owner, return_inverse=True)  # (K,)
+    totals = np.zeros((regions.max() + 1, means.shape[1]))
+    np.add.at(totals, regions, means * runs.areas[:, None])
+    return painted(runs, regions), totals.argmax(1)
 
 
 def scaled(proposals: Proposals) -> Array:
@@ -182,7 +213,9 @@ def relabel(regions: Runs, owner: Array) -> tuple[list[int], Array]:
 
 
 def unassign(labels: LabelMap, void: Array) -> LabelMap:
-    """The label map with 0 where `void` (H, W) holds; regions that are left are numbered anew."""
+    """The label map with 0 where `void` (H, W) holds; regions that are left are numbered anew, classes are not."""
+    if labels.names:
+        return labels._replace(labels=np.where(void, 0, labels.labels))
     regions = runs_of(np.where(void, 0, labels.labels))
     order, numbered = relabel(regions, np.arange(len(regions.names)))
     return LabelMap(numbered, tuple(labels.tokens[name - 1] for name in regions.names[order].tolist()))

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from padseg.backbones import Backbone
+from padseg.backbones.texts import texts_of
+from padseg.errors import UsageError
 from padseg.exports.png import write_label_map
+from padseg.label import Naming
+from padseg.label import class_maps
+from padseg.label import classified
+from padseg.label import naming_of
 from padseg.labels import label_map
 from padseg.labels import superpixels
 from padseg.maps import token_maps
+from padseg.options import LabelOptions
 from padseg.options import Options
 from padseg.options import Resolved
 from padseg.proposals import merge
@@ -24,6 +36,8 @@ from padseg.types import Image
 from padseg.types import LabelMap
 from padseg.types import TokenMaps
 
+PROMPTS_KEPT = 64  # in memory: many pictures show the same classes
+
 
 class Predictor(NamedTuple):
     """Label maps of pictures. thresholds: one prediction each. out: folder for labels/ and, with keep_maps, maps/; None keeps nothing."""
@@ -34,12 +48,12 @@ class Predictor(NamedTuple):
     out: Path | None = None
     keep_maps: bool = False
 
-    def __call__(self, name: str, image: Image, where: View) -> list[Array]:
-        """Label maps of a picture (H, W, 3) at the compared pixels, 0 = unassigned: (h, w) for each threshold."""
+    def __call__(self, name: str, image: Image, where: View, present: Sequence[int] = ()) -> list[Array]:
+        """Label maps of a picture (H, W, 3) at the compared pixels, 0 = unassigned: (h, w) for each threshold, whatever is present."""
         options = self.options.resolve(self.backbone.spec)
         maps = self.maps(name, image, options)
         inside = superpixels(image, options.superpixels) if options.superpixels else None  # (H, W)
-        found = [predicted(maps, inside, where, options, threshold) for threshold in self.thresholds or (options.threshold,)]
+        found = [predicted(image, maps, inside, where, options, threshold) for threshold in self.thresholds or (options.threshold,)]
         if self.out:
             write_label_map(LabelMap(found[0], ()), self.out / 'labels' / f'{name}.png')
         return found
@@ -57,11 +71,53 @@ class Predictor(NamedTuple):
         return kept
 
 
-def predicted(maps: TokenMaps, inside: Array | None, where: View, options: Resolved, threshold: float) -> Array:
+class NamePredictor:
+    """The classes of pixels by their names. classes: of the data set, the number of one is its place; background: which of them it is.
+
+    names: 'present', only those that the ground truth of a picture has are looked for in it, as Seg4Diff does; 'all': all of them.
+    """
+
+    def __init__(
+        self, backbone: Backbone, options: LabelOptions, classes: Sequence[str], background: int | None, names: str, out: Path | None
+    ) -> None:
+        self.backbone, self.options, self.classes, self.background, self.names, self.out = (
+            backbone,
+            options,
+            classes,
+            background,
+            names,
+            out,
+        )
+        texts = texts_of(backbone, keep=names == 'all')  # prompts of single pictures would fill the cache
+        wanted = lru_cache(PROMPTS_KEPT)(lambda chosen: naming_of(backbone, [classes[number] for number in chosen], options, texts))
+        self.naming: Callable[[tuple[int, ...]], Naming] = wanted
+
+    def __call__(self, name: str, image: Image, where: View, present: Sequence[int] = ()) -> list[Array]:
+        """The class of every compared pixel of a picture (H, W, 3), as a number from 0: one (h, w). present: its classes."""
+        chosen = tuple(present) if self.names == 'present' else tuple(range(len(self.classes)))
+        found = np.zeros(where.size, np.int32)
+        if chosen:
+            naming = self.naming(chosen)
+            labels = classified(image, class_maps([image], naming)[0], naming.classes, naming.options).labels
+            found = np.array([self.otherwise(labels), *chosen], np.int32)[seen_prediction(labels, where)]
+        if self.out:
+            write_label_map(LabelMap(found, ()), self.out / 'labels' / f'{name}.png')
+        return [found]
+
+    def otherwise(self, labels: Array) -> int:
+        """The class of pixels that were given none. UsageError if there are such and it is not to be had."""
+        if self.background is None and not labels.all():
+            raise UsageError('the data set has no class for pixels without class, which --background-below and some geometries leave')
+        return self.background or 0
+
+
+def predicted(image: Image, maps: TokenMaps, inside: Array | None, where: View, options: Resolved, threshold: float) -> Array:
     """The label map at the compared pixels. Where the model saw just what is compared, maps are enlarged straight to that size."""
     proposals = merge(maps, threshold, options.normalisation)
-    if maps.frame.box != where.box:
-        return seen_prediction(label_map(proposals, inside, options.components, options.min_area).labels, where)
-    proposals = proposals._replace(frame=Frame(where.size, (0, 0, *where.size)))
-    near = None if inside is None else seen_prediction(inside, where)
-    return label_map(proposals, near, options.components, options.min_area).labels
+    direct = maps.frame.box == where.box
+    if direct:
+        proposals = proposals._replace(frame=Frame(where.size, (0, 0, *where.size)))
+        image = np.ascontiguousarray(seen_prediction(image, where))
+        inside = None if inside is None else seen_prediction(inside, where)
+    labels = label_map(proposals, inside, options.components, options.min_area, image, options.refine, options.join).labels
+    return labels if direct else seen_prediction(labels, where)

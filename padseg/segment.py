@@ -44,8 +44,7 @@ def regions(image: Image, maps: TokenMaps, options: Resolved) -> LabelMap:
     """Label map (H, W) from the token maps (T, h, w) of a picture: no forward is needed to try another threshold."""
     proposals = merge(maps, options.threshold, options.normalisation)  # (M, h, w)
     inside = superpixels(image, options.superpixels) if options.superpixels else None  # (H, W)
-    guide = image if options.refine == 'guided' else None  # (H, W, 3)
-    return label_map(proposals, inside, options.components, options.min_area, guide)  # (H, W)
+    return label_map(proposals, inside, options.components, options.min_area, image, options.refine, options.join)  # (H, W)
 
 
 def forwards(latents: Sequence[Latent], backbone: Backbone) -> Iterator[list[Latent]]:

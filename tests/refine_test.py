@@ -77,7 +77,7 @@ def test_regions_follow_the_edges_of_the_picture():
     proposals = Proposals(
         torch.tensor(np.stack([share, 1 - share]), dtype=torch.float64), ((0,), (1,)), Frame((160, 192), (0, 0, 160, 192))
     )
-    plain, along = (label_map(proposals, guide=guide).labels for guide in (None, image))
+    plain, along = (label_map(proposals, image=image, refine=refine).labels for refine in ('none', 'guided'))
     wrong = [np.count_nonzero((labels != labels[0, 0]) != inside) for labels in (plain, along)]
     assert wrong[1] * 5 < wrong[0], wrong
 
@@ -86,9 +86,10 @@ def test_a_frame_inside_the_picture():
     image, inside = disc()
     share = cv2.resize(inside[20:148, 32:160].astype(np.float32), (8, 8), interpolation=cv2.INTER_AREA)
     proposals = Proposals(torch.tensor(np.stack([share, 1 - share])), ((0,), (1,)), Frame((160, 192), (20, 32, 128, 128)))
-    found = label_map(proposals, guide=image).labels
+    found = label_map(proposals, image=image, refine='guided').labels
     whole = Proposals(proposals.maps, proposals.members, Frame((128, 128), (0, 0, 128, 128)))
-    assert np.array_equal(found[20:148, 32:160], label_map(whole, guide=np.ascontiguousarray(image[20:148, 32:160])).labels)
+    expected = label_map(whole, image=np.ascontiguousarray(image[20:148, 32:160]), refine='guided').labels
+    assert np.array_equal(found[20:148, 32:160], expected)
     assert not found[:20].any() and not found[:, 160:].any()
 
 
