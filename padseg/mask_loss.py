@@ -44,14 +44,26 @@ def mask_loss(maps: Tensor, masks: Tensor, counts: Tensor) -> Tensor:
     maps: (B, T, h, w) in 0..1, summing to 1 over tokens; masks: (B, M, h, w) soft masks in 0..1, zero where padded;
     counts: (B,) masks of each picture. The cross-entropy weighs masks by area, Dice weighs them alike.
     """
-    maps, masks = maps.flatten(2), masks.flatten(2)  # (B, T, P), (B, M, P)
-    labelled = masks.sum(1, keepdim=True)  # (B, 1, P), zero where the truth is to be ignored
-    area = masks.sum(2)[:, None, :]  # (B, 1, M), zero where padded
-    each = 1 / counts.clamp_min(1)[:, None, None]
-    cost = (1 - dice(maps * labelled, masks)) * each + cross_entropy(maps, masks) * area / area.sum(2, keepdim=True).clamp_min(EPS)
+    cost = pair_costs(maps.flatten(2), masks.flatten(2), counts)  # (B, T, M)
     tokens = match(cost, counts)[:, None, :]  # (B, 1, M)
     matched = cost.gather(1, tokens.clamp_min(0)) * (tokens >= 0)
     return matched.sum((1, 2)).mean()
+
+
+def named_mask_loss(maps: Tensor, masks: Tensor) -> Tensor:
+    """As mask_loss for maps that belong to their masks by name, token by token: (B, M, h, w) each, no matching; classes that are not
+    in the picture have a mask of zeros and count only by what other classes lose to them."""
+    shown = masks.flatten(2).sum(2) > 0  # (B, M)
+    cost = pair_costs(maps.flatten(2), masks.flatten(2), shown.sum(1))  # (B, M, M)
+    return (cost.diagonal(dim1=1, dim2=2) * shown).sum(1).mean()
+
+
+def pair_costs(maps: Tensor, masks: Tensor, counts: Tensor) -> Tensor:
+    """Share of every pair in a picture's loss: (B, T, P), (B, M, P) and (B,) masks to average over -> (B, T, M)."""
+    labelled = masks.sum(1, keepdim=True)  # (B, 1, P), zero where the truth is to be ignored
+    area = masks.sum(2)[:, None, :]  # (B, 1, M), zero where padded
+    each = 1 / counts.clamp_min(1)[:, None, None]
+    return (1 - dice(maps * labelled, masks)) * each + cross_entropy(maps, masks) * area / area.sum(2, keepdim=True).clamp_min(EPS)
 
 
 def affinity_loss(maps: Tensor, masks: Tensor) -> Tensor:

@@ -1,23 +1,22 @@
-"""Train the embedded model from nothing: an autoencoder, then the transformer with L = L_FM + lambda L_mask (Seg4Diff, Eqs. 12-13).
+"""Train the embedded model from nothing: an autoencoder, then all of it with L = L_FM + lambda L_mask (Seg4Diff, Eqs. 12-13).
 
-Read it top to bottom: settings, data, autoencoder, transformer, writing. Start it with bin/train-tiny.
+Read it top to bottom: settings, data, autoencoder, the whole model, writing. Start it with bin/train-tiny.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import csv
+import copy
 import dataclasses
-import math
 import pathlib
-import time
 from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import click
 import cv2
 import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor
 from torch import nn
@@ -26,17 +25,32 @@ from torch.nn import functional as F
 from padseg import tiny
 from padseg.attention import token_attention
 from padseg.attention import watch
+from padseg.backbones import load
 from padseg.backbones.sd3 import text_columns
+from padseg.exports.overlay import overlay
 from padseg.mask_loss import affinity_loss
 from padseg.mask_loss import mask_loss
+from padseg.mask_loss import named_mask_loss
 from padseg.mask_loss import share
 from padseg.scenes import CLASSES
+from padseg.scenes import Scene
+from padseg.scenes import scene
+from padseg.segment import segment
+from padseg.training import Stage
+from padseg.training import cosine
+from padseg.training import finish_step
+from padseg.training import follow_average
+from padseg.training import resume
+from padseg.training import set_rate
+from padseg.training import trapezoid
 from padseg.training_data import CELL
 from padseg.training_data import Batch
 from padseg.training_data import batch
 from padseg.training_data import photographs
+from padseg.types import Array
 
 WORDS = sorted({word for name in CLASSES for word in name.split()} | {'a', 'an', 'and', 'in', 'of', 'on', 'the', 'two', 'with'})
+HELD_OUT = 2**32  # seed of scenes that are looked at, not learnt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,20 +64,24 @@ class Settings:
     vae_side: int = 64  # pixels of a crop
     vae_rate: float = 2e-3
     vae_kl: float = 1e-3
-    steps: int = 1500
-    fresh: int = 8  # new pictures a step
-    reuse: int = 2  # how often each picture is seen, every time with other noise
+    vae_synthetic: float = 0.3  # share of scenes, when there are photographs
+    steps: int = 4000
+    size: int = 12  # new pictures a step
     rate: float = 6e-4
-    warmup: int = 100
+    encoder_rate: float = 4e-4  # of the autoencoder, which goes on learning
+    warmup: int = 60  # steps
+    decay: float = 0.2  # share of the steps, at the end, over which the rate falls to nothing
     weight_decay: float = 0.02
     layer: int = 4  # expert block
     supervised: tuple[int, ...] = (3, 4)  # blocks whose token maps get the mask loss
     noise: float = 0.15  # mask loss: sigma is uniform in 0..noise
     mask_weight: float = 1.0  # lambda
     affinity_weight: float = 1.0
-    flow_every: int = 6  # steps between two with the flow-matching loss
+    words_weight: float = 1.0
+    flow_every: int = 10  # steps between two with the flow-matching loss
     caption_dropout: float = 0.5
-    synthetic: float = 0.3  # share of scenes, when there are photographs
+    synthetic: float = 0.35  # share of scenes, when there are photographs
+    named: float = 0.5  # share of the scenes whose prompt names the masks
     average: float = 0.998  # decay of the moving average of the weights that is kept
 
 
@@ -98,9 +116,7 @@ def main(
     parts = tiny.build(WORDS)
     run = Run(out, settings, data, torch.device(device), workers, save_every)
     train_autoencoder(parts, run)
-    train_transformer(parts, run)
-    row = {'layers': tiny.TRANSFORMER['num_layers'], 'layer': settings.layer, **ROW}
-    tiny.save(parts, WORDS, out / 'model', row)
+    train_together(parts, run)
     click.echo(f'model in {out / "model"}', err=True)
 
 
@@ -127,6 +143,13 @@ class Run:
         )
         return iter(loader)
 
+    def stage(self, name: str, steps: int, pictures: int, columns: tuple[str, ...]) -> Stage:
+        """The autoencoder's checkpoint does not depend on the settings of the rest, and no checkpoint on how many steps are to follow."""
+        settings = {key: value for key, value in dataclasses.asdict(self.settings).items() if key != 'steps'}
+        if name == 'autoencoder':
+            settings = {key: value for key, value in settings.items() if key.startswith('vae_') or key == 'seed'}
+        return Stage(self.out, name, steps, pictures, columns, f'{settings} {self.data}', self.save_every, self.device)
+
 
 class Examples(torch.utils.data.Dataset[Batch]):
     """Batch number i of one stage."""
@@ -137,32 +160,32 @@ class Examples(torch.utils.data.Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         cv2.setNumThreads(1)  # the pictures are small, and the cores belong to the training
-        return batch(self.settings.seed * 2 + self.stage, index, self.size, self.folders, self.settings.synthetic)
+        settings = self.settings
+        synthetic, named = (settings.synthetic, settings.named) if self.stage else (settings.vae_synthetic, 0.0)
+        return batch(settings.seed * 2 + self.stage, index, self.size, self.folders, synthetic, named)
 
 
 def train_autoencoder(parts: tiny.Parts, run: Run) -> None:
-    """Reconstruction with a slight KL term; then shift and scale that give latents mean 0, deviation 1."""
+    """Reconstruction with a slight KL term."""
     settings, vae = run.settings, parts.vae.to(run.device, memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(vae.parameters(), settings.vae_rate, weight_decay=0.0)
-    start = resume(run, 'autoencoder', vae, optimiser)
+    optimiser = torch.optim.AdamW([{'params': list(vae.parameters()), 'rate': settings.vae_rate}], weight_decay=0.0)
+    stage = run.stage('autoencoder', settings.vae_steps, settings.vae_batch, ('reconstruction',))
+    start = resume(stage, vae, [optimiser])
     for step, examples in enumerate(run.batches(0, start, settings.vae_steps, settings.vae_batch), start):
-        set_rate(optimiser, settings.vae_rate * schedule(step, settings.vae_steps, 50))
+        set_rate(optimiser, cosine(step, settings.vae_steps, 50))
         generator = torch.Generator().manual_seed(settings.seed + step)
         pixels = random_crops(examples.images, settings.vae_crops, settings.vae_side, generator).to(run.device)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         with autocast(run.device):
             posterior = vae.encode(pixels).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=generator).to(run.device)
-            decoded = vae.decode(posterior.mean + posterior.std * noise).sample.float()
-        kl = (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean() / 2
-        loss = reconstruction(decoded, pixels) + settings.vae_kl * kl
+            loss = decoding_loss(vae, posterior.mean, posterior.std, pixels, generator) + settings.vae_kl * divergence(posterior)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimiser.step()
-        finish_step(run, 'autoencoder', step, settings.vae_steps, {'loss': loss.item()}, vae, optimiser)
-    mean, deviation = latent_statistics(vae, run)
-    vae.register_to_config(shift_factor=mean, scaling_factor=1 / deviation)
+        finish_step(stage, step, {'reconstruction': loss}, vae, [optimiser])
+        if stage.saves_after(step):
+            draw_rebuilt(vae, stage)
 
 
 def random_crops(images: Tensor, count: int, side: int, generator: torch.Generator) -> Tensor:
@@ -174,6 +197,17 @@ def random_crops(images: Tensor, count: int, side: int, generator: torch.Generat
     return torch.cat(crops)
 
 
+def decoding_loss(vae: Any, mean: Tensor, deviation: Tensor, pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Reconstruction from a random draw of the latents (B, C, h, w) of the pixels (B, 3, 8 h, 8 w)."""
+    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+    return reconstruction(vae.decode(mean + deviation * noise).sample.float(), pixels)
+
+
+def divergence(posterior: Any) -> Tensor:
+    """KL divergence of the latents' distribution from the normal one, per value."""
+    return (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean() / 2
+
+
 def reconstruction(decoded: Tensor, pixels: Tensor) -> Tensor:
     """L1 and squares of brightness and of two colour differences, at four scales: on RGB pixels alone colours are learnt last."""
     opponent = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [1, -1, 0], [-0.5, -0.5, 1]], device=pixels.device)
@@ -183,81 +217,174 @@ def reconstruction(decoded: Tensor, pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def latent_statistics(vae: Any, run: Run) -> tuple[float, float]:
-    """Mean and standard deviation of the latents of 8 batches that the autoencoder has not seen."""
+def latent_statistics(vae: Any, run: Run) -> Tensor:
+    """Mean and standard deviation of the latents of 8 batches that the autoencoder's training has not seen: (2,)."""
     steps = run.settings.vae_steps
     latents = [vae.encode(examples.images.to(run.device)).latent_dist.mean.flatten() for examples in run.batches(0, steps, steps + 8, 8)]
     values = torch.cat(latents)
-    return float(values.mean()), float(values.std())
+    return torch.stack([values.mean(), values.std()])
 
 
-def train_transformer(parts: tiny.Parts, run: Run) -> None:
-    """Mask loss on the null prompt's token maps at every step, flow-matching loss with captions now and then.
+def train_together(parts: tiny.Parts, run: Run) -> None:
+    """Mask loss on the token maps at every step, through the transformer into the autoencoder; flow-matching loss now and then.
 
-    The weights that are kept are a moving average.
+    The autoencoder learns on with its own loss, so its latents stay a picture's code and become features too (as in REPA-E, Leng et al.
+    2025). They drift, so that mean and deviation are followed. The weights that are kept are a moving average.
     """
     settings, device = run.settings, run.device
     tokenizers = tiny.tokenizers(WORDS)
-    learner = nn.ModuleDict({name: getattr(parts, name).to(device) for name in ('transformer', 'text_encoder', 'text_encoder_2')})
+    learner = nn.ModuleDict({name: part.to(device) for name, part in parts._asdict().items()})
+    statistics = latent_statistics(parts.vae, run)  # (2,), mean and deviation of the latents
+    learner.register_buffer('statistics', statistics)
     averaged = [weight.detach().clone() for weight in learner.parameters()]
-    matrices, vectors = ([p for p in learner.parameters() if (p.ndim > 1) == kind] for kind in (True, False))
-    decay: list[dict[str, Any]] = [{'params': matrices}, {'params': vectors, 'weight_decay': 0.0}]
-    optimiser = torch.optim.AdamW(decay, settings.rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay, foreach=True)
-    start = resume(run, 'transformer', learner, optimiser, averaged)
+    optimisers = make_optimisers(learner, settings)
+    stage = run.stage('together', settings.steps, settings.size, ('reconstruction', 'mask', 'affinity', 'words', 'flow'))
+    start = resume(stage, learner, optimisers, averaged)
     layers = {layer: parts.transformer.transformer_blocks[layer].attn for layer in settings.supervised}
-    seen: dict[tuple[int, ...], collections.deque[tuple[Tensor, Tensor, Tensor]]] = {}
-    first = max(0, start - 100)  # the store of earlier pictures is filled again before a stopped run goes on
-    for step, examples in enumerate(run.batches(1, first, settings.steps, settings.fresh), first):
-        with torch.no_grad(), autocast(device):
-            latent = parts.vae.encode(examples.images.to(device).contiguous(memory_format=torch.channels_last)).latent_dist.mean
-            latent = ((latent.float() - parts.vae.config.shift_factor) * parts.vae.config.scaling_factor).contiguous()
-        store = seen.setdefault(tuple(latent.shape[2:]), collections.deque(maxlen=40))
-        rng = np.random.default_rng((settings.seed, step))
-        older = [store[i] for i in rng.choice(len(store), min(len(store), settings.reuse - 1), replace=False)] if store else []
-        store.append((latent, examples.masks, examples.counts))
-        if step < start:
-            continue
-        set_rate(optimiser, settings.rate * schedule(step, settings.steps, settings.warmup))
+    for step, examples in enumerate(run.batches(1, start, settings.steps, settings.size), start):
+        for optimiser in optimisers:
+            set_rate(optimiser, trapezoid(step, settings.steps, settings.warmup, settings.decay))
         generator = torch.Generator().manual_seed(settings.seed + step)
+        pixels = examples.images.to(device).contiguous(memory_format=torch.channels_last)  # (B, 3, H, W)
+        masks = examples.masks.to(device).float() / CELL**2  # (B, M, H/8, W/8)
+        counts, words = examples.counts.to(device), examples.words.to(device)
 
-        # mask loss: fresh and earlier pictures, null prompt, little noise, forward only to the expert block
-        z, masks, counts = (torch.cat(column).to(device) for column in zip(store[-1], *older, strict=True))
+        # pictures to latents and, for a crop of some of them, back
+        with autocast(device):
+            posterior = parts.vae.encode(pixels).latent_dist
+        follow(statistics, posterior.mean)
+        z = normalised(posterior.mean, statistics)  # (B, C, h, w)
+        top, left = (int(torch.randint(length - 7, (), generator=generator)) for length in z.shape[2:])
+        cells, crop = np.s_[:4, :, top : top + 8, left : left + 8], np.s_[:4, :, 8 * top : 8 * top + 64, 8 * left : 8 * left + 64]
+        with autocast(device):
+            rebuilt = decoding_loss(parts.vae, posterior.mean[cells], posterior.std[cells], pixels[crop], generator)
+        losses = {'reconstruction': rebuilt + settings.vae_kl * divergence(posterior)}
+
+        # token maps with the null prompt or the names of the masks, little noise, forward only to the expert block
         sigma = torch.rand(len(z), generator=generator).to(device) * settings.noise  # (B,)
         with autocast(device):
-            embeds, pooled = encode(learner, tokenizers, [''])
+            embeds, pooled = encode(learner, tokenizers, examples.prompts)
             with watch(layers) as recorded:
-                parts.transformer(noised(z, sigma, generator), embeds.expand(len(z), -1, -1), pooled.expand(len(z), -1), sigma * 1000)
-        truth = masks.float() / CELL**2  # (B, M, 2h, 2w)
-        maps = [token_maps(recorded[layer], z.shape) for layer in settings.supervised]  # (B, 77, 2h, 2w) each
-        masks_loss = torch.stack([mask_loss(each, truth, counts) for each in maps])
-        pairs_loss = torch.stack([affinity_loss(F.avg_pool2d(each, 2), F.avg_pool2d(truth, 2)) for each in maps])
-        loss = settings.mask_weight * masks_loss.mean() + settings.affinity_weight * pairs_loss.mean()
-        row = {'mask': masks_loss[-1].item(), 'affinity': pairs_loss[-1].item()}
+                parts.transformer(noised(z, sigma, generator), embeds, pooled, sigma * 1000)
+        named = words.any(dim=(1, 2))  # (B,)
+        maps = [token_maps(recorded[layer], z.shape) for layer in settings.supervised]  # (B, 77, h, w) each
+        if not named.all():
+            losses |= grouping_losses([share(each[~named]) for each in maps], masks[~named], counts[~named])
+        if named.any():
+            by_name = [share(torch.einsum('bmt,bthw->bmhw', words[named], each[named])) for each in maps]
+            losses['words'] = torch.stack([named_mask_loss(each, masks[named]) for each in by_name]).mean() * named.float().mean()
 
-        # flow-matching loss: fresh pictures, their captions or the null prompt, every noise level, whole forward
+        # flow matching: captions or the null prompt, every noise level, whole forward; the latents are given
         if step % settings.flow_every == 0:
-            dropped = torch.rand(len(examples.captions), generator=generator) < settings.caption_dropout
+            dropped = torch.rand(len(z), generator=generator) < settings.caption_dropout
             captions = ['' if drop else text for text, drop in zip(examples.captions, dropped, strict=True)]
-            sigma = torch.randn(len(latent), generator=generator).sigmoid().to(device)
-            noise = torch.randn(latent.shape, generator=generator).to(device)
-            mixed = latent + sigma[:, None, None, None] * (noise - latent)
-            with autocast(device):
-                embeds, pooled = encode(learner, tokenizers, captions)
-                velocity = parts.transformer(mixed, embeds, pooled, sigma * 1000, return_dict=False)[0]
-            flow = F.mse_loss(velocity.float(), noise - latent)
-            loss = loss + flow
-            row['flow'] = flow.item()
+            losses['flow'] = flow_loss(parts.transformer, z.detach(), *encode(learner, tokenizers, captions), generator)
 
-        optimiser.zero_grad(set_to_none=True)
+        weights = {'mask': settings.mask_weight, 'affinity': settings.affinity_weight, 'words': settings.words_weight}
+        loss = torch.stack([value * weights.get(name, 1.0) for name, value in losses.items()]).sum()
+        for optimiser in optimisers:
+            optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
-        optimiser.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(averaged, list(learner.parameters()), 1 - min(settings.average, (step + 1) / (step + 10)))
-        finish_step(run, 'transformer', step, settings.steps, row, learner, optimiser, averaged)
-    with torch.no_grad():
-        for weight, average in zip(learner.parameters(), averaged, strict=True):
-            weight.copy_(average)
+        for optimiser in optimisers:
+            optimiser.step()
+        follow_average(averaged, list(learner.parameters()), step, settings.average)
+        finish_step(stage, step, losses, learner, optimisers, averaged)
+        if stage.saves_after(step):
+            write_model(learner, averaged, run)
+            draw_regions(stage)
+
+
+@torch.no_grad()
+def write_model(learner: nn.ModuleDict, averaged: list[Tensor], run: Run) -> None:
+    """OUT/model: the averaged weights, as a folder that padseg loads, with the row they are run with."""
+    kept = copy.deepcopy(learner)
+    for weight, average in zip(kept.parameters(), averaged, strict=True):
+        weight.copy_(average)
+    parts: Any = tiny.Parts(**{name: kept[name].cpu() for name in tiny.Parts._fields})
+    mean, deviation = kept.get_buffer('statistics').tolist()
+    parts.vae.register_to_config(shift_factor=mean, scaling_factor=1 / deviation)
+    row = {'layers': tiny.TRANSFORMER['num_layers'], 'layer': run.settings.layer, **ROW}
+    tiny.save(parts, WORDS, run.out / 'model', row)
+
+
+def make_optimisers(learner: nn.ModuleDict, settings: Settings) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024) for the matrices of attention and MLP, AdamW for the rest; `rate` of each group is its rate at full."""
+    named = dict(learner.named_parameters())
+    inner = {
+        name for name, weight in named.items() if weight.ndim == 2 and 'transformer_blocks' in name and ('.attn.' in name or '.ff' in name)
+    }
+    encoder = {name for name in named if name.startswith('vae.')}
+    rest = named.keys() - inner - encoder
+    rate, decay = settings.rate, settings.weight_decay
+    muon = torch.optim.Muon(
+        [{'params': [named[name] for name in sorted(inner)], 'rate': rate}], weight_decay=decay, adjust_lr_fn='match_rms_adamw'
+    )
+    groups: list[dict[str, Any]] = [
+        {'params': [named[name] for name in sorted(rest) if named[name].ndim > 1], 'rate': rate, 'weight_decay': decay},
+        {'params': [named[name] for name in sorted(rest) if named[name].ndim <= 1], 'rate': rate},
+        {'params': [named[name] for name in sorted(encoder)], 'rate': settings.encoder_rate},
+    ]
+    return [muon, torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, foreach=True)]
+
+
+@torch.no_grad()
+def follow(statistics: Tensor, latents: Tensor) -> None:
+    """Move mean and deviation (2,) a little towards those of the latents."""
+    statistics.lerp_(torch.stack([latents.float().mean(), latents.float().std()]), 0.02)
+
+
+def normalised(latents: Tensor, statistics: Tensor) -> Tensor:
+    mean, deviation = statistics.tolist()
+    return ((latents.float() - mean) / deviation).contiguous()
+
+
+def grouping_losses(maps: list[Tensor], masks: Tensor, counts: Tensor) -> dict[str, Tensor]:
+    """Mask and affinity loss, mean over the layers: (B, 77, h, w) each as shares of a pixel, (B, M, h, w), (B,)."""
+    cells = F.avg_pool2d(masks, 2)
+    return {
+        'mask': torch.stack([mask_loss(each, masks, counts) for each in maps]).mean(),
+        'affinity': torch.stack([affinity_loss(F.avg_pool2d(each, 2), cells) for each in maps]).mean(),
+    }
+
+
+def flow_loss(transformer: Any, z: Tensor, embeds: Tensor, pooled: Tensor, generator: torch.Generator) -> Tensor:
+    """Flow matching (Lipman et al. 2023) on latents (B, C, h, w), with SD3's logit-normal noise levels."""
+    sigma = torch.randn(len(z), generator=generator).sigmoid().to(z.device)
+    noise = torch.randn(z.shape, generator=generator).to(z.device)
+    mixed = z + sigma[:, None, None, None] * (noise - z)
+    with autocast(z.device):
+        velocity = transformer(mixed, embeds, pooled, sigma * 1000, return_dict=False)[0]
+    return F.mse_loss(velocity.float(), noise - z)
+
+
+def held_out(count: int = 8, height: int = 208, width: int = 320) -> list[Scene]:
+    """Scenes that no training draws, always the same."""
+    return [scene(np.random.default_rng((HELD_OUT, number)), height, width) for number in range(count)]
+
+
+@torch.no_grad()
+def draw_rebuilt(vae: Any, stage: Stage) -> None:
+    """OUT/autoencoder.sheet.png: held-out scenes and, below each, what the autoencoder makes of it."""
+    images = [each.image for each in held_out()]
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().to(stage.device) / 127.5 - 1
+    decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample
+    rebuilt = ((decoded + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    write_sheet(images, rebuilt, stage)
+
+
+def draw_regions(stage: Stage) -> None:
+    """OUT/together.sheet.png: held-out scenes and, below each, the regions that the model written so far finds in it."""
+    backbone = load(str(stage.out / 'model'), device=stage.device.type)
+    images = [each.image for each in held_out()]
+    write_sheet(images, [overlay(image, segment(image, backbone).labels) for image in images], stage)
+
+
+def write_sheet(above: Sequence[Array], below: Sequence[Array], stage: Stage) -> None:
+    """Pictures of one size, four in a row, each over its partner."""
+    columns = [np.concatenate(pair) for pair in zip(above, below, strict=True)]
+    rows = [np.concatenate(columns[start : start + 4], axis=1) for start in range(0, len(columns), 4)]
+    PIL.Image.fromarray(np.concatenate(rows)).save(stage.file('.sheet.png'))
 
 
 def encode(learner: nn.ModuleDict, tokenizers: tuple[Any, Any], captions: list[str]) -> tuple[Tensor, Tensor]:
@@ -277,88 +404,14 @@ def noised(z: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def token_maps(recorded: Any, shape: torch.Size) -> Tensor:
-    """The 77 maps of a layer as shares of each pixel, at twice the token grid, where the masks are: (B, 77, 2h, 2w)."""
+    """The 77 maps of a layer at twice the token grid, where the masks are: (B, 77, 2h, 2w)."""
     h, w = shape[2] // 2, shape[3] // 2
     maps = token_attention(recorded, h * w, text_columns(range(tiny.SLOTS), h * w), chunk=h * w)  # (B, h w, 77)
-    maps = F.interpolate(maps.transpose(1, 2).unflatten(2, (h, w)), scale_factor=2, mode='bilinear')
-    return share(maps)
-
-
-def schedule(step: int, steps: int, warmup: int) -> float:
-    """Linear warm-up, then half a cosine down to 2 %."""
-    return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
-
-
-def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimiser.param_groups:
-        group['lr'] = rate
+    return F.interpolate(maps.transpose(1, 2).unflatten(2, (h, w)), scale_factor=2, mode='bilinear')
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device.type, torch.bfloat16)
-
-
-def resume(run: Run, stage: str, model: nn.Module, optimiser: torch.optim.Optimizer, averaged: list[Tensor] | None = None) -> int:
-    """Load a stage's checkpoint if there is one; the step to go on with. Refuses one that was made with other settings."""
-    path = run.out / f'{stage}.pt'
-    if not path.exists():
-        return 0
-    state = torch.load(path, map_location=run.device, weights_only=True)
-    if state['made_with'] != made_with(run, stage):
-        raise click.UsageError(f'{path} was made with {state["made_with"]}, this run has {made_with(run, stage)}: choose another --out')
-    model.load_state_dict(state['model'])
-    optimiser.load_state_dict(state['optimiser'])
-    for weight, average in zip(averaged or [], state['averaged'], strict=True):
-        weight.copy_(average)
-    return int(state['step'])
-
-
-def made_with(run: Run, stage: str) -> str:
-    """What a checkpoint depends on; the autoencoder's not on the transformer's settings, so that it can be copied to another run."""
-    settings = dataclasses.asdict(run.settings)
-    if stage == 'autoencoder':
-        settings = {name: value for name, value in settings.items() if name.startswith('vae_') or name in ('seed', 'synthetic')}
-    return f'{settings} {run.data}'
-
-
-def finish_step(
-    run: Run, stage: str, step: int, steps: int, row: dict[str, float], model: nn.Module, optimiser: Any, averaged: Any = ()
-) -> None:
-    """Log the losses; now and then save a checkpoint and draw the curves."""
-    with (run.out / f'{stage}.csv').open('a', newline='') as file:
-        csv.writer(file).writerow(
-            [step, round(time.time(), 1), row.get('loss', row.get('mask')), row.get('flow', ''), row.get('affinity', '')]
-        )
-    if (step + 1) % 20 == 0:
-        click.echo(f'{stage} {step + 1}/{steps} ' + ' '.join(f'{name} {value:.4f}' for name, value in row.items()), err=True)
-    if (step + 1) % run.save_every == 0 or step + 1 == steps:
-        state = {'step': step + 1, 'model': model.state_dict(), 'optimiser': optimiser.state_dict(), 'averaged': list(averaged)}
-        partial = run.out / f'{stage}.pt.partial'
-        torch.save({**state, 'made_with': made_with(run, stage)}, partial)
-        partial.replace(run.out / f'{stage}.pt')
-        draw_curves(run, stage)
-
-
-def draw_curves(run: Run, stage: str) -> None:
-    """OUT/<stage>.png: the losses in OUT/<stage>.csv, each point the mean of 20 steps."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-
-    rows = list(csv.reader((run.out / f'{stage}.csv').open(newline='')))
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for column, name in ((2, 'autoencoder' if stage == 'autoencoder' else 'mask'), (3, 'flow matching'), (4, 'affinity')):
-        points = [(int(row[0]), float(row[column])) for row in rows if row[column]]
-        means = [np.mean(points[i : i + 20], axis=0) for i in range(0, len(points), 20)]
-        if means:
-            axes.plot(*zip(*means, strict=True), label=name)
-    axes.set_xlabel('step')
-    axes.set_ylabel('loss')
-    axes.set_yscale('log')
-    axes.legend()
-    figure.savefig(run.out / f'{stage}.png', dpi=120)
-    pyplot.close(figure)
 
 
 if __name__ == '__main__':

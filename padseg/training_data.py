@@ -1,4 +1,4 @@
-"""Training examples with soft region masks: synthetic scenes, and crops of annotated photographs with foreign regions pasted in."""
+"""Training examples with soft masks of regions or of named classes: synthetic scenes, and annotated photographs with foreign regions."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from padseg.errors import NoImages
+from padseg.scenes import CLASSES
+from padseg.scenes import Scene
 from padseg.scenes import scene
 from padseg.types import Array
 
@@ -19,6 +21,7 @@ VIEWS = ((256, 256), (208, 320), (320, 208))  # height, width in pixels: all nea
 VIEW_SHARES = (0.3, 0.5, 0.2)
 CELL = 8  # pixels a side of one cell of the masks: half an image token
 MAX_MASKS = 24  # the largest regions; the rest is left out of the loss
+SLOTS = 77  # tokens of a CLIP prompt, of which the first is the start token
 VOID = 255  # ignored by convention in 8-bit label maps with classes
 
 
@@ -31,12 +34,27 @@ class Photographs(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """images: (B, 3, H, W) in -1..1; masks: (B, MAX_MASKS, H/CELL, W/CELL) uint8, share of a cell in 0..64; counts: (B,) masks in use."""
+    """images: (B, 3, H, W) in -1..1; masks: (B, MAX_MASKS, H/CELL, W/CELL) uint8, share of a cell in 0..64; counts: (B,) masks in use.
+
+    prompts: B texts; where one is not empty its words name the masks, and words (B, MAX_MASKS, SLOTS) holds the weights with which
+    the maps of the prompt's tokens are averaged for each mask. captions: B texts that say what a scene shows, empty for photographs.
+    """
 
     images: Tensor
     masks: Tensor
     counts: Tensor
     captions: list[str]
+    prompts: list[str]
+    words: Tensor
+
+
+class Example(NamedTuple):
+    """image: (H, W, 3) uint8; masks: (M, H/CELL, W/CELL) uint8; caption: what it shows; names: the masks' classes in the prompt, or none."""
+
+    image: Array
+    masks: Array
+    caption: str = ''
+    names: tuple[str, ...] = ()
 
 
 def photographs(argument: str) -> Photographs:
@@ -55,24 +73,54 @@ def photographs(argument: str) -> Photographs:
     return Photographs(tuple(pairs), float(rest[0]) if rest else 1.0, int(rest[1]) if len(rest) > 1 else None)
 
 
-def batch(seed: int, index: int, size: int, folders: Sequence[Photographs], synthetic: float) -> Batch:
-    """The examples number `index` of a training run, a pure function of its arguments; all have one view."""
+def batch(seed: int, index: int, size: int, folders: Sequence[Photographs], synthetic: float, named: float = 0.0) -> Batch:
+    """The examples number `index` of a training run, a pure function of its arguments; all have one view.
+
+    synthetic: share of scenes, where there are photographs; named: share of the scenes whose masks are classes that the prompt names.
+    """
     rng = np.random.default_rng((seed, index))
     view = VIEWS[rng.choice(len(VIEWS), p=VIEW_SHARES)]
-    images, masks, counts, captions = [], [], [], []
+    examples = []
     for _ in range(size):
-        if not folders or rng.random() < synthetic:
-            drawn = scene(rng, *view)
-            image, labels, caption = drawn.image, drawn.labels, drawn.caption
+        if folders and rng.random() >= synthetic:
+            image, labels = photograph(rng, folders, view)
+            examples.append(Example(image, soft_masks(labels)))
+            continue
+        drawn = scene(rng, *view)
+        if rng.random() < named:
+            names = prompt_names(rng, drawn)
+            examples.append(Example(drawn.image, class_masks(drawn, names), drawn.caption, names))
         else:
-            image, labels, caption = *photograph(rng, folders, view), ''
-        soft = soft_masks(labels)
-        images.append(image)
-        counts.append(len(soft))
-        masks.append(np.pad(soft, ((0, MAX_MASKS - len(soft)), (0, 0), (0, 0))))
-        captions.append(caption)
-    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, H, W)
-    return Batch(pixels, torch.from_numpy(np.stack(masks)), torch.tensor(counts), captions)
+            examples.append(Example(drawn.image, soft_masks(drawn.labels), drawn.caption))
+    pixels = np.stack([example.image for example in examples])
+    masks = np.stack([np.pad(each.masks, ((0, MAX_MASKS - len(each.masks)), (0, 0), (0, 0))) for each in examples])
+    return Batch(
+        torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1,
+        torch.from_numpy(masks),
+        torch.tensor([len(example.masks) for example in examples]),
+        [example.caption for example in examples],
+        [' '.join(example.names) for example in examples],
+        torch.from_numpy(np.stack([word_weights(example.names) for example in examples])),
+    )
+
+
+def prompt_names(rng: np.random.Generator, drawn: Scene) -> tuple[str, ...]:
+    """The classes that a scene shows and up to three others, in random order."""
+    shown = list(dict.fromkeys(drawn.names))
+    absent = [name for name in CLASSES if name not in shown]
+    names = shown[: MAX_MASKS - 3] + [absent[i] for i in rng.permutation(len(absent))[: rng.integers(4)]]
+    return tuple(names[i] for i in rng.permutation(len(names)))
+
+
+def word_weights(names: Sequence[str]) -> Array:
+    """Which slots of the prompt hold each name, (MAX_MASKS, SLOTS) float32 with rows that sum to 1: every word is one token."""
+    weights = np.zeros((MAX_MASKS, SLOTS), np.float32)
+    slot = 1  # after the start token
+    for row, name in enumerate(names):
+        count = len(name.split())
+        weights[row, slot : slot + count] = 1 / count
+        slot += count
+    return weights
 
 
 def photograph(rng: np.random.Generator, folders: Sequence[Photographs], view: tuple[int, int]) -> tuple[Array, Array]:
@@ -141,11 +189,22 @@ def recolour(rng: np.random.Generator, image: Array) -> Array:
 
 def soft_masks(labels: Array) -> Array:
     """How much of each cell every region covers: (H, W) -> (M, H/CELL, W/CELL) uint8 in 0..CELL², largest regions first, < 0 left out."""
-    rows, columns = labels.shape[0] // CELL, labels.shape[1] // CELL
     names, areas = np.unique(labels[labels >= 0], return_counts=True)
     kept = names[np.argsort(-areas, kind='stable')[:MAX_MASKS]]
     order = np.full(int(max(labels.max(), 0)) + 2, len(kept))  # the last place of the table also serves -1
     order[kept] = np.arange(len(kept))
+    return covered(order[labels], len(kept))
+
+
+def class_masks(drawn: Scene, names: Sequence[str]) -> Array:
+    """How much of each cell every class covers: (len(names), H/CELL, W/CELL) uint8 in 0..CELL²."""
+    order = np.array([names.index(name) if name in names else len(names) for name in drawn.names])
+    return covered(order[drawn.labels], len(names))
+
+
+def covered(numbers: Array, count: int) -> Array:
+    """Pixels of each cell that have each number 0..count-1; `count` itself is left out: (H, W) -> (count, H/CELL, W/CELL) uint8."""
+    rows, columns = numbers.shape[0] // CELL, numbers.shape[1] // CELL
     cells = np.arange(rows * columns).reshape(rows, columns).repeat(CELL, 0).repeat(CELL, 1)
-    counts = np.bincount((order[labels] * rows * columns + cells).ravel(), minlength=(len(kept) + 1) * rows * columns)
-    return counts.reshape(-1, rows, columns)[: len(kept)].astype(np.uint8)
+    counts = np.bincount((numbers * rows * columns + cells).ravel(), minlength=(count + 1) * rows * columns)
+    return counts.reshape(-1, rows, columns)[:count].astype(np.uint8)

@@ -6,10 +6,12 @@ import itertools
 import math
 
 import numpy as np
+import pytest
 import torch
 
 from padseg.mask_loss import mask_loss
 from padseg.mask_loss import match
+from padseg.mask_loss import named_mask_loss
 from padseg.mask_loss import share
 
 
@@ -81,3 +83,21 @@ def test_gradient_reaches_only_matched_tokens_and_their_rivals():
     logits = maps.log().requires_grad_()
     mask_loss(logits.softmax(1), truth, counts).backward()
     assert torch.isfinite(logits.grad).all() and logits.grad.abs().sum() > 0
+
+
+def test_named_masks_are_not_matched():
+    """Two names with their pixels exchanged cost what two wrong maps cost, though a matching would find them perfect."""
+    masks = torch.zeros((1, 3, 2, 2))
+    masks[0, 0, 0], masks[0, 1, 1] = 1, 1  # upper half, lower half, and a name that the picture does not show
+    right = masks.clone()
+    exchanged = masks[:, [1, 0, 2]]
+    assert named_mask_loss(right, masks) == pytest.approx(0, abs=1e-4)
+    assert named_mask_loss(exchanged, masks) > 5
+    assert mask_loss(exchanged, masks[:, :2], torch.tensor([2])) == pytest.approx(0, abs=1e-4)
+
+
+def test_a_named_loss_by_hand():
+    """Half of each pixel to the right name, half to one that is not there: -log 0.5, and 1 - Dice of 2 * 0.5 / (0.5 + 1)."""
+    masks = torch.tensor([[[[1.0, 1.0]], [[0.0, 0.0]]]])
+    maps = torch.full((1, 2, 1, 2), 0.5)
+    assert named_mask_loss(maps, masks) == pytest.approx(math.log(2) + 1 - 2 / 3, abs=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import pathlib
 import subprocess
@@ -52,7 +53,6 @@ def test_the_loss_sees_the_maps_that_inference_reads(backbone):
     import torch
 
     from padseg.attention import watch
-    from padseg.mask_loss import share
     from padseg.maps import attention_maps
     from padseg.train_tiny import token_maps
 
@@ -60,15 +60,15 @@ def test_the_loss_sees_the_maps_that_inference_reads(backbone):
     with torch.no_grad(), watch({2: backbone.attention_module(2)}) as seen:
         backbone.denoise(z, 50.0)
     expected = torch.nn.functional.interpolate(attention_maps(z, 50.0, backbone, 2), scale_factor=2, mode='bilinear')
-    torch.testing.assert_close(token_maps(seen[2], z.shape), share(expected))
+    torch.testing.assert_close(token_maps(seen[2], z.shape), expected)
 
 
 def test_what_is_written(trained):
-    for name in ('autoencoder.png', 'transformer.png', 'autoencoder.pt', 'transformer.pt'):
+    for name in ('autoencoder.png', 'together.png', 'autoencoder.pt', 'together.pt', 'autoencoder.sheet.png', 'together.sheet.png'):
         assert (trained / name).stat().st_size > 1000
-    rows = list(csv.reader((trained / 'transformer.csv').open(newline='')))
-    assert [row[0] for row in rows] == ['0', '1', '2']
-    assert all(0 < float(row[2]) < 10 for row in rows)
+    rows = list(csv.DictReader((trained / 'together.csv').open(newline='')))
+    assert [row['step'] for row in rows] == ['0', '1', '2']
+    assert all(0 < float(row['mask']) < 10 for row in rows)
     size = sum(path.stat().st_size for path in (trained / 'model').rglob('*') if path.is_file())
     assert size < 32e6
 
@@ -80,7 +80,7 @@ def test_a_stopped_run_goes_on_exactly(trained, tmp_path):
     process = subprocess.Popen(
         [*command, '--steps', '3'], env=environment, cwd=pathlib.Path(__file__).parent.parent, stderr=subprocess.DEVNULL
     )
-    while not (tmp_path / 'transformer.pt').exists() and process.poll() is None:
+    while not (tmp_path / 'together.pt').exists() and process.poll() is None:
         pass
     process.kill()
     process.wait()
@@ -93,5 +93,54 @@ def test_a_stopped_run_goes_on_exactly(trained, tmp_path):
 
 
 def test_a_checkpoint_of_other_settings_is_refused(trained):
-    result = train(trained, '--steps', '4', check=False)
+    result = train(trained, '--steps', '3', '--seed', '1', check=False)
     assert result.returncode == 2 and 'choose another --out' in result.stderr
+
+
+def test_the_averaged_weights_are_written(trained):
+    import torch
+    from torch import nn
+
+    from padseg import tiny
+    from padseg.train_tiny import WORDS
+
+    state = torch.load(trained / 'together.pt', weights_only=True)
+    names = [name for name, _ in nn.ModuleDict(tiny.build(WORDS)._asdict()).named_parameters()]
+    averaged = dict(zip(names, state['averaged'], strict=True))
+    written = load_file(trained / 'model/vae/diffusion_pytorch_model.safetensors')
+    for name, tensor in written.items():
+        torch.testing.assert_close(tensor, averaged[f'vae.{name}'].half())
+    mean, deviation = state['model']['statistics'].tolist()
+    config = json.loads((trained / 'model/vae/config.json').read_text())
+    assert (config['shift_factor'], config['scaling_factor']) == pytest.approx((mean, 1 / deviation))
+
+
+def test_latents_of_a_growing_spread_stay_normal():
+    import torch
+
+    from padseg.train_tiny import follow
+    from padseg.train_tiny import normalised
+
+    statistics = torch.tensor([0.0, 1.0])
+    latents = torch.randn((4, 16, 8, 8), generator=torch.Generator().manual_seed(0)) * 3 + 2
+    for _ in range(400):
+        follow(statistics, latents)
+    z = normalised(latents, statistics)
+    assert float(z.mean()) == pytest.approx(0, abs=0.02) and float(z.std()) == pytest.approx(1, abs=0.02)
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_every_weight_is_learnt_once():
+    from torch import nn
+
+    from padseg import tiny
+    from padseg.train_tiny import WORDS
+    from padseg.train_tiny import Settings
+    from padseg.train_tiny import make_optimisers
+
+    learner = nn.ModuleDict(tiny.build(WORDS)._asdict())
+    muon, adam = make_optimisers(learner, Settings())
+    of_muon, of_adam = ([id(weight) for group in each.param_groups for weight in group['params']] for each in (muon, adam))
+    assert sorted(of_muon + of_adam) == sorted(id(weight) for weight in learner.parameters())
+    block = learner['transformer'].transformer_blocks[2]
+    assert {id(block.attn.to_q.weight), id(block.ff.net[2].weight)} <= set(of_muon)
+    assert id(block.norm1.linear.weight) in of_adam and id(block.attn.to_q.bias) in of_adam

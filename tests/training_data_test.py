@@ -8,15 +8,20 @@ import pytest
 import torch
 
 from padseg.errors import NoImages
+from padseg.scenes import CLASSES
+from padseg.scenes import Scene
 from padseg.training_data import CELL
 from padseg.training_data import MAX_MASKS
+from padseg.training_data import SLOTS
 from padseg.training_data import VIEWS
 from padseg.training_data import batch
+from padseg.training_data import class_masks
 from padseg.training_data import crop
 from padseg.training_data import paste
 from padseg.training_data import photographs
 from padseg.training_data import recolour
 from padseg.training_data import soft_masks
+from padseg.training_data import word_weights
 
 
 @pytest.fixture
@@ -127,3 +132,41 @@ def test_recolour_keeps_shape_and_moves_values():
     assert all(each.shape == image.shape and each.dtype == np.uint8 for each in changed)
     grey = [np.ptp(each.astype(int), axis=2).max() == 0 for each in changed]
     assert any(grey) and not all(grey)
+
+
+def test_named_scenes_have_a_mask_for_each_word_of_the_prompt():
+    """The prompt of a named scene lists its classes and some others; masks are the classes' pixels, counted here one by one."""
+    examples = batch(0, 3, 6, [], 1.0, named=1.0)
+    plain = batch(0, 3, 6, [], 1.0, named=0.0)
+    assert plain.prompts == [''] * 6 and not plain.words.any()
+    for prompt, masks, count, words in zip(examples.prompts, examples.masks, examples.counts.tolist(), examples.words, strict=True):
+        names = prompt.split()
+        assert len(names) == len(set(names)) == count
+        for row in range(MAX_MASKS):
+            assert torch.equal(words[row].nonzero().flatten(), torch.tensor([row + 1] if row < count else [], dtype=torch.int64))
+        assert (masks.sum(0) == CELL * CELL).all()  # every pixel has a class
+        assert not masks[count:].any()
+
+
+def test_the_mask_of_a_name_is_the_union_of_its_regions():
+    labels = np.zeros((2 * CELL, 2 * CELL), np.int32)
+    labels[:CELL, CELL:] = 1
+    labels[CELL:, CELL : CELL + 2] = 2
+    drawn = Scene(np.zeros((*labels.shape, 3), np.uint8), labels, ('grass', 'disk', 'disk'), '')
+    masks = class_masks(drawn, ('star', 'disk', 'grass'))
+    assert masks.tolist() == [[[0, 0], [0, 0]], [[0, 64], [0, 16]], [[64, 0], [64, 48]]]
+
+
+def test_names_of_several_words_share_their_slots():
+    weights = word_weights(('traffic light', 'cat'))
+    assert weights[0, 1:4].tolist() == [0.5, 0.5, 0.0] and weights[1, 1:4].tolist() == [0.0, 0.0, 1.0]
+    assert weights.shape == (MAX_MASKS, SLOTS) and not weights[2:].any()
+
+
+def test_every_word_is_one_token_where_its_weight_says():
+    from padseg import tiny
+    from padseg.train_tiny import WORDS
+
+    for tokenizer in tiny.tokenizers(WORDS):
+        for name in CLASSES:
+            assert len(tokenizer(name).input_ids) == 2 + len(name.split())
