@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from padseg.backbones import load as load
     from padseg.evaluate import evaluate as evaluate
     from padseg.exports import export as export
+    from padseg.label import label as label
     from padseg.labels import label_map as label_map
     from padseg.maps import token_maps as token_maps
+    from padseg.options import LabelOptions as LabelOptions
     from padseg.options import Options as Options
     from padseg.proposals import merge as merge
     from padseg.segment import segment as segment
@@ -23,14 +25,16 @@ __version__ = '0.1.0'
 HOMES = {
     'load': 'padseg.backbones',
     'Options': 'padseg.options',
+    'LabelOptions': 'padseg.options',
     'segment': 'padseg.segment',
     'token_maps': 'padseg.maps',
     'merge': 'padseg.proposals',
+    'label': 'padseg.label',
     'label_map': 'padseg.labels',
     'export': 'padseg.exports',
     'evaluate': 'padseg.evaluate',
 }
-__all__ = ['Options', 'evaluate', 'export', 'label_map', 'load', 'merge', 'segment', 'token_maps']
+__all__ = ['LabelOptions', 'Options', 'evaluate', 'export', 'label', 'label_map', 'load', 'merge', 'segment', 'token_maps']
 
 
 def __getattr__(name: str) -> Any:

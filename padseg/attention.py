@@ -71,28 +71,37 @@ def watch(modules: Mapping[int, nn.Module], stop: bool = True) -> Iterator[dict[
         raise PadsegError(f'no attention recorded in layer {missing}: padseg needs the default attention processors and native backend')
 
 
-def token_attention(seen: QueryKey, queries: int, picked: Sequence[int], chunk: int = CHUNK) -> Tensor:
-    """Mean over heads of the softmax over all keys, for the first `queries` queries and the picked keys: (B, queries, T) float32.
+def token_attention(
+    seen: QueryKey,
+    queries: int,
+    picked: Sequence[int],
+    chunk: int = CHUNK,
+    first: int = 0,
+    head: int | None = None,
+    softmax: bool = True,
+) -> Tensor:
+    """Mean over heads of the softmax over all keys, for `queries` queries from `first` on and the picked keys: (B, queries, T) float32.
 
-    Only the (B, chunk, L) scores of one head exist at any moment; all is float32 whatever the inputs are.
+    head: one head instead of the mean; softmax: False leaves the scores as they are. Only the (B, chunk, L) scores of one head exist at
+    any moment; all is float32 whatever the inputs are.
     """
     query, key, mask = seen
-    if not 0 < queries <= query.shape[2]:
-        raise ValueError(f'queries must be in 1..{query.shape[2]}; got {queries}')
-    heads, scale = query.shape[1], query.shape[-1] ** -0.5
+    if not 0 < queries <= query.shape[2] - first:
+        raise ValueError(f'queries must be in 1..{query.shape[2] - first}; got {queries}')
+    heads, scale = range(query.shape[1]) if head is None else [head], query.shape[-1] ** -0.5
     columns = torch.as_tensor(picked, device=key.device)
     total: list[Tensor] = []
-    for head in range(heads):  # one by one, so that the scores of a chunk stay in the processor's cache
-        keys = key[:, head].float().transpose(1, 2)  # (B, d, L)
+    for number in heads:  # one by one, so that the scores of a chunk stay in the processor's cache
+        keys = key[:, number].float().transpose(1, 2)  # (B, d, L)
         parts = []
-        for start in range(0, queries, chunk):
-            rows = slice(start, min(start + chunk, queries))
-            scores = (query[:, head, rows].float() * scale) @ keys  # (B, chunk, L)
+        for start in range(first, first + queries, chunk):
+            rows = slice(start, min(start + chunk, first + queries))
+            scores = (query[:, number, rows].float() * scale) @ keys  # (B, chunk, L)
             if mask is not None:
-                scores = scores + of_head(mask, head, rows)
-            parts.append(scores.softmax(-1)[..., columns])  # (B, chunk, T)
+                scores = scores + of_head(mask, number, rows)
+            parts.append((scores.softmax(-1) if softmax else scores)[..., columns])  # (B, chunk, T)
         total = [torch.cat(parts, 1) if not total else total[0] + torch.cat(parts, 1)]
-    return total[0] / heads  # (B, queries, T)
+    return total[0] / len(heads)  # (B, queries, T)
 
 
 def of_head(mask: Tensor, head: int, rows: slice) -> Tensor:
@@ -106,7 +115,8 @@ class _ByRows(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.scaled_dot_product_attention and _plain(*args, **(kwargs or {})):
-            return attention_by_rows(*args, **(kwargs or {}))
+            compute = _as_one_step if torch.compiler.is_compiling() else attention_by_rows
+            return compute(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -133,3 +143,18 @@ def attention_by_rows(query: Tensor, key: Tensor, value: Tensor, *_: Any, rows: 
                 scores = (query[batch, head, part] * scale) @ keys  # (rows, L)
                 torch.matmul(scores.softmax(-1), values, out=out[batch, head, part])
     return out
+
+
+@torch.library.custom_op('padseg::attention_by_rows', mutates_args=())
+def _step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return attention_by_rows(query, key, value)
+
+
+@_step.register_fake
+def _shape(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+def _as_one_step(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    """The same for torch.compile, which would write out every head and chunk of rows."""
+    return _step(query, key, value)

@@ -14,7 +14,7 @@ from padseg.errors import PadsegError
 from padseg.versions import versions
 
 # Modules of padseg.commands, imported when asked for.
-COMMANDS = ('run', 'merge', 'export', 'eval', 'models', 'doctor')
+COMMANDS = ('run', 'label', 'merge', 'export', 'eval', 'models', 'doctor')
 INTERRUPTED = 130
 
 
@@ -41,7 +41,7 @@ def show_version(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 @click.group(cls=Commands, context_settings={'help_option_names': ['-h', '--help'], 'max_content_width': 120})
 @click.option('--version', is_flag=True, is_eager=True, expose_value=False, callback=show_version, help='Show the versions and exit.')
 def group() -> None:
-    """Mask proposals for pictures, from the attention of a diffusion transformer to its padding tokens."""
+    """Masks for pictures, from the attention of a diffusion transformer to its padding tokens; and names for masks, to words."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

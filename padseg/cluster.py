@@ -26,6 +26,7 @@ from padseg.errors import ResourceExhausted
 from padseg.errors import UsageError
 from padseg.images import Found
 from padseg.job import Job
+from padseg.job import last_layer
 from padseg.records import Entry
 from padseg.records import Run
 from padseg.records import differences
@@ -34,6 +35,7 @@ from padseg.signals import Stop
 from padseg.stages import Segmenter
 from padseg.stages import Taken
 from padseg.stages import by_model
+from padseg.stages import method_of
 from padseg.stages import save
 from padseg.stages import segmented
 from padseg.stages import take
@@ -216,12 +218,12 @@ class Model:
         torch.set_num_threads(self.record.threads)  # sums may be rounded otherwise with another number
         there = self.record.settings
         job, record = self.job, self.record
-        revision, layer = record.model.revision, job.options.layer
-        backbone = load(job.model, revision=revision, device=self.device, dtype=record.dtype, layer=layer, vae=job.vae)
+        revision, layer = record.model.revision, last_layer(job.options, job.model, record.model.revision)
+        backbone = load(job.model, revision=revision, device=self.device, dtype=record.dtype, layer=layer, vae=job.vae, compile=job.compile)
         here = {**there, 'weights': backbone.identity.weights, 'dtype': str(backbone.dtype).removeprefix('torch.')}
         if here != there:
             raise OutputConflict(f'{os.uname().nodename} has another {self.job.model} ({"; ".join(differences(there, here))})')
-        return partial(by_model, backbone, self.job.options)
+        return partial(by_model, method_of(backbone, job))
 
     def __call__(self, rows: pyarrow.Table) -> pyarrow.Table:
         import pyarrow

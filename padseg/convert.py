@@ -19,6 +19,7 @@ from padseg.exports.regions import Picture
 from padseg.exports.regions import Place
 from padseg.images import ImageError
 from padseg.images import file_and_frame
+from padseg.job import classes_from
 from padseg.job import reading_from
 from padseg.records import Entry
 from padseg.records import Run
@@ -89,6 +90,7 @@ def place_of(out: Path, run: Run, done: Collection[str], folder: Path, images: P
         images=source.parent if source.is_file() else source,
         reading=reading_from(run.settings),
         names=tuple(done),
+        classes=classes_from(run.settings),
         made_by={'version': run.padseg, 'model': run.model.model, 'revision': run.model.revision, 'weights': run.model.weights},
     )
 

@@ -14,7 +14,12 @@ from typing import NamedTuple
 import torch
 
 from padseg.backbones import DTYPES
-from padseg.backbones import sd3
+from padseg.backbones import family_of
+from padseg.backbones.loading import check
+from padseg.backbones.null_prompt import prompt_is_cached
+from padseg.backbones.parts import choose_device
+from padseg.backbones.parts import choose_dtype
+from padseg.backbones.parts import tensors_needed
 from padseg.backbones.source import MAIN
 from padseg.backbones.source import MAIN_PARTS
 from padseg.backbones.source import TEXT
@@ -96,9 +101,9 @@ def examine(model: str, revision: str | None, device: str | None, dtype: str | N
 
     if dtype not in (None, *DTYPES):
         raise UsageError(f'dtype is one of {", ".join(DTYPES)}; got {dtype}')
-    place = sd3.choose_device(device)
+    place = choose_device(device)
     state, source = model_state(model, revision)
-    kind = dtype or (choose_dtype(place, source) if source or place.type == 'cpu' else None)
+    kind = dtype or (chosen_dtype(place, source) if source or place.type == 'cpu' else None)
     report = Report(
         versions=versions(),
         platform=platform.platform(),
@@ -130,7 +135,7 @@ def model_state(model: str, revision: str | None = None) -> tuple[State, Source 
     source = None
     try:
         source = locate(model, revision, fetch=False)
-        sd3.check(source)
+        check(family_of(source.spec), source)
     except ModelUnavailable as error:
         here = State(error.state, str(error))
         spec, wanted = named(model, revision)
@@ -175,17 +180,17 @@ def ask_hub(repo: str, revision: str | None, here: State) -> State:
     return State(DOWNLOADABLE, f'the hub grants it: the first run downloads {amount}', commit=info.sha, download=total)
 
 
-def choose_dtype(place: torch.device, source: Source | None) -> str:
+def chosen_dtype(place: torch.device, source: Source | None) -> str:
     """Name of the dtype that `load` chooses."""
     paths = weight_files(source.folder, MAIN_PARTS) if source else []
-    return str(sd3.choose_dtype(place, sum(path.stat().st_size for path in paths))).removeprefix('torch.')
+    return str(choose_dtype(place, sum(path.stat().st_size for path in paths))).removeprefix('torch.')
 
 
 def reckon(source: Source, place: torch.device, dtype: str) -> Memory:
-    """The weights alone. On another device they pass through the computer's memory part by part; text encoders stay there, in float32."""
-    size = getattr(torch, dtype).itemsize
-    parts = [size * sum(map(math.prod, sd3.tensors_needed(source, part).values())) for part in ('transformer', 'vae')]
-    prompt = 0 if sd3.prompt_is_cached(source) else torch.float32.itemsize * parameters(source.folder, TEXT_PARTS)
+    """The weights alone. On another device they pass through the computer's memory part by part; text encoders stay there."""
+    family, size = family_of(source.spec), getattr(torch, dtype).itemsize
+    parts = [size * sum(map(math.prod, tensors_needed(family, source, part).values())) for part in ('transformer', 'vae')]
+    prompt = 0 if prompt_is_cached(source) else family.TEXT_DTYPE.itemsize * parameters(source.folder, TEXT_PARTS)
     if place.type == 'cpu':
         return Memory(sum(parts), sum(parts) + prompt)
     return Memory(sum(parts), max(*parts, prompt))

@@ -23,6 +23,7 @@ from padseg.errors import NoImages
 from padseg.errors import OutputConflict
 from padseg.errors import ResourceExhausted
 from padseg.errors import UsageError
+from padseg.exports.classes import write_classes
 from padseg.exports.files import full_disk
 from padseg.exports.files import sweep
 from padseg.images import Found
@@ -31,6 +32,9 @@ from padseg.images import find
 from padseg.images import frames_of
 from padseg.images import ignores_case
 from padseg.job import Job
+from padseg.job import classes_from
+from padseg.job import last_layer
+from padseg.job import naming_settings
 from padseg.job import outputs
 from padseg.job import plain
 from padseg.job import reading_settings
@@ -70,6 +74,7 @@ from padseg.stages import Segmenter
 from padseg.stages import Taken
 from padseg.stages import by_maps
 from padseg.stages import by_model
+from padseg.stages import method_of
 from padseg.stages import save
 from padseg.stages import segmented
 from padseg.stages import take
@@ -199,6 +204,8 @@ def start(job: Job, pending: list[Found], earlier: Run | None, stop: Stop) -> tu
     """The run in words, and the records of its pictures, which are made when they are asked for."""
     segmenter, record = prepare(job, earlier)
     write_run(record, home(job.out, job.selection.shard) / 'run.json')
+    if job.classes:
+        write_classes(job.classes, job.out / 'classes.json')
     warn_if_short(job, pending, int(str(record.settings['side'])))
     if job.engine == 'ray':  # whose actors load the model: the one here is let go
         return record, results_on_ray(job, record, pending, stop, job.address)
@@ -235,10 +242,11 @@ def from_model(job: Job) -> tuple[Segmenter, Run]:
 
     from padseg.backbones import load
 
-    backbone = load(job.model, revision=job.revision, device=job.device, dtype=job.dtype, layer=job.options.layer, vae=job.vae)
+    layer = last_layer(job.options, job.model, job.revision)
+    backbone = load(job.model, revision=job.revision, device=job.device, dtype=job.dtype, layer=layer, vae=job.vae, compile=job.compile)
     dtype = str(backbone.dtype).removeprefix('torch.')
-    settings: dict[str, Setting] = {'weights': backbone.identity.weights, 'dtype': dtype, **plain(job.options.resolve(backbone.spec))}
-    settings |= reading_settings(job.reading)
+    settings: dict[str, Setting] = {'weights': backbone.identity.weights, 'dtype': dtype, 'compile': job.compile}
+    settings |= plain(job.options.resolve(backbone.spec)) | naming_settings(job) | reading_settings(job.reading)
     record = Run(
         padseg=__version__,
         source=str(job.source.resolve()),
@@ -254,7 +262,7 @@ def from_model(job: Job) -> tuple[Segmenter, Run]:
         batch=job.batch,
         started=now(),
     )
-    return partial(by_model, backbone, job.options), record
+    return partial(by_model, method_of(backbone, job)), record
 
 
 def from_maps(job: Job) -> tuple[Segmenter, Run]:
@@ -263,6 +271,8 @@ def from_maps(job: Job) -> tuple[Segmenter, Run]:
     made = read_run(job.maps / 'run.json')
     if made is None or not (job.maps / 'maps').is_dir():
         raise NoImages(f'{job.maps} holds no token maps: make them by `padseg run --save-maps --out {job.maps}`')
+    if classes_from(made.settings):
+        raise UsageError(f'{job.maps} holds maps of classes: `padseg label` makes them into other label maps')
     settings = {**made.settings, **{name: value for name, value in plain(job.options).items() if name in LATER and value is not None}}
     known = {name: entry_of(record).sha256 for name, record in all_records(job.maps).items()}
     resolved = resolved_from(settings)

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import NamedTuple
 
+import numpy as np
+
 from padseg.datasets import Dataset
 from padseg.datasets import Sample
 from padseg.datasets import label_folder
@@ -40,6 +42,7 @@ from padseg.scores import score_classes
 from padseg.scores import score_regions
 
 if TYPE_CHECKING:
+    from padseg.predict import NamePredictor
     from padseg.predict import Predictor
     from padseg.types import Array
     from padseg.types import Image
@@ -107,7 +110,7 @@ def score_pair(task: Task, pair: tuple[Sample, dict[str, Path]]) -> Picture:
     return score_sample(task._replace(preds=preds), sample)
 
 
-def score_sample(task: Task, sample: Sample, predictor: Predictor | None = None) -> Picture:
+def score_sample(task: Task, sample: Sample, predictor: Predictor | NamePredictor | None = None) -> Picture:
     """The record of one picture, from its stored label map or from the predictor; a file that cannot be read makes it a failed one."""
     stamp = stamp_of(*sample.truths, sample.image if predictor else task.preds[sample.name])
     try:
@@ -117,12 +120,21 @@ def score_sample(task: Task, sample: Sample, predictor: Predictor | None = None)
     except (ImageError, UnreadableLabels, OSError) as error:
         return Picture(name=sample.name, stamp=stamp, status='failed', reason=str(error))
     where = view(size, task.rules.compare)
-    preds = predictor(sample.name, source, where) if predictor else [seen_prediction(source, where)]
+    preds = predictor(sample.name, source, where, present(task, sample, truths)) if predictor else [seen_prediction(source, where)]
     if task.dataset.classes:
         record = score_classes(sample.name, preds[0], seen(classes_of(task, sample, truths[0]), where), task.classes, task.rules)
     else:
         record = score_regions(sample.name, preds, [seen(truth, where) for truth in truths])
     return record.model_copy(update={'stamp': stamp})
+
+
+def present(task: Task, sample: Sample, truths: Sequence[Array]) -> list[int]:
+    """The classes that a ground truth still has when it is reduced to a short edge of 640 pixels, as Seg4Diff's released code sees it."""
+    if not task.dataset.classes:
+        return []
+    classes = classes_of(task, sample, truths[0])
+    reduced = seen(classes, view(classes.shape, 'short-640'))
+    return [number for number in np.unique(reduced).tolist() if number >= 0]
 
 
 def classes_of(task: Task, sample: Sample, raw: Array) -> Array:

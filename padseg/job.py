@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import sys
 from pathlib import Path
@@ -13,8 +14,10 @@ import PIL.ImageColor
 from padseg.errors import UsageError
 from padseg.exports import FORMATS
 from padseg.images import Reading
+from padseg.options import LabelOptions
 from padseg.options import Options
 from padseg.options import Resolved
+from padseg.options import ResolvedLabels
 from padseg.records import Setting
 from padseg.selection import Selection
 
@@ -23,7 +26,8 @@ ENGINES = ('local', 'ray')
 
 
 class Job(NamedTuple):
-    """What `padseg run` is asked to do: source, a folder or one picture; out, where results go; model … vae as for `load`.
+    """What `padseg run` or `padseg label` is asked to do: source, a folder or one picture; out, where results go; model … compile as for
+    `load`. classes: names that are looked for, with LabelOptions; none for regions without names.
 
     workers: threads that read pictures ahead, and as many that write results behind the model. checksum: a picture is unchanged if its
     content is, not if size and time of change are. retry_failed: whether pictures that failed are tried again though they are unchanged.
@@ -33,12 +37,14 @@ class Job(NamedTuple):
 
     source: Path
     out: Path
-    options: Options = Options()
+    options: Options | LabelOptions = Options()
+    classes: tuple[str, ...] = ()
     model: str = 'tiny'
     revision: str | None = None
     device: str | None = None
     dtype: str | None = None
     vae: str | None = None
+    compile: bool = False
     batch: int = 1
     overlay: bool = False
     save_maps: bool = False
@@ -68,9 +74,29 @@ def requested(job: Job) -> dict[str, Setting]:
         'revision': job.revision,
         'dtype': job.dtype,
         'vae': job.vae,
+        'compile': job.compile,
         **plain(job.options),
+        **naming_settings(job),
         **reading_settings(job.reading),
     }
+
+
+def naming_settings(job: Job) -> dict[str, Setting]:
+    return {'classes': json.dumps(job.classes, ensure_ascii=False)} if job.classes else {}
+
+
+def classes_from(settings: dict[str, Setting]) -> tuple[str, ...]:
+    """The names that a run looked for, back from its record; none if it found regions without names."""
+    return tuple(json.loads(str(settings.get('classes', '[]'))))
+
+
+def last_layer(options: Options | LabelOptions, model: str, revision: str | None) -> int | None:
+    """The deepest block that is read, None for the model's own."""
+    if not (isinstance(options, LabelOptions) and options.on == 'proposals' and options.layers):
+        return options.layer
+    from padseg.backbones.source import locate
+
+    return max(*options.layers, locate(model, revision).spec.layer)
 
 
 def reading_settings(reading: Reading) -> dict[str, Setting]:
@@ -111,10 +137,19 @@ def rgb(text: str) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def plain(options: Options | Resolved) -> dict[str, Setting]:
-    """The options as JSON can hold them: inf as a word."""
-    fields = dataclasses.asdict(options)
-    return {name: str(value) if isinstance(value, float) and not math.isfinite(value) else value for name, value in fields.items()}
+def plain(options: Options | Resolved | LabelOptions | ResolvedLabels) -> dict[str, Setting]:
+    """The options as JSON can hold them: inf as a word, several values as one text, options inside others with both names."""
+    fields: dict[str, Setting] = {}
+    for name, value in dataclasses.asdict(options).items():
+        if isinstance(value, dict):
+            fields |= {f'{name}_{key}': scalar(each) for key, each in value.items()}
+        else:
+            fields[name] = ', '.join(map(str, value)) if isinstance(value, tuple) else scalar(value)
+    return fields
+
+
+def scalar(value: Setting) -> Setting:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def resolved_from(settings: dict[str, Setting]) -> Resolved:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from padseg.attention import by_rows
 from padseg.backbones import Backbone
 from padseg.options import Resolved
+from padseg.options import ResolvedLabels
 from padseg.options import require
 from padseg.types import Array
 from padseg.types import Frame
@@ -25,11 +27,16 @@ SHORT_EDGE, LONG_CAP, DIVISIBLE = 640, 2560, 32  # Seg4Diff's release: detectron
 
 def encode(image: Image, backbone: Backbone, options: Resolved) -> Latent:
     """Noised latent of an RGB picture (H, W, 3) uint8: posterior mean, shifted and scaled, mixed with noise at the chosen step."""
+    return encode_steps(image, backbone, options, (options.step,))[0]
+
+
+def encode_steps(image: Image, backbone: Backbone, options: Resolved | ResolvedLabels, steps: Sequence[int]) -> list[Latent]:
+    """The same at several steps with one noise, for which the VAE works once."""
     pixels, frame = view(image, options.geometry, options.side, backbone.multiple, backbone.limit)
     clean = encode_pixels(pixels, backbone)  # (1, C, H', W')
-    sigma, timestep = noise_level(backbone, options.step)
     noise = content_noise(image, options.seed, clean.shape).to(clean)
-    return Latent((1 - sigma) * clean + sigma * noise, sigma, timestep, frame)
+    levels = [noise_level(backbone, step, clean.shape[2] * clean.shape[3] // backbone.patch**2) for step in steps]
+    return [Latent((1 - sigma) * clean + sigma * noise, sigma, timestep, frame) for sigma, timestep in levels]
 
 
 @torch.no_grad()
@@ -43,9 +50,9 @@ def encode_pixels(pixels: Tensor, backbone: Backbone) -> Tensor:
     return (mean - (config.shift_factor or 0.0)) * config.scaling_factor
 
 
-def noise_level(backbone: Backbone, step: int) -> tuple[float, float]:
+def noise_level(backbone: Backbone, step: int, image_tokens: int) -> tuple[float, float]:
     """Sigma in 0..1 and the model's timestep of the step-th step from the end of the schedule (step 1 is the least noise)."""
-    backbone.scheduler.set_timesteps(backbone.spec.steps)
+    backbone.family.set_timesteps(backbone.scheduler, backbone.spec.steps, image_tokens)
     # the schedule's sigmas end with a zero that belongs to no step
     return float(backbone.scheduler.sigmas[-1 - step]), float(backbone.scheduler.timesteps[-step])
 

@@ -29,18 +29,26 @@ def token_maps(image: Readable, backbone: Backbone, options: Options = Options()
 
 def latent_token_maps(latents: Sequence[Latent], backbone: Backbone, options: Resolved) -> list[TokenMaps]:
     """Token maps of latents that share one shape and one noise level, from one forward."""
-    maps = attention_maps(torch.cat([latent.z for latent in latents]), latents[0].timestep, backbone, options.layer)
+    return maps_of_layers(latents, backbone, (options.layer,))
+
+
+def maps_of_layers(
+    latents: Sequence[Latent], backbone: Backbone, layers: Sequence[int], head: int | None = None, softmax: bool = True
+) -> list[TokenMaps]:
+    """The same as means over several layers, still from one forward. head, softmax: as for `token_attention`."""
+    maps = attention_maps(torch.cat([latent.z for latent in latents]), latents[0].timestep, backbone, *layers, head=head, softmax=softmax)
     if not torch.isfinite(maps).all():
-        raise NotFinite(f'attention is not finite in layer {options.layer} with {backbone.dtype}: try another --dtype')
+        raise NotFinite(f'attention is not finite in layer {", ".join(map(str, layers))} with {backbone.dtype}: try another --dtype')
     return [TokenMaps(each, backbone.prompt.names, latent.frame) for each, latent in zip(maps, latents, strict=True)]
 
 
 @torch.no_grad()
-def attention_maps(z: Tensor, timestep: float, backbone: Backbone, layer: int) -> Tensor:
-    """Mean over heads of the image-to-text part of one layer's softmax over all keys: (B, C, H', W') -> (B, T, h, w) float32."""
+def attention_maps(z: Tensor, timestep: float, backbone: Backbone, *layers: int, head: int | None = None, softmax: bool = True) -> Tensor:
+    """Mean over heads and layers of the image-to-text part of the softmax over all keys: (B, C, H', W') -> (B, T, h, w) float32."""
     h, w = (length // backbone.patch for length in z.shape[2:])
-    with by_rows(), watch({layer: backbone.attention_module(layer)}) as seen:
+    with by_rows(), watch({layer: backbone.attention_module(layer) for layer in layers}) as seen:
         backbone.denoise(z, timestep)
-    picked = backbone.text_columns(h * w)
-    attention = token_attention(seen[layer], h * w, picked)  # (B, h w, T)
+    picked, first = backbone.text_columns(h * w), backbone.first_image_token
+    found = [token_attention(seen[layer], h * w, picked, first=first, head=head, softmax=softmax) for layer in layers]  # (B, h w, T) each
+    attention = found[0] if len(found) == 1 else torch.stack(found).mean(0)
     return attention.transpose(1, 2).unflatten(2, (h, w))  # (B, T, h, w)

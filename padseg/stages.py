@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +23,7 @@ from padseg.images import contents
 from padseg.images import decode_with_notes
 from padseg.job import Job
 from padseg.job import outputs
-from padseg.options import Options
+from padseg.options import LabelOptions
 from padseg.options import Resolved
 from padseg.records import Entry
 
@@ -48,6 +50,13 @@ class Taken(NamedTuple):
 
 class OutOfMemory(ImageError):
     """A picture that is too much for the device's memory, by itself."""
+
+
+class Method(NamedTuple):
+    """How pictures become maps, several at a time, and the maps of one a label map."""
+
+    maps: Callable[[Sequence[Image]], list[TokenMaps]]
+    labels: Callable[[Image, TokenMaps], LabelMap]
 
 
 class Segmenter(Protocol):
@@ -91,16 +100,29 @@ def segmented(segmenter: Segmenter, taken: list[Taken]) -> Iterator[Taken]:
         yield each if each.image is None else next(found)
 
 
-def by_model(backbone: Backbone, options: Options, taken: list[Taken]) -> list[Taken]:
+def method_of(backbone: Backbone, job: Job) -> Method:
+    """What the job does with pictures: regions, or classes. UsageError for names of classes that the model cannot take."""
+    if isinstance(job.options, LabelOptions):
+        from padseg.label import class_maps
+        from padseg.label import classified
+        from padseg.label import naming_of
+
+        naming = naming_of(backbone, job.classes, job.options)
+        return Method(partial(class_maps, naming=naming), partial(classified, classes=naming.classes, options=naming.options))
+    from padseg.segment import regions
+    from padseg.segment import token_maps_batch
+
+    resolved = job.options.resolve(backbone.spec)
+    return Method(partial(token_maps_batch, backbone=backbone, options=resolved), partial(regions, options=resolved))
+
+
+def by_model(method: Method, taken: list[Taken]) -> list[Taken]:
     """A batch by a forward; where memory runs out or the attention is not finite, by halves of the batch. Alone, such a picture fails."""
     import torch
 
-    from padseg.segment import token_maps_batch
-
-    resolved = options.resolve(backbone.spec)
     images = [each.image for each in taken if each.image is not None]
     try:
-        maps = token_maps_batch(images, backbone, resolved)
+        maps = method.maps(images)
     except (torch.OutOfMemoryError, NotFinite) as error:
         memory = isinstance(error, torch.OutOfMemoryError)
         if len(taken) == 1:
@@ -108,23 +130,23 @@ def by_model(backbone: Backbone, options: Options, taken: list[Taken]) -> list[T
             return taken
         log.warning('%s with %d pictures at once: trying half as many', 'out of memory' if memory else error, len(taken))
         half = len(taken) // 2
-        return by_model(backbone, options, taken[:half]) + by_model(backbone, options, taken[half:])
-    return [labelled(each, own, resolved) for each, own in zip(taken, maps, strict=True)]
+        return by_model(method, taken[:half]) + by_model(method, taken[half:])
+    return [labelled(each, own, method.labels) for each, own in zip(taken, maps, strict=True)]
 
 
-def labelled(taken: Taken, maps: TokenMaps, options: Resolved) -> Taken:
+def labelled(taken: Taken, maps: TokenMaps, find: Callable[[Image, TokenMaps], LabelMap]) -> Taken:
     """The picture with its label map."""
     from padseg.labels import unassign
-    from padseg.segment import regions
 
     assert taken.image is not None
-    labels = regions(taken.image, maps, options)
+    labels = find(taken.image, maps)
     return taken._replace(maps=maps, labels=labels if taken.void is None else unassign(labels, taken.void))
 
 
 def by_maps(folder: Path, known: dict[str, str | None], options: Resolved, taken: list[Taken]) -> list[Taken]:
     """A batch from kept token maps. A picture without them, or another one than they were made from, has failed."""
     from padseg.saved_maps import read_maps
+    from padseg.segment import regions
 
     found = []
     for each in taken:
@@ -133,7 +155,7 @@ def by_maps(folder: Path, known: dict[str, str | None], options: Resolved, taken
             fail(each.entry, ImageError('there are no token maps of this picture: run the model with --save-maps'))
             found.append(each)
         else:
-            found.append(labelled(each, maps, options))
+            found.append(labelled(each, maps, partial(regions, options=options)))
     return found
 
 
@@ -160,9 +182,18 @@ def write_results(job: Job, entry: Entry, image: Image, maps: TokenMaps, labels:
     for name, path in places.items():
         write = partial(write_maps, maps) if name == 'maps' else partial(FORMATS[name].write, image, labels)
         write(job.out / path)
-    entry.regions = int(labels.labels.max())
+    entry.regions = count_regions(labels)
     entry.outputs = places
     entry.status = 'done'
+
+
+def count_regions(labels: LabelMap) -> int:
+    """How many there are; of classes those that the picture shows."""
+    if not labels.names:
+        return int(labels.labels.max())
+    import numpy as np
+
+    return int(np.count_nonzero(np.bincount(labels.labels.ravel())[1:]))
 
 
 def fail(entry: Entry, error: Exception) -> None:

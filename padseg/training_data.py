@@ -49,7 +49,7 @@ class Batch(NamedTuple):
 
 
 class Example(NamedTuple):
-    """image: (H, W, 3) uint8; masks: (M, H/CELL, W/CELL) uint8; caption: what it shows; names: the masks' classes in the prompt, or none."""
+    """image: (H, W, 3) uint8; masks: (M, H/CELL, W/CELL) uint8; caption: what it shows; names: the masks' classes, or none."""
 
     image: Array
     masks: Array

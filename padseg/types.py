@@ -33,12 +33,16 @@ class Latent(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """Text as the transformer takes it. embeds: (1, L, D); pooled: (1, E); picked: the T columns read, in 0..L-1; names: T words."""
+    """Text as the transformer takes it. embeds: (1, L, D); pooled: (1, E); picked: the T columns read, in 0..L-1; names: T words.
+
+    weights: with which the maps of the columns of one name are added up to the map of that name; none where columns stand alone.
+    """
 
     embeds: Tensor
     pooled: Tensor
     picked: tuple[int, ...]
     names: tuple[str, ...]
+    weights: tuple[float, ...] = ()
 
 
 class QueryKey(NamedTuple):
@@ -65,8 +69,25 @@ class Proposals(NamedTuple):
     frame: Frame
 
 
+class Tokens(NamedTuple):
+    """A text as one tokenizer cuts it. first: column of its first token; slots: how many there are room for, start and end included.
+
+    spans: (start, end) of each token in the text, (0, 0) for one that stands for none of it; strange: whether it is a special token or
+    one for what the tokenizer does not know.
+    """
+
+    first: int
+    slots: int
+    spans: tuple[tuple[int, int], ...]
+    strange: tuple[bool, ...]
+
+
 class LabelMap(NamedTuple):
-    """labels: (H, W) int32, 0 = unassigned, regions 1..K in order of first appearance; tokens: for each region the tokens that made it."""
+    """labels: (H, W) int32, 0 = unassigned, regions 1..K in order of first appearance; tokens: for each region the tokens that made it.
+
+    names: of classes; where there are any, label k is the class names[k - 1], of which a picture may show a few only.
+    """
 
     labels: Array
     tokens: tuple[tuple[int, ...], ...]
+    names: tuple[str, ...] = ()

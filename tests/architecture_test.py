@@ -31,12 +31,15 @@ ORDER = (
     'selection',
     'attention',
     'backbones',
+    'prompts',
     'latents',
     'maps',
     'proposals',
     'refine',
+    'join',
     'labels',
     'segment',
+    'label',
     'exports',
     'metrics',
     'boundaries',
@@ -52,6 +55,7 @@ ORDER = (
     'mask_loss',
     'tiny',
     'training_data',
+    'training',
     'train_tiny',
     'records',
     'sharing',
@@ -61,16 +65,9 @@ ORDER = (
     'sheet',
     'reports',
     'benchmark',
-    'speed',
     'space',
     'cluster',
     'engine',
-    'speed_engine',
-    'speed_model',
-    'speed_flops',
-    'speed_reference',
-    'speed_sd3',
-    'speed_merge',
     'bench',
     'collect',
     'doctor',
@@ -175,7 +172,7 @@ def test_the_command_line_is_imported_without_torch() -> None:
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, 'False\n', '')
 
 
-@pytest.mark.parametrize('command', [(), ('run',), ('export',), ('eval',), ('models',), ('doctor',)])
+@pytest.mark.parametrize('command', [(), ('run',), ('label',), ('export',), ('eval',), ('models',), ('doctor',)])
 def test_help_answers_where_torch_cannot_be_imported(command: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / 'torch.py').write_text("raise ImportError('no torch here')\n")
     assert 'no torch here' in fresh_python('-c', 'import torch', PYTHONPATH=str(tmp_path)).stderr

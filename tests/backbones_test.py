@@ -124,12 +124,13 @@ def test_padseg_json_overrides_the_row(folder):
         'normalisation': 'share',
         'refine': 'guided',
         'superpixels': 30,
+        'join': 0.1,
         'components': True,
         'min_area': 0.25,
     }
     (folder / 'padseg.json').write_text(json.dumps(row))
     spec = load(str(folder), device='cpu').spec
-    assert spec._asdict() == {'repo': str(folder), 'family': 'sd3', 'layers': 4, 'steps': 28, 'sequence': 77, **row}
+    assert spec._asdict() == {'repo': str(folder), 'family': 'sd3', 'layers': 4, 'steps': 28, 'sequence': 77, 'encoders': 'l+g', **row}
     assert isinstance(spec.superpixels, float)
 
 
@@ -311,7 +312,7 @@ def test_what_is_not_read_takes_no_memory(sd3_folder, make_model, tmp_path):
     """Peak memory of fresh processes: a model of 226 MB whole, and up to its second of six blocks."""
     make_model(tmp_path, qk_norm=None, num_layers=6, num_attention_heads=8, attention_head_dim=64)
     program = (
-        'import sys\nfrom padseg.backbones import load\nfrom padseg.speed import peak\n'
+        'import sys\nfrom padseg.backbones import load\nfrom padseg.bench.measure import peak\n'
         "load(sys.argv[1], device='cpu', layer=1, whole=sys.argv[2] == 'whole')\n"
         'print(peak())\n'
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -12,6 +13,17 @@ import pytest
 WORDS = ['a', 'cat', 'dog', 'on', 'grass']
 VAE = {'block_out_channels': (8, 16), 'layers_per_block': 1, 'norm_num_groups': 4, 'latent_channels': 4}
 SMALL = {'num_layers': 4, 'num_attention_heads': 2, 'attention_head_dim': 16, 'sample_size': 16, 'pos_embed_max_size': 24}
+SMALL_FLUX = {
+    'num_layers': 2,
+    'num_single_layers': 2,
+    'num_attention_heads': 2,
+    'attention_head_dim': 16,
+    'in_channels': 16,
+    'joint_attention_dim': 24,
+    'pooled_projection_dim': 20,
+    'axes_dims_rope': (4, 6, 6),
+    'guidance_embeds': True,
+}
 ROW = {'layer': 2, 'side': 32}
 
 
@@ -38,6 +50,59 @@ def random_model(folder: pathlib.Path, **transformer: object) -> pathlib.Path:
     return folder
 
 
+def random_flux(folder: pathlib.Path, **transformer: object) -> pathlib.Path:
+    """Flux.1 in small, two double blocks and two single ones, with tokenizers of the real classes that know WORDS whole."""
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers import FluxPipeline
+    from diffusers import FluxTransformer2DModel
+    from transformers import CLIPTextConfig
+    from transformers import CLIPTextModel
+    from transformers import T5Config
+    from transformers import T5EncoderModel
+    from transformers import T5TokenizerFast
+
+    from padseg import tiny
+
+    torch.manual_seed(0)
+    denoiser = FluxTransformer2DModel(**{**SMALL_FLUX, **transformer})
+    for name, weight in denoiser.named_parameters():
+        torch.nn.init.uniform_(weight, 1, 3) if '.norm_' in name else torch.nn.init.normal_(weight, std=0.2)
+    clip, t5 = tiny.tokenizers(WORDS)[0], t5_vocabulary(WORDS)
+    text = {
+        'vocab_size': len(clip),
+        'bos_token_id': clip.bos_token_id,
+        'eos_token_id': clip.eos_token_id,
+        'pad_token_id': clip.pad_token_id,
+    }
+    pipeline = FluxPipeline(
+        transformer=denoiser,
+        vae=tiny.build(WORDS, SMALL, {**VAE, 'shift_factor': 0.1, 'scaling_factor': 1.5}).vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        tokenizer=clip,
+        text_encoder=CLIPTextModel(
+            CLIPTextConfig(hidden_size=20, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, **text)
+        ),
+        tokenizer_2=T5TokenizerFast(vocab=t5, extra_ids=0, model_max_length=512),
+        text_encoder_2=T5EncoderModel(T5Config(vocab_size=len(t5), d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=2)),
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    (folder / 'padseg.json').write_text(json.dumps(ROW))
+    return folder
+
+
+def t5_vocabulary(words: list[str]) -> list[tuple[str, float]]:
+    """T5's in small: pieces with their log probabilities; letters make what is no word of these."""
+    letters = [(chr(code), -9.0) for code in range(ord('a'), ord('z') + 1)]
+    return [('<pad>', 0.0), ('</s>', 0.0), ('<unk>', 0.0), ('▁', -4.0), *letters, *(('▁' + word, -5.0) for word in words)]
+
+
+@pytest.fixture(scope='session')
+def make_flux() -> Callable[..., pathlib.Path]:
+    """`random_flux`, for models of other sizes."""
+    return random_flux
+
+
 @pytest.fixture(scope='session')
 def make_model() -> Callable[..., pathlib.Path]:
     """`random_model`, for models of other sizes."""
@@ -57,6 +122,18 @@ def sd35_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope='session')
+def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return random_flux(tmp_path_factory.mktemp('flux') / 'model')
+
+
+@pytest.fixture(scope='session')
+def flux(flux_folder: pathlib.Path):  # type: ignore[no-untyped-def]
+    from padseg.backbones import load
+
+    return load(str(flux_folder), device='cpu', whole=True)
+
+
+@pytest.fixture(scope='session')
 def backbone(sd3_folder: pathlib.Path):  # type: ignore[no-untyped-def]
     from padseg.backbones import load
 
@@ -68,6 +145,77 @@ def backbone35(sd35_folder: pathlib.Path):  # type: ignore[no-untyped-def]
     from padseg.backbones import load
 
     return load(str(sd35_folder), device='cpu', whole=True)
+
+
+def with_texts(folder: pathlib.Path) -> pathlib.Path:
+    """Give a model tokenizers that can spell everything, with text encoders for them, and T5."""
+    import torch
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+    from transformers import T5Config
+    from transformers import T5EncoderModel
+    from transformers import T5TokenizerFast
+
+    from padseg import tiny
+
+    torch.manual_seed(1)
+    letters = sorted(ByteLevel.alphabet())
+    merges = [('c', 'a'), ('ca', 't</w>'), ('c', 'a</w>'), ('l', 'i'), ('g', 'h'), ('gh', 't</w>'), ('f', 'f'), ('t', 'r'), ('tr', 'a')]
+    pieces = [*letters, *(letter + '</w>' for letter in letters), *(one + two for one, two in merges), tiny.START, tiny.END]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    width = sum(tiny.TEXT['hidden_size'])
+    for number, pad in enumerate((tiny.END, '!')):
+        end = f'_{number + 1}' if number else ''
+        tiny.text_encoder(len(vocabulary), tiny.TEXT['hidden_size'][number], tiny.TEXT['heads'][number]).save_pretrained(
+            folder / f'text_encoder{end}'
+        )
+        CLIPTokenizer(
+            vocab=vocabulary,
+            merges=merges,
+            pad_token=pad,
+            unk_token=tiny.END,
+            bos_token=tiny.START,
+            eos_token=tiny.END,
+            model_max_length=tiny.SLOTS,
+        ).save_pretrained(folder / f'tokenizer{end}')
+    words = ['▁' + word for word in ('', 'cat', 'tra', 'li', 'a', 'photo', 'of')]
+    unigrams = [('<pad>', 0.0), ('</s>', 0.0), ('<unk>', -20.0), *((word, -2.0) for word in (*words, 'ffic', 'ght'))]
+    unigrams += [(chr(code), -5.0) for code in range(ord('!'), ord('~') + 1)] + [(letter, -6.0) for letter in 'éèûß日本']
+    T5TokenizerFast(vocab=unigrams, extra_ids=0, model_max_length=tiny.SLOTS).save_pretrained(folder / 'tokenizer_3')
+    config = T5Config(vocab_size=len(unigrams), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    encoder = T5EncoderModel(config)
+    torch.nn.init.normal_(encoder.shared.weight)
+    encoder.save_pretrained(folder / 'text_encoder_3')
+    index = json.loads((folder / 'model_index.json').read_text())
+    index |= {'text_encoder_3': ['transformers', 'T5EncoderModel'], 'tokenizer_3': ['transformers', 'T5TokenizerFast']}
+    (folder / 'model_index.json').write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture(scope='session')
+def texts_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """SD3-medium in small with all three text encoders."""
+    return with_texts(random_model(tmp_path_factory.mktemp('texts') / 'model', qk_norm=None))
+
+
+@pytest.fixture(scope='session')
+def texts35_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """SD3.5-medium in small with all three text encoders."""
+    return with_texts(random_model(tmp_path_factory.mktemp('texts35') / 'model', qk_norm='rms_norm', dual_attention_layers=(0, 1, 2)))
+
+
+@pytest.fixture(scope='session')
+def speller(texts_folder: pathlib.Path):  # type: ignore[no-untyped-def]
+    from padseg.backbones import load
+
+    return load(str(texts_folder), device='cpu', whole=True)
+
+
+@pytest.fixture(scope='session')
+def speller35(texts35_folder: pathlib.Path):  # type: ignore[no-untyped-def]
+    from padseg.backbones import load
+
+    return load(str(texts35_folder), device='cpu', whole=True)
 
 
 @pytest.fixture

@@ -427,13 +427,19 @@ def test_models_say_what_is_cached(tmp_path, sd3_folder):
         'tiny': ('here', True, False),
         'sd3': ('here', True, True),
         'sd3.5': ('incomplete', False, True),
+        'flux': ('not here', False, True),
     }
     assert rows['sd3']['folder'] == str(snapshot)
     assert rows['sd3']['bytes'] == sum(path.stat().st_size for path in sd3_folder.rglob('*') if path.is_file())
     assert rows['sd3']['settings']['layers'] == 4 and rows['sd3.5']['settings']['layers'] == 24
     assert f'license: {rows["tiny"]["licence"].lower()}' in (ROOT / 'padseg/models/tiny/README.md').read_text(encoding='utf-8')
     ran = python('-m', 'padseg', 'models', **environment)
-    assert re.findall(r'^(\S+) +([a-z ]+)', ran.stdout, re.MULTILINE) == [('tiny', 'here'), ('sd3', 'here'), ('sd3.5', 'incomplete')]
+    assert re.findall(r'^(\S+) +([a-z ]+)', ran.stdout, re.MULTILINE) == [
+        ('tiny', 'here'),
+        ('sd3', 'here'),
+        ('sd3.5', 'incomplete'),
+        ('flux', 'not here'),
+    ]
     assert 'gated' in ran.stdout.splitlines()[2] and 'layers 4, layer 2' in ran.stdout.splitlines()[3]
 
 

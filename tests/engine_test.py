@@ -138,6 +138,7 @@ def test_the_run_record_holds_what_is_needed_to_repeat_it(job, backbone):
     assert record['settings'] == {
         'weights': backbone.identity.weights,
         'dtype': 'float32',
+        'compile': False,
         **vars(Options(threshold=1.0).resolve(backbone.spec)),
         'threshold': 'inf',
         'exif': 'apply',
@@ -524,7 +525,7 @@ def test_where_memory_runs_out_batches_are_halved(job, backbone):
     def read_all():
         return [stages.take(job, Found(job.source / name, name)) for name in SIZES]
 
-    expected = stages.by_model(backbone, job.options, read_all())
+    expected = stages.by_model(stages.method_of(backbone, job), read_all())
     family = backbone.family
 
     class Small:
@@ -539,7 +540,7 @@ def test_where_memory_runs_out_batches_are_halved(job, backbone):
                 raise torch.OutOfMemoryError
             return family.denoise(*arguments, **options)
 
-    found = stages.by_model(dataclasses.replace(backbone, family=Small()), job.options, read_all())
+    found = stages.by_model(stages.method_of(dataclasses.replace(backbone, family=Small()), job), read_all())
     assert found[0].labels is None and 'out of memory' in found[0].entry.reason
     assert all(np.array_equal(one.labels.labels, two.labels.labels) for one, two in zip(found[1:], expected[1:], strict=True))
 

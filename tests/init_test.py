@@ -1,4 +1,4 @@
-"""The public names: eight, loaded when they are used, and always the functions."""
+"""The public names: ten, loaded when they are used, and always the functions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import padseg
 
 ROOT = Path(__file__).parent.parent
-NAMES = ['Options', 'evaluate', 'export', 'label_map', 'load', 'merge', 'segment', 'token_maps']
+NAMES = ['LabelOptions', 'Options', 'evaluate', 'export', 'label', 'label_map', 'load', 'merge', 'segment', 'token_maps']
 
 
 def python(program: str) -> str:

@@ -274,13 +274,13 @@ def test_a_vae_without_a_shift(backbone, picture):
 
 @pytest.mark.parametrize(('step', 'sigma'), [(1, 0.009), (2, 0.111), (4, 0.278), (8, 0.515), (28, 1.0)])
 def test_noise_levels_of_28_steps_with_shift_3(backbone, step, sigma):
-    assert noise_level(backbone, step) == pytest.approx((sigma, 1000 * sigma), abs=0.5)
-    assert noise_level(backbone, step)[0] == pytest.approx(sigma, abs=5e-4)
+    assert noise_level(backbone, step, 96) == pytest.approx((sigma, 1000 * sigma), abs=0.5)
+    assert noise_level(backbone, step, 96)[0] == pytest.approx(sigma, abs=5e-4)
 
 
 def test_the_published_timestep(backbone):
-    assert noise_level(backbone, 8)[1] == pytest.approx(515.07, abs=0.005)
-    levels = [noise_level(backbone, step) for step in range(1, 29)]
+    assert noise_level(backbone, 8, 96)[1] == pytest.approx(515.07, abs=0.005)
+    levels = [noise_level(backbone, step, 96) for step in range(1, 29)]
     assert levels == sorted(levels) and len(set(levels)) == 28
     for sigma, timestep in levels:
         assert timestep == pytest.approx(1000 * sigma, rel=1e-5)
@@ -315,7 +315,7 @@ def test_the_latent_is_a_mixture_of_picture_and_noise(backbone, picture, step, g
     latent = encode(picture, backbone, options)
     pixels, frame = view(picture, geometry, 32, backbone.multiple, backbone.limit)
     clean = encode_pixels(pixels, backbone)
-    sigma, timestep = noise_level(backbone, step)
+    sigma, timestep = noise_level(backbone, step, 96)
     noise = content_noise(picture, 3, clean.shape)
     torch.testing.assert_close(latent.z, (1 - sigma) * clean + sigma * noise, rtol=0, atol=1e-6)
     assert latent[1:] == (sigma, timestep, frame)

@@ -76,6 +76,7 @@ def test_what_is_left_open_comes_from_the_row():
         side=256,
         refine='none',
         superpixels=20.0,
+        join=0.0,
         components=True,
         min_area=0.0,
         seed=0,
@@ -83,10 +84,11 @@ def test_what_is_left_open_comes_from_the_row():
 
 
 def test_a_papers_preset_leaves_refinements_off_unless_they_are_given():
-    row = ROW._replace(refine='guided', superpixels=20.0, components=True, min_area=0.1)
+    row = ROW._replace(refine='guided', superpixels=20.0, join=0.1, components=True, min_area=0.1)
     for geometry in GEOMETRIES[1:]:
         resolved = Options(geometry=geometry).resolve(row)
-        assert (resolved.refine, resolved.superpixels, resolved.components, resolved.min_area) == ('none', 0.0, False, 0.0)
+        refinements = [getattr(resolved, name) for name in ('refine', 'superpixels', 'join', 'components', 'min_area')]
+        assert refinements == ['none', 0.0, 0.0, False, 0.0]
     kept = Options(geometry='diffseg', superpixels=9.0, min_area=0.2).resolve(row)
     assert (kept.superpixels, kept.components, kept.min_area) == (9.0, False, 0.2)
 
@@ -101,6 +103,7 @@ def test_what_is_given_stands_even_where_it_is_false():
         side=1,
         refine='none',
         superpixels=0.0,
+        join=0.0,
         components=False,
         min_area=0.0,
         seed=7,
@@ -126,6 +129,7 @@ def test_the_ends_of_the_ranges_are_allowed():
         {'threshold': -0.1},
         {'side': 0},
         {'superpixels': -1.0},
+        {'join': -1.0},
         {'min_area': 1.0},
         {'refine': 'sharp'},
     ],

@@ -20,6 +20,7 @@ import pytest
 import padseg
 from padseg.cli import COMMANDS
 from padseg.commands.flags import reading_flags
+from padseg.commands.flags import shown_default
 from padseg.commands.run import SIGNALLED
 from padseg.commands.run import SOME_FAILED
 from padseg.datasets import DATASETS
@@ -30,6 +31,7 @@ from padseg.images import DECODERS
 from padseg.images import ImageError
 from padseg.options import GEOMETRIES
 from padseg.options import NORMALISATIONS
+from padseg.options import LabelOptions
 from padseg.options import Options
 from padseg.protocols import PROTOCOLS
 
@@ -118,6 +120,21 @@ def test_options_are_those_of_the_code():
         assert f'| {", ".join(f"`{flag}`" for flag in flags)} | {default} | {words} |\n' in README
     table = README[README.index('| option | default |') :].split('\n\n')[0]
     assert len(table.splitlines()) == 2 + len(dataclasses.fields(Options))
+
+
+def test_options_of_names_are_those_of_the_code():
+    for field in dataclasses.fields(LabelOptions):
+        name = field.name.replace('_', '-')
+        flags = [f'--{name}', f'--no-{name}'] if isinstance(field.default, bool) else [f'--{name}']
+        choices = ', '.join(f'`{choice}`' for choice in field.metadata.get('choices', ()))
+        words = f'{field.metadata["help"]}: {choices}' if choices else field.metadata['help']
+        row = next(
+            row
+            for row in README.splitlines()
+            if row.startswith(f'| {", ".join(f"`{flag}`" for flag in flags)} |') and row.endswith(f'| {words} |')
+        )
+        assert row.split(' | ')[1].strip('`') == shown_default(field)
+    assert len(rows('option of names')) == len(dataclasses.fields(LabelOptions))
 
 
 def test_options_of_reading_are_those_of_the_code():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from types import ModuleType
 from typing import TYPE_CHECKING
 from typing import Any
 from typing import NamedTuple
@@ -16,6 +15,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from torch import nn
+
+    from padseg.backbones.family import Family
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 
@@ -33,12 +34,13 @@ class Identity(NamedTuple):
 class Backbone:
     """A loaded model. layers: transformer blocks that were read, of the last of which only queries and keys, unless these are all.
 
-    Sizes are in latent cells (patch) and pixels (multiple); limit is the longest side it can take, in pixels.
+    Sizes are in latent cells (patch) and pixels (multiple); limit is the longest side it can take, in pixels. compiled: how many of the
+    blocks are compiled, the first ones, whose attention is not to be read.
     """
 
     spec: Spec
     identity: Identity
-    family: ModuleType
+    family: Family
     transformer: Any
     vae: Any
     scheduler: Any
@@ -47,6 +49,7 @@ class Backbone:
     patch: int
     multiple: int
     limit: int
+    compiled: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -57,14 +60,23 @@ class Backbone:
         return self.transformer.dtype
 
     def attention_module(self, layer: int) -> nn.Module:
-        """The attention of one block, in which image and text tokens meet. UsageError if it was not read."""
+        """The attention of one block, in which image and text tokens meet. UsageError if it was not read, or is compiled."""
         if layer >= self.layers:
             raise UsageError(f'{self.identity.model} was read up to block {self.layers - 1}: load(layer={layer}) reads block {layer} too')
+        if layer < self.compiled:
+            raise UsageError(
+                f'blocks 0..{self.compiled - 1} are compiled: load(layer={layer}, compile=True) leaves block {layer} to be read'
+            )
         return self.family.attention_module(self.transformer, layer)
 
     def text_columns(self, image_tokens: int) -> list[int]:
         """Where the picked text tokens stand among the keys."""
         return self.family.text_columns(self.prompt.picked, image_tokens)
+
+    @property
+    def first_image_token(self) -> int:
+        """Where image tokens begin among the queries."""
+        return self.family.first_image_token(self.prompt)
 
     def denoise(self, z: Tensor, timestep: float) -> Tensor:
         """The model's forward on noised latents with the null prompt: (B, C, H', W') -> the same shape."""
@@ -80,22 +92,33 @@ def load(
     layer: int | None = None,
     whole: bool = False,
     vae: str | None = None,
+    compile: bool = False,
 ) -> Backbone:
-    """A model by its name (tiny, sd3, sd3.5), hub id (`org/name` or `org/name@revision`) or folder in diffusers' layout.
+    """A model by its name (tiny, sd3, sd3.5, flux), hub id (`org/name` or `org/name@revision`) or folder in diffusers' layout.
 
     device: 'cpu', 'cuda', 'mps', ...; by default the GPU if there is one. dtype: float32, bfloat16 or float16; by default float32, for
     models of more than a gigabyte float16 on a GPU and bfloat16 on a CPU that multiplies in it. layer: the last block whose token maps
     are wanted, by default the model's expert block; what comes after it is not read, nor the VAE's decoder, unless `whole` is true.
-    vae: another VAE for the same latents in the layout of AutoencoderTiny, by hub id or folder; 'tiny' is TAESD3.
+    vae: another VAE for the same latents in the layout of AutoencoderTiny, by hub id or folder; 'tiny' is TAESD3 or TAEF1.
+    compile: let torch compile the blocks before that layer when the first picture comes.
 
     Raises UsageError for an unknown name or value, ModelUnavailable when files are missing.
     """
     if dtype not in (None, *DTYPES):
         raise UsageError(f'dtype is one of {", ".join(DTYPES)}; got {dtype}')
-    from padseg.backbones import sd3
+    from padseg.backbones.loading import load_family
     from padseg.backbones.source import locate
     from padseg.backbones.source import locate_vae
 
     source = locate(model, revision)
-    families = {'sd3': sd3}
-    return families[source.spec.family].load(source, device, dtype, layer, whole, locate_vae(vae) if vae else None)
+    other = locate_vae(vae, source.spec.family) if vae else None
+    return load_family(family_of(source.spec), source, device, dtype, layer, whole, other, compile)
+
+
+def family_of(spec: Spec) -> Family:
+    """What is known of the architecture that a row names."""
+    from padseg.backbones import flux
+    from padseg.backbones import sd3
+
+    families: dict[str, Family] = {'sd3': sd3, 'flux': flux}
+    return families[spec.family]

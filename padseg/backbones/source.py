@@ -14,6 +14,8 @@ from typing import NamedTuple
 import pydantic
 
 from padseg.backbones.spec import BACKBONES
+from padseg.backbones.spec import DEPTHS
+from padseg.backbones.spec import FAMILIES
 from padseg.backbones.spec import Spec
 from padseg.errors import ModelUnavailable
 from padseg.errors import PadsegError
@@ -22,17 +24,26 @@ from padseg.options import Options
 
 MAIN_PARTS = ('transformer', 'vae', 'scheduler')
 TEXT_PARTS = ('text_encoder', 'text_encoder_2', 'tokenizer', 'tokenizer_2')
+T5_PARTS = ('text_encoder_3', 'tokenizer_3')  # of SD3, read only for names that are to go through it
 MAIN = ('model_index.json', 'padseg.json', *(f'{part}/*' for part in MAIN_PARTS))
 TEXT = tuple(f'{part}/*' for part in TEXT_PARTS)
-CONFIGS = {'scheduler': 'scheduler_config.json', 'tokenizer': 'tokenizer_config.json', 'tokenizer_2': 'tokenizer_config.json'}
+# the weights lie beside those in half precision
+T5 = ('text_encoder_3/config.json', 'text_encoder_3/model.safetensors*', 'text_encoder_3/model-*.safetensors', 'tokenizer_3/*')
+CONFIGS = {
+    'scheduler': 'scheduler_config.json',
+    'tokenizer': 'tokenizer_config.json',
+    'tokenizer_2': 'tokenizer_config.json',
+    'tokenizer_3': 'tokenizer_config.json',
+}
 WEIGHTS = {  # without their suffix, since a large model's are several files
     'transformer': 'diffusion_pytorch_model',
     'vae': 'diffusion_pytorch_model',
     'text_encoder': 'model',
     'text_encoder_2': 'model',
+    'text_encoder_3': 'model',
     '.': 'diffusion_pytorch_model',  # a VAE that comes by itself
 }
-VAES = {'tiny': 'madebyollin/taesd3'}
+VAES = {'tiny': {'sd3': 'madebyollin/taesd3', 'flux': 'madebyollin/taef1'}}
 HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
 BLOCK = 1 << 24
 
@@ -70,9 +81,9 @@ def locate(model: str, revision: str | None = None, *, fetch: bool = True) -> So
     return source
 
 
-def locate_vae(name: str) -> Source:
+def locate_vae(name: str, family: str) -> Source:
     """The files of a small VAE that comes by itself: `tiny`, a hub id or a folder. Raises UsageError, ModelUnavailable."""
-    repo = VAES.get(name, name)
+    repo = VAES[name][family] if name in VAES else name
     folder, commit = pathlib.Path(repo), None
     if not folder.is_dir():
         if not HUB_ID.fullmatch(repo):
@@ -105,7 +116,7 @@ def no_layout(name: str) -> ModelUnavailable:
 
 
 def snapshot(repo: str, revision: str | None, patterns: Sequence[str], *, fetch: bool = True) -> pathlib.Path:
-    """The folder of the hub's files that match, downloaded unless cached; it may lack some. The text encoder T5 is never among them."""
+    """The folder of the hub's files that match, downloaded unless cached; it may lack some. Of SD3, T5 is never among them."""
     from huggingface_hub import errors
     from huggingface_hub import snapshot_download
 
@@ -233,14 +244,25 @@ def tensor_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_row(spec: Spec, folder: pathlib.Path) -> Spec:
-    """The row with the number of blocks that the folder's transformer has, and whatever its `padseg.json` says."""
+    """The row of the family and with the number of blocks of the folder's transformer, and whatever its `padseg.json` says."""
     config = folder / 'transformer' / 'config.json'
-    layers = read_json(config).get('num_layers')
-    if not isinstance(layers, int) or layers < 1:
-        raise ModelUnavailable(f'{config} must say num_layers, a number >= 1; got {layers}')
+    values = read_json(config)
+    kind = str(values.get('_class_name', 'SD3Transformer2DModel'))
+    if kind not in FAMILIES:
+        raise ModelUnavailable(f'{config} is that of a {kind}; known: {", ".join(FAMILIES)}')
+    if FAMILIES[kind] != spec.family:
+        spec = BACKBONES[FAMILIES[kind]]._replace(repo=spec.repo)
+    layers = sum(block_count(values, name, config) for name in DEPTHS[spec.family])
     spec = spec._replace(layers=layers, layer=min(spec.layer, layers - 1))
     own = folder / 'padseg.json'
     return own_row(spec, own) if own.exists() else spec
+
+
+def block_count(values: dict[str, Any], name: str, config: pathlib.Path) -> int:
+    count = values.get(name)
+    if not isinstance(count, int) or count < 1:
+        raise ModelUnavailable(f'{config} must say {name}, a number >= 1; got {count}')
+    return count
 
 
 def own_row(spec: Spec, path: pathlib.Path) -> Spec:
@@ -282,6 +304,13 @@ def text_files(source: Source) -> list[pathlib.Path]:
     if source.commit:
         snapshot(source.spec.repo, source.commit, TEXT)
     return files(source.folder, TEXT_PARTS)
+
+
+def t5_files(source: Source) -> list[pathlib.Path]:
+    """The files of SD3's T5 and its tokenizer, from the hub if they are not there yet."""
+    if source.commit:
+        snapshot(source.spec.repo, source.commit, T5)
+    return files(source.folder, T5_PARTS)
 
 
 def cache_home() -> pathlib.Path:

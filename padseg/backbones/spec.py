@@ -12,8 +12,8 @@ class Spec(NamedTuple):
     """One row. The defaults are those of Seg4Diff's released code for SD3-medium; a model folder may carry its own in `padseg.json`."""
 
     repo: str  # hub id, or a local folder in diffusers' layout
-    family: str = 'sd3'  # key of FAMILIES
-    layers: int = 24  # transformer blocks
+    family: str = 'sd3'  # key of DEPTHS
+    layers: int = 24  # transformer blocks; Flux's double ones are followed by its single ones
     layer: int = 9  # expert block, from 0
     steps: int = 28  # length of the noise schedule
     step: int = 8  # steps from its end
@@ -22,15 +22,23 @@ class Spec(NamedTuple):
     threshold: float = 0.1
     refine: str = 'none'
     superpixels: float = 0.0
+    join: float = 0.0
     components: bool = False
     min_area: float = 0.0
-    sequence: int = 77  # slots of each half of the text, CLIP's and T5's
+    sequence: int = 77  # slots of the text: of each half, CLIP's and T5's, of SD3; of T5's of Flux
+    encoders: str = 'l+g'  # text encoders that names of classes go through, unless others are asked for
+
+
+FAMILIES = {'SD3Transformer2DModel': 'sd3', 'FluxTransformer2DModel': 'flux'}  # by diffusers' class of the transformer
+DEPTHS = {'sd3': ('num_layers',), 'flux': ('num_layers', 'num_single_layers')}  # where its configuration says how many blocks it has
 
 
 BACKBONES: dict[str, Spec] = {
     'tiny': Spec(repo=str(TINY)),
     'sd3': Spec(repo='stabilityai/stable-diffusion-3-medium-diffusers'),
     'sd3.5': Spec(repo='stabilityai/stable-diffusion-3.5-medium'),
+    # Seg4Diff names blocks 12 and 17; of the two, the later, since what is read for it has both
+    'flux': Spec(repo='black-forest-labs/FLUX.1-dev', family='flux', layers=57, layer=17, steps=50, encoders='t5'),
 }
 
 
@@ -45,4 +53,5 @@ CARDS: dict[str, Card] = {
     'tiny': Card('Apache-2.0', False),
     'sd3': Card('Stability AI Community License', True),
     'sd3.5': Card('Stability AI Community License', True),
+    'flux': Card('FLUX.1 [dev] Non-Commercial License', True),
 }

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Iterator
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -15,22 +16,29 @@ from typing import Any
 import click
 
 from padseg.commands.run import SOME_FAILED
+from padseg.commands.flags import compile_flag
 from padseg.commands.flags import option_flags
 from padseg.errors import UsageError
+from padseg.options import LabelOptions
 from padseg.options import Options
 from padseg.progress import shown
 
 if TYPE_CHECKING:
+    from padseg.backbones import Backbone
     from padseg.benchmark import Job
     from padseg.benchmark import Report
     from padseg.datasets import Dataset
     from padseg.datasets import Sample
     from padseg.datasets.check import Check
+    from padseg.predict import NamePredictor
     from padseg.predict import Predictor
     from padseg.progress import Progress
     from padseg.protocols import Protocol
 
 FOLDER = click.Path(path_type=Path)
+NAMING = 'seg4diff-ovss'  # the protocol that gives a model the names of classes
+NAMES = ('present', 'all')
+OF_NAMES = LabelOptions.__dataclass_fields__.keys() - Options.__dataclass_fields__.keys()
 
 
 @click.command('eval')
@@ -58,7 +66,10 @@ FOLDER = click.Path(path_type=Path)
 @click.option('--device', help='cpu, cuda, cuda:1, mps, … (default: the best there is)')
 @click.option('--dtype', help="float32, bfloat16 or float16 (default: the device's own)")
 @click.option('--vae', help="a quicker VAE for SD3's latents: tiny (TAESD3), a hub id, or a folder with an AutoencoderTiny")
+@compile_flag
 @option_flags
+@click.option('--names', type=click.Choice(NAMES), help=f'{NAMING}: names of the classes in a picture, or all (default: {NAMES[0]})')
+@partial(option_flags, of=LabelOptions, only=OF_NAMES)
 @click.option('--quiet', '-q', is_flag=True, help='no progress')
 @click.option('--json', 'as_json', is_flag=True, help='print one JSON object')
 @click.pass_context
@@ -147,35 +158,79 @@ def job_of(ctx: click.Context, given: dict[str, Any]) -> Job:
         dataset, preds = paired(dataset, preds, given['allow_missing'])
         task = Task(dataset, rules, preds, given['resize'])
         return Job(task, name, {'folder': str(given['pred'].resolve())}, missing=dataset.missing + listed - len(dataset.samples), **common)
+    refuse_unused(ctx, name == NAMING)
+    if name == NAMING:
+        if not dataset.classes:
+            raise UsageError(f'{name} is for ground truth with classes')
+        namer = namer_of(ctx, given, rules, dataset)
+        return Job(Task(dataset, rules), name, source_of(namer), namer, missing=dataset.missing, **common)
     if rules.matching == 'none':
         raise UsageError(f'{name} scores regions that have names, which {given["model"]} alone does not give: name them with --pred')
     predictor = predictor_of(ctx, given, rules, thresholds)
     return Job(Task(dataset, rules), name, source_of(predictor), predictor, missing=dataset.missing, **common)
 
 
+def refuse_unused(ctx: click.Context, naming: bool) -> None:
+    """Refuse options that were given and would do nothing: those of names without names, and the other way round."""
+    both = {'layer', 'step', *LabelOptions.__dataclass_fields__}
+    unused = Options.__dataclass_fields__.keys() - both if naming else {'names', *OF_NAMES}
+    source = click.core.ParameterSource.DEFAULT
+    given = sorted(name for name in unused if ctx.get_parameter_source(name) is not source)
+    if given:
+        raise click.UsageError(f'--{given[0].replace("_", "-")} {"is not for" if naming else "is for"} --protocol {NAMING}.')
+
+
 def predictor_of(ctx: click.Context, given: dict[str, Any], rules: Protocol, thresholds: tuple[float, ...]) -> Predictor:
     """The model with the options of the method; the geometry is the protocol's unless it was given."""
-    from padseg.backbones import load
     from padseg.predict import Predictor
 
-    fields = {name: given[name] for name in Options.__dataclass_fields__}
+    options = Options(**fields_of(ctx, given, rules, Options))
+    return Predictor(loaded(given, options.layer), options, thresholds, given['out'], keep_maps=bool(thresholds))
+
+
+def namer_of(ctx: click.Context, given: dict[str, Any], rules: Protocol, dataset: Dataset) -> NamePredictor:
+    """The model with the options of names; --layer and --step are one of --layers and --steps."""
+    from padseg.job import last_layer
+    from padseg.predict import NamePredictor
+
+    fields = fields_of(ctx, given, rules, LabelOptions)
+    for one, several in (('layer', 'layers'), ('step', 'steps')):
+        if given[one] is not None and fields[several] is not None:
+            raise click.UsageError(f'Give either --{one} or --{several}.')
+        fields[several] = fields[several] or (None if given[one] is None else (given[one],))
+    options = LabelOptions(**fields)
+    backbone = loaded(given, last_layer(options, given['model'], given['revision']))
+    return NamePredictor(backbone, options, dataset.classes, dataset.background, given['names'] or NAMES[0], given['out'])
+
+
+def fields_of(ctx: click.Context, given: dict[str, Any], rules: Protocol, of: Any) -> dict[str, Any]:
+    """The options of a class as they were given."""
+    fields = {name: given[name] for name in of.__dataclass_fields__}
     if ctx.get_parameter_source('geometry') is click.core.ParameterSource.DEFAULT:
         fields['geometry'] = rules.geometry
-    options = Options(**fields)
-    backbone = load(given['model'], **{name: given[name] for name in ('revision', 'device', 'dtype', 'vae', 'layer')})
-    return Predictor(backbone, options, thresholds, given['out'], keep_maps=bool(thresholds))
+    return fields
 
 
-def source_of(predictor: Predictor) -> dict[str, Any]:
+def loaded(given: dict[str, Any], layer: int | None) -> Backbone:
+    from padseg.backbones import load
+
+    return load(given['model'], layer=layer, **{name: given[name] for name in ('revision', 'device', 'dtype', 'vae', 'compile')})
+
+
+def source_of(predictor: Predictor | NamePredictor) -> dict[str, Any]:
     """The model and settings behind predictions, as scores.json has them."""
     from padseg.job import plain
+    from padseg.predict import NamePredictor
 
     backbone = predictor.backbone
     dtype = str(backbone.dtype).removeprefix('torch.')
+    named = {'names': predictor.names} if isinstance(predictor, NamePredictor) else {}
     return {
         **backbone.identity._asdict(),
         'device': str(backbone.device),
         'dtype': dtype,
+        'compiled': backbone.compiled,
+        **named,
         **plain(predictor.options.resolve(backbone.spec)),
     }
 

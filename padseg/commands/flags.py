@@ -6,6 +6,7 @@ import dataclasses
 import typing
 from collections.abc import Callable
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,9 +16,51 @@ from padseg.images import FRAMES
 from padseg.images import MAX_BYTES
 from padseg.images import MAX_PIXELS
 from padseg.images import Reading
+from padseg.job import ENGINES
 from padseg.options import Options
 
 POSITIVE = click.IntRange(min=1)
+compile_flag = click.option(
+    '--compile', is_flag=True, help='let torch compile the transformer, at the first picture; needs a C++ compiler; for many pictures'
+)
+JOB = (
+    click.option('--dir', 'source', type=click.Path(path_type=Path), help='folder of pictures, or one picture'),
+    click.option('--out', type=click.Path(path_type=Path), default='out', show_default=True, help='folder for the results'),
+    click.option('--model', default='tiny', show_default=True, help='a model of `padseg models`, a hub id, or a folder'),
+    click.option('--revision', help='branch, tag or commit on the hub'),
+    click.option('--device', help='cpu, cuda, cuda:1, mps, … (default: the best there is)'),
+    click.option('--dtype', help="float32, bfloat16 or float16 (default: the device's own)"),
+    click.option('--vae', help="a quicker VAE for SD3's latents: tiny (TAESD3), a hub id, or a folder with an AutoencoderTiny"),
+    compile_flag,
+    click.option(
+        '--batch', type=click.IntRange(min=1), default=1, show_default=True, help='pictures of a forward pass; results stay the same'
+    ),
+    click.option('--workers', type=click.IntRange(min=1), default=1, show_default=True, help='threads that read, and as many that write'),
+    click.option('--engine', type=click.Choice(ENGINES), default='local', show_default=True, help='what runs it; ray needs padseg[ray]'),
+    click.option('--address', help='of a Ray cluster, as HOST:PORT (default: $RAY_ADDRESS, or a Ray of its own on this machine)'),
+    click.option('--include', multiple=True, metavar='PATTERN', help='only pictures with such names, as *.jpg or cats/*; may be repeated'),
+    click.option('--exclude', multiple=True, metavar='PATTERN', help='no pictures with such names; may be repeated'),
+    click.option('--shard', metavar='I/N', help='only the I-th of N parts, from 1; runs of all parts may share OUT at a time'),
+    click.option('--limit', type=click.IntRange(min=1), help='only the first so many pictures'),
+    click.option(
+        '--retry-failed/--no-retry-failed', default=True, show_default=True, help='try unchanged pictures again that failed before'
+    ),
+    click.option('--max-failures', type=click.IntRange(min=0), help='stop when more pictures than this have failed'),
+    click.option('--checksum', is_flag=True, help='tell changed pictures by their content, not by size and time of change'),
+    click.option('--dry-run', is_flag=True, help='print the pictures that would be worked on, and do nothing'),
+    click.option('--overlay', is_flag=True, help='also write the picture with its regions in colour'),
+    click.option('--coco', is_flag=True, help='also write OUT/coco: instances.json, and panoptic.json with its PNGs'),
+    click.option(
+        '--save-maps',
+        is_flag=True,
+        help='also keep the maps behind the label maps: those of tokens, for `padseg merge`, or the scores of classes',
+    ),
+    click.option('--overwrite', is_flag=True, help='do everything again, also over results of other settings'),
+    click.option('--json', 'as_json', is_flag=True, help='print the counts as one JSON object on stdout'),
+    click.option('--log-json', is_flag=True, help='all on stderr as JSON, a line for each picture and each event'),
+    click.option('--no-progress', is_flag=True, help='no progress on stderr'),
+    click.option('-q', '--quiet', is_flag=True, help='nothing on stderr but errors'),
+)
 READING = (
     click.option('--max-pixels', type=POSITIVE, default=MAX_PIXELS, show_default=True, help='larger pictures fail undecoded'),
     click.option('--max-file-size', type=POSITIVE, default=MAX_BYTES, show_default=True, help='larger files, in bytes, fail unread'),
@@ -58,15 +101,50 @@ def reading(settings: dict[str, Any]) -> Reading:
     )
 
 
-def option_flags(function: Callable[..., Any], only: Collection[str] | None = None) -> Callable[..., Any]:
-    """A flag for each field of Options, or for some."""
-    types = typing.get_type_hints(Options)
-    for field in reversed([field for field in dataclasses.fields(Options) if only is None or field.name in only]):
-        kind = next(kind for kind in (bool, int, float, str) if kind in (types[field.name], *typing.get_args(types[field.name])))
+class Several(click.ParamType[tuple[Any, ...]]):
+    """Values of one kind, separated by commas, as a tuple."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+        self.name = 'numbers' if kind is int else 'names'
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        if not isinstance(value, str):
+            return tuple(value)
+        try:
+            return tuple(self.kind(part.strip()) for part in value.split(',') if part.strip())
+        except ValueError:
+            self.fail(f'{value!r} is not a list such as 8,9', param, ctx)
+
+
+def option_flags(function: Callable[..., Any], only: Collection[str] | None = None, of: type = Options) -> Callable[..., Any]:
+    """A flag for each field of Options, or of another such class, or for some."""
+    types = typing.get_type_hints(of)
+    for field in reversed([field for field in dataclasses.fields(of) if only is None or field.name in only]):
+        kind = kind_of(types[field.name])
         name = field.name.replace('_', '-')
         flag = f'--{name}/--no-{name}' if kind is bool else f'--{name}'
         choices = field.metadata.get('choices')
-        shown = "the model's own" if field.default is None else field.default
-        text = f'{field.metadata["help"]} (default: {shown})'
+        text = f'{field.metadata["help"]} (default: {shown_default(field)})'
         function = click.option(flag, type=click.Choice(choices) if choices else kind, default=field.default, help=text)(function)
+    return function
+
+
+def kind_of(hint: Any) -> Any:
+    """What click makes a value of a field of, by the field's type, which may also allow None."""
+    kinds = (hint, *typing.get_args(hint))
+    several = next((kind for kind in kinds if typing.get_origin(kind) is tuple), None)
+    return Several(typing.get_args(several)[0]) if several else next(kind for kind in (bool, int, float, str) if kind in kinds)
+
+
+def shown_default(field: dataclasses.Field[Any]) -> str:
+    """The value, or what stands for it."""
+    own = "the model's own" if field.default is None else str(field.default)
+    return str(field.metadata.get('default', own))
+
+
+def job_flags(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Flags for a job over a folder, which `run` and `label` share."""
+    for flag in reversed(JOB):
+        function = flag(function)
     return function

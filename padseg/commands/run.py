@@ -14,11 +14,11 @@ from typing import Any
 
 import click
 
+from padseg.commands.flags import job_flags
 from padseg.commands.flags import option_flags
 from padseg.commands.flags import reading
 from padseg.commands.flags import reading_flags
 from padseg.errors import PadsegError
-from padseg.job import ENGINES
 from padseg.options import Options
 from padseg.progress import EventHandler
 from padseg.progress import Events
@@ -35,34 +35,8 @@ log = logging.getLogger(__name__)
 
 @click.command('run')
 @click.argument('folders', nargs=-1, metavar='', type=click.Path(path_type=Path))
-@click.option('--dir', 'source', type=click.Path(path_type=Path), help='folder of pictures, or one picture')
-@click.option('--out', type=click.Path(path_type=Path), default='out', show_default=True, help='folder for the results')
-@click.option('--model', default='tiny', show_default=True, help='a model of `padseg models`, a hub id, or a folder')
-@click.option('--revision', help='branch, tag or commit on the hub')
-@click.option('--device', help='cpu, cuda, cuda:1, mps, … (default: the best there is)')
-@click.option('--dtype', help="float32, bfloat16 or float16 (default: the device's own)")
-@click.option('--vae', help="a quicker VAE for SD3's latents: tiny (TAESD3), a hub id, or a folder with an AutoencoderTiny")
-@click.option('--batch', type=click.IntRange(min=1), default=1, show_default=True, help='pictures of a forward pass; results stay the same')
-@click.option('--workers', type=click.IntRange(min=1), default=1, show_default=True, help='threads that read, and as many that write')
-@click.option('--engine', type=click.Choice(ENGINES), default='local', show_default=True, help='what runs it; ray needs padseg[ray]')
-@click.option('--address', help='of a Ray cluster, as HOST:PORT (default: $RAY_ADDRESS, or a Ray of its own on this machine)')
-@click.option('--include', multiple=True, metavar='PATTERN', help='only pictures with such names, as *.jpg or cats/*; may be repeated')
-@click.option('--exclude', multiple=True, metavar='PATTERN', help='no pictures with such names; may be repeated')
-@click.option('--shard', metavar='I/N', help='only the I-th of N parts, from 1; runs of all parts may share OUT at a time')
+@job_flags
 @click.option('--collect', is_flag=True, help='join what shards did: `padseg run --collect OUT`, or --collect OUT1 OUT2 … --out OUT')
-@click.option('--limit', type=click.IntRange(min=1), help='only the first so many pictures')
-@click.option('--retry-failed/--no-retry-failed', default=True, show_default=True, help='try unchanged pictures again that failed before')
-@click.option('--max-failures', type=click.IntRange(min=0), help='stop when more pictures than this have failed')
-@click.option('--checksum', is_flag=True, help='tell changed pictures by their content, not by size and time of change')
-@click.option('--dry-run', is_flag=True, help='print the pictures that would be worked on, and do nothing')
-@click.option('--overlay', is_flag=True, help='also write the picture with its regions in colour')
-@click.option('--coco', is_flag=True, help='also write OUT/coco: instances.json, and panoptic.json with its PNGs')
-@click.option('--save-maps', is_flag=True, help='also keep the token maps, for `padseg merge`')
-@click.option('--overwrite', is_flag=True, help='do everything again, also over results of other settings')
-@click.option('--json', 'as_json', is_flag=True, help='print the counts as one JSON object on stdout')
-@click.option('--log-json', is_flag=True, help='all on stderr as JSON, a line for each picture and each event')
-@click.option('--no-progress', is_flag=True, help='no progress on stderr')
-@click.option('-q', '--quiet', is_flag=True, help='nothing on stderr but errors')
 @reading_flags
 @option_flags
 def command(folders: tuple[Path, ...], collect: bool, log_json: bool, **settings: Any) -> int:
@@ -76,10 +50,13 @@ def command(folders: tuple[Path, ...], collect: bool, log_json: bool, **settings
     if not (settings['source'] or collect):
         raise click.UsageError('which pictures? --dir FOLDER')
     with as_events() if log_json else contextlib.nullcontext():
-        return join(folders, log_json, **settings) if collect else segment(log_json, **settings)
+        if collect:
+            return join(folders, log_json, **settings)
+        options = Options(**{field.name: settings.pop(field.name) for field in dataclasses.fields(Options)})
+        return start(log_json, options=options, **settings)
 
 
-def segment(log_json: bool, as_json: bool, no_progress: bool, quiet: bool, dry_run: bool, **settings: Any) -> int:
+def start(log_json: bool, as_json: bool, no_progress: bool, quiet: bool, dry_run: bool, **settings: Any) -> int:
     """Run the job that the flags describe, or with dry_run print what it would work on."""
     from padseg.engine import choose
     from padseg.engine import plan
@@ -88,10 +65,9 @@ def segment(log_json: bool, as_json: bool, no_progress: bool, quiet: bool, dry_r
     from padseg.selection import Selection
     from padseg.selection import parse_shard
 
-    options = Options(**{field.name: settings.pop(field.name) for field in dataclasses.fields(Options)})
     shard = parse_shard(settings.pop('shard'))
     selection = Selection(settings.pop('include'), settings.pop('exclude'), shard, settings.pop('limit'))
-    job = Job(options=options, selection=selection, reading=reading(settings), **settings)
+    job = Job(selection=selection, reading=reading(settings), **settings)
     if dry_run:
         pending = [picture.name for picture in plan(job, *choose(job)).pending]
         print(json.dumps({'pending': pending}) if as_json else '\n'.join(pending))

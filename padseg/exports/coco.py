@@ -25,24 +25,30 @@ FOLDER = 'coco'
 PARTS: tuple[str, ...] = ()
 BESIDE = False
 FILE = 'instances.json'
-CATEGORY = {'id': 1, 'name': 'region', 'supercategory': ''}  # regions have no classes: all are of one
 
 
 @contextlib.contextmanager
 def writer(place: Place) -> Iterator[Add]:
     """Write instances.json; ids of annotations are unique over the file."""
     numbers = itertools.count(1)
-    with annotated(place.folder / FILE, place, CATEGORY) as add:
-        yield lambda picture: add(picture, (annotation(region, picture, next(numbers)) for region in regions(picture.labels)))
+    with annotated(place.folder / FILE, place, categories(place)) as add:
+        yield lambda picture: add(
+            picture, (annotation(region, place.category(region), picture, next(numbers)) for region in regions(picture.labels))
+        )
 
 
-def annotation(region: Region, picture: Picture, number: int) -> dict[str, Any]:
+def categories(place: Place) -> list[dict[str, Any]]:
+    """What regions can be, all of one category if they have no classes."""
+    return [{'id': number, 'name': name, 'supercategory': ''} for number, name in enumerate(place.categories, start=1)]
+
+
+def annotation(region: Region, category: int, picture: Picture, number: int) -> dict[str, Any]:
     """A region as COCO has it: its mask as run lengths down the columns, in pycocotools' letters."""
     runs = mask.encode(region.mask.astype(np.uint8, order='F'))
     return {
         'id': number,
         'image_id': picture.number,
-        'category_id': CATEGORY['id'],
+        'category_id': category,
         'segmentation': {'size': list(picture.labels.shape), 'counts': runs['counts'].decode('ascii')},
         'area': region.area,
         'bbox': list(region.box),
@@ -51,10 +57,10 @@ def annotation(region: Region, picture: Picture, number: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def annotated(path: Path, place: Place, category: dict[str, Any]) -> Iterator[Callable[[Picture, Iterable[dict[str, Any]]], None]]:
+def annotated(path: Path, place: Place, categories: list[dict[str, Any]]) -> Iterator[Callable[[Picture, Iterable[dict[str, Any]]], None]]:
     """Write a file of COCO's outline, complete or not at all, with the annotations as they come; what is yielded adds a picture's."""
     images: list[str] = []
-    head = {'info': {'description': 'regions found by padseg', **place.made_by}, 'licenses': [], 'categories': [category]}
+    head = {'info': {'description': 'regions found by padseg', **place.made_by}, 'licenses': [], 'categories': categories}
     with atomic(path) as temporary, temporary.open('w', encoding='ascii') as file:
         file.write(json.dumps(head)[:-1] + ', "annotations": [')
         separators = itertools.chain(['\n'], itertools.repeat(',\n'))

@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
+from xml.sax.saxutils import escape
 from xml.sax.saxutils import quoteattr
 
 import numpy as np
@@ -32,12 +33,14 @@ HEAD = """<?xml version="1.0" encoding="utf-8"?>
     <task>
       <mode>annotation</mode>
       <labels>
-        <label>
-          <name>region</name>
+"""
+LABEL = """        <label>
+          <name>{name}</name>
           <type>mask</type>
           <attributes></attributes>
         </label>
-      </labels>
+"""
+TAIL = """      </labels>
     </task>
   </meta>
 """
@@ -49,26 +52,31 @@ NOT_IN_XML = re.compile('[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]'
 def writer(place: Place) -> Iterator[Add]:
     """Write annotations.xml; CVAT pairs its images with those of a task by name."""
     with atomic(place.folder / FILE) as temporary, temporary.open('w', encoding='utf-8') as file:
-        file.write(HEAD)
+        file.write(HEAD + ''.join(LABEL.format(name=escape(in_xml(name))) for name in place.categories) + TAIL)
 
         def add(picture: Picture) -> None:
             if NOT_IN_XML.search(picture.name):
                 raise ImageError('its name holds a control character or is no UTF-8, which cannot be in XML')
             height, width = picture.labels.shape
             file.write(f'  <image id="{picture.number - 1}" name={quoteattr(picture.name)} width="{width}" height="{height}">\n')
-            file.writelines(element(region) for region in regions(picture.labels))
+            file.writelines(element(region, in_xml(place.name(region))) for region in regions(picture.labels))
             file.write('  </image>\n')
 
         yield add
         file.write(FOOT)
 
 
-def element(region: Region) -> str:
+def in_xml(name: str) -> str:
+    """The name of a class without what cannot be in XML."""
+    return NOT_IN_XML.sub('?', name)
+
+
+def element(region: Region, name: str) -> str:
     """A region as a mask: the runs of its box."""
     left, top, width, height = region.box
     rle = ', '.join(map(str, run_lengths(region.patch)))
     box = f'left="{left}" top="{top}" width="{width}" height="{height}"'
-    return f'    <mask label="region" source="auto" occluded="0" rle="{rle}" {box} z_order="0"/>\n'
+    return f'    <mask label={quoteattr(name)} source="auto" occluded="0" rle="{rle}" {box} z_order="0"/>\n'
 
 
 def run_lengths(mask: Array) -> list[int]:

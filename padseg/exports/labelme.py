@@ -37,7 +37,7 @@ def writer(place: Place) -> Iterator[Add]:
     def add(picture: Picture) -> None:
         path = paths[picture.name]
         shown = os.path.relpath(place.images.resolve() / picture.name, path.parent.resolve())
-        data = (json.dumps(described(picture, shown), indent=2) + '\n').encode('ascii')
+        data = (json.dumps(described(picture, shown, place), indent=2) + '\n').encode('ascii')
         if path.exists() and not place.own and path.read_bytes() != data:
             raise UnreadableLabels(path, 'is there already with other annotations: move it away, or choose another --out')
         with atomic(path) as temporary:
@@ -54,13 +54,13 @@ def file_names(names: Sequence[str]) -> dict[str, str]:
     return {name: f'{stem if taken[stem.casefold()] == 1 else name}.json' for name, stem in stems.items()}
 
 
-def described(picture: Picture, shown: str) -> dict[str, Any]:
+def described(picture: Picture, shown: str, place: Place) -> dict[str, Any]:
     """The file's content; shown: path of the picture as seen from the file."""
     height, width = picture.labels.shape
     return {
         'version': VERSION,
         'flags': {},
-        'shapes': [shape(region) for region in regions(picture.labels)],
+        'shapes': [shape(region, place.name(region)) for region in regions(picture.labels)],
         'imagePath': shown,
         'imageData': None,
         'imageHeight': height,
@@ -68,12 +68,12 @@ def described(picture: Picture, shown: str) -> dict[str, Any]:
     }
 
 
-def shape(region: Region) -> dict[str, Any]:
+def shape(region: Region, name: str) -> dict[str, Any]:
     """A region as a shape. Its two points are the first and the last pixel of its box, its mask the box as PNG of 0 and 1."""
     left, top, width, height = region.box
     data = cv2.imencode('.png', region.patch.astype(np.uint8))[1].tobytes()
     return {
-        'label': 'region',
+        'label': name,
         'points': [[left, top], [left + width - 1, top + height - 1]],
         'group_id': None,
         'description': '',

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
+from xml.sax.saxutils import quoteattr
 
+from padseg.exports.cvat import in_xml
 from padseg.exports.cvat import run_lengths
 from padseg.exports.files import atomic
 from padseg.exports.regions import Add
@@ -32,8 +34,7 @@ INTERFACE = 'interface.xml'
 VIEW = """<View>
   <Image name="image" value="$image" zoom="true"/>
   <BrushLabels name="brush" toName="image">
-    <Label value="region"/>
-  </BrushLabels>
+{labels}  </BrushLabels>
 </View>
 """
 CHANNELS = 4  # a brush mask is a picture of red, green, blue and opacity, all 0 or all 255
@@ -52,12 +53,13 @@ def writer(place: Place) -> Iterator[Add]:
 
         def add(picture: Picture) -> None:
             url = f'/data/local-files/?d={quoted(f"{folder}/{picture.name}")}'
-            file.write(next(separators) + json.dumps(task(picture, url, model)))
+            file.write(next(separators) + json.dumps(task(picture, url, model, place)))
 
         yield add
         file.write('\n]\n')
     with atomic(place.folder / INTERFACE) as temporary:
-        temporary.write_text(VIEW, encoding='ascii')
+        labels = ''.join(f'    <Label value={quoteattr(in_xml(name))}/>\n' for name in place.categories)
+        temporary.write_text(VIEW.format(labels=labels), encoding='utf-8')
 
 
 def quoted(path: str) -> str:
@@ -67,14 +69,14 @@ def quoted(path: str) -> str:
         raise ImageError('its name is no UTF-8, which Label Studio cannot address') from error
 
 
-def task(picture: Picture, url: str, model: str) -> dict[str, Any]:
+def task(picture: Picture, url: str, model: str, place: Place) -> dict[str, Any]:
     """A picture with its regions as a prediction, from which annotations can start."""
     shape: tuple[int, int] = picture.labels.shape
-    result = [brush(region, shape) for region in regions(picture.labels)]
+    result = [brush(region, shape, in_xml(place.name(region))) for region in regions(picture.labels)]
     return {'data': {'image': url}, 'predictions': [{'model_version': model, 'result': result}]}
 
 
-def brush(region: Region, shape: tuple[int, int]) -> dict[str, Any]:
+def brush(region: Region, shape: tuple[int, int], name: str) -> dict[str, Any]:
     height, width = shape
     return {
         'id': str(region.number),
@@ -84,7 +86,7 @@ def brush(region: Region, shape: tuple[int, int]) -> dict[str, Any]:
         'original_width': width,
         'original_height': height,
         'image_rotation': 0,
-        'value': {'format': 'rle', 'rle': encode(region.mask), 'brushlabels': ['region']},
+        'value': {'format': 'rle', 'rle': encode(region.mask), 'brushlabels': [name]},
     }
 
 

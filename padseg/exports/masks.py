@@ -6,6 +6,7 @@ import csv
 import io
 from pathlib import Path
 from typing import TYPE_CHECKING
+from typing import Any
 
 import cv2
 import numpy as np
@@ -33,22 +34,28 @@ def write(image: Image | None, labels: LabelMap, path: Path) -> None:
 
 
 def write_masks(labels: LabelMap, folder: Path) -> None:
-    """Write region k as folder/{k-1}.png, 0 or 255, and a row of metadata.csv; boxes are x, y, width, height in pixels."""
+    """Write region k as folder/{k-1}.png, 0 or 255, and a row of metadata.csv; boxes are x, y, width, height in pixels.
+
+    Where regions are classes, those that the picture shows, with their names in a last column.
+    """
     height, width = labels.labels.shape
     text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator='\n')
+    table = csv.DictWriter(text, (*COLUMNS, 'name') if labels.names else COLUMNS, lineterminator='\n')
     table.writeheader()
     with atomic(folder) as temporary:
         temporary.mkdir()
         for region in range(1, int(labels.labels.max()) + 1):
             mask = (labels.labels == region).astype(np.uint8) * 255  # (H, W)
+            if labels.names and not mask.any():
+                continue
             (temporary / f'{region - 1}.png').write_bytes(cv2.imencode('.png', mask, ENCODING)[1].tobytes())
-            row = {'id': region - 1, 'area': cv2.countNonZero(mask), 'region': region}
+            row: dict[str, Any] = {'id': region - 1, 'area': cv2.countNonZero(mask), 'region': region}
             row |= dict(zip(BOX, cv2.boundingRect(mask), strict=True))
             row |= dict(zip(CROP, (0, 0, width, height), strict=True))
             tokens = labels.tokens[region - 1] if labels.tokens else ()
-            table.writerow(row | {'tokens': ' '.join(map(str, tokens))})
-        (temporary / 'metadata.csv').write_text(text.getvalue(), encoding='ascii')
+            row |= {'tokens': ' '.join(map(str, tokens))}
+            table.writerow(row | {'name': labels.names[region - 1]} if labels.names else row)
+        (temporary / 'metadata.csv').write_text(text.getvalue(), encoding='utf-8')
 
 
 def read_masks(folder: Path) -> Array:
@@ -59,4 +66,5 @@ def read_masks(folder: Path) -> Array:
     masks = np.stack([read_label_map(path) > 0 for path in paths])  # (K, H, W)
     if masks.sum(0).max() > 1:
         raise UsageError(f'the masks in {folder} overlap: they are no label map')
-    return np.tensordot(np.arange(1, len(paths) + 1, dtype=np.int32), masks.astype(np.int32), axes=1)  # (H, W)
+    numbers = np.array([int(path.stem) + 1 for path in paths], np.int32)
+    return np.tensordot(numbers, masks.astype(np.int32), axes=1)  # (H, W)

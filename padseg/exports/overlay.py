@@ -1,4 +1,4 @@
-"""The picture with its regions in colour and their boundaries in white, as JPEG."""
+"""The picture with its regions in colour and their boundaries in white, as JPEG; with the names of classes, where there are any."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
+import PIL.Image
+from PIL import ImageDraw
+from PIL import ImageFont
 
 from padseg.errors import UsageError
 from padseg.exports.colours import voc_colours
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 SUFFIX = '.jpg'
 QUALITY = 90
 LONGEST = 65500  # pixels of a side that JPEG encoders take
+LETTERS, LINES, GAP = 10, 28, 3  # of the legend: least height of letters, lines down a picture, pixels between them
 SIDE_PER_LINE = 800  # pixels of picture for each pixel of boundary width, so that it is seen in large pictures too
 
 
@@ -30,7 +34,10 @@ def write(image: Image | None, labels: LabelMap, path: Path) -> None:
         raise UsageError('an overlay needs the picture: export(labels, path, image)')
     if max(image.shape) > LONGEST:
         raise ImageError(f'an overlay is at most {LONGEST} pixels long; got {image.shape[1]}x{image.shape[0]}')
-    drawn = cv2.cvtColor(overlay(image, labels.labels), cv2.COLOR_RGB2BGR)
+    drawn = overlay(image, labels.labels)
+    if labels.names:
+        drawn = with_legend(drawn, labels)
+    drawn = cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR)
     data = cv2.imencode('.jpg', drawn, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
     with atomic(path) as temporary:
         temporary.write_bytes(data)
@@ -45,6 +52,23 @@ def overlay(image: Image, labels: Array) -> Array:
     drawn[labels == 0] = image[labels == 0]
     drawn[boundaries(labels)] = 255
     return drawn
+
+
+def with_legend(drawn: Array, labels: LabelMap) -> Array:
+    """The overlay with the colours and names of the classes that the picture shows in a corner, as many as there is room for."""
+    size = max(LETTERS, min(drawn.shape[:2]) // LINES)
+    shown = [int(number) for number in np.unique(labels.labels) if number][: drawn.shape[0] // (size + GAP)]
+    if not shown:
+        return drawn
+    picture = PIL.Image.fromarray(drawn)
+    pen, font, colours = ImageDraw.Draw(picture), ImageFont.load_default(size), voc_colours()
+    width = max(font.getlength(labels.names[number - 1]) for number in shown)
+    pen.rectangle((0, 0, size + 3 * GAP + width, len(shown) * (size + GAP) + GAP), 'white')
+    for place, number in enumerate(shown):
+        top = GAP + place * (size + GAP)
+        pen.rectangle((GAP, top, GAP + size, top + size), tuple(colours[(number - 1) % 255 + 1].tolist()))
+        pen.text((2 * GAP + size, top), labels.names[number - 1], 'black', font)
+    return np.asarray(picture)
 
 
 def boundaries(labels: Array) -> Array:

@@ -10,8 +10,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from padseg.exports.coco import CATEGORY
 from padseg.exports.coco import annotated
+from padseg.exports.coco import categories
+from padseg.exports.colours import voc_colours
 from padseg.exports.files import atomic
 from padseg.exports.regions import Add
 from padseg.exports.regions import Picture
@@ -26,16 +27,17 @@ FOLDER = 'coco'
 FILE = 'panoptic.json'
 PARTS: tuple[str, ...] = ('panoptic',)
 BESIDE = False
+COLOUR = [220, 20, 60]  # of regions without classes
 
 
 @contextlib.contextmanager
 def writer(place: Place) -> Iterator[Add]:
     """Write panoptic.json and panoptic/<name>.png."""
-    with annotated(place.folder / FILE, place, {**CATEGORY, 'isthing': 1, 'color': [220, 20, 60]}) as annotate:
+    with annotated(place.folder / FILE, place, coloured(place)) as annotate:
 
         def add(picture: Picture) -> None:
             name = f'{picture.name}.png'
-            segments = [segment(region) for region in regions(picture.labels)]
+            segments = [segment(region, place.category(region)) for region in regions(picture.labels)]
             with atomic(place.folder / PARTS[0] / name) as temporary:
                 temporary.write_bytes(cv2.imencode('.png', coded(picture.labels))[1].tobytes())
             annotate(picture, [{'image_id': picture.number, 'file_name': name, 'segments_info': segments}])
@@ -43,9 +45,15 @@ def writer(place: Place) -> Iterator[Add]:
         yield add
 
 
-def segment(region: Region) -> dict[str, Any]:
+def coloured(place: Place) -> list[dict[str, Any]]:
+    """Categories with the colours that classes have in label maps."""
+    colours = voc_colours(len(place.classes) + 1)[1:].tolist() or [COLOUR]
+    return [{**each, 'isthing': 1, 'color': colour} for each, colour in zip(categories(place), colours, strict=True)]
+
+
+def segment(region: Region, category: int) -> dict[str, Any]:
     """A region's row in segments_info; its id is its number in the label map."""
-    return {'id': region.number, 'category_id': CATEGORY['id'], 'area': region.area, 'bbox': list(region.box), 'iscrowd': 0}
+    return {'id': region.number, 'category_id': category, 'area': region.area, 'bbox': list(region.box), 'iscrowd': 0}
 
 
 def coded(labels: Array) -> Array:

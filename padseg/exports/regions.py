@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from padseg.types import Array
 
 
+REGION = 'region'  # the name of all that have none
+
+
 class Picture(NamedTuple):
     """A done picture. number: its place in name order, from 1; name: its POSIX path below the pictures; labels: (H, W), 0 = unassigned."""
 
@@ -27,7 +30,7 @@ class Picture(NamedTuple):
 
 class Place(NamedTuple):
     """folder: where the files go; own: it lies inside the run's; images: folder of the pictures, reading: how the run read them;
-    names: of all done ones."""
+    names: of all done ones. classes: names of the regions' classes, by their number from 1; none if regions have no names."""
 
     folder: Path
     own: bool
@@ -35,6 +38,19 @@ class Place(NamedTuple):
     reading: Reading
     names: tuple[str, ...]
     made_by: dict[str, str | None]
+    classes: tuple[str, ...] = ()
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """What a region can be; without classes all are one."""
+        return self.classes or (REGION,)
+
+    def category(self, region: Region) -> int:
+        """The number of a region's category, from 1."""
+        return region.number if self.classes else 1
+
+    def name(self, region: Region) -> str:
+        return self.categories[self.category(region) - 1]
 
 
 Add = Callable[[Picture], None]

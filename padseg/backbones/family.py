@@ -1,0 +1,66 @@
+"""What a family of models is: all that differs between architectures, as a module has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch import nn
+
+from padseg.backbones.source import Source
+from padseg.types import Prompt
+
+
+class Size(NamedTuple):
+    """What a transformer takes. channels: of a latent; patch: latent cells along a side of an image token; limit: tokens along a side."""
+
+    channels: int
+    patch: int
+    limit: int
+
+
+class Family(Protocol):
+    """A module such as backbones/sd3.py. Layers are counted over all blocks in the order in which they run."""
+
+    TRANSFORMER: Any  # diffusers' class
+    TEXT_DTYPE: torch.dtype  # of the text encoders, which always run on the CPU: what they give is a constant of the model
+
+    def size(self, config: Any) -> Size:
+        """From the configuration of the transformer."""
+
+    def blocks(self, transformer: Any) -> Sequence[nn.Module]:
+        """All of them, in the order of layers."""
+
+    def cut(self, transformer: Any, layer: int) -> None:
+        """Leave the blocks 0..layer, of the last of them only what its queries and keys need: there the forward stops."""
+
+    def set_timesteps(self, scheduler: Any, steps: int, image_tokens: int) -> None:
+        """Give the scheduler the schedule of so many steps that the model's pipeline would give it."""
+
+    def tokenizers(self, source: Source) -> dict[str, Any]:
+        """By the names of their folders. Raises ModelUnavailable if one cannot be used."""
+
+    def prompt_shapes(self, slots: int, config: Any) -> dict[str, tuple[int, ...]]:
+        """Of the tensors of a prompt, `embeds` and `pooled`."""
+
+    def compute_null_prompt(self, source: Source, transformer: Any, slots: int) -> dict[str, Tensor]:
+        """The empty prompt by the text encoders: `embeds` (1, L, D) and `pooled` (1, E), float32."""
+
+    def null_names(self, slots: int) -> Sequence[str]:
+        """Words for its tokens, as many as are picked: the first ones."""
+
+    def attention_module(self, transformer: Any, layer: int) -> nn.Module:
+        """The attention of a block, in which image and text tokens meet."""
+
+    def text_columns(self, picked: Sequence[int], image_tokens: int) -> list[int]:
+        """Where text tokens stand among the keys."""
+
+    def first_image_token(self, prompt: Prompt) -> int:
+        """Where image tokens begin among the queries."""
+
+    def denoise(self, transformer: Any, z: Tensor, timestep: float, prompt: Prompt) -> Tensor:
+        """One forward: (B, C, H', W') -> the same shape."""

@@ -1,0 +1,153 @@
+"""Flux.1: what differs from other families. Text stands before the image; double blocks are followed by single ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor
+from torch import nn
+
+from padseg.backbones.family import Size
+from padseg.backbones.parts import clip_tokenizer
+from padseg.backbones.parts import read_model
+from padseg.backbones.parts import read_part
+from padseg.backbones.source import TEXT_PARTS
+from padseg.backbones.source import Source
+from padseg.backbones.source import check_files
+from padseg.backbones.source import text_files
+from padseg.errors import ModelUnavailable
+from padseg.types import Prompt
+
+TRANSFORMER = FluxTransformer2DModel
+TEXT_DTYPE = torch.bfloat16  # as T5 is published: float32 would take twice the memory and is no nearer to what was trained
+PATCH = 2  # latent cells along a side of an image token: the pipeline packs them, not the transformer
+LIMIT = 192  # tokens along a side, as for SD3: rotary embeddings have no end, but what was trained has
+CLIP_SLOTS = 77
+GUIDANCE = 3.5  # the strength for which the model was distilled, its pipeline's default
+
+
+def size(config: Any) -> Size:
+    return Size(config.in_channels // PATCH**2, PATCH, LIMIT)
+
+
+def blocks(transformer: FluxTransformer2DModel) -> list[Any]:
+    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+
+def cut(transformer: FluxTransformer2DModel, layer: int) -> None:
+    """Leave the blocks 0..layer, of the last of them only what its queries and keys need: there the forward stops."""
+    double = len(transformer.transformer_blocks)
+    transformer.transformer_blocks = transformer.transformer_blocks[: layer + 1]
+    transformer.single_transformer_blocks = transformer.single_transformer_blocks[: max(0, layer + 1 - double)]
+    transformer.norm_out = transformer.proj_out = None
+    last = blocks(transformer)[layer]
+    last.attn.to_v = nn.Identity()  # the processor asks for values before it comes to queries and keys
+    if layer < double:
+        last.ff = last.ff_context = None
+        last.attn.add_v_proj = nn.Identity()
+        last.attn.to_out = last.attn.to_add_out = None
+    else:
+        last.proj_mlp = last.act_mlp = nn.Identity()  # which comes before the attention
+        last.proj_out = None
+
+
+def set_timesteps(scheduler: Any, steps: int, image_tokens: int) -> None:
+    """Pictures of more tokens have more noise at every step."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    config = scheduler.config
+    shift = calculate_shift(image_tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=shift)
+
+
+def tokenizers(source: Source) -> dict[str, Any]:
+    """CLIP's and T5's, whose vocabulary is looked for first: transformers would make an empty one."""
+    from transformers import T5TokenizerFast
+
+    clip = clip_tokenizer(source, 'tokenizer', CLIP_SLOTS)
+    if not (source.folder / 'tokenizer_2' / 'tokenizer.json').is_file():
+        raise ModelUnavailable(f'tokenizer_2 of {source.model} has no vocabulary: {source.folder / "tokenizer_2"} needs tokenizer.json')
+    t5 = read_part(T5TokenizerFast, source, 'tokenizer_2', 'tokenizer_config.json')
+    if t5.model_max_length < source.spec.sequence:
+        raise ModelUnavailable(f'tokenizer_2 of {source.model} fills {t5.model_max_length} places; expected {source.spec.sequence}')
+    return {'tokenizer': clip, 'tokenizer_2': t5}
+
+
+def prompt_shapes(slots: int, config: Any) -> dict[str, tuple[int, ...]]:
+    return {'embeds': (1, slots, config.joint_attention_dim), 'pooled': (1, config.pooled_projection_dim)}
+
+
+def null_names(slots: int) -> Sequence[str]:
+    return ['</s>', *(f'<pad {number}>' for number in range(1, slots))]
+
+
+def compute_null_prompt(source: Source, transformer: FluxTransformer2DModel, slots: int) -> dict[str, Tensor]:
+    return encode_text(text_pipeline(source, transformer), slots, '')
+
+
+def text_pipeline(source: Source, transformer: FluxTransformer2DModel) -> Any:
+    """diffusers' pipeline with the two text encoders, enough to encode texts."""
+    from diffusers import FluxPipeline
+    from transformers import CLIPTextModel
+    from transformers import T5EncoderModel
+
+    text_files(source)
+    check_files(source, TEXT_PARTS)
+    parts = tokenizers(source)
+    for part, kind in (('text_encoder', CLIPTextModel), ('text_encoder_2', T5EncoderModel)):
+        parts[part] = read_model(kind, source, part, dtype=TEXT_DTYPE)
+    return FluxPipeline(transformer=transformer, vae=None, scheduler=None, **parts)
+
+
+def encode_text(pipeline: Any, slots: int, text: str) -> dict[str, Tensor]:
+    """T5's embeddings, padded to `slots` tokens without a mask, and CLIP's summary of the text: embeds (1, slots, D), pooled (1, E)."""
+    with torch.no_grad():
+        embeds, pooled, _ = pipeline.encode_prompt(text, device=torch.device('cpu'), max_sequence_length=slots)
+    return {'embeds': embeds.float().contiguous(), 'pooled': pooled.float().contiguous()}
+
+
+def attention_module(transformer: FluxTransformer2DModel, layer: int) -> nn.Module:
+    return blocks(transformer)[layer].attn
+
+
+def text_columns(picked: Sequence[int], image_tokens: int) -> list[int]:
+    return list(picked)
+
+
+def first_image_token(prompt: Prompt) -> int:
+    return prompt.embeds.shape[1]
+
+
+def denoise(transformer: FluxTransformer2DModel, z: Tensor, timestep: float, prompt: Prompt) -> Tensor:
+    count, _, height, width = z.shape
+    h, w = height // PATCH, width // PATCH
+    row, column = torch.arange(float(h)), torch.arange(float(w))
+    # in the transformer's own type before it is divided, as the pipeline does: in 16 bits the order matters
+    time = torch.full((count,), timestep, device=z.device, dtype=transformer.dtype) / 1000
+    velocity = transformer(
+        hidden_states=packed(z).to(transformer.dtype),
+        encoder_hidden_states=prompt.embeds.expand(count, -1, -1),
+        pooled_projections=prompt.pooled.expand(count, -1),
+        timestep=time,
+        guidance=torch.full((count,), GUIDANCE, device=z.device) if transformer.config.guidance_embeds else None,
+        img_ids=torch.cartesian_prod(torch.zeros(1), row, column).to(z.device),  # (h w, 3)
+        txt_ids=torch.zeros(prompt.embeds.shape[1], 3, device=z.device),
+        return_dict=False,
+    )[0]
+    return unpacked(velocity, h, w)
+
+
+def packed(z: Tensor) -> Tensor:
+    """Cells of a patch together, channel by channel: (B, C, 2 h, 2 w) -> (B, h w, 4 C)."""
+    cells = z.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))  # (B, C, h, 2, w, 2)
+    return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpacked(tokens: Tensor, h: int, w: int) -> Tensor:
+    """(B, h w, 4 C) -> (B, C, 2 h, 2 w)."""
+    cells = tokens.unflatten(2, (-1, PATCH, PATCH)).unflatten(1, (h, w))  # (B, h, w, C, 2, 2)
+    return cells.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)

@@ -1,0 +1,58 @@
+"""Texts for Flux.1: T5's tokens have all columns; CLIP adds a summary of the text, without columns."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from padseg.backbones.flux import encode_text
+from padseg.backbones.flux import prompt_shapes
+from padseg.backbones.flux import text_pipeline
+from padseg.backbones.flux import tokenizers
+from padseg.backbones.null_prompt import cache_path
+from padseg.backbones.null_prompt import read_cache
+from padseg.backbones.null_prompt import shapes_of
+from padseg.backbones.null_prompt import write_cache
+from padseg.backbones.sd3_text import cut
+from padseg.backbones.source import Source
+from padseg.backbones.source import text_files
+from padseg.errors import UsageError
+from padseg.types import Tokens
+
+
+class Reader:
+    """Tokenizers and, once they are needed, text encoders of one model; see `Texts`."""
+
+    def __init__(self, source: Source, transformer: Any, keep: bool) -> None:
+        self.source = source
+        self.transformer = transformer
+        self.keep = keep
+
+    @cached_property
+    def t5_tokenizer(self) -> Any:
+        text_files(self.source)
+        return tokenizers(self.source)['tokenizer_2']
+
+    @cached_property
+    def pipeline(self) -> Any:
+        return text_pipeline(self.source, self.transformer)
+
+    def tokens(self, text: str, encoders: str) -> dict[str, Tokens]:
+        """T5's tokens from column 0 on."""
+        if encoders != 't5':
+            raise UsageError(f'only T5 has columns in {self.source.model}: encoders is t5; got {encoders}')
+        return {'t5': cut(self.t5_tokenizer, text, 0, self.source.spec.sequence)}
+
+    def encode(self, text: str, encoders: str, unused: str) -> tuple[Tensor, Tensor]:
+        """By T5 and CLIP, from the cache or computed; the empty text is the null prompt itself."""
+        slots = self.source.spec.sequence
+        path = cache_path(self.source, text)
+        tensors = read_cache(path)
+        if shapes_of(tensors) != prompt_shapes(slots, self.transformer.config):
+            tensors = encode_text(self.pipeline, slots, text)
+            if self.keep:
+                write_cache(tensors, path, 'a prompt')
+        place, kind = self.transformer.device, self.transformer.dtype
+        return tensors['embeds'].to(place, kind), tensors['pooled'].to(place, kind)

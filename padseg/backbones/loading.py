@@ -1,0 +1,92 @@
+"""Loading a model of any family, and the check that looks for what loading would refuse."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from padseg.backbones import Backbone
+from padseg.backbones import Identity
+from padseg.backbones.compiled import compile_blocks
+from padseg.backbones.family import Family
+from padseg.backbones.null_prompt import null_prompt
+from padseg.backbones.null_prompt import prompt_is_cached
+from padseg.backbones.parts import built
+from padseg.backbones.parts import choose_device
+from padseg.backbones.parts import choose_dtype
+from padseg.backbones.parts import filled
+from padseg.backbones.parts import label
+from padseg.backbones.parts import read_part
+from padseg.backbones.parts import tensors_needed
+from padseg.backbones.parts import weights_hash
+from padseg.backbones.source import TEXT_PARTS
+from padseg.backbones.source import Source
+from padseg.backbones.source import check_files
+from padseg.backbones.source import tensor_shapes
+from padseg.backbones.source import weight_files
+from padseg.backbones.weights import refuse_lost
+from padseg.backbones.weights import refuse_surplus
+from padseg.errors import UsageError
+
+
+def load_family(
+    family: Family,
+    source: Source,
+    device: str | None = None,
+    dtype: str | None = None,
+    layer: int | None = None,
+    whole: bool = False,
+    vae: Source | None = None,
+    compile: bool = False,
+) -> Backbone:
+    """The parts of transformer and VAE that token maps of the blocks up to `layer` need (the row's, unless given), or the whole.
+
+    And the null prompt: text encoders are read only if it is not cached. vae: another VAE, which comes by itself.
+    compile: the blocks before `layer`.
+    """
+    layer = source.spec.layer if layer is None else layer
+    last = None if whole else layer
+    place = choose_device(device)
+    size = sum(path.stat().st_size for path in weight_files(source.folder, ('transformer', 'vae')))
+    kind = getattr(torch, dtype) if dtype else choose_dtype(place, size)
+    owner, part = (vae, '.') if vae else (source, 'vae')
+    with ThreadPoolExecutor(1) as beside:  # hashing four gigabytes takes as long as reading what is needed of them
+        hashed = beside.submit(weights_hash, source, vae)
+        transformer = filled(family, source, 'transformer', last, place, kind)
+        encoder = filled(family, owner, part, last, place, kind).to(memory_format=torch.channels_last)  # how convolutions are quick
+    taken = family.size(transformer.config)
+    if encoder.config.latent_channels != taken.channels:
+        raise UsageError(
+            f'the latents of {owner.model} have {encoder.config.latent_channels} channels, the transformer takes {taken.channels}'
+        )
+    if compile:
+        compile_blocks(family.blocks(transformer)[:layer])
+    multiple = taken.patch * 2 ** (len(encoder.config.block_out_channels) - 1)
+    return Backbone(
+        spec=source.spec,
+        identity=Identity(source.model, str(source.folder), source.commit, hashed.result()),
+        family=family,
+        transformer=transformer,
+        vae=encoder,
+        scheduler=read_part(FlowMatchEulerDiscreteScheduler, source, 'scheduler', 'scheduler_config.json'),
+        prompt=null_prompt(family, source, transformer, place, kind),
+        layers=source.spec.layers if whole else layer + 1,
+        patch=taken.patch,
+        multiple=multiple,
+        limit=taken.limit * multiple,
+        compiled=layer if compile else 0,
+    )
+
+
+def check(family: Family, source: Source) -> None:
+    """Raises ModelUnavailable for what `load` would refuse, as far as it shows without reading weights and without a network."""
+    for part in ('transformer', 'vae'):
+        known = set(built(family, source, part).state_dict())
+        there = {name for path in weight_files(source.folder, (part,)) for name in tensor_shapes(path)}
+        refuse_lost(tensors_needed(family, source, part).keys() - there, source.folder / part, label(source, part))
+        refuse_surplus(there - known, source.folder / part, label(source, part))
+    if not prompt_is_cached(source):
+        check_files(source, TEXT_PARTS)
+        family.tokenizers(source)

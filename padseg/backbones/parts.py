@@ -1,0 +1,155 @@
+"""The parts of a model read from its folder: transformer and VAE cut down to what is needed, tokenizers, text encoders."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers import AutoencoderTiny
+from safetensors import SafetensorError
+
+from padseg.backbones.family import Family
+from padseg.backbones.source import Source
+from padseg.backbones.source import content_hash
+from padseg.backbones.source import files
+from padseg.backbones.source import read_json
+from padseg.backbones.source import weight_files
+from padseg.backbones.weights import build
+from padseg.backbones.weights import fill
+from padseg.backbones.weights import refuse_lost
+from padseg.errors import ModelUnavailable
+from padseg.errors import UsageError
+
+SMALL = 1 << 30  # bytes: smaller models run in float32 everywhere
+BFLOAT16 = ('avx512_bf16', 'amx_bf16', 'bf16', 'sve_bf16')  # what CPUs call it
+# what diffusers and transformers raise on files that are missing, damaged or of another kind
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
+
+
+def choose_device(device: str | None) -> torch.device:
+    if device is None:
+        return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f'device {device} is not to be had here: {str(error).splitlines()[0]}') from error
+    return place
+
+
+def choose_dtype(device: torch.device, size: int) -> torch.dtype:
+    """float32 for small models; for others float16 on a GPU, and bfloat16 on a CPU that multiplies in it."""
+    if size < SMALL:
+        return torch.float32
+    if device.type != 'cpu':
+        return torch.float16
+    capable = torch.cpu.get_capabilities()
+    return torch.bfloat16 if any(capable.get(name) for name in BFLOAT16) else torch.float32
+
+
+def weights_hash(source: Source, vae: Source | None) -> str:
+    """SHA-256 over the files of transformer and VAE."""
+    if vae is None:
+        return content_hash(source.folder, files(source.folder, ('transformer', 'vae')))
+    hashes = content_hash(source.folder, files(source.folder, ('transformer',))), content_hash(vae.folder, files(vae.folder, ('.',)))
+    return hashlib.sha256(' '.join(hashes).encode()).hexdigest()
+
+
+def built(family: Family, source: Source, part: str) -> Any:
+    """The whole transformer or VAE without weights. ModelUnavailable for a configuration that cannot be used."""
+    config = read_json(source.folder / part / 'config.json')
+    kinds = {'transformer': family.TRANSFORMER, 'vae': AutoencoderKL, '.': AutoencoderTiny}
+    try:
+        return build(kinds[part], config)
+    except DAMAGE as error:
+        raise unreadable(source, part, error) from error
+
+
+def cut(family: Family, model: Any, part: str, layer: int) -> None:
+    """Leave of a transformer what blocks 0..layer need, of a VAE the encoder."""
+    if part != 'transformer':
+        model.decoder = model.post_quant_conv = None
+        return
+    blocks = len(family.blocks(model))
+    if layer >= blocks:
+        raise UsageError(f'layer is one of 0..{blocks - 1}; got {layer}')
+    family.cut(model, layer)
+
+
+def filled(family: Family, source: Source, part: str, layer: int | None, place: torch.device, kind: torch.dtype) -> Any:
+    """A model with its weights; of a transformer only what blocks 0..layer need, of a VAE only the encoder, unless layer is None."""
+    model = built(family, source, part)
+    known = set(model.state_dict())
+    if layer is not None:
+        cut(family, model, part, layer)
+    try:
+        return fill(model, weight_files(source.folder, (part,)), known, place, kind, label(source, part))
+    except ModelUnavailable:
+        raise
+    except DAMAGE as error:
+        raise unreadable(source, part, error) from error
+
+
+def tensors_needed(family: Family, source: Source, part: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what `load` reads of the transformer or VAE by default."""
+    model = built(family, source, part)
+    cut(family, model, part, source.spec.layer)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def label(source: Source, part: str) -> str:
+    return source.model if part == '.' else f'{part} of {source.model}'
+
+
+def unreadable(source: Source, part: str, error: Exception) -> ModelUnavailable:
+    reason = ' '.join(str(error).split())[:300]
+    return ModelUnavailable(f'{label(source, part)} cannot be read from {source.folder / part}: {reason}')
+
+
+def read_part(kind: Any, source: Source, part: str, config: str, **options: Any) -> Any:
+    """A component from its folder, where its configuration must be. Raises ModelUnavailable for missing and damaged files."""
+    folder = source.folder / part
+    read_json(folder / config)
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, **options)
+    except DAMAGE as error:
+        raise unreadable(source, part, error) from error
+
+
+def read_model(kind: Any, source: Source, part: str, **options: Any) -> Any:
+    """A component with weights, from safetensors only. ModelUnavailable also when a tensor is missing: it would be left random."""
+    with without_bars():
+        model, info = read_part(kind, source, part, 'config.json', use_safetensors=True, output_loading_info=True, **options)
+    refuse_lost(info['missing_keys'], source.folder / part, f'{part} of {source.model}')
+    return model
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """None of transformers' progress bars while weights are read from disk; those of downloads stay."""
+    from transformers.utils import logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+def clip_tokenizer(source: Source, part: str, slots: int) -> Any:
+    """A tokenizer that fills `slots` places. Its vocabulary is looked for first: transformers would make an empty one."""
+    from transformers import CLIPTokenizer
+
+    folder = source.folder / part
+    if not (folder / 'tokenizer.json').exists() and not ((folder / 'vocab.json').exists() and (folder / 'merges.txt').exists()):
+        raise ModelUnavailable(f'{part} of {source.model} has no vocabulary: {folder} needs tokenizer.json, or vocab.json and merges.txt')
+    tokenizer = read_part(CLIPTokenizer, source, part, 'tokenizer_config.json')
+    if tokenizer.model_max_length != slots:
+        raise ModelUnavailable(f'{part} of {source.model} fills {tokenizer.model_max_length} places; expected {slots}')
+    return tokenizer

@@ -1,0 +1,156 @@
+"""Texts for Stable Diffusion 3: CLIP-L and CLIP-G share the first columns, each in channels of its own; T5 has columns of its own."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from padseg.backbones.null_prompt import key_of
+from padseg.backbones.null_prompt import path_of
+from padseg.backbones.null_prompt import read_cache
+from padseg.backbones.null_prompt import shapes_of
+from padseg.backbones.null_prompt import write_cache
+from padseg.backbones.parts import SMALL
+from padseg.backbones.parts import read_model
+from padseg.backbones.parts import read_part
+from padseg.backbones.sd3 import encode_text
+from padseg.backbones.sd3 import prompt_shapes
+from padseg.backbones.sd3 import text_pipeline
+from padseg.backbones.sd3 import tokenizers
+from padseg.backbones.source import T5_PARTS
+from padseg.backbones.source import Source
+from padseg.backbones.source import check_files
+from padseg.backbones.source import content_hash
+from padseg.backbones.source import read_json
+from padseg.backbones.source import t5_files
+from padseg.backbones.source import text_files
+from padseg.backbones.source import weight_files
+from padseg.errors import ModelUnavailable
+from padseg.errors import UsageError
+from padseg.types import Tokens
+
+BLANK = '▁'  # T5's token for a space before what it has no token for with a space
+CLIPS = {'l': ('tokenizer',), 'g': ('tokenizer_2',), 'l+g': ('tokenizer', 'tokenizer_2'), 't5': (), 'l+g+t5': ('tokenizer', 'tokenizer_2')}
+
+
+class Reader:
+    """Tokenizers and, once they are needed, text encoders of one model; see `Texts`."""
+
+    def __init__(self, source: Source, transformer: Any, keep: bool) -> None:
+        self.source = source
+        self.transformer = transformer
+        self.keep = keep
+
+    @cached_property
+    def clip_tokenizers(self) -> dict[str, Any]:
+        text_files(self.source)
+        return tokenizers(self.source)
+
+    @cached_property
+    def pipeline(self) -> Any:
+        return text_pipeline(self.source, self.transformer)
+
+    @cached_property
+    def t5_tokenizer(self) -> Any:
+        from transformers import T5TokenizerFast
+
+        if read_json(self.source.folder / 'model_index.json').get('text_encoder_3', [None])[0] is None:
+            raise UsageError(f'{self.source.model} has no T5: encoders is one of l, g, l+g')
+        t5_files(self.source)
+        check_files(self.source, T5_PARTS)
+        return read_part(T5TokenizerFast, self.source, 'tokenizer_3', 'tokenizer_config.json')
+
+    @cached_property
+    def t5_encoder(self) -> Any:
+        """On the CPU always, as the other encoders; a large one in bfloat16, as it would take 19 GB in float32."""
+        from transformers import T5EncoderModel
+
+        size = sum(path.stat().st_size for path in weight_files(self.source.folder, ('text_encoder_3',)))
+        return read_model(T5EncoderModel, self.source, 'text_encoder_3', dtype=torch.float32 if size < SMALL else torch.bfloat16)
+
+    @cached_property
+    def clip_key(self) -> str:
+        """Which encoders these are; of a folder their content, which takes a second a gigabyte to tell."""
+        return key_of(self.source)
+
+    @cached_property
+    def t5_key(self) -> str:
+        return self.source.commit or content_hash(self.source.folder, t5_files(self.source))
+
+    def tokens(self, text: str, encoders: str) -> dict[str, Tokens]:
+        """CLIP's tokens from column 0 on, T5's after CLIP's slots. ModelUnavailable if the two CLIP tokenizers cut a text differently."""
+        slots = self.source.spec.sequence
+        found = {}
+        cuts = [cut(self.clip_tokenizers[part], text, 0, slots) for part in CLIPS[encoders]]
+        if cuts:
+            found['clip'] = cuts[0]
+            if cuts[0] != cuts[-1]:
+                raise ModelUnavailable(f'the two CLIP tokenizers of {self.source.model} cut {text!r} differently: use encoders l or g')
+        if 't5' in encoders:
+            found['t5'] = cut(self.t5_tokenizer, text, slots, slots)
+        return found
+
+    def encode(self, text: str, encoders: str, unused: str) -> tuple[Tensor, Tensor]:
+        """The arms of Yamaguchi and Yanai's comparison: channels of a CLIP encoder that is not used are zeros, of the pooled vector too."""
+        shapes = prompt_shapes(self.source.spec.sequence, self.transformer.config)
+        embeds, pooled = (torch.zeros(shape) for shape in shapes.values())
+        clip, t5 = embeds.chunk(2, 1)  # (1, slots, D) each
+        if CLIPS[encoders]:
+            tensors = self.clip(text, shapes)
+            clip, pooled = tensors['embeds'].chunk(2, 1)[0].clone(), tensors['pooled'].clone()
+            for part, used in (('text_encoder', 'l' in encoders.split('+')), ('text_encoder_2', 'g' in encoders.split('+'))):
+                if not used:
+                    for tensor, (start, stop) in zip((clip, pooled), self.channels(part), strict=True):
+                        tensor[..., start:stop] = 0
+        if 't5' in encoders:
+            t5 = self.t5(text)
+        embeds = clip if unused == 'dropped' and 't5' not in encoders else torch.cat((clip, t5), 1)
+        place, kind = self.transformer.device, self.transformer.dtype
+        return embeds.to(place, kind), pooled.to(place, kind)
+
+    def channels(self, part: str) -> tuple[tuple[int, int], tuple[int, int]]:
+        """First and last + 1 of a CLIP encoder's channels, of a token and of the pooled vector."""
+        bounds = []
+        for name in ('hidden_size', 'projection_dim'):
+            first = int(read_json(self.source.folder / 'text_encoder' / 'config.json')[name])
+            size = int(read_json(self.source.folder / part / 'config.json')[name])
+            bounds.append((0, first) if part == 'text_encoder' else (first, first + size))
+        return bounds[0], bounds[1]
+
+    def clip(self, text: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """By both CLIP encoders, from the cache or computed; the empty text is the null prompt itself."""
+        path = path_of(self.source, self.clip_key, text)
+        tensors = read_cache(path)
+        if shapes_of(tensors) != shapes:
+            tensors = encode_text(self.pipeline, self.source.spec.sequence, text)
+            self.store(tensors, path)
+        return tensors
+
+    def t5(self, text: str) -> Tensor:
+        """By T5, padded without a mask as in diffusers' pipeline: (1, slots, D)."""
+        source, slots = self.source, self.source.spec.sequence
+        tokenizer = self.t5_tokenizer
+        path = path_of(source, self.t5_key, f't5 {text}')
+        tensors = read_cache(path)
+        if shapes_of(tensors) != {'embeds': (1, slots, self.transformer.config.joint_attention_dim)}:
+            numbers = tokenizer(text, padding='max_length', max_length=slots, truncation=True, return_tensors='pt').input_ids
+            with torch.no_grad():
+                tensors = {'embeds': self.t5_encoder(numbers)[0].float().contiguous()}
+            self.store(tensors, path)
+        return tensors['embeds']
+
+    def store(self, tensors: dict[str, Tensor], path: Any) -> None:
+        if self.keep:
+            write_cache(tensors, path, 'a prompt')
+
+
+def cut(tokenizer: Any, text: str, first: int, slots: int) -> Tokens:
+    """All tokens of a text, more than there is room for too, with the places in it that they stand for."""
+    encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    special = set(tokenizer.all_special_ids)
+    words = tokenizer.convert_ids_to_tokens(encoded.input_ids)
+    spans = tuple((0, 0) if word == BLANK else span for word, span in zip(words, encoded.offset_mapping, strict=True))
+    return Tokens(first, slots, spans, tuple(number in special for number in encoded.input_ids))
