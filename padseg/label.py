@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ from padseg.options import ResolvedLabels
 from padseg.prompts import checked
 from padseg.prompts import prompts_of
 from padseg.proposals import EPS
-from padseg.segment import forwards
+from padseg.segment import batched
 from padseg.segment import regions
 from padseg.types import Array
 from padseg.types import Image
@@ -93,17 +94,17 @@ def class_maps(images: Sequence[Image], naming: Naming) -> list[TokenMaps]:
         reading = dataclasses.replace(backbone, prompt=prompt)
         by_step = []
         for number in range(len(options.steps)):
-            groups = forwards([each[number] for each in latents], backbone)
-            maps = [maps_of_layers(group, reading, options.layers, options.head, options.softmax) for group in groups]
-            by_step.append([each.maps for group in maps for each in group])  # (T, h, w) each
+            read = partial(maps_of_layers, backbone=reading, layers=options.layers, head=options.head, softmax=options.softmax)
+            maps = batched([each[number] for each in latents], backbone, read)
+            by_step.append([each.maps for each in maps])  # (T, h, w) each
         for own, several in zip(found, zip(*by_step, strict=True), strict=True):
             own.append(means(torch.stack(several).mean(0), prompt, options.scores))
     names = naming.classes + ((BACKGROUND,) if options.background_words else ())
     scored = [scaled(torch.cat(own), len(naming.classes), options.scores) for own in found]
     results = [TokenMaps(maps, names, frames[0].frame) for maps, frames in zip(scored, latents, strict=True)]
     if options.proposals:
-        groups = forwards([each[steps.index(options.proposals.step)] for each in latents], backbone)
-        pads = [each for group in groups for each in latent_token_maps(group, backbone, options.proposals)]
+        noised = [each[steps.index(options.proposals.step)] for each in latents]
+        pads = batched(noised, backbone, partial(latent_token_maps, backbone=backbone, options=options.proposals))
         results = [
             TokenMaps(torch.cat((own.maps, pad.maps)), own.names + pad.names, own.frame) for own, pad in zip(results, pads, strict=True)
         ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from collections.abc import Hashable
 from collections.abc import Sequence
-from itertools import groupby
+from functools import partial
+from typing import TypeVar
 
 from padseg.backbones import Backbone
 from padseg.images import Readable
@@ -20,6 +22,8 @@ from padseg.types import Image
 from padseg.types import LabelMap
 from padseg.types import Latent
 from padseg.types import TokenMaps
+
+T = TypeVar('T')
 
 
 def segment(image: Readable, backbone: Backbone, options: Options = Options()) -> LabelMap:
@@ -37,7 +41,7 @@ def segment_batch(images: Sequence[Image], backbone: Backbone, options: Options 
 def token_maps_batch(images: Sequence[Image], backbone: Backbone, options: Resolved) -> list[TokenMaps]:
     """Token maps of several pictures, (T, h, w) each."""
     latents = [encode(image, backbone, options) for image in images]  # (1, C, H', W') each
-    return [each for group in forwards(latents, backbone) for each in latent_token_maps(group, backbone, options)]
+    return batched(latents, backbone, partial(latent_token_maps, backbone=backbone, options=options))
 
 
 def regions(image: Image, maps: TokenMaps, options: Resolved) -> LabelMap:
@@ -47,10 +51,19 @@ def regions(image: Image, maps: TokenMaps, options: Resolved) -> LabelMap:
     return label_map(proposals, inside, options.components, options.min_area, image, options.refine, options.join)  # (H, W)
 
 
-def forwards(latents: Sequence[Latent], backbone: Backbone) -> Iterator[list[Latent]]:
-    """Which latents share a forward: on a GPU those of one shape that follow each other.
+def batched(latents: Sequence[Latent], backbone: Backbone, read: Callable[[list[Latent]], list[T]]) -> list[T]:
+    """What `read` gives for every latent, in their order; on a GPU those of one shape share a forward.
 
     On a CPU a batch saves nothing and would let matrix products round otherwise; a result must not depend on its neighbours.
     """
-    for _, group in groupby(enumerate(latents), lambda item: item[0] if backbone.device.type == 'cpu' else item[1].z.shape):
-        yield [latent for _, latent in group]
+    groups = [[number] for number in range(len(latents))] if backbone.device.type == 'cpu' else alike([each.z.shape for each in latents])
+    found = {number: result for group in groups for number, result in zip(group, read([latents[i] for i in group]), strict=True)}
+    return [found[number] for number in range(len(latents))]
+
+
+def alike(shapes: Sequence[Hashable]) -> list[list[int]]:
+    """The places of equal shapes, in order of first appearance."""
+    groups: dict[Hashable, list[int]] = {}
+    for number, shape in enumerate(shapes):
+        groups.setdefault(shape, []).append(number)
+    return list(groups.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -21,7 +22,7 @@ from padseg.options import GEOMETRIES
 from padseg.options import NORMALISATIONS
 from padseg.options import Options
 from padseg.proposals import merge
-from padseg.segment import forwards
+from padseg.segment import batched
 from padseg.segment import regions
 from padseg.segment import segment
 from padseg.segment import segment_batch
@@ -58,9 +59,19 @@ def test_pictures_share_no_forward_on_a_cpu(backbone):
     """Matrix products round by batch size, which shows in a label map only now and then."""
     resolved = Options().resolve(backbone.spec)
     latents = [encode(image, backbone, resolved) for image in pictures()]
-    groups = list(forwards(latents, backbone))
+    groups: list[list] = []
+    assert batched(latents, backbone, lambda group: groups.append(group) or group) == latents
     assert [len(group) for group in groups] == [1] * len(latents)
-    assert all(group[0] is latent for group, latent in zip(groups, latents, strict=True))
+
+
+def test_elsewhere_all_of_one_shape_share_a_forward_wherever_they_stand(backbone):
+    resolved = Options().resolve(backbone.spec)
+    latents = [encode(image, backbone, resolved) for image in pictures()]
+    groups: list[list] = []
+    elsewhere = SimpleNamespace(device=torch.device('meta'))
+    assert batched(latents, elsewhere, lambda group: groups.append(group) or group) == latents
+    shapes = [{latent.z.shape for latent in group} for group in groups]
+    assert all(len(each) == 1 for each in shapes) and len(groups) == len({latent.z.shape for latent in latents}) < len(latents)
 
 
 def test_a_path_and_an_array_give_the_same(backbone, picture, tmp_path):

@@ -44,7 +44,7 @@ from padseg.latents import encode
 from padseg.maps import latent_token_maps
 from padseg.options import Options
 from padseg.proposals import merge
-from padseg.segment import forwards
+from padseg.segment import batched
 from padseg.types import Array
 
 Run = Callable[[int, dict[str, float]], 'Outcome']  # on pictures of this side, noting the seconds of each stage
@@ -135,7 +135,7 @@ def ours(setting: Setting) -> Side:
         with stage('vae'):
             latents = [encode(image, backbone, options) for image in images]
         with stage('transformer'):
-            maps = [each for group in forwards(latents, backbone) for each in latent_token_maps(group, backbone, options)]
+            maps = batched(latents, backbone, partial(latent_token_maps, backbone=backbone, options=options))
         with stage('merge'):
             merged = [merge(each, options.threshold, options.normalisation) for each in maps]
         with stage('labels'):
