@@ -371,7 +371,7 @@ def test_records_are_kept(tmp_path, monkeypatch, capsys):
 
 def test_every_record_says_where_it_was_measured():
     records = {path.name: json.loads(path.read_text()) for path in (ROOT / 'data/benchmarks').glob('*.json')}
-    for kind in ('sd3', 'load', 'scale', 'vae', 'engine'):
+    for kind in ('sd3', 'load', 'scale', 'vae', 'engine', 'merge', 'eval'):
         assert any(f'-{kind}-' in name for name in records), kind
     for name, record in records.items():
         assert record.keys() >= measure.surroundings().keys(), name
