@@ -8,6 +8,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from padseg.refine import at_most
 from padseg.types import Array
 from padseg.types import Image
 
@@ -34,13 +35,11 @@ def graph_of(index: Array, values: Array, image: Image) -> Graph:
 
     index: (H, W), number 0..K-1 of each pixel's superpixel; values: (K, M) >= 0, mean of every proposal inside; image: (H, W, 3) uint8 RGB.
     """
-    height, width = index.shape
     count = len(values)
     areas = np.bincount(index.ravel(), minlength=count) / index.size
-    reduce = min(1.0, (GRAPH_AREA / index.size) ** 0.5)
-    size = max(1, round(width * reduce)), max(1, round(height * reduce))
-    small = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA) if reduce < 1 else image, np.float32) / 255
-    index = cv2.resize(index.astype(np.int32), size, interpolation=cv2.INTER_NEAREST) if reduce < 1 else index
+    small = at_most(image, GRAPH_AREA).astype(np.float32) / 255
+    if small.shape != image.shape:
+        index = cv2.resize(index.astype(np.int32), small.shape[1::-1], interpolation=cv2.INTER_NEAREST)
     lab = cv2.GaussianBlur(cv2.cvtColor(small, cv2.COLOR_RGB2LAB), (0, 0), BLUR)  # (h, w, 3)
     pixels = np.maximum(np.bincount(index.ravel(), minlength=count), 1)
     colours = np.stack([np.bincount(index.ravel(), channel.ravel(), count) for channel in cv2.split(lab)], 1) / pixels[:, None]

@@ -16,6 +16,7 @@ from skimage.segmentation import felzenszwalb
 from padseg.errors import UsageError
 from padseg.join import graph_of
 from padseg.join import joined as joined_superpixels
+from padseg.refine import at_most
 from padseg.refine import guide_of
 from padseg.refine import guided
 from padseg.types import Array
@@ -223,9 +224,8 @@ def unassign(labels: LabelMap, void: Array) -> LabelMap:
 
 def superpixels(image: Image, scale: float) -> Array:
     """Felzenszwalb and Huttenlocher's graph-based superpixels: (H, W, 3) uint8 -> (H, W) int."""
-    height, width = image.shape[:2]
-    reduce = min(1.0, (SUPERPIXEL_AREA / (height * width)) ** 0.5)
-    size = max(1, round(width * reduce)), max(1, round(height * reduce))
-    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA) if reduce < 1 else image
+    small = at_most(image, SUPERPIXEL_AREA)
     found = felzenszwalb(small, scale=scale, sigma=0.8, min_size=max(1, round(scale / 2)))
-    return cv2.resize(found.astype(np.int32), (width, height), interpolation=cv2.INTER_NEAREST) if reduce < 1 else found
+    if small.shape == image.shape:
+        return found
+    return cv2.resize(found.astype(np.int32), image.shape[1::-1], interpolation=cv2.INTER_NEAREST)

@@ -25,12 +25,18 @@ class Guide(NamedTuple):
     radius: int
 
 
+def at_most(image: Image, area: int) -> Array:
+    """The picture (H, W, 3), or a copy of it reduced to about `area` pixels if it has more."""
+    reduce = (area / (image.shape[0] * image.shape[1])) ** 0.5
+    size = max(1, round(image.shape[1] * reduce)), max(1, round(image.shape[0] * reduce))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA) if reduce < 1 else image
+
+
 def guide_of(image: Image, cells: tuple[int, ...]) -> Guide:
     """The guide for a map of `cells` (h, w) over this picture: its windows reach one cell in every direction."""
     height, width = image.shape[:2]
-    reduce = min(1.0, (AREA / (height * width)) ** 0.5)
-    size = max(1, round(width * reduce)), max(1, round(height * reduce))
-    reduced = cv2.resize(image, size, interpolation=cv2.INTER_AREA) if reduce < 1 else image
+    reduced = at_most(image, AREA)
+    size = reduced.shape[1::-1]
     small = np.ascontiguousarray(reduced.transpose(2, 0, 1), np.float32) / 255  # (3, h, w)
     radius = max(1, round(max(size[1] / cells[0], size[0] / cells[1])))
     mean = window_mean(small, radius)

@@ -15,13 +15,13 @@ from padseg.errors import NoImages
 from padseg.scenes import CLASSES
 from padseg.scenes import Scene
 from padseg.scenes import scene
+from padseg.tiny import SLOTS
 from padseg.types import Array
 
 VIEWS = ((256, 256), (208, 320), (320, 208))  # height, width in pixels: all near 256 x 256 in area
 VIEW_SHARES = (0.3, 0.5, 0.2)
 CELL = 8  # pixels a side of one cell of the masks: half an image token
 MAX_MASKS = 24  # the largest regions; the rest is left out of the loss
-SLOTS = 77  # tokens of a CLIP prompt, of which the first is the start token
 VOID = 255  # ignored by convention in 8-bit label maps with classes
 
 

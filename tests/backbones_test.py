@@ -7,7 +7,6 @@ import http.server
 import json
 import os
 import pathlib
-import re
 import shutil
 import subprocess
 import sys
@@ -259,7 +258,7 @@ def test_weights_that_hold_more_than_the_configuration_knows(folder, part, name)
 
 @pytest.mark.parametrize('family', ['sd3', 'sd35'])
 @pytest.mark.parametrize('layer', [None, 0, 1, 3])
-def test_only_what_the_maps_need_is_read(family, layer, tmp_path, picture, request):
+def test_only_what_the_maps_need_is_read(family, layer, tmp_path, picture, request, keep_only_needed):
     """Blocks up to the expert's, of that one queries and keys alone, and the encoder; the maps are those of the whole model."""
     folder = shutil.copytree(request.getfixturevalue(f'{family}_folder'), tmp_path / 'model')
     last = 2 if layer is None else layer
@@ -269,14 +268,7 @@ def test_only_what_the_maps_need_is_read(family, layer, tmp_path, picture, reque
         'transformer': rf'transformer_blocks\.([{last + 1}-9]\d*\.|{last}\.({of_the_last}))|norm_out|proj_out',
         'vae': 'decoder|post_quant',
     }
-    names = set()
-    for part, pattern in unneeded.items():
-        path = folder / part / WEIGHTS[part]
-        tensors = load_file(path)
-        kept = {name: tensor for name, tensor in tensors.items() if not re.match(pattern, name)}
-        assert len(kept) < len(tensors)
-        save_file(kept, path, {'format': 'pt'})
-        names |= kept.keys()
+    names = keep_only_needed(folder, unneeded)
     backbone = load(str(folder), device='cpu', layer=layer)
     assert {*backbone.transformer.state_dict(), *backbone.vae.state_dict()} == names
     assert torch.equal(token_maps(picture, backbone, Options(layer=last)).maps, expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 from collections.abc import Callable
 from collections.abc import Iterator
 
@@ -25,6 +26,26 @@ SMALL_FLUX = {
     'guidance_embeds': True,
 }
 ROW = {'layer': 2, 'side': 32}
+
+
+@pytest.fixture
+def keep_only_needed():  # type: ignore[no-untyped-def]
+    """Takes the tensors whose names match a part's pattern out of its weights and returns the names of those that are left."""
+    from safetensors.torch import load_file
+    from safetensors.torch import save_file
+
+    def keep(folder: pathlib.Path, unneeded: dict[str, str]) -> set[str]:
+        names: set[str] = set()
+        for part, pattern in unneeded.items():
+            path = folder / part / 'diffusion_pytorch_model.safetensors'
+            tensors = load_file(path)
+            kept = {name: tensor for name, tensor in tensors.items() if not re.match(pattern, name)}
+            assert len(kept) < len(tensors)
+            save_file(kept, path, {'format': 'pt'})
+            names |= kept.keys()
+        return names
+
+    return keep
 
 
 @pytest.fixture(scope='session', autouse=True)

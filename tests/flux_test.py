@@ -204,7 +204,7 @@ def test_without_padseg_json_the_named_row_stands_within_the_models_depth(folder
 
 
 @pytest.mark.parametrize('layer', [None, 0, 1, 3])
-def test_only_what_the_maps_need_is_read(layer, folder, picture):
+def test_only_what_the_maps_need_is_read(layer, folder, picture, keep_only_needed):
     """Blocks up to the expert's, of that one queries and keys alone, and the encoder; the maps are those of the whole model."""
     last = 2 if layer is None else layer
     expected = token_maps(picture, load(str(folder), device='cpu', whole=True), Options(layer=last)).maps
@@ -213,14 +213,7 @@ def test_only_what_the_maps_need_is_read(layer, folder, picture):
     else:
         own = last - DOUBLE
         later = rf'single_transformer_blocks\.([{own + 1}-9]\.|{own}\.(proj_|attn\.to_v))'
-    names = set()
-    for part, pattern in {'transformer': rf'{later}|norm_out|proj_out', 'vae': 'decoder|post_quant'}.items():
-        path = folder / part / WEIGHTS[part]
-        tensors = load_file(path)
-        kept = {name: tensor for name, tensor in tensors.items() if not re.match(pattern, name)}
-        assert len(kept) < len(tensors)
-        save_file(kept, path, {'format': 'pt'})
-        names |= kept.keys()
+    names = keep_only_needed(folder, {'transformer': rf'{later}|norm_out|proj_out', 'vae': 'decoder|post_quant'})
     backbone = load(str(folder), device='cpu', layer=layer)
     assert {*backbone.transformer.state_dict(), *backbone.vae.state_dict()} == names
     assert torch.equal(token_maps(picture, backbone, Options(layer=last)).maps, expected)

@@ -10,9 +10,9 @@ import torch
 from padseg.errors import NoImages
 from padseg.scenes import CLASSES
 from padseg.scenes import Scene
+from padseg.tiny import SLOTS
 from padseg.training_data import CELL
 from padseg.training_data import MAX_MASKS
-from padseg.training_data import SLOTS
 from padseg.training_data import VIEWS
 from padseg.training_data import batch
 from padseg.training_data import class_masks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cached_property
 from typing import Any
 
@@ -15,20 +16,20 @@ from padseg.backbones.null_prompt import cache_path
 from padseg.backbones.null_prompt import read_cache
 from padseg.backbones.null_prompt import shapes_of
 from padseg.backbones.null_prompt import write_cache
-from padseg.backbones.sd3_text import cut
+from padseg.backbones.parts import tokens_of
 from padseg.backbones.source import Source
 from padseg.backbones.source import text_files
 from padseg.errors import UsageError
 from padseg.types import Tokens
 
 
+@dataclasses.dataclass
 class Reader:
     """Tokenizers and, once they are needed, text encoders of one model; see `Texts`."""
 
-    def __init__(self, source: Source, transformer: Any, keep: bool) -> None:
-        self.source = source
-        self.transformer = transformer
-        self.keep = keep
+    source: Source
+    transformer: Any
+    keep: bool  # whether embeddings are kept in padseg's cache
 
     @cached_property
     def t5_tokenizer(self) -> Any:
@@ -43,7 +44,7 @@ class Reader:
         """T5's tokens from column 0 on."""
         if encoders != 't5':
             raise UsageError(f'only T5 has columns in {self.source.model}: encoders is t5; got {encoders}')
-        return {'t5': cut(self.t5_tokenizer, text, 0, self.source.spec.sequence)}
+        return {'t5': tokens_of(self.t5_tokenizer, text, 0, self.source.spec.sequence)}
 
     def encode(self, text: str, encoders: str, unused: str) -> tuple[Tensor, Tensor]:
         """By T5 and CLIP, from the cache or computed; the empty text is the null prompt itself."""

@@ -23,7 +23,9 @@ from padseg.backbones.weights import fill
 from padseg.backbones.weights import refuse_lost
 from padseg.errors import ModelUnavailable
 from padseg.errors import UsageError
+from padseg.types import Tokens
 
+BLANK = '▁'  # T5's token for a space before what it has no token for with a space
 SMALL = 1 << 30  # bytes: smaller models run in float32 everywhere
 BFLOAT16 = ('avx512_bf16', 'amx_bf16', 'bf16', 'sve_bf16')  # what CPUs call it
 # what diffusers and transformers raise on files that are missing, damaged or of another kind
@@ -153,3 +155,12 @@ def clip_tokenizer(source: Source, part: str, slots: int) -> Any:
     if tokenizer.model_max_length != slots:
         raise ModelUnavailable(f'{part} of {source.model} fills {tokenizer.model_max_length} places; expected {slots}')
     return tokenizer
+
+
+def tokens_of(tokenizer: Any, text: str, first: int, slots: int) -> Tokens:
+    """All tokens of a text, more than there is room for too, with the places in it that they stand for."""
+    encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    special = set(tokenizer.all_special_ids)
+    words = tokenizer.convert_ids_to_tokens(encoded.input_ids)
+    spans = tuple((0, 0) if word == BLANK else span for word, span in zip(words, encoded.offset_mapping, strict=True))
+    return Tokens(first, slots, spans, tuple(number in special for number in encoded.input_ids))

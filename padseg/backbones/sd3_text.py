@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +15,7 @@ from padseg.backbones.null_prompt import read_cache
 from padseg.backbones.null_prompt import shapes_of
 from padseg.backbones.null_prompt import write_cache
 from padseg.backbones.parts import SMALL
+from padseg.backbones.parts import tokens_of
 from padseg.backbones.parts import read_model
 from padseg.backbones.parts import read_part
 from padseg.backbones.sd3 import encode_text
@@ -32,17 +34,16 @@ from padseg.errors import ModelUnavailable
 from padseg.errors import UsageError
 from padseg.types import Tokens
 
-BLANK = '▁'  # T5's token for a space before what it has no token for with a space
 CLIPS = {'l': ('tokenizer',), 'g': ('tokenizer_2',), 'l+g': ('tokenizer', 'tokenizer_2'), 't5': (), 'l+g+t5': ('tokenizer', 'tokenizer_2')}
 
 
+@dataclasses.dataclass
 class Reader:
     """Tokenizers and, once they are needed, text encoders of one model; see `Texts`."""
 
-    def __init__(self, source: Source, transformer: Any, keep: bool) -> None:
-        self.source = source
-        self.transformer = transformer
-        self.keep = keep
+    source: Source
+    transformer: Any
+    keep: bool  # whether embeddings are kept in padseg's cache
 
     @cached_property
     def clip_tokenizers(self) -> dict[str, Any]:
@@ -84,13 +85,13 @@ class Reader:
         """CLIP's tokens from column 0 on, T5's after CLIP's slots. ModelUnavailable if the two CLIP tokenizers cut a text differently."""
         slots = self.source.spec.sequence
         found = {}
-        cuts = [cut(self.clip_tokenizers[part], text, 0, slots) for part in CLIPS[encoders]]
+        cuts = [tokens_of(self.clip_tokenizers[part], text, 0, slots) for part in CLIPS[encoders]]
         if cuts:
             found['clip'] = cuts[0]
             if cuts[0] != cuts[-1]:
                 raise ModelUnavailable(f'the two CLIP tokenizers of {self.source.model} cut {text!r} differently: use encoders l or g')
         if 't5' in encoders:
-            found['t5'] = cut(self.t5_tokenizer, text, slots, slots)
+            found['t5'] = tokens_of(self.t5_tokenizer, text, slots, slots)
         return found
 
     def encode(self, text: str, encoders: str, unused: str) -> tuple[Tensor, Tensor]:
@@ -145,12 +146,3 @@ class Reader:
     def store(self, tensors: dict[str, Tensor], path: Any) -> None:
         if self.keep:
             write_cache(tensors, path, 'a prompt')
-
-
-def cut(tokenizer: Any, text: str, first: int, slots: int) -> Tokens:
-    """All tokens of a text, more than there is room for too, with the places in it that they stand for."""
-    encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
-    special = set(tokenizer.all_special_ids)
-    words = tokenizer.convert_ids_to_tokens(encoded.input_ids)
-    spans = tuple((0, 0) if word == BLANK else span for word, span in zip(words, encoded.offset_mapping, strict=True))
-    return Tokens(first, slots, spans, tuple(number in special for number in encoded.input_ids))
