@@ -45,6 +45,7 @@ from padseg.training import set_rate
 from padseg.training import trapezoid
 from padseg.training_data import CELL
 from padseg.training_data import Batch
+from padseg.training_data import Mixture
 from padseg.training_data import batch
 from padseg.training_data import photographs
 from padseg.types import Array
@@ -80,8 +81,9 @@ class Settings:
     words_weight: float = 1.0
     flow_every: int = 10  # steps between two with the flow-matching loss
     caption_dropout: float = 0.5
-    synthetic: float = 0.35  # share of scenes, when there are photographs
-    named: float = 0.5  # share of the scenes whose prompt names the masks
+    mixture: Mixture = Mixture(synthetic=0.35, named=0.5, others=3)
+    later_mixture: Mixture = Mixture(synthetic=0.55, named=0.65, others=len(CLASSES))
+    later: int = 2500  # step from which the later mixture is drawn from
     average: float = 0.998  # decay of the moving average of the weights that is kept
 
 
@@ -162,8 +164,11 @@ class Examples(torch.utils.data.Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         cv2.setNumThreads(1)  # the pictures are small, and the cores belong to the training
         settings = self.settings
-        synthetic, named = (settings.synthetic, settings.named) if self.stage else (settings.vae_synthetic, 0.0)
-        return batch(settings.seed * 2 + self.stage, index, self.size, self.folders, synthetic, named)
+        if self.stage == 0:
+            mixture = Mixture(settings.vae_synthetic)
+        else:
+            mixture = settings.mixture if index < settings.later else settings.later_mixture
+        return batch(settings.seed * 2 + self.stage, index, self.size, self.folders, mixture)
 
 
 def train_autoencoder(parts: tiny.Parts, run: Run) -> None:

@@ -22,6 +22,7 @@ VIEWS = ((256, 256), (208, 320), (320, 208))  # height, width in pixels: all nea
 VIEW_SHARES = (0.3, 0.5, 0.2)
 CELL = 8  # pixels a side of one cell of the masks: half an image token
 MAX_MASKS = 24  # the largest regions; the rest is left out of the loss
+ROWS = max(MAX_MASKS, len(CLASSES))  # places for masks in a batch
 VOID = 255  # ignored by convention in 8-bit label maps with classes
 
 
@@ -33,10 +34,20 @@ class Photographs(NamedTuple):
     void: int | None
 
 
-class Batch(NamedTuple):
-    """images: (B, 3, H, W) in -1..1; masks: (B, MAX_MASKS, H/CELL, W/CELL) uint8, share of a cell in 0..64; counts: (B,) masks in use.
+class Mixture(NamedTuple):
+    """What a batch is made of. synthetic: share of scenes, where there are photographs; named: share of the scenes whose masks are
+    classes that the prompt names; others: most names in a prompt that the scene does not show.
+    """
 
-    prompts: B texts; where one is not empty its words name the masks, and words (B, MAX_MASKS, SLOTS) holds the weights with which
+    synthetic: float
+    named: float = 0.0
+    others: int = 3
+
+
+class Batch(NamedTuple):
+    """images: (B, 3, H, W) in -1..1; masks: (B, ROWS, H/CELL, W/CELL) uint8, share of a cell in 0..64; counts: (B,) masks in use.
+
+    prompts: B texts; where one is not empty its words name the masks, and words (B, ROWS, SLOTS) holds the weights with which
     the maps of the prompt's tokens are averaged for each mask. captions: B texts that say what a scene shows, empty for photographs.
     """
 
@@ -73,27 +84,24 @@ def photographs(argument: str) -> Photographs:
     return Photographs(tuple(pairs), float(rest[0]) if rest else 1.0, int(rest[1]) if len(rest) > 1 else None)
 
 
-def batch(seed: int, index: int, size: int, folders: Sequence[Photographs], synthetic: float, named: float = 0.0) -> Batch:
-    """The examples number `index` of a training run, a pure function of its arguments; all have one view.
-
-    synthetic: share of scenes, where there are photographs; named: share of the scenes whose masks are classes that the prompt names.
-    """
+def batch(seed: int, index: int, size: int, folders: Sequence[Photographs], mixture: Mixture) -> Batch:
+    """The examples number `index` of a training run, a pure function of its arguments; all have one view."""
     rng = np.random.default_rng((seed, index))
     view = VIEWS[rng.choice(len(VIEWS), p=VIEW_SHARES)]
     examples = []
     for _ in range(size):
-        if folders and rng.random() >= synthetic:
+        if folders and rng.random() >= mixture.synthetic:
             image, labels = photograph(rng, folders, view)
             examples.append(Example(image, soft_masks(labels)))
             continue
         drawn = scene(rng, *view)
-        if rng.random() < named:
-            names = prompt_names(rng, drawn)
+        if rng.random() < mixture.named:
+            names = prompt_names(rng, drawn, mixture.others)
             examples.append(Example(drawn.image, class_masks(drawn, names), drawn.caption, names))
         else:
             examples.append(Example(drawn.image, soft_masks(drawn.labels), drawn.caption))
     pixels = np.stack([example.image for example in examples])
-    masks = np.stack([np.pad(each.masks, ((0, MAX_MASKS - len(each.masks)), (0, 0), (0, 0))) for each in examples])
+    masks = np.stack([np.pad(each.masks, ((0, ROWS - len(each.masks)), (0, 0), (0, 0))) for each in examples])
     return Batch(
         torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1,
         torch.from_numpy(masks),
@@ -104,17 +112,17 @@ def batch(seed: int, index: int, size: int, folders: Sequence[Photographs], synt
     )
 
 
-def prompt_names(rng: np.random.Generator, drawn: Scene) -> tuple[str, ...]:
-    """The classes that a scene shows and up to three others, in random order."""
+def prompt_names(rng: np.random.Generator, drawn: Scene, others: int) -> tuple[str, ...]:
+    """The classes that a scene shows and up to `others` more, in random order."""
     shown = list(dict.fromkeys(drawn.names))
     absent = [name for name in CLASSES if name not in shown]
-    names = shown[: MAX_MASKS - 3] + [absent[i] for i in rng.permutation(len(absent))[: rng.integers(4)]]
+    names = shown + [absent[i] for i in rng.permutation(len(absent))[: rng.integers(others + 1)]]
     return tuple(names[i] for i in rng.permutation(len(names)))
 
 
 def word_weights(names: Sequence[str]) -> Array:
-    """Which slots of the prompt hold each name, (MAX_MASKS, SLOTS) float32 with rows that sum to 1: every word is one token."""
-    weights = np.zeros((MAX_MASKS, SLOTS), np.float32)
+    """Which slots of the prompt hold each name, (ROWS, SLOTS) float32 with rows that sum to 1: every word is one token."""
+    weights = np.zeros((ROWS, SLOTS), np.float32)
     slot = 1  # after the start token
     for row, name in enumerate(names):
         count = len(name.split())

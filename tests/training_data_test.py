@@ -13,6 +13,8 @@ from padseg.scenes import Scene
 from padseg.tiny import SLOTS
 from padseg.training_data import CELL
 from padseg.training_data import MAX_MASKS
+from padseg.training_data import Mixture
+from padseg.training_data import ROWS
 from padseg.training_data import VIEWS
 from padseg.training_data import batch
 from padseg.training_data import class_masks
@@ -81,17 +83,17 @@ def test_a_picture_without_labels_has_no_masks():
 
 def test_batches_depend_on_seed_and_index_only(folder):
     folders = [photographs(str(folder))]
-    first, again, other = (batch(0, index, 3, folders, 0.5) for index in (4, 4, 5))
+    first, again, other = (batch(0, index, 3, folders, Mixture(0.5)) for index in (4, 4, 5))
     for left, right in zip(first, again, strict=True):
         assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
     assert first.images.shape != other.images.shape or not torch.equal(first.images, other.images)
     assert tuple(first.images.shape[2:]) in VIEWS
-    assert first.masks.shape == (3, MAX_MASKS, first.images.shape[2] // CELL, first.images.shape[3] // CELL)
+    assert first.masks.shape == (3, ROWS, first.images.shape[2] // CELL, first.images.shape[3] // CELL)
     assert first.images.min() >= -1 and first.images.max() <= 1
 
 
 def test_masks_cover_what_is_labelled_once(folder):
-    examples = batch(0, 1, 4, [photographs(f'{folder}=1=255')], 0.0)
+    examples = batch(0, 1, 4, [photographs(f'{folder}=1=255')], Mixture(0.0))
     assert examples.captions == [''] * 4
     assert examples.masks.sum(1).max() <= CELL * CELL
     for masks, count in zip(examples.masks, examples.counts, strict=True):
@@ -99,7 +101,7 @@ def test_masks_cover_what_is_labelled_once(folder):
 
 
 def test_scenes_alone_need_no_photographs():
-    examples = batch(0, 0, 2, [], 0.0)
+    examples = batch(0, 0, 2, [], Mixture(0.0))
     assert all(examples.captions) and (examples.counts > 0).all()
     assert (examples.masks.sum(1) == CELL * CELL).all()
 
@@ -134,15 +136,17 @@ def test_recolour_keeps_shape_and_moves_values():
     assert any(grey) and not all(grey)
 
 
-def test_named_scenes_have_a_mask_for_each_word_of_the_prompt():
+@pytest.mark.parametrize('others', [0, 3, len(CLASSES)])
+def test_named_scenes_have_a_mask_for_each_word_of_the_prompt(others):
     """The prompt of a named scene lists its classes and some others; masks are the classes' pixels, counted here one by one."""
-    examples = batch(0, 3, 6, [], 1.0, named=1.0)
-    plain = batch(0, 3, 6, [], 1.0, named=0.0)
+    examples = batch(0, 3, 6, [], Mixture(1.0, named=1.0, others=others))
+    plain = batch(0, 3, 6, [], Mixture(1.0, named=0.0))
     assert plain.prompts == [''] * 6 and not plain.words.any()
     for prompt, masks, count, words in zip(examples.prompts, examples.masks, examples.counts.tolist(), examples.words, strict=True):
         names = prompt.split()
         assert len(names) == len(set(names)) == count
-        for row in range(MAX_MASKS):
+        assert int((masks.flatten(1).sum(1) == 0).sum()) - (ROWS - count) <= others
+        for row in range(ROWS):
             assert torch.equal(words[row].nonzero().flatten(), torch.tensor([row + 1] if row < count else [], dtype=torch.int64))
         assert (masks.sum(0) == CELL * CELL).all()  # every pixel has a class
         assert not masks[count:].any()
@@ -160,7 +164,7 @@ def test_the_mask_of_a_name_is_the_union_of_its_regions():
 def test_names_of_several_words_share_their_slots():
     weights = word_weights(('traffic light', 'cat'))
     assert weights[0, 1:4].tolist() == [0.5, 0.5, 0.0] and weights[1, 1:4].tolist() == [0.0, 0.0, 1.0]
-    assert weights.shape == (MAX_MASKS, SLOTS) and not weights[2:].any()
+    assert weights.shape == (ROWS, SLOTS) and not weights[2:].any()
 
 
 def test_every_word_is_one_token_where_its_weight_says():
