@@ -12,10 +12,6 @@ from diffusers import AutoencoderKL
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers import SD3Transformer2DModel
 from diffusers import StableDiffusion3Pipeline
-from tokenizers import Tokenizer
-from tokenizers import models
-from tokenizers import pre_tokenizers
-from tokenizers import trainers
 from torch import nn
 from transformers import CLIPTextConfig
 from transformers import CLIPTextModelWithProjection
@@ -111,23 +107,33 @@ def text_encoder(vocabulary: int, size: int, heads: int) -> CLIPTextModelWithPro
 
 
 def vocabulary_and_merges(words: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """CLIP's byte-pair vocabulary in small: letters, letters that end a word, and merges that make each given word one token."""
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix='</w>', unk_token=END))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    """CLIP's byte-pair vocabulary in small: letters, letters that end a word, and merges that make each given word one token.
+
+    The same for the same words: a trained vocabulary orders pairs that are equally frequent as it likes.
+    """
     alphabet = [chr(code) for code in range(ord('!'), ord('~') + 1)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=8192,
-        min_frequency=1,
-        initial_alphabet=alphabet,
-        end_of_word_suffix='</w>',
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(sorted(words), trainer)
-    state = json.loads(tokenizer.to_str())['model']
-    merges = [tuple(pair) for pair in state['merges']]
+    merges: list[tuple[str, str]] = []
+    for word in sorted(words):
+        pieces = merged([*word[:-1], word[-1] + '</w>'], merges)
+        while len(pieces) > 1:  # the new merges are the last to be used, so that words before this one stay whole
+            merges.append((pieces[0], pieces[1]))
+            pieces = merged(pieces, merges)
     pieces = alphabet + [letter + '</w>' for letter in alphabet] + [first + second for first, second in merges]
     tokens = [*dict.fromkeys(pieces), START, END]
     return {token: number for number, token in enumerate(tokens)}, merges
+
+
+def merged(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
+    """The pieces of a word after all merges, in the order of the list (Sennrich et al. 2016)."""
+    for first, second in merges:
+        found: list[str] = []
+        for piece in pieces:
+            if found and (found[-1], piece) == (first, second):
+                found[-1] = first + second
+            else:
+                found.append(piece)
+        pieces = found
+    return pieces
 
 
 def tokenizers(words: list[str]) -> tuple[CLIPTokenizer, CLIPTokenizer]:
