@@ -74,7 +74,7 @@ class Settings:
     decay: float = 0.2  # share of the steps, at the end, over which the rate falls to nothing
     weight_decay: float = 0.02
     layer: int = 4  # expert block
-    supervised: tuple[int, ...] = (3, 4)  # blocks whose token maps get the mask loss
+    supervised: tuple[int, ...] = (3, 4)  # blocks whose token maps get the mask losses; none: flow matching only
     noise: float = 0.15  # mask loss: sigma is uniform in 0..noise
     mask_weight: float = 1.0  # lambda
     affinity_weight: float = 1.0
@@ -106,14 +106,25 @@ ROW = {
 @click.option('--steps', type=click.IntRange(1), default=Settings.steps, help='steps of the transformer')
 @click.option('--vae-steps', type=click.IntRange(1), default=Settings.vae_steps, help='steps of the autoencoder')
 @click.option('--seed', type=int, default=Settings.seed)
+@click.option('--masks/--no-masks', default=True, help='without: flow matching at every step and no mask losses, a twin to compare with')
 @click.option('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
 @click.option('--workers', type=click.IntRange(0), default=1, help='processes that make examples')
 @click.option('--save-every', type=click.IntRange(1), default=250, help='steps between two checkpoints')
 def main(
-    out: pathlib.Path, data: tuple[str, ...], steps: int, vae_steps: int, seed: int, device: str, workers: int, save_every: int
+    out: pathlib.Path,
+    data: tuple[str, ...],
+    steps: int,
+    vae_steps: int,
+    seed: int,
+    masks: bool,
+    device: str,
+    workers: int,
+    save_every: int,
 ) -> None:
     """Train the embedded model; the same command again goes on where a stopped one was."""
     settings = Settings(seed=seed, steps=steps, vae_steps=vae_steps)
+    if not masks:
+        settings = dataclasses.replace(settings, supervised=(), flow_every=1)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
     parts = tiny.build(WORDS)
@@ -253,7 +264,6 @@ def train_together(parts: tiny.Parts, run: Run) -> None:
         generator = torch.Generator().manual_seed(settings.seed + step)
         pixels = examples.images.to(device).contiguous(memory_format=torch.channels_last)  # (B, 3, H, W)
         masks = examples.masks.to(device).float() / CELL**2  # (B, M, H/8, W/8)
-        counts, words = examples.counts.to(device), examples.words.to(device)
 
         # pictures to latents and, for a crop of some of them, back
         with autocast(device):
@@ -267,18 +277,20 @@ def train_together(parts: tiny.Parts, run: Run) -> None:
         losses = {'reconstruction': rebuilt + settings.vae_kl * divergence(posterior)}
 
         # token maps with the null prompt or the names of the masks, little noise, forward only to the expert block
-        sigma = torch.rand(len(z), generator=generator).to(device) * settings.noise  # (B,)
-        with autocast(device):
-            embeds, pooled = encode(learner, tokenizers, examples.prompts)
-            with watch(layers) as recorded:
-                parts.transformer(noised(z, sigma, generator), embeds, pooled, sigma * 1000)
-        named = words.any(dim=(1, 2))  # (B,)
-        maps = [token_maps(recorded[layer], z.shape) for layer in settings.supervised]  # (B, 77, h, w) each
-        if not named.all():
-            losses |= grouping_losses([share(each[~named]) for each in maps], masks[~named], counts[~named])
-        if named.any():
-            by_name = [share(torch.einsum('bmt,bthw->bmhw', words[named], each[named])) for each in maps]
-            losses['words'] = torch.stack([named_mask_loss(each, masks[named]) for each in by_name]).mean() * named.float().mean()
+        if layers:
+            sigma = torch.rand(len(z), generator=generator).to(device) * settings.noise  # (B,)
+            with autocast(device):
+                embeds, pooled = encode(learner, tokenizers, examples.prompts)
+                with watch(layers) as recorded:
+                    parts.transformer(noised(z, sigma, generator), embeds, pooled, sigma * 1000)
+            words = examples.words.to(device)  # (B, M, 77)
+            named = words.any(dim=(1, 2))  # (B,)
+            maps = [token_maps(recorded[layer], z.shape) for layer in layers]  # (B, 77, h, w) each
+            if not named.all():
+                losses |= grouping_losses([share(each[~named]) for each in maps], masks[~named], examples.counts.to(device)[~named])
+            if named.any():
+                by_name = [share(torch.einsum('bmt,bthw->bmhw', words[named], each[named])) for each in maps]
+                losses['words'] = torch.stack([named_mask_loss(each, masks[named]) for each in by_name]).mean() * named.float().mean()
 
         # flow matching: captions or the null prompt, every noise level, whole forward; the latents are given
         if step % settings.flow_every == 0:

@@ -42,6 +42,7 @@ ORDER = (
     'label',
     'exports',
     'metrics',
+    'analysis',
     'boundaries',
     'protocols',
     'datasets',

@@ -24,20 +24,20 @@ def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == 'code']
 
 
-@pytest.fixture(scope='module')
-def ran(tmp_path_factory: pytest.TempPathFactory) -> nbformat.NotebookNode:
-    """The quickstart after a run beside a copy of data/images, in this interpreter, away from the user's own Jupyter settings."""
+@pytest.fixture(scope='module', params=NOTEBOOKS, ids=lambda path: path.name)
+def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> nbformat.NotebookNode:
+    """A notebook after a run beside a copy of the sample pictures, in this interpreter, away from the user's own Jupyter settings."""
     checkout = tmp_path_factory.mktemp('checkout')
     home = tmp_path_factory.mktemp('jupyter')
-    shutil.copytree(ROOT / 'data' / 'images', checkout / 'data' / 'images')
-    shutil.copytree(ROOT / 'notebooks', checkout / 'notebooks')
+    for name in ('data/images', 'data/labels', 'notebooks'):
+        shutil.copytree(ROOT / name, checkout / name)
     write_kernel_spec(str(home / 'kernels' / 'padseg'))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('JUPYTER_PATH', str(home))
         patch.setenv('JUPYTER_RUNTIME_DIR', str(home / 'runtime'))
         patch.setenv('IPYTHONDIR', str(home / 'ipython'))
         patch.setenv('PYTHONPATH', os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH')))))
-        notebook = read(checkout / 'notebooks' / 'quickstart.ipynb')
+        notebook = read(checkout / 'notebooks' / request.param.name)
         client = NotebookClient(notebook, timeout=240, kernel_name='padseg', resources={'metadata': {'path': str(checkout / 'notebooks')}})
         client.execute()
     return notebook
@@ -47,8 +47,8 @@ def printed(notebook: nbformat.NotebookNode) -> str:
     return ''.join(output.text for cell in code_cells(notebook) for output in cell.outputs if output.get('name') == 'stdout')
 
 
-def test_there_is_a_notebook():
-    assert [path.name for path in NOTEBOOKS] == ['quickstart.ipynb']
+def test_there_are_notebooks():
+    assert [path.name for path in NOTEBOOKS] == ['attention.ipynb', 'quickstart.ipynb']
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.name)
@@ -69,10 +69,28 @@ def test_draws_all_it_announces(ran):
     assert drawn == [0, *[1] * (len(drawn) - 1)]
 
 
-def test_the_merge_has_something_to_show(ran):
-    groups = int(re.search(r'(\d+) groups of 77 tokens', printed(ran))[1])
+def test_what_is_printed_holds_together(ran):
+    text = printed(ran)
+    if 'expert is block' in text:
+        check_blocks(text)
+    else:
+        check_merge(text)
+
+
+def check_blocks(text: str) -> None:
+    """The best block is the best of those listed, and better than one region; shares are shares."""
+    best, covering, one = re.search(r'best block: (\d), covering ([\d.]+); one region: ([\d.]+)', text).groups()
+    means = dict(re.findall(r'block (\d): mean of heads ([\d.]+)', text))
+    assert len(means) == 6 and max(means, key=lambda layer: float(means[layer])) == best
+    assert float(means[best]) == float(covering) > float(one)
+    shares = [float(value) for value in re.findall(r'image to text ([\d.]+)', text)]
+    assert len(shares) == 6 and all(0 < value < 1 for value in shares)
+
+
+def check_merge(text: str) -> None:
+    groups = int(re.search(r'(\d+) groups of 77 tokens', text)[1])
     assert 2 <= groups <= 10
-    steps = re.findall(r'anchor +(\d+) takes +(\d+) new', printed(ran))
+    steps = re.findall(r'anchor +(\d+) takes +(\d+) new', text)
     assert len(steps) == groups
     assert sum(1 + int(new) for _, new in steps) == 77
     assert sum(int(new) > 0 for _, new in steps) >= 2

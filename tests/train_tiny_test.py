@@ -97,6 +97,13 @@ def test_a_checkpoint_of_other_settings_is_refused(trained):
     assert result.returncode == 2 and 'choose another --out' in result.stderr
 
 
+def test_the_twin_without_masks_learns_by_flow_matching_alone(tmp_path):
+    train(tmp_path, '--steps', '2', '--no-masks')
+    rows = list(csv.DictReader((tmp_path / 'together.csv').open(newline='')))
+    assert [row['mask'] + row['affinity'] + row['words'] for row in rows] == ['', '']
+    assert all(float(row['flow']) > 0 for row in rows)
+
+
 def test_the_averaged_weights_are_written(trained):
     import torch
     from torch import nn
