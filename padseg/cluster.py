@@ -14,7 +14,6 @@ import socket
 import threading
 from collections.abc import Iterator
 from functools import cached_property
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -32,12 +31,12 @@ from padseg.records import Run
 from padseg.records import differences
 from padseg.records import line
 from padseg.signals import Stop
-from padseg.stages import Segmenter
+from padseg.stages import Method
 from padseg.stages import Taken
-from padseg.stages import by_model
+from padseg.stages import labelled
+from padseg.stages import mapped
 from padseg.stages import method_of
 from padseg.stages import save
-from padseg.stages import segmented
 from padseg.stages import take
 
 if TYPE_CHECKING:
@@ -209,7 +208,7 @@ class Model:
         self.device = device
 
     @cached_property
-    def segmenter(self) -> Segmenter:
+    def method(self) -> Method:
         """Loaded for the first batch: of an error in an actor's constructor Ray keeps only the words. OutputConflict for other weights."""
         import torch
 
@@ -223,13 +222,13 @@ class Model:
         here = {**there, 'weights': backbone.identity.weights, 'dtype': str(backbone.dtype).removeprefix('torch.')}
         if here != there:
             raise OutputConflict(f'{os.uname().nodename} has another {self.job.model} ({"; ".join(differences(there, here))})')
-        return partial(by_model, method_of(backbone, job))
+        return method_of(backbone, job)
 
     def __call__(self, rows: pyarrow.Table) -> pyarrow.Table:
         import pyarrow
 
         batch = [pickle.loads(row) for row in rows['taken'].to_pylist()]
-        done = [pickle.dumps(on_cpu(taken)) for taken in segmented(self.segmenter, batch)]
+        done = [pickle.dumps(on_cpu(labelled(self.method, taken))) for taken in mapped(self.method, batch)]
         return pyarrow.table({'taken': pyarrow.array(done, pyarrow.large_binary())})  # more than 2 GB may be large pictures
 
 

@@ -70,13 +70,13 @@ from padseg.sharing import shared
 from padseg.signals import Stop
 from padseg.space import warn_if_short
 from padseg.stages import OutOfMemory
-from padseg.stages import Segmenter
+from padseg.stages import Method
 from padseg.stages import Taken
 from padseg.stages import by_maps
-from padseg.stages import by_model
 from padseg.stages import method_of
+from padseg.stages import labelled
+from padseg.stages import mapped
 from padseg.stages import save
-from padseg.stages import segmented
 from padseg.stages import take
 from padseg.versions import versions
 
@@ -202,29 +202,29 @@ def settled(picture: Found, record: Recorded | None, job: Job) -> bool:
 
 def start(job: Job, pending: list[Found], earlier: Run | None, stop: Stop) -> tuple[Run, Iterator[Entry]]:
     """The run in words, and the records of its pictures, which are made when they are asked for."""
-    segmenter, record = prepare(job, earlier)
+    method, record = prepare(job, earlier)
     write_run(record, home(job.out, job.selection.shard) / 'run.json')
     if job.classes:
         write_classes(job.classes, job.out / 'classes.json')
     warn_if_short(job, pending, int(str(record.settings['side'])))
     if job.engine == 'ray':  # whose actors load the model: the one here is let go
         return record, results_on_ray(job, record, pending, stop, job.address)
-    return record, results(job, segmenter, pending, stop)
+    return record, results(job, method, pending, stop)
 
 
-def prepare(job: Job, earlier: Run | None) -> tuple[Segmenter, Run]:
-    """What segments, and the run in words. OutputConflict if the earlier results in the same place came from other settings."""
-    segmenter, record = from_maps(job) if job.maps else from_model(job)
+def prepare(job: Job, earlier: Run | None) -> tuple[Method, Run]:
+    """The method, and the run in words. OutputConflict if the earlier results in the same place came from other settings."""
+    method, record = from_maps(job) if job.maps else from_model(job)
     if not job.selection.shard:
         agree(job.out, earlier, record, ', or --overwrite')
-        return segmenter, record
+        return method, record
     with briefly(job.out):  # the first of several shards that begin at a time says what the settings are
         others = shard_homes(job.out).keys() - {job.selection.shard}
         there = read_run(job.out / 'run.json') if earlier or others else None
         agree(job.out, there, record, '')
         if there is None:
             write_run(record, job.out / 'run.json')
-    return segmenter, record
+    return method, record
 
 
 def agree(out: Path, earlier: Run | None, record: Run, remedy: str) -> None:
@@ -235,8 +235,8 @@ def agree(out: Path, earlier: Run | None, record: Run, remedy: str) -> None:
         )
 
 
-def from_model(job: Job) -> tuple[Segmenter, Run]:
-    """The loaded model as a segmenter."""
+def from_model(job: Job) -> tuple[Method, Run]:
+    """The method by a loaded model."""
     # torch takes seconds to import: a run that has nothing to do, or nothing to do it with, need not wait.
     import torch
 
@@ -262,11 +262,13 @@ def from_model(job: Job) -> tuple[Segmenter, Run]:
         batch=job.batch,
         started=now(),
     )
-    return partial(by_model, method_of(backbone, job)), record
+    return method_of(backbone, job), record
 
 
-def from_maps(job: Job) -> tuple[Segmenter, Run]:
-    """The token maps that an earlier run kept as a segmenter. NoImages if there are none."""
+def from_maps(job: Job) -> tuple[Method, Run]:
+    """The method by token maps that an earlier run kept. NoImages if there are none."""
+    from padseg.segment import regions
+
     assert job.maps is not None
     made = read_run(job.maps / 'run.json')
     if made is None or not (job.maps / 'maps').is_dir():
@@ -289,7 +291,7 @@ def from_maps(job: Job) -> tuple[Segmenter, Run]:
             'ended': None,
         }
     )
-    return partial(by_maps, job.maps / 'maps', known, resolved), record
+    return Method(partial(by_maps, job.maps / 'maps', known), partial(regions, options=resolved)), record
 
 
 def key_of(settings: dict[str, Setting]) -> str:
@@ -324,20 +326,25 @@ def clean(job: Job, pending: list[Found]) -> None:
         sweep(folder, mine if job.selection.shard else None)
 
 
-def results(job: Job, segmenter: Segmenter, pending: list[Found], stop: Stop) -> Iterator[Entry]:
-    """Read pictures ahead of the model and write results behind it, each in threads of its own; their records, in order."""
+def results(job: Job, method: Method, pending: list[Found], stop: Stop) -> Iterator[Entry]:
+    """Read pictures ahead of the model, make label maps and write results behind it, each in threads of its own; records, in order."""
     with threads(job.workers) as readers, threads(job.workers) as writers:
         depth = job.batch + job.workers
         taken = ahead(readers, partial(take, job), pending, depth)
-        yield from ahead(writers, partial(save, job), segment_all(job, segmenter, taken, stop), depth)
+        yield from ahead(writers, partial(complete, job, method), map_all(job, method, taken, stop), depth)
 
 
-def segment_all(job: Job, segmenter: Segmenter, taken: Iterable[Taken], stop: Stop) -> Iterator[Taken]:
-    """The pictures with their label maps. A batch that was asked to stop before its forward is dropped."""
+def map_all(job: Job, method: Method, taken: Iterable[Taken], stop: Stop) -> Iterator[Taken]:
+    """The pictures with their token maps. A batch that was asked to stop before its forward is dropped."""
     for some in batches(taken, job.batch):
         if stop.asked:
             return
-        yield from segmented(segmenter, some)
+        yield from mapped(method, some)
+
+
+def complete(job: Job, method: Method, taken: Taken) -> Entry:
+    """What is left to do for a picture when the model is done with it."""
+    return save(job, labelled(method, taken))
 
 
 def count(pictures: list[Found], records: dict[str, Recorded], skipped: int, seconds: float, signal: int | None) -> Counts:

@@ -39,7 +39,7 @@ class Entry(BaseModel):
     notes: list[str] = []
     regions: int | None = None
     seconds: float = 0.0
-    stages: dict[str, float] = {}  # seconds of decode, segment (a batch's share) and write
+    stages: dict[str, float] = {}  # seconds of decode, segment (a batch's share of the forward), labels and write
     error: str | None = None  # class of the error, with reason
     reason: Name | None = None
     outputs: dict[str, Name] = {}

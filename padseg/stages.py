@@ -1,4 +1,4 @@
-"""The stages that a picture of a run goes through: taken from its file, segmented, its results written."""
+"""The stages that a picture of a run goes through: taken from its file, token maps, label map, its results written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import NamedTuple
-from typing import Protocol
 
 from padseg.errors import NotFinite
 from padseg.exports import FORMATS
@@ -24,7 +23,6 @@ from padseg.images import decode_with_notes
 from padseg.job import Job
 from padseg.job import outputs
 from padseg.options import LabelOptions
-from padseg.options import Resolved
 from padseg.records import Entry
 
 if TYPE_CHECKING:
@@ -53,16 +51,12 @@ class OutOfMemory(ImageError):
 
 
 class Method(NamedTuple):
-    """How pictures become maps, several at a time, and the maps of one a label map."""
+    """What a job does with pictures. maps: finds the token maps of a batch, none of which has failed; a picture that fails now is
+    marked so. labels: makes the maps of one picture a label map, for which the model is not needed.
+    """
 
-    maps: Callable[[Sequence[Image]], list[TokenMaps]]
+    maps: Callable[[list[Taken]], list[Taken]]
     labels: Callable[[Image, TokenMaps], LabelMap]
-
-
-class Segmenter(Protocol):
-    """Finds token maps and label maps of pictures that were read, none of which has failed; a picture that fails now is marked so."""
-
-    def __call__(self, taken: list[Taken]) -> list[Taken]: ...
 
 
 def take(job: Job, picture: Found) -> Taken:
@@ -88,16 +82,28 @@ def take(job: Job, picture: Found) -> Taken:
     return Taken(entry, image, void)
 
 
-def segmented(segmenter: Segmenter, taken: list[Taken]) -> Iterator[Taken]:
-    """A batch with its label maps."""
+def mapped(method: Method, taken: list[Taken]) -> Iterator[Taken]:
+    """A batch with its token maps."""
     good = [each for each in taken if each.image is not None]
     began = time.perf_counter()
-    found = iter(segmenter(good) if good else ())
+    found = iter(method.maps(good) if good else ())
     share = round((time.perf_counter() - began) / max(1, len(good)), 4)
     for each in taken:
         if each.image is not None:
             each.entry.stages['segment'] = share
         yield each if each.image is None else next(found)
+
+
+def labelled(method: Method, taken: Taken) -> Taken:
+    """A picture with its label map; a failed one as it is."""
+    if taken.image is None or taken.maps is None:
+        return taken
+    from padseg.labels import unassign
+
+    began = time.perf_counter()
+    labels = method.labels(taken.image, taken.maps)
+    taken.entry.stages['labels'] = round(time.perf_counter() - began, 4)
+    return taken._replace(labels=labels if taken.void is None else unassign(labels, taken.void))
 
 
 def method_of(backbone: Backbone, job: Job) -> Method:
@@ -108,21 +114,26 @@ def method_of(backbone: Backbone, job: Job) -> Method:
         from padseg.label import naming_of
 
         naming = naming_of(backbone, job.classes, job.options)
-        return Method(partial(class_maps, naming=naming), partial(classified, classes=naming.classes, options=naming.options))
+        forward = partial(class_maps, naming=naming)
+        return Method(partial(by_model, forward), partial(classified, classes=naming.classes, options=naming.options))
     from padseg.segment import regions
     from padseg.segment import token_maps_batch
 
     resolved = job.options.resolve(backbone.spec)
-    return Method(partial(token_maps_batch, backbone=backbone, options=resolved), partial(regions, options=resolved))
+    forward = partial(token_maps_batch, backbone=backbone, options=resolved)
+    return Method(partial(by_model, forward), partial(regions, options=resolved))
 
 
-def by_model(method: Method, taken: list[Taken]) -> list[Taken]:
-    """A batch by a forward; where memory runs out or the attention is not finite, by halves of the batch. Alone, such a picture fails."""
+def by_model(forward: Callable[[Sequence[Image]], list[TokenMaps]], taken: list[Taken]) -> list[Taken]:
+    """Token maps of a batch by a forward; where memory runs out or the attention is not finite, by halves of the batch.
+
+    Alone, such a picture fails.
+    """
     import torch
 
     images = [each.image for each in taken if each.image is not None]
     try:
-        maps = method.maps(images)
+        maps = forward(images)
     except (torch.OutOfMemoryError, NotFinite) as error:
         memory = isinstance(error, torch.OutOfMemoryError)
         if len(taken) == 1:
@@ -130,23 +141,13 @@ def by_model(method: Method, taken: list[Taken]) -> list[Taken]:
             return taken
         log.warning('%s with %d pictures at once: trying half as many', 'out of memory' if memory else error, len(taken))
         half = len(taken) // 2
-        return by_model(method, taken[:half]) + by_model(method, taken[half:])
-    return [labelled(each, own, method.labels) for each, own in zip(taken, maps, strict=True)]
+        return by_model(forward, taken[:half]) + by_model(forward, taken[half:])
+    return [each._replace(maps=own) for each, own in zip(taken, maps, strict=True)]
 
 
-def labelled(taken: Taken, maps: TokenMaps, find: Callable[[Image, TokenMaps], LabelMap]) -> Taken:
-    """The picture with its label map."""
-    from padseg.labels import unassign
-
-    assert taken.image is not None
-    labels = find(taken.image, maps)
-    return taken._replace(maps=maps, labels=labels if taken.void is None else unassign(labels, taken.void))
-
-
-def by_maps(folder: Path, known: dict[str, str | None], options: Resolved, taken: list[Taken]) -> list[Taken]:
-    """A batch from kept token maps. A picture without them, or another one than they were made from, has failed."""
+def by_maps(folder: Path, known: dict[str, str | None], taken: list[Taken]) -> list[Taken]:
+    """Token maps of a batch that were kept. A picture without them, or another one than they were made from, has failed."""
     from padseg.saved_maps import read_maps
-    from padseg.segment import regions
 
     found = []
     for each in taken:
@@ -155,7 +156,7 @@ def by_maps(folder: Path, known: dict[str, str | None], options: Resolved, taken
             fail(each.entry, ImageError('there are no token maps of this picture: run the model with --save-maps'))
             found.append(each)
         else:
-            found.append(labelled(each, maps, partial(regions, options=options)))
+            found.append(each._replace(maps=maps))
     return found
 
 

@@ -43,10 +43,11 @@ def test_a_small_run():
         assert all(step['ratio'] == step['plain'] / step['ours'] for step in plain)
     memory = measured['memory_mib']
     one_map = 900 * 700 * 4 / 2**20
-    assert list(memory) == ['proposals', 'three_times_as_many', 'plainly'] and memory['plainly'] > steps.KINDS * one_map
+    assert list(memory) == ['proposals', 'three_times_as_many', 'plainly', 'attention'] and memory['plainly'] > steps.KINDS * one_map
     assert abs(memory['three_times_as_many'] - memory['proposals']) < 4 * one_map
+    assert 0 < memory['attention'] < 300  # one head's scores of all tokens are 66 MiB, of all heads 1.5 GiB
     lines = steps.in_words(measured).splitlines()
-    assert len(lines) == 1 + 2 * 6 + 4 and lines[1].split() == 'picture of 481 x 321 ms plainly ratio'.split()
+    assert len(lines) == 1 + 2 * 6 + 5 and lines[1].split() == 'picture of 481 x 321 ms plainly ratio'.split()
     merging = measured['pictures']['481 x 321']['merge']
     assert lines[3] == f'  {"merging, with the distances":28} {merging["ours"]:8.2f} {merging["plain"]:10.2f} {merging["ratio"]:7.1f} x'
 

@@ -359,7 +359,7 @@ def test_the_lines_for_sizing_run_on_a_manifest(plain):
     ran = subprocess.run([sys.executable, '-c', *blocks('python')], cwd=plain.parent, capture_output=True, text=True)
     entries = [json.loads(line) for line in (plain / 'manifest.jsonl').read_text().splitlines()]
     done = [entry for entry in entries if entry['status'] == 'done']
-    rate = len(done) / sum(entry['stages']['segment'] for entry in done)
+    rate = len(done) / sum(entry['stages']['segment'] + entry['stages']['labels'] for entry in done)
     files = len(list((plain / 'labels').rglob('*.png'))) + len(list((plain / 'masks').rglob('*'))) - 1  # sub/ is not of a picture
     expected = f'{rate:.1f} pictures a second .* fed by [\\d.]+ cores; {files / len(done):.0f} files'
     assert re.match(expected, ran.stdout), (expected, ran.stdout, ran.stderr)

@@ -126,7 +126,7 @@ def test_what_a_run_writes(job, backbone):
         assert entry['bytes'] == (job.source / name).stat().st_size
         assert len(entry['sha256']) == 64
         assert entry['seconds'] == pytest.approx(sum(entry['stages'].values()), abs=1e-3)
-        assert set(entry['stages']) == {'decode', 'segment', 'write'}
+        assert set(entry['stages']) == {'decode', 'segment', 'labels', 'write'}
     assert records(job, 'failures.jsonl') == []
     assert counts.regions == pytest.approx(np.mean([entry['regions'] for entry in entries]))
 
@@ -525,7 +525,7 @@ def test_where_memory_runs_out_batches_are_halved(job, backbone):
     def read_all():
         return [stages.take(job, Found(job.source / name, name)) for name in SIZES]
 
-    expected = stages.by_model(stages.method_of(backbone, job), read_all())
+    expected = stages.method_of(backbone, job).maps(read_all())
     family = backbone.family
 
     class Small:
@@ -540,9 +540,9 @@ def test_where_memory_runs_out_batches_are_halved(job, backbone):
                 raise torch.OutOfMemoryError
             return family.denoise(*arguments, **options)
 
-    found = stages.by_model(stages.method_of(dataclasses.replace(backbone, family=Small()), job), read_all())
-    assert found[0].labels is None and 'out of memory' in found[0].entry.reason
-    assert all(np.array_equal(one.labels.labels, two.labels.labels) for one, two in zip(found[1:], expected[1:], strict=True))
+    found = stages.method_of(dataclasses.replace(backbone, family=Small()), job).maps(read_all())
+    assert found[0].maps is None and 'out of memory' in found[0].entry.reason
+    assert all(torch.equal(one.maps.maps, two.maps.maps) for one, two in zip(found[1:], expected[1:], strict=True))
 
 
 def test_a_stop_reads_no_more_pictures(job):

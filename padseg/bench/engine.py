@@ -33,7 +33,7 @@ from padseg.job import Job
 from padseg.metrics import compact
 from padseg.records import recorded
 from padseg.signals import Stop
-from padseg.stages import Taken
+from padseg.stages import Method
 from padseg.types import Frame
 from padseg.types import LabelMap
 from padseg.types import TokenMaps
@@ -115,15 +115,13 @@ def work(folder: Path, out: Path, count: int) -> Cost:
     height, width = read(pictures[0].path).shape[:2]
     labels = label_map((height, width))
 
-    def segmenter(taken: list[Taken]) -> list[Taken]:
-        return [each._replace(maps=MAPS, labels=labels) for each in taken]
-
+    method = Method(lambda taken: [each._replace(maps=MAPS) for each in taken], lambda image, maps: labels)
     job = Job(folder, out)
     out.mkdir()
     with Stop() as stop:
         began = os.times()
         pending, records, _ = engine.plan(job, pictures, pictures)
-        for entry in engine.work(job, engine.results(job, segmenter, pending, stop), pending, records.values(), stop):
+        for entry in engine.work(job, engine.results(job, method, pending, stop), pending, records.values(), stop):
             records[entry.input] = recorded(entry)
         ended = os.times()
     cost = Cost(ended.user - began.user, ended.system - began.system, ended.elapsed - began.elapsed, peak())

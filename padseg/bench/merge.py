@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from skimage.measure import label as connected_components
 
+from padseg.attention import token_attention
 from padseg.bench.measure import finish
 from padseg.bench.measure import fresh
 from padseg.bench.measure import in_place
@@ -33,6 +34,7 @@ from padseg.proposals import symmetric_kl
 from padseg.types import Frame
 from padseg.types import LabelMap
 from padseg.types import Proposals
+from padseg.types import QueryKey
 from padseg.types import TokenMaps
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 T = TypeVar('T')
 
 SIDE = 64  # of the maps, as of SD3's for 1024 pixels
+HEADS, TEXT = 24, 154  # of SD3: attention heads, text tokens
 KINDS = 25  # of maps that differ by more than THRESHOLD, and thus proposals
 NOISE = 0.02  # between maps of one kind
 THRESHOLD, NORMALISATION = 0.1, 'sum'
@@ -67,13 +70,15 @@ STEPS = {
 def command(maps: int, size: tuple[int, int], record: bool, as_json: bool) -> None:
     """Token maps to label map on one core: time of each step beside a plain way to the same result, and memory.
 
-    Refined stands for superpixels, components and the least area. Memory is what the label map takes above the rest of the process.
+    Refined stands for superpixels, components and the least area. Memory is what the label map takes above the rest of the process, and
+    what reading the maps takes from the queries and keys of SD3's expert block in float32.
     """
     pictures = {f'{width} x {height}': fresh(steps, maps, (height, width)) for width, height in (SMALL, size)}
     memory = {
         'proposals': fresh(memory_of, KINDS, size[::-1], False),
         'three_times_as_many': fresh(memory_of, 3 * KINDS, size[::-1], False),
         'plainly': fresh(memory_of, KINDS, size[::-1], True),
+        'attention': fresh(memory_of_attention, maps),
     }
     measured = {
         'maps': maps,
@@ -226,6 +231,16 @@ def memory_of(count: int, size: tuple[int, int], plainly: bool) -> float:
     return peak() - before
 
 
+def memory_of_attention(maps: int) -> float:
+    """What the maps of so many tokens take beside queries and keys, in MiB: HEADS heads, SIDE² image and TEXT text tokens."""
+    one_core()
+    query, key = torch.randn(2, 1, HEADS, SIDE**2 + TEXT, 64)
+    token_attention(QueryKey(query[:, :1], key[:, :1], None), 1, (0,))  # for libraries to start
+    before = peak()
+    token_attention(QueryKey(query, key, None), SIDE**2, range(SIDE**2, SIDE**2 + maps))
+    return peak() - before
+
+
 def in_words(measured: dict[str, Any]) -> str:
     """One measure a line, each with its plain way and the ratio."""
     lines = [f'{measured["maps"]} maps of {SIDE} x {SIDE}; one core of: {in_place(measured)}']
@@ -237,4 +252,5 @@ def in_words(measured: dict[str, Any]) -> str:
             lines.append(f'  {words:28} {one["ours"]:8.2f}{beside}')
     memory = measured['memory_mib']
     rows = ((f'{KINDS} proposals', 'proposals'), (f'{3 * KINDS} proposals', 'three_times_as_many'), (f'{KINDS}, plainly', 'plainly'))
-    return '\n'.join([*lines, f'memory for {size}', *(f'  {words:28} {memory[name]:8.1f} MiB' for words, name in rows)])
+    attention = f'memory for the maps from {HEADS} heads and {SIDE**2 + TEXT} tokens {memory["attention"]:.1f} MiB'
+    return '\n'.join([*lines, f'memory for {size}', *(f'  {words:28} {memory[name]:8.1f} MiB' for words, name in rows), attention])
