@@ -96,3 +96,13 @@ def test_the_shipped_model_finds_the_objects_of_a_plain_scene(shipped, picture):
     labels = segment(image, load('tiny', device='cpu')).labels
     table = contingency_table(truth, labels).toarray()
     assert table.max(1).sum() / truth.size > 0.9  # nearly every area lies in one region
+
+
+def test_the_sheet_of_samples_shows_scenes_and_what_is_generated(tmp_path):
+    from PIL import Image
+
+    command = [sys.executable, str(ROOT / 'bin' / 'sample-sheet'), str(tmp_path / 'a.png'), '--count', '2', '--side', '64', '--steps', '2']
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    with Image.open(tmp_path / 'a.png') as sheet:
+        assert sheet.size == (128, 3 * 18 + 128)
