@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -20,9 +22,19 @@ from padseg.attention import token_attention
 from padseg.attention import watch
 from padseg.backbones import Backbone
 from padseg.errors import UsageError
+from padseg.label import means
+from padseg.label import naming_of
+from padseg.label import scaled
 from padseg.labels import label_map
+from padseg.labels import upsample
 from padseg.latents import encode_steps
+from padseg.metrics import ClassCounts
+from padseg.metrics import class_scores
+from padseg.metrics import class_table
+from padseg.metrics import counts_of
 from padseg.metrics import region_scores
+from padseg.metrics import widened
+from padseg.options import LabelOptions
 from padseg.options import Options
 from padseg.proposals import merge
 from padseg.types import Array
@@ -37,13 +49,12 @@ THRESHOLDS = tuple(np.geomspace(0.01, 5, 8).tolist())  # of merging; blocks diff
 
 
 class Forward(NamedTuple):
-    """One forward with the null prompt. queries: of each block, with its keys; values: (L, D) of each block, tokens in the order of keys;
-    groups: the numbers of the tokens of each kind; grid: (h, w) image tokens.
+    """One forward. queries: of each block, with its keys; values: (L, D) of each block, tokens in the order of keys; grid: (h, w)
+    image tokens.
     """
 
     queries: dict[int, QueryKey]
     values: dict[int, Tensor]
-    groups: dict[str, list[int]]
     grid: tuple[int, int]
 
 
@@ -67,7 +78,7 @@ def record(latent: Latent, backbone: Backbone) -> Forward:
     first = backbone.first_image_token
     parts = {layer: found if first == 0 else found[::-1] for layer, found in values.items()}  # image first, or text
     joint = {layer: torch.cat(found, 1)[0].float() for layer, found in parts.items()}  # (L, D)
-    return Forward(queries, joint, token_groups(backbone, h * w, joint[0].shape[0]), (h, w))
+    return Forward(queries, joint, (h, w))
 
 
 @contextmanager
@@ -87,9 +98,9 @@ def values_of(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, list[Tenso
             handle.remove()
 
 
-def token_groups(backbone: Backbone, image_tokens: int, tokens: int) -> dict[str, list[int]]:
+def token_groups(forward: Forward, backbone: Backbone) -> dict[str, list[int]]:
     """Numbers of the tokens of each kind: image; first, the first text token that is read; pads, the others that are; and the rest."""
-    start = backbone.first_image_token
+    start, image_tokens, tokens = backbone.first_image_token, forward.grid[0] * forward.grid[1], len(forward.values[0])
     first, *pads = backbone.text_columns(image_tokens)
     groups = {'image': list(range(start, start + image_tokens)), 'first': [first], 'pads': pads}
     known = {token for group in groups.values() for token in group}
@@ -166,20 +177,62 @@ def grouping(image: Image, truth: Array, backbone: Backbone, options: Options, s
     return found
 
 
+def mean_iou(counts: Iterable[dict[Cell, ClassCounts]]) -> dict[Cell, float]:
+    """mIoU over the classes that the truth has, pixels of all pictures added up, of each cell: in 0..1."""
+    total: dict[Cell, ClassCounts] = {}
+    for each in counts:
+        for cell, one in each.items():
+            total[cell] = total[cell].plus(one) if cell in total else one
+    return {cell: class_scores(one, absent='left-out').miou for cell, one in total.items()}
+
+
 def best(scores: Sequence[dict[Cell, Array]]) -> dict[Cell, float]:
     """The mean over pictures at the threshold that is best for all of them, of each cell: in 0..1."""
     return {cell: float(np.mean([each[cell] for each in scores], axis=0).max()) for cell in scores[0]}
 
 
-def anatomy(latent: Latent, backbone: Backbone) -> dict[str, Any]:
-    """Shares of attention and norms of values of every block: {'groups': names, 'tokens': their sizes, 'shares': (layers, G, G), 'norms'
-    : (layers, G)}.
+def word_counts(image: Image, truth: Array, backbone: Backbone, classes: Sequence[str], options: LabelOptions) -> dict[Cell, ClassCounts]:
+    """How well the words of a prompt find their classes in every block, by each head and by their mean, from one forward a prompt.
+
+    truth: (H, W), numbers of classes from 0, others are void. The names are those of the classes in the picture, as in Seg4Diff's Sec. 4.3;
+    pixels are compared without refinement, at the first of the options' steps.
     """
+    there = [number for number in np.unique(truth).tolist() if 0 <= number < len(classes)]
+    found: dict[Cell, ClassCounts] = {}
+    if not there:
+        return found
+    for cell, maps in named_maps(image, backbone, [classes[number] for number in there], options).items():
+        height, width = truth.shape
+        enlarged = np.stack([upsample(values, (height, width)) for values in maps.cpu().numpy()])  # (C', H, W)
+        pred = np.array(there)[enlarged.argmax(0)]
+        table = widened(class_table(truth, pred, len(classes), compacted=False))  # (C, C)
+        found[cell] = counts_of(table, np.arange(len(classes)))
+    return found
+
+
+def named_maps(image: Image, backbone: Backbone, classes: Sequence[str], options: LabelOptions) -> dict[Cell, Tensor]:
+    """The scores of classes in every block, by each head and by their mean: (C, h, w) each. One forward for each prompt."""
+    naming = naming_of(backbone, classes, options)
+    resolved = naming.options
+    step = resolved.steps[0]
+    (latent,) = encode_steps(image, backbone, resolved, (step,))
+    parts: dict[Cell, list[Tensor]] = {}
+    for prompt in naming.prompts:
+        reading = dataclasses.replace(backbone, prompt=prompt)
+        forward = record(latent, reading)
+        for layer in range(backbone.layers):
+            for head, maps in cell_maps(forward, layer, reading).items():
+                parts.setdefault(Cell(step, layer, head), []).append(means(maps, prompt, resolved.scores))
+    return {cell: scaled(torch.cat(maps), len(classes), resolved.scores)[: len(classes)] for cell, maps in parts.items()}
+
+
+def anatomy(latent: Latent, backbone: Backbone) -> dict[str, Any]:
+    """Shares of attention (layers, G, G) and norms of values (layers, G) of every block, with the groups' names and sizes."""
     forward = record(latent, backbone)
-    layers = range(backbone.layers)
+    layers, groups = range(backbone.layers), token_groups(forward, backbone)
     return {
-        'groups': [*forward.groups],
-        'tokens': [len(tokens) for tokens in forward.groups.values()],
-        'shares': np.stack([attention_shares(forward.queries[layer], forward.groups) for layer in layers]),
-        'norms': np.array([[*value_norms(forward.values[layer], forward.groups).values()] for layer in layers]),
+        'groups': [*groups],
+        'tokens': [len(tokens) for tokens in groups.values()],
+        'shares': np.stack([attention_shares(forward.queries[layer], groups) for layer in layers]),
+        'norms': np.array([[*value_norms(forward.values[layer], groups).values()] for layer in layers]),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from padseg import LabelOptions
 from padseg import Options
 from padseg import load
 from padseg.analysis import ENLARGED
@@ -21,9 +23,15 @@ from padseg.analysis import best
 from padseg.analysis import cell_maps
 from padseg.analysis import coverings
 from padseg.analysis import grouping
+from padseg.analysis import mean_iou
+from padseg.analysis import named_maps
 from padseg.analysis import record
+from padseg.analysis import token_groups
 from padseg.analysis import value_norms
+from padseg.analysis import word_counts
 from padseg.errors import UsageError
+from padseg.label import class_scores
+from padseg.labels import upsample
 from padseg.latents import encode
 from padseg.maps import attention_maps
 from padseg.types import QueryKey
@@ -41,20 +49,20 @@ def seen(request, picture):
 
 def test_tokens_belong_to_one_kind_each(seen):
     model, _, forward = seen
-    everyone = sorted(token for group in forward.groups.values() for token in group)
+    everyone = sorted(token for group in token_groups(forward, model).values() for token in group)
     assert everyone == list(range(forward.queries[0].key.shape[2]))
     count = forward.grid[0] * forward.grid[1]
-    assert forward.groups['image'] == list(range(model.first_image_token, model.first_image_token + count))
-    assert [*forward.groups['first'], *forward.groups['pads']] == model.text_columns(count)
+    assert token_groups(forward, model)['image'] == list(range(model.first_image_token, model.first_image_token + count))
+    assert [*token_groups(forward, model)['first'], *token_groups(forward, model)['pads']] == model.text_columns(count)
 
 
 def test_shares_are_sums_of_the_whole_softmax(seen):
-    _, _, forward = seen
+    model, _, forward = seen
     for query, key, _ in forward.queries.values():
-        shares = attention_shares(QueryKey(query, key, None), forward.groups, chunk=7)
+        shares = attention_shares(QueryKey(query, key, None), token_groups(forward, model), chunk=7)
         whole = (query[0].float() @ key[0].float().transpose(1, 2) / query.shape[-1] ** 0.5).softmax(-1).mean(0).numpy()  # (L, L)
-        for i, rows in enumerate(forward.groups.values()):
-            for j, columns in enumerate(forward.groups.values()):
+        for i, rows in enumerate(token_groups(forward, model).values()):
+            for j, columns in enumerate(token_groups(forward, model).values()):
                 assert shares[i, j] == pytest.approx(whole[np.ix_(rows, columns)].sum(1).mean(), abs=1e-5)
         assert shares.sum(1) == pytest.approx(np.ones(len(shares)), abs=1e-5)
 
@@ -89,8 +97,8 @@ def test_values_are_those_that_attention_mixes(seen):
     for value, found in zip(joint, forward.values.values(), strict=True):
         expected = value[0].transpose(0, 1).flatten(1)  # (L, D)
         torch.testing.assert_close(found, expected)
-        norms = value_norms(found, forward.groups)
-        for name, tokens in forward.groups.items():
+        norms = value_norms(found, token_groups(forward, model))
+        for name, tokens in token_groups(forward, model).items():
             assert norms[name] == pytest.approx(np.mean([np.linalg.norm(expected[token].numpy()) for token in tokens]), rel=1e-5)
 
 
@@ -140,9 +148,52 @@ def test_anatomy_has_a_row_for_every_block(backbone, picture):
     assert found['shares'].shape == (backbone.spec.layers, 4, 4) and found['norms'].shape == (backbone.spec.layers, 4)
 
 
+@pytest.mark.parametrize('name', ['backbone', 'flux'])
+def test_words_are_read_in_all_blocks_by_one_forward(name, picture, request):
+    """As one run a block would read them."""
+    model = request.getfixturevalue(name)
+    calls = []
+
+    class Counted:
+        def __getattr__(self, attribute):
+            return getattr(model.family, attribute)
+
+        def denoise(self, *arguments):
+            calls.append(arguments)
+            return model.family.denoise(*arguments)
+
+    counted = dataclasses.replace(model, family=Counted())
+    names, options = ['cat', 'grass'], LabelOptions(side=32)
+    found = named_maps(picture, counted, names, options)
+    assert len(calls) == 1 and len(found) == model.spec.layers * 3
+    for (_, layer, head), maps in found.items():
+        expected = class_scores(picture, model, names, dataclasses.replace(options, layers=(layer,), head=head))
+        torch.testing.assert_close(maps, expected.maps)
+
+
+def test_words_are_counted_for_the_classes_of_the_picture(backbone, picture):
+    truth = np.full(picture.shape[:2], 2, np.int32)
+    truth[:, 40:], truth[:4] = 0, 255
+    names, options = ['cat', 'dog', 'grass'], LabelOptions(side=32)
+    counts = word_counts(picture, truth, backbone, names, options)
+    cell = Cell(LabelOptions().resolve(backbone.spec).steps[0], 2, None)
+    scores = class_scores(picture, backbone, ['cat', 'grass'], options).maps.numpy()
+    pred = np.array([0, 2])[np.stack([upsample(values, truth.shape) for values in scores]).argmax(0)]
+    for number in range(3):
+        true, said = truth == number, (pred == number) & (truth != 255)
+        assert counts[cell].true_positive[number] == (true & said).sum()
+        assert counts[cell].false_positive[number] == (said & ~true).sum()
+        assert counts[cell].false_negative[number] == (true & ~said).sum()
+    assert word_counts(picture, np.full_like(truth, 255), backbone, names, options) == {}
+    ious = [((truth == n) & (pred == n)).sum() / (((truth == n) | (pred == n)) & (truth != 255)).sum() for n in (0, 2)]
+    assert mean_iou([{}, counts])[cell] == pytest.approx(np.mean(ious))
+
+
 def test_the_program_measures_and_draws(tmp_path, sd3_folder):
     command = [sys.executable, str(ROOT / 'bin' / 'analyse'), 'data/images', 'data/labels', str(tmp_path), '--model', str(sd3_folder)]
-    ran = subprocess.run([*command, '--count', '1'], cwd=ROOT, capture_output=True, text=True)
+    (tmp_path / 'classes.txt').write_text('cat\ndog\n')
+    options = ['--count', '1', '--classes-file', str(tmp_path / 'classes.txt')]
+    ran = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     results = json.loads((tmp_path / 'analysis.json').read_text())
     assert results['pictures'] == 1 and len(results['norms']) == 4
@@ -151,6 +202,7 @@ def test_the_program_measures_and_draws(tmp_path, sd3_folder):
     for line in ran.stdout.split('block   mean')[1].split('\n\n')[0].splitlines()[1:]:
         layer, *values = line.split()
         assert float(values[0]) == pytest.approx(table[step, int(layer), None], abs=1e-4)
+    assert len(results['words_miou']) == 4 * 3 and all(0 <= each['miou'] <= 1 for each in results['words_miou'])
     assert (tmp_path / 'maps.png').stat().st_size > 1000
     lost = subprocess.run([*command[:2], 'data/images', 'data/benchmarks', str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert lost.returncode == 1 and 'there are no PNG files' in lost.stderr
