@@ -232,6 +232,12 @@ def test_result_sheet_shows_pictures_and_overlays(tmp_path):
     assert sheet.shape[1] == 1000
     red_share = (np.abs(sheet - (0, 0, 255)).max(2) < 30).mean()
     assert 0.45 < red_share < 0.5
+    chosen = [f'scene-{number}.png' for number in (22, 38, 41)]
+    ran = result_sheet(tmp_path / 'out', tmp_path / 'one.jpg', ROOT / 'data/images', *chosen)
+    assert ran.returncode == 0, ran.stderr
+    one = cv2.imread(str(tmp_path / 'one.jpg')).astype(int)
+    assert one.shape[1] == 1000 and one.shape[0] < sheet.shape[0]
+    assert 0.45 < (np.abs(one - (0, 0, 255)).max(2) < 30).mean() < 0.5
 
 
 def test_result_sheet_says_what_is_missing(tmp_path):

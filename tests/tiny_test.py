@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -13,6 +15,7 @@ from hypothesis import strategies
 
 from padseg import tiny
 from padseg.backbones.spec import TINY
+from padseg.cli import main
 from padseg.train_tiny import WORDS as TRAINED
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -106,3 +109,15 @@ def test_the_sheet_of_samples_shows_scenes_and_what_is_generated(tmp_path):
     assert ran.returncode == 0, ran.stderr
     with Image.open(tmp_path / 'a.png') as sheet:
         assert sheet.size == (128, 3 * 18 + 128)
+
+
+def test_class_words_find_their_classes_as_the_card_says(tmp_path, capsys, shipped):
+    """The two commands of the model card on its first scenes, and the figure beside them."""
+    card = (shipped / 'README.md').read_text(encoding='utf-8')
+    row = re.search(r'^\| held-out scenes \((\d+)\), classes named \|.* ([\d.]+) \| ([\d.]+) \|$', card, re.MULTILINE)
+    count, accuracy, miou = row.groups()
+    subprocess.run([sys.executable, str(ROOT / 'bin' / 'prepare-scenes'), str(tmp_path), '--count', count], check=True)
+    options = '--protocol seg4diff-ovss --geometry whole --device cpu --json -q'.split()
+    assert main(['eval', 'folder', '--root', str(tmp_path), *options]) == 0
+    scores = json.loads(capsys.readouterr().out)['scores']
+    assert scores['accuracy'] == pytest.approx(float(accuracy), abs=0.003) and scores['miou'] == pytest.approx(float(miou), abs=0.01)
