@@ -69,7 +69,8 @@ def view(image: Image, geometry: str, side: int, multiple: int, limit: int) -> t
 
     `whole` keeps the aspect ratio, with the area near side² and sides that are multiples of `multiple` up to `limit`; every preset
     is side x side: `stretch` squashes the picture (GoCA), `diffseg`, `diffcut` and `seg4diff-paper` cut a square from its centre,
-    `seg4diff-release` pads the picture as detectron2 does and then squashes it, padding included.
+    `seg4diff-release` resizes and pads the picture as detectron2 does and then squashes it, padding included; `seg4diff-ovss` does
+    the same without padding.
     """
     size = height, width = image.shape[:2]
     target = (side, side)
@@ -86,7 +87,9 @@ def view(image: Image, geometry: str, side: int, multiple: int, limit: int) -> t
         squashed = PillowImage.fromarray(image).resize((side, side), PillowImage.Resampling.BICUBIC)
         seen, box = np.asarray(squashed, np.float32), (0, 0, height, width)
     elif geometry == 'seg4diff-release':
-        seen, box = resize(detectron_padded(image), target, cv2.INTER_LINEAR), (0, 0, height, width)
+        seen, box = resize(padded(detectron_resized(image)), target, cv2.INTER_LINEAR), (0, 0, height, width)
+    elif geometry == 'seg4diff-ovss':
+        seen, box = resize(detectron_resized(image), target, cv2.INTER_LINEAR), (0, 0, height, width)
     else:
         short = max(1, short - 1) if geometry == 'diffcut' else short
         # DiffCut's crop rounds half to even, the others round down
@@ -111,10 +114,15 @@ def resize(image: Array, size: tuple[int, int], interpolation: int) -> Array:
     return cv2.resize(image.astype(np.float32), size[::-1], interpolation=interpolation)
 
 
-def detectron_padded(image: Image) -> Image:
-    """Short edge to 640 with the long edge at most 2560, then black to the right and below up to a multiple of 32."""
+def detectron_resized(image: Image) -> Image:
+    """Short edge to 640 with the long edge at most 2560."""
     scale = SHORT_EDGE / min(image.shape[:2])
     scale = min(scale, LONG_CAP / max(image.shape[:2]))
     height, width = (max(1, int(length * scale + 0.5)) for length in image.shape[:2])
-    resized = np.asarray(PillowImage.fromarray(image).resize((width, height), PillowImage.Resampling.BILINEAR))
-    return np.pad(resized, ((0, -height % DIVISIBLE), (0, -width % DIVISIBLE), (0, 0)))
+    return np.asarray(PillowImage.fromarray(image).resize((width, height), PillowImage.Resampling.BILINEAR))
+
+
+def padded(image: Image) -> Image:
+    """Black to the right and below up to a multiple of 32."""
+    height, width = image.shape[:2]
+    return np.pad(image, ((0, -height % DIVISIBLE), (0, -width % DIVISIBLE), (0, 0)))

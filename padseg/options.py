@@ -11,7 +11,7 @@ from padseg.backbones.spec import Spec
 from padseg.errors import UsageError
 
 NORMALISATIONS = ('minmax-softmax', 'sum', 'share')
-GEOMETRIES = ('whole', 'stretch', 'diffseg', 'diffcut', 'seg4diff-paper', 'seg4diff-release')
+GEOMETRIES = ('whole', 'stretch', 'diffseg', 'diffcut', 'seg4diff-paper', 'seg4diff-release', 'seg4diff-ovss')
 REFINEMENTS = ('none', 'guided')
 LATER = ('normalisation', 'threshold', 'refine', 'superpixels', 'join', 'components', 'min_area')  # options that come after the token maps
 PROMPTS = ('joined', 'template', 'per-class')

@@ -57,7 +57,7 @@ PROTOCOLS: dict[str, Protocol] = {
     ),
     'seg4diff-ovss': Protocol(
         'Seg4Diff, open vocabulary (detectron2 SemSegEvaluator)',
-        'stretch',
+        'seg4diff-ovss',
         'native',
         matching='none',
         background='ignored',

@@ -28,11 +28,13 @@ from padseg.attention import watch
 from padseg.backbones import load
 from padseg.backbones.spec import BACKBONES
 from padseg.backbones.texts import texts_of
+from padseg.cli import main
 from padseg.doctor import model_state
 from padseg.doctor import reckon
 from padseg.errors import ModelUnavailable
 from padseg.errors import UsageError
 from padseg.label import class_scores
+from padseg.label import label
 from padseg.latents import encode
 from padseg.latents import noise_level
 from padseg.maps import attention_maps
@@ -40,6 +42,7 @@ from padseg.maps import token_maps
 from padseg.options import LabelOptions
 from padseg.options import Options
 from padseg.prompts import prompts_of
+from padseg.saved_maps import read_maps
 from padseg.segment import segment
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -432,6 +435,24 @@ def test_a_run_over_a_folder(flux_folder, tmp_path, picture):
     for name, image in pictures.items():
         labels = segment(image, backbone).labels
         assert np.array_equal(np.asarray(Image.open(tmp_path / 'out' / 'labels' / f'{name}.png')), labels) and labels.max() > 0
+
+
+def test_names_for_the_pictures_of_a_folder(flux_folder, flux, tmp_path, picture):
+    """With the read-out in single blocks, and scores kept; the results are those of the library."""
+    (tmp_path / 'in').mkdir()
+    cv2.imwrite(str(tmp_path / 'in' / 'wide.png'), picture[..., ::-1])
+    folders = ['--dir', str(tmp_path / 'in'), '--out', str(tmp_path / 'out')]
+    flags = ['--classes', 'cat, grasses', '--layers', '2,3', '--save-maps']
+    assert main(['label', '--model', str(flux_folder), '--device', 'cpu', '-q', *folders, *flags]) == 0
+    names, options = ('cat', 'grasses'), LabelOptions(layers=(2, 3))
+    expected = label(picture, flux, names, options).labels
+    assert np.array_equal(np.asarray(Image.open(tmp_path / 'out' / 'labels' / 'wide.png.png')), expected)
+    assert np.unique(expected).tolist() == [1, 2]
+    kept = read_maps(tmp_path / 'out' / 'maps' / 'wide.png.npz')
+    assert kept.names == names and torch.equal(kept.maps, class_scores(picture, flux, names, options).maps)
+    assert [row['name'] for row in json.loads((tmp_path / 'out' / 'classes.json').read_text())] == list(names)
+    settings = json.loads((tmp_path / 'out' / 'run.json').read_text())['settings']
+    assert (settings['encoders'], settings['columns'], settings['layers']) == ('t5', 't5', '2, 3')
 
 
 def test_doctor_says_whether_it_loads(folder, empty_cache):

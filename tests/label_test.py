@@ -5,6 +5,10 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import PIL.Image
@@ -55,6 +59,7 @@ from padseg.types import Prompt
 from padseg.types import TokenMaps
 
 FAMILIES = ['speller', 'speller35']
+ARMS = [(encoders, 'zeros') for encoders in ENCODERS] + [(encoders, 'dropped') for encoders in ENCODERS if 't5' not in encoders]
 NAMES = ('cat', 'traffic light', 'tra')
 PLAIN = {'refine': 'none', 'superpixels': 0.0, 'min_area': 0.0}
 
@@ -75,26 +80,29 @@ def whole_attention(backbone, z, timestep):
 # one mechanism
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family', [*FAMILIES, 'flux'])
 def test_the_null_prompt_through_this_path_gives_the_maps_of_run(family, picture, request):
     backbone = request.getfixturevalue(family)
-    embeds, pooled = texts_of(backbone).encode('', 'l+g', 'zeros')
+    options = LabelOptions().resolve(backbone.spec)
+    embeds, pooled = texts_of(backbone).encode('', options.encoders, options.unused)
     null = Prompt(embeds, pooled, tuple(range(77)), backbone.prompt.names)
     reading = dataclasses.replace(backbone, prompt=null)
     expected = token_maps(picture, backbone)
-    options = LabelOptions().resolve(backbone.spec)
     (found,) = maps_of_layers(encode_steps(picture, reading, options, options.steps), reading, options.layers)
     assert torch.equal(found.maps, expected.maps) and found.names == expected.names
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family', [*FAMILIES, 'flux'])
 def test_proposals_are_those_of_run(family, picture, request):
+    """Many of them, of several names: nothing is merged, and every name scores high somewhere."""
     backbone = request.getfixturevalue(family)
+    backbone = dataclasses.replace(backbone, spec=backbone.spec._replace(threshold=0.0))
     naming = naming_of(backbone, NAMES, LabelOptions(on='proposals', layers=(1,), steps=(3,)))
     (maps,) = class_maps([picture], naming)
     assert torch.equal(maps.maps[len(NAMES) :], token_maps(picture, backbone).maps)
-    found = label(picture, backbone, NAMES, naming_options := LabelOptions(on='proposals'))
+    found = label(picture, backbone, NAMES, naming_options := LabelOptions(on='proposals', scores='minmax'))
     regions = segment(picture, backbone)
+    assert regions.labels.max() > 9 and len(np.unique(found.labels)) > 1
     for number in range(1, regions.labels.max() + 1):  # no proposal has two names
         assert len(np.unique(found.labels[regions.labels == number])) == 1
     scores = class_scores(picture, backbone, NAMES, dataclasses.replace(naming_options, on='words'))
@@ -105,18 +113,18 @@ def test_proposals_are_those_of_run(family, picture, request):
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-@pytest.mark.parametrize('encoders', ENCODERS)
-def test_scores_equal_the_explicit_softmax(family, encoders, picture, request):
+@pytest.mark.parametrize(('encoders', 'unused'), ARMS)
+def test_scores_equal_the_explicit_softmax(family, encoders, unused, picture, request):
     """Rows of the softmax over all keys, columns found by the tokens of each name, means over heads and tokens."""
     backbone = request.getfixturevalue(family)
-    options = LabelOptions(encoders=encoders, geometry='stretch')
+    options = LabelOptions(encoders=encoders, unused=unused, geometry='stretch')
     naming = naming_of(backbone, NAMES, options)
     (prompt,) = naming.prompts
     reading = dataclasses.replace(backbone, prompt=prompt)
     latent = encode(picture, backbone, Options(geometry='stretch').resolve(backbone.spec))
     attention = whole_attention(reading, latent.z, latent.timestep)[2].mean(1)[0]  # (N + L, N + L)
-    count = 64  # of 32 x 32 pixels
-    assert attention.shape[0] == count + 154 and torch.allclose(attention.sum(1), torch.ones(count + 154))
+    count, columns = 64, 77 if unused == 'dropped' else 154  # of 32 x 32 pixels; T5's are not there if dropped
+    assert attention.shape[0] == count + columns and torch.allclose(attention.sum(1), torch.ones(count + columns))
     clip = {'cat': [1], 'traffic light': range(2, 8), 'tra': range(8, 10)}  # tra ff i c</w>, li ght</w>; tr a</w>
     t5 = {'cat': [77], 'traffic light': range(78, 82), 'tra': [82]}
     read = [half for half, used in ((clip, encoders != 't5'), (t5, 't5' in encoders)) if used]
@@ -434,12 +442,18 @@ def test_a_file_of_classes(folder, tmp_path, texts_folder, capsys):
         assert words in capsys.readouterr().err
 
 
-def test_proposals_are_named_by_the_command(job, speller):
-    engine.run(job._replace(options=LabelOptions(on='proposals', layers=(0, 1))))
-    expected = label(job.source / 'a.png', speller, NAMES, LabelOptions(on='proposals', layers=(0, 1)))
+def test_proposals_are_named_by_the_command(job, texts_folder, speller, tmp_path):
+    model = shutil.copytree(texts_folder, tmp_path / 'model')
+    row = json.loads((model / 'padseg.json').read_text())
+    (model / 'padseg.json').write_text(json.dumps({**row, 'threshold': 0.0}))  # many proposals
+    options = LabelOptions(on='proposals', layers=(0, 1), scores='minmax')
+    engine.run(job._replace(options=options, model=str(model)))
+    many = dataclasses.replace(speller, spec=speller.spec._replace(threshold=0.0))
+    expected = label(job.source / 'a.png', many, NAMES, options)
+    assert len(np.unique(expected.labels)) > 1
     assert np.array_equal(read_label_map(job.out / 'labels' / 'a.png.png'), expected.labels)
     settings = json.loads((job.out / 'run.json').read_text())['settings']
-    assert (settings['layers'], settings['proposals_layer'], settings['proposals_threshold']) == ('0, 1', 2, 0.1)
+    assert (settings['layers'], settings['proposals_layer'], settings['proposals_threshold']) == ('0, 1', 2, 0.0)
 
 
 def test_shards_and_batches_give_the_same(job, tmp_path):
@@ -458,19 +472,43 @@ def test_a_broken_picture_fails_alone(job):
     assert (counts.done, counts.failed) == (2, 1)
 
 
+AWKWARD = ('cat', 'a <b> "c"')
+
+
 @pytest.mark.parametrize('format', CONVERTERS)
 def test_every_form_has_the_names(job, format, tmp_path):
-    engine.run(job._replace(classes=('cat', 'a <b> "c"')))
+    engine.run(job._replace(classes=AWKWARD))
     made = convert(job.out, format, tmp_path / format)
     assert (made.pictures, made.failed) == (2, {})
     texts = [path.read_text() for path in sorted((tmp_path / format).rglob('*')) if path.suffix in ('.json', '.xml')]
-    if format == 'hf-imagefolder':  # pictures and label maps alone
-        return
     shown = {int(value) for path in (job.out / 'labels').rglob('*.png') for value in np.unique(read_label_map(path))}
     assert shown and not any('"region"' in text or '>region<' in text for text in texts)
     for number in shown:
-        name = ('cat', 'a <b> "c"')[number - 1]
+        name = AWKWARD[number - 1]
         assert any(name in text or json.dumps(name)[1:-1] in text or 'a &lt;b&gt; ' in text for text in texts)
+
+
+LOAD = """
+import sys, datasets, numpy
+rows = datasets.load_dataset(sys.argv[1])['train']
+assert rows.column_names == ['image', 'mask'], rows.column_names
+numpy.savez(sys.argv[2], *(row['mask'] for row in rows))
+"""
+
+
+def test_an_image_folder_has_names_beside_what_the_datasets_library_loads(job, folder, tmp_path):
+    pytest.importorskip('datasets')
+    shutil.rmtree(folder / 'sub')  # of few files a single one of another kind is the more
+    engine.run(job._replace(classes=AWKWARD))
+    convert(job.out, 'hf-imagefolder')
+    names = json.loads((job.out / 'hf-imagefolder' / 'id2label.json').read_text())
+    assert names == {'0': 'unlabeled', '1': 'cat', '2': 'a <b> "c"'}
+    home = {'HF_HOME': str(tmp_path / 'home'), 'HF_HUB_OFFLINE': '1', 'HF_DATASETS_OFFLINE': '1'}
+    command = [sys.executable, '-c', LOAD, job.out / 'hf-imagefolder', tmp_path / 'masks.npz']
+    ran = subprocess.run(command, env={**os.environ, **home}, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    with np.load(tmp_path / 'masks.npz') as masks:
+        assert list(masks) == ['arr_0'] and np.array_equal(masks['arr_0'], read_label_map(job.out / 'labels' / 'a.png.png'))
 
 
 def test_an_overlay_has_a_legend(tmp_path):

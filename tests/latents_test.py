@@ -116,8 +116,8 @@ def test_a_picture_of_the_size_seen_is_only_rescaled(geometry, size, side):
 def test_the_presets_too_are_exact_at_their_own_size():
     image = noise_picture(641, 641)
     exact = image.astype(np.float32) / np.float32(127.5) - 1
-    for geometry, crop in (('diffcut', image[:640, :640]), ('seg4diff-paper', image[:640, :640]), ('seg4diff-release', image[:640, :640])):
-        picture = image if geometry == 'diffcut' else np.ascontiguousarray(crop)
+    for geometry in ('diffcut', 'seg4diff-paper', 'seg4diff-release', 'seg4diff-ovss'):
+        picture = image if geometry == 'diffcut' else np.ascontiguousarray(image[:640, :640])
         pixels, _ = view(picture, geometry, 640, 16, 640)
         assert np.array_equal(pixels[0].permute(1, 2, 0).numpy(), exact[:640, :640]), geometry
 
@@ -204,17 +204,17 @@ def shortest_edge_640(height: int, width: int) -> tuple[int, int]:
     return max(1, math.floor(new_height + 0.5)), max(1, math.floor(new_width + 0.5))
 
 
-@pytest.mark.parametrize(
-    ('size', 'resized', 'padded'),
-    [
-        ((480, 640), (640, 853), (640, 864)),
-        ((333, 500), (640, 961), (640, 992)),
-        ((500, 375), (853, 640), (864, 640)),
-        ((64, 64), (640, 640), (640, 640)),
-        ((100, 1000), (256, 2560), (256, 2560)),
-        ((1, 5000), (1, 2560), (32, 2560)),
-    ],
-)
+DETECTRON = [  # a picture's size, resized, and padded
+    ((480, 640), (640, 853), (640, 864)),
+    ((333, 500), (640, 961), (640, 992)),
+    ((500, 375), (853, 640), (864, 640)),
+    ((64, 64), (640, 640), (640, 640)),
+    ((100, 1000), (256, 2560), (256, 2560)),
+    ((1, 5000), (1, 2560), (32, 2560)),
+]
+
+
+@pytest.mark.parametrize(('size', 'resized', 'padded'), DETECTRON)
 def test_the_release_of_seg4diff_pads_with_black_and_squashes(size, resized, padded):
     image = noise_picture(*size)
     assert shortest_edge_640(*size) == resized
@@ -223,6 +223,23 @@ def test_the_release_of_seg4diff_pads_with_black_and_squashes(size, resized, pad
     pixels, frame = view(image, 'seg4diff-release', 64, 4, 96)
     np.testing.assert_allclose(pixels[0].permute(1, 2, 0).numpy(), bilinear(canvas, (64, 64)) / 127.5 - 1, atol=1e-4)
     assert frame == (size, (0, 0, *size))
+
+
+@pytest.mark.parametrize(('size', 'resized', 'padded'), DETECTRON)
+def test_open_vocabulary_of_seg4diff_squashes_without_padding(size, resized, padded):
+    image = noise_picture(*size)
+    enlarged = np.asarray(PIL.Image.fromarray(image).resize(resized[::-1], PIL.Image.Resampling.BILINEAR))
+    pixels, frame = view(image, 'seg4diff-ovss', 64, 4, 96)
+    np.testing.assert_allclose(pixels[0].permute(1, 2, 0).numpy(), bilinear(enlarged, (64, 64)) / 127.5 - 1, atol=1e-4)
+    assert frame == (size, (0, 0, *size))
+    assert torch.equal(pixels, view(image, 'seg4diff-release', 64, 4, 96)[0]) == (resized == padded)
+
+
+def test_what_is_padded_is_seen_as_black_and_only_in_the_release():
+    white = np.full((480, 640, 3), 255, np.uint8)  # 640 x 853 of 640 x 864 pixels
+    released, _ = view(white, 'seg4diff-release', 64, 4, 96)
+    assert (released[..., :-1] == 1).all() and (released[..., -1] == -1).all()
+    assert (view(white, 'seg4diff-ovss', 64, 4, 96)[0] == 1).all()
 
 
 @pytest.mark.parametrize('geometry', [name for name in GEOMETRIES if name != 'whole'])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -22,6 +24,7 @@ from padseg.datasets import label_folder
 from padseg.exports import read_label_map
 from padseg.images import read
 from padseg.label import label
+from padseg.label import naming_of
 from padseg.options import LabelOptions
 from padseg.options import Options
 from padseg.predict import NamePredictor
@@ -33,6 +36,7 @@ from padseg.segment import segment
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ('background', 'cat', 'traffic light', 'tra', 'photo')
+OPTIONS = LabelOptions(geometry='seg4diff-ovss')
 
 
 @pytest.fixture
@@ -61,7 +65,7 @@ def test_a_model_with_names_is_scored_as_its_label_maps_are(names, root, texts_f
     report = json.loads(capsys.readouterr().out)
     for name, shown in (('a', (0, 1, 4)), ('b', (0, 3))):
         chosen = shown if names == 'present' else range(5)
-        found = label(read(root / f'images/{name}.png'), speller, [CLASSES[number] for number in chosen], LabelOptions(geometry='stretch'))
+        found = label(read(root / f'images/{name}.png'), speller, [CLASSES[number] for number in chosen], OPTIONS)
         expected = np.array(chosen)[found.labels - 1]
         assert np.array_equal(read_label_map(out / f'labels/{name}.png'), expected)
     rules = protocol('seg4diff-ovss')
@@ -70,7 +74,7 @@ def test_a_model_with_names_is_scored_as_its_label_maps_are(names, root, texts_f
     assert set(report['iou']) == set(CLASSES) and report['iou']['traffic light'] is None  # not in the ground truth
     assert report['iou']['background'] is None  # named in the prompt, and not scored
     said = report['settings']['predictions']
-    assert (said['names'], said['geometry'], said['layers'], said['encoders']) == (names, 'stretch', '2', 'l+g')
+    assert (said['names'], said['geometry'], said['layers'], said['encoders']) == (names, 'seg4diff-ovss', '2', 'l+g')
     assert (out / 'sheet.jpg').exists()
 
 
@@ -118,11 +122,105 @@ def test_names_of_data_sets_can_stand_in_a_prompt(name):
     assert checked(names) == names and not any('-' in each for each in names)
 
 
+class Small(NamedTuple):
+    """A data set of two pictures. values: the file values of the first one, with the names of the classes that they mean; the second
+    has the first value, and the last one, which has no name or is background."""
+
+    pictures: str
+    labels: str
+    listing: str
+    values: dict[int, str | None]
+
+
+SMALL = {
+    'voc20': Small(
+        'JPEGImages/{}.jpg',
+        'SegmentationClass/{}.png',
+        'ImageSets/Segmentation/val.txt',
+        {8: 'cat', 6: 'bus', 20: 'tvmonitor', 255: None, 0: None},
+    ),
+    'coco-object': Small(
+        'val2017/{}.jpg',
+        'stuffthingmaps_trainval2017/val2017/{}.png',
+        '',
+        {9: 'traffic light', 60: 'cake', 89: 'toothbrush', 255: 'background', 91: 'background'},
+    ),
+    'context59': Small(
+        'JPEGImages/{}.jpg',
+        'SegmentationClassContext/{}.png',
+        'ImageSets/SegmentationContext/val.txt',
+        {1: 'aeroplane', 15: 'cat', 59: 'wood', 255: None, 0: None},
+    ),
+    'ade150': Small(
+        'images/validation/{}.jpg',
+        'annotations/validation/{}.png',
+        '',
+        {1: 'wall', 41: 'base', 45: 'chest of drawers', 150: 'flag', 255: None, 0: None},
+    ),
+    'cityscapes19': Small(
+        'leftImg8bit/val/ulm/{}_leftImg8bit.png',
+        'gtFine/val/ulm/{}_gtFine_labelIds.png',
+        '',
+        {7: 'road', 19: 'traffic light', 28: 'bus', 9: None, 0: None},
+    ),
+}
+
+
+def written(small, root, picture):
+    """The data set on disk; the names in the ground truth of each of its pictures, (48, 80) of objects."""
+    rng = np.random.default_rng(0)
+    values = list(small.values)
+    names = {}
+    for name, own in (('a', values), ('b', [values[0], values[-1]])):
+        raw = rng.choice(own, (6, 10)).repeat(8, 0).repeat(8, 1)
+        names[name] = np.array([small.values[value] for value in raw.flat], object).reshape(raw.shape)
+        for pattern, pixels in ((small.pictures, picture + rng.integers(0, 30, picture.shape)), (small.labels, raw)):
+            path = root / pattern.format(name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            PIL.Image.fromarray(pixels.astype(np.uint8)).save(path)
+    if small.listing:
+        (root / small.listing).parent.mkdir(parents=True)
+        (root / small.listing).write_text('a\nb\n')
+    return names
+
+
+@pytest.mark.parametrize('names', ['present', 'all'])
+@pytest.mark.parametrize('name', SMALL)
+def test_a_model_with_names_on_a_data_set(name, names, texts_folder, speller, picture, tmp_path, capsys):
+    small, root, out = SMALL[name], tmp_path / 'set', tmp_path / 'out'
+    truths = written(small, root, picture)
+    model = ['--model', str(texts_folder), '--device', 'cpu', '--allow-missing', '--out', str(out)]
+    assert main(['eval', name, '--root', str(root), '--protocol', 'seg4diff-ovss', '--names', names, *model, '--json', '-q']) == 0
+    report = json.loads(capsys.readouterr().out)
+    classes = class_names(DATASETS[name])
+    pairs = Counter()  # (found, true): pixels
+    for (each, truth), stored in zip(truths.items(), sorted((out / 'labels').rglob('*.png')), strict=True):
+        shown = [one for one in classes if (truth == one).any()]
+        asked = shown if names == 'present' else classes
+        assert (len(naming_of(speller, asked, OPTIONS).prompts) > 1) == (names == 'all')
+        found = label(read(root / small.pictures.format(each)), speller, asked, OPTIONS)
+        guess = np.array(['', *asked], object)[found.labels]
+        assert np.array_equal(np.array(classes, object)[read_label_map(stored)], guess)
+        pairs.update(zip(guess.flat, truth.flat, strict=True))
+    scored = Counter({pair: count for pair, count in pairs.items() if pair[1] not in (None, 'background')})
+    ious = {}
+    for one in classes:
+        true, guessed = (sum(count for pair, count in scored.items() if pair[side] == one) for side in (1, 0))
+        ious[one] = scored[one, one] / (true + guessed - scored[one, one]) if true else None
+    assert report['iou'] == pytest.approx(ious)
+    told = [iou for iou in ious.values() if iou is not None]
+    assert len(told) == len({*small.values.values()} - {None, 'background'})
+    assert report['scores']['miou'] == pytest.approx(sum(told) / len(told))
+    right = sum(count for (guess, truth), count in scored.items() if guess == truth)
+    assert report['scores']['accuracy'] == pytest.approx(right / scored.total())
+    assert 0 < right < scored.total()  # a random model finds some: else wrong figures could be equal
+
+
 def test_scenes_for_an_evaluation(tmp_path):
     command = [sys.executable, str(ROOT / 'bin/prepare-scenes'), str(tmp_path / 'scenes'), '--count', '3']
     assert subprocess.run(command, capture_output=True, text=True).returncode == 0
     files = {path: path.read_bytes() for path in (tmp_path / 'scenes').rglob('*.*')}
-    assert len(files) == 7
+    assert len(files) == 8
     assert main(['eval', 'folder', '--root', str(tmp_path / 'scenes'), '--check', '-q']) == 0
     assert subprocess.run(command, capture_output=True, text=True).returncode == 0
     assert {path: path.read_bytes() for path in files} == files

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
 
+from padseg.backbones import load
 from padseg.backbones.texts import texts_of
 from padseg.errors import ModelUnavailable
 from padseg.errors import UsageError
@@ -42,9 +46,10 @@ def test_the_three_ways_to_word_names():
 
 
 def letters_of_tokens(tokenizer, text: str) -> list[str]:
-    """What each token spells, without spaces; nothing for special tokens."""
+    """What each token spells, without spaces; nothing for special tokens but `!`, which is one of the second CLIP tokenizer."""
     words = tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
-    return ['' if word in tokenizer.all_special_tokens else word.removesuffix('</w>').replace('▁', '') for word in words]
+    special = {*tokenizer.all_special_tokens} - {'!'}
+    return ['' if word in special else word.removesuffix('</w>').replace('▁', '') for word in words]
 
 
 def walked(tokenizer, wording) -> list[list[int]]:
@@ -62,20 +67,40 @@ def walked(tokenizer, wording) -> list[list[int]]:
     return found
 
 
-WORD = st.text('catlighrfo,.-3', min_size=1, max_size=6) | st.sampled_from(['cat', 'cats', 'traffic', 'light', 'photo', 'of', 'a', "cat's"])
-NAME = st.lists(WORD, min_size=1, max_size=3).map(' '.join)
+KNOWN = st.sampled_from(['cat', 'cats', 'traffic', 'light', 'photo', 'of', 'a'])
+WORD = st.text('catlighrfo,.-3!', min_size=1, max_size=6) | KNOWN | st.just("cat's")
+LETTERS = st.text('catlighrfo', min_size=1, max_size=6) | KNOWN
 
 
-@hypothesis.given(st.lists(NAME, min_size=1, max_size=5), st.sampled_from(PROMPTS))
+def named(word):
+    return st.lists(st.lists(word, min_size=1, max_size=3).map(' '.join), min_size=1, max_size=5)
+
+
+def check_columns(names, mode, texts, tokenizer, encoders, first):
+    """Against walking; encoders: the arm that `tokenizer` alone cuts for, whose columns start at `first`."""
+    wording = worded(names[:1] if mode == 'per-class' else names, mode)
+    (tokens,) = texts.tokens(wording.text, encoders).values()
+    for name, span, own in zip(wording.names, wording.spans, walked(tokenizer, wording), strict=True):
+        assert columns_of(name, span, tokens) == [first + place for place in own]
+
+
+@hypothesis.given(named(WORD), st.sampled_from(PROMPTS))
 @hypothesis.settings(max_examples=120, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 def test_columns_are_those_found_letter_by_letter(texts, names, mode):
-    wording = worded(names[:1] if mode == 'per-class' else names, mode)
-    tokens = texts.tokens(wording.text, 'l+g+t5')
-    tokenizers = {'clip': texts.clip_tokenizers['tokenizer'], 't5': texts.t5_tokenizer}
-    for kind, first in (('clip', 0), ('t5', SLOTS)):
-        expected = walked(tokenizers[kind], wording)
-        for name, span, own in zip(wording.names, wording.spans, expected, strict=True):
-            assert columns_of(name, span, tokens[kind]) == [first + place for place in own]
+    check_columns(names, mode, texts, texts.clip_tokenizers['tokenizer'], 'l', 0)
+    check_columns(names, mode, texts, texts.clip_tokenizers['tokenizer_2'], 'g', 0)
+    check_columns(names, mode, texts, texts.t5_tokenizer, 't5', SLOTS)
+    text = worded(names, mode).text
+    both = texts.tokens(text, 'l+g+t5')
+    assert (both['clip'], both['t5']) == (texts.tokens(text, 'l')['clip'], texts.tokens(text, 't5')['t5'])
+
+
+@hypothesis.given(named(LETTERS), st.sampled_from(['joined', 'per-class']))
+@hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+def test_columns_of_flux_are_those_found_letter_by_letter(flux, names, mode):
+    """Its vocabulary here has letters alone, so no commas between names."""
+    texts = texts_of(flux)
+    check_columns(names, mode, texts, texts.t5_tokenizer, 't5', 0)
 
 
 def test_a_part_of_another_name_is_not_it(texts, speller):
@@ -178,17 +203,48 @@ def test_a_model_without_t5(backbone):
         prompts_of(['cat'], texts_of(backbone), resolved(backbone, encoders='t5'))
 
 
-def test_tokenizers_that_disagree(texts_folder, tmp_path):
-    import json
-    import shutil
+@pytest.mark.parametrize('encoders', ENCODERS)
+def test_a_name_may_have_what_a_tokenizer_pads_with(texts, speller, encoders):
+    assert texts.clip_tokenizers['tokenizer_2'].pad_token == '!'
+    (prompt,) = prompts_of(['cat', 'li!', '!'], texts, resolved(speller, encoders=encoders, columns='t5' if encoders == 't5' else 'clip'))
+    first = SLOTS if encoders == 't5' else 1
+    # cat</w> | l i</w> !</w> | !</w>; ▁cat | ▁li ! | !, after a token for its space that stands for no letter
+    columns = (0, 1, 2, 4) if encoders == 't5' else (0, 1, 2, 3, 4)
+    assert prompt.picked == tuple(first + column for column in columns)
+    assert [prompt.names.count(name) for name in ('cat', 'li!', '!')] == [1, len(columns) - 2, 1]
 
-    from padseg.backbones import load
+
+def changed_tokenizer(folder, part, change):
+    path = folder / part / 'tokenizer.json'
+    state = json.loads(path.read_text())
+    change(state['model'])
+    path.write_text(json.dumps(state))
+
+
+def test_exclamation_marks_that_are_cut_differently(texts_folder, tmp_path):
+    """Two of them are one token of the first tokenizer, two of the second, whose pad token is one."""
+
+    def merge(model):
+        model['vocab']['!!</w>'] = len(model['vocab'])
+        model['merges'].append(['!', '!</w>'])
 
     folder = shutil.copytree(texts_folder, tmp_path / 'model')
-    path = folder / 'tokenizer_2' / 'tokenizer.json'
-    state = json.loads(path.read_text())
-    state['model']['merges'] = state['model']['merges'][2:]
-    path.write_text(json.dumps(state))
+    for part in ('tokenizer', 'tokenizer_2'):
+        changed_tokenizer(folder, part, merge)
+    backbone = load(str(folder), device='cpu')
+    texts = texts_of(backbone)
+    with pytest.raises(
+        UsageError, match="^the two CLIP tokenizers cut 'cat!!' differently, as one pads with !: use encoders l or g, or no !$"
+    ):
+        prompts_of(['cat!!'], texts, resolved(backbone))
+    for encoders, spans in (('l', [(0, 3), (3, 5)]), ('g', [(0, 3), (3, 4), (4, 5)])):
+        tokens = texts.tokens('cat!!', encoders)['clip']
+        assert list(tokens.spans[1:-1]) == spans and not any(tokens.strange[1:-1])
+
+
+def test_tokenizers_that_disagree(texts_folder, tmp_path):
+    folder = shutil.copytree(texts_folder, tmp_path / 'model')
+    changed_tokenizer(folder, 'tokenizer_2', lambda model: model.update(merges=model['merges'][2:]))
     backbone = load(str(folder), device='cpu')
     with pytest.raises(ModelUnavailable, match='the two CLIP tokenizers of .* cut .cat. differently'):
         prompts_of(['cat'], texts_of(backbone), resolved(backbone))

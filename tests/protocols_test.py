@@ -18,6 +18,7 @@ from padseg.metrics import ClassCounts
 from padseg.metrics import class_scores
 from padseg.metrics import class_table
 from padseg.metrics import hungarian_counts
+from padseg.options import GEOMETRIES
 from padseg.protocols import COMPARED
 from padseg.protocols import PROTOCOLS
 from padseg.protocols import WORDS
@@ -270,6 +271,12 @@ def test_presets_use_known_values_and_say_them_in_words():
         spelled = rules(chosen)
         assert set(spelled) == {field.name for field in dataclasses.fields(chosen)} | {'sums'}
     assert set(WORDS['compare']) == set(COMPARED)
+
+
+def test_a_model_sees_what_that_of_the_source_saw():
+    others = {'diffcut-fixed': 'diffcut', 'goca': 'stretch'}
+    assert {name: chosen.geometry for name, chosen in PROTOCOLS.items()} == {name: others.get(name, name) for name in PROTOCOLS}
+    assert {chosen.geometry for chosen in PROTOCOLS.values()} == set(GEOMETRIES) - {'whole'}
 
 
 def test_unknown_names_are_refused():

@@ -35,6 +35,7 @@ from padseg.errors import UsageError
 from padseg.types import Tokens
 
 CLIPS = {'l': ('tokenizer',), 'g': ('tokenizer_2',), 'l+g': ('tokenizer', 'tokenizer_2'), 't5': (), 'l+g+t5': ('tokenizer', 'tokenizer_2')}
+PAD = '!'  # of the second CLIP tokenizer
 
 
 @dataclasses.dataclass
@@ -82,14 +83,21 @@ class Reader:
         return self.source.commit or content_hash(self.source.folder, t5_files(self.source))
 
     def tokens(self, text: str, encoders: str) -> dict[str, Tokens]:
-        """CLIP's tokens from column 0 on, T5's after CLIP's slots. ModelUnavailable if the two CLIP tokenizers cut a text differently."""
+        """CLIP's tokens from column 0 on, T5's after CLIP's slots.
+
+        If the two CLIP tokenizers cut a text differently, UsageError where that is due to `!`, else ModelUnavailable.
+        """
         slots = self.source.spec.sequence
         found = {}
-        cuts = [tokens_of(self.clip_tokenizers[part], text, 0, slots) for part in CLIPS[encoders]]
+        cuts = [clip_tokens(self.clip_tokenizers[part], text, slots) for part in CLIPS[encoders]]
         if cuts:
-            found['clip'] = cuts[0]
-            if cuts[0] != cuts[-1]:
+            if cuts[0].spans != cuts[-1].spans:
+                if PAD in text:
+                    raise UsageError(
+                        f'the two CLIP tokenizers cut {text!r} differently, as one pads with {PAD}: use encoders l or g, or no {PAD}'
+                    )
                 raise ModelUnavailable(f'the two CLIP tokenizers of {self.source.model} cut {text!r} differently: use encoders l or g')
+            found['clip'] = cuts[0]._replace(strange=tuple(map(any, zip(cuts[0].strange, cuts[-1].strange, strict=True))))
         if 't5' in encoders:
             found['t5'] = tokens_of(self.t5_tokenizer, text, slots, slots)
         return found
@@ -146,3 +154,12 @@ class Reader:
     def store(self, tensors: dict[str, Tensor], path: Any) -> None:
         if self.keep:
             write_cache(tensors, path, 'a prompt')
+
+
+def clip_tokens(tokenizer: Any, text: str, slots: int) -> Tokens:
+    """A text as a CLIP tokenizer cuts it. The second takes every `!` for its pad token; one that stands in the text is a word there."""
+    tokens = tokens_of(tokenizer, text, 0, slots)
+    if tokenizer.pad_token != PAD:
+        return tokens
+    strange = (odd and text[start:end] != PAD for odd, (start, end) in zip(tokens.strange, tokens.spans, strict=True))
+    return tokens._replace(strange=tuple(strange))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
+import json
 from collections.abc import Iterator
+from collections.abc import Sequence
+from pathlib import Path
 
 import cv2
 
@@ -26,6 +29,8 @@ FOLDER = 'hf-imagefolder'
 PARTS: tuple[str, ...] = ('images', 'labels')
 BESIDE = False
 COLUMNS = ('file_name', 'mask_file_name')
+LEGEND = 'id2label.json'  # what scripts that train on such folders look for
+UNLABELED = 'unlabeled'  # 0 in label maps, which needs a name there too
 # Without this, a folder or file whose name holds a word such as test would become a split of its own.
 CARD = """---
 configs:
@@ -39,7 +44,7 @@ configs:
 
 @contextlib.contextmanager
 def writer(place: Place) -> Iterator[Add]:
-    """Write images/<name>.png, labels/<name>.png, metadata.csv, and README.md that names all of it as one split."""
+    """Write images/<name>.png, labels/<name>.png, metadata.csv, README.md that names all of it as one split, and names of classes."""
     with atomic(place.folder / 'metadata.csv') as temporary, temporary.open('w', newline='', encoding='utf-8') as file:
         table = csv.writer(file, lineterminator='\n')
         table.writerow(COLUMNS)
@@ -55,9 +60,17 @@ def writer(place: Place) -> Iterator[Add]:
             table.writerow(paths)
 
         yield add
+    if place.classes:
+        write_legend(place.classes, place.folder / LEGEND)
     if not (place.folder / 'README.md').exists():  # a person may have gone on writing it
         with atomic(place.folder / 'README.md') as card:
             card.write_text(CARD, encoding='ascii')
+
+
+def write_legend(classes: Sequence[str], path: Path) -> None:
+    """Names by the values of label maps, all of which have one."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(dict(enumerate((UNLABELED, *classes))), indent=2) + '\n', encoding='ascii')
 
 
 def source(place: Place, picture: Picture) -> Image:
