@@ -13,7 +13,7 @@ from padseg.types import Array
 from padseg.types import Image
 
 COLOUR = 0.3  # weight of the difference of two regions' mean colours
-BORDER = 0.5  # weight of the contrast along their common border
+BORDER = 0.9  # weight of the contrast along their common border
 AREA = 0.25  # exponent of the area: small regions join sooner
 UNIT = 150.0  # sum of the differences in CIE Lab that counts as 1, about that of black and white with some colour
 BLUR = 1.0  # pixels

@@ -92,9 +92,9 @@ ROW = {
     'side': 256,
     'step': 1,
     'normalisation': 'share',
-    'threshold': 0.1,
+    'threshold': 0.05,
     'superpixels': 100.0,
-    'join': 0.075,
+    'join': 0.095,
     'components': True,
     'min_area': 0.003,
 }
