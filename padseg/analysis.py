@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch import nn
 
-from padseg.attention import CHUNK
 from padseg.attention import token_attention
 from padseg.attention import watch
 from padseg.backbones import Backbone
@@ -108,27 +107,17 @@ def token_groups(forward: Forward, backbone: Backbone) -> dict[str, list[int]]:
     return {**groups, 'rest': rest} if rest else groups
 
 
-def attention_shares(seen: QueryKey, groups: Mapping[str, Sequence[int]], chunk: int = CHUNK) -> Array:
+def attention_shares(seen: QueryKey, groups: Mapping[str, Sequence[int]]) -> Array:
     """How attention is shared out: (G, G), row = tokens that look, column = tokens looked at, mean over heads and over the row's tokens.
 
     The groups hold every token once, so rows sum to 1; a block without preference would give each column its part of the tokens. Image
     to text, as Seg4Diff's Sec. 3 has it, is the row of the image summed over the groups of text.
     """
-    query, key, mask = seen
-    if mask is not None:
-        raise UsageError('attention with a mask is not shared out here')
-    member = torch.zeros(key.shape[2], len(groups), device=key.device)
-    for column, tokens in enumerate(groups.values()):
-        member[list(tokens), column] = 1
-    if not torch.equal(member.sum(1), torch.ones_like(member[:, 0])):
+    tokens = seen.key.shape[2]
+    if sorted(token for group in groups.values() for token in group) != list(range(tokens)):
         raise ValueError('every token belongs to one group')
-    total = torch.zeros_like(member)
-    for head in range(query.shape[1]):
-        keys = key[0, head].float().T * query.shape[-1] ** -0.5
-        for start in range(0, query.shape[2], chunk):
-            rows = slice(start, start + chunk)
-            total[rows] += (query[0, head, rows].float() @ keys).softmax(-1) @ member
-    return ((member / member.sum(0)).T @ total / query.shape[1]).cpu().numpy()  # (G, G)
+    whole = token_attention(seen, tokens, range(tokens))[0].cpu().numpy()  # (L, L)
+    return np.array([[whole[np.ix_(rows, columns)].sum(1).mean() for columns in groups.values()] for rows in groups.values()])
 
 
 def value_norms(values: Tensor, groups: Mapping[str, Sequence[int]]) -> dict[str, float]:

@@ -66,7 +66,7 @@ class Settings:
     vae_rate: float = 2e-3
     vae_kl: float = 1e-3
     vae_synthetic: float = 0.3  # share of scenes, when there are photographs
-    steps: int = 2700
+    steps: int = 5200
     size: int = 12  # new pictures a step
     rate: float = 6e-4
     encoder_rate: float = 4e-4  # of the autoencoder, which goes on learning
@@ -83,7 +83,7 @@ class Settings:
     caption_dropout: float = 0.5
     mixture: Mixture = Mixture(synthetic=0.35, named=0.5, others=3)
     later_mixture: Mixture = Mixture(synthetic=0.55, named=0.65, others=len(CLASSES))
-    later: int = 2500  # step from which the later mixture is drawn from
+    later: int = 2500  # step from which examples are drawn from the later mixture
     average: float = 0.998  # decay of the moving average of the weights that is kept
 
 

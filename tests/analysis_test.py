@@ -59,7 +59,7 @@ def test_tokens_belong_to_one_kind_each(seen):
 def test_shares_are_sums_of_the_whole_softmax(seen):
     model, _, forward = seen
     for query, key, _ in forward.queries.values():
-        shares = attention_shares(QueryKey(query, key, None), token_groups(forward, model), chunk=7)
+        shares = attention_shares(QueryKey(query, key, None), token_groups(forward, model))
         whole = (query[0].float() @ key[0].float().transpose(1, 2) / query.shape[-1] ** 0.5).softmax(-1).mean(0).numpy()  # (L, L)
         for i, rows in enumerate(token_groups(forward, model).values()):
             for j, columns in enumerate(token_groups(forward, model).values()):
@@ -73,8 +73,8 @@ def test_tokens_without_preference_share_evenly():
     assert shares == pytest.approx(np.tile([1 / 2, 1 / 3, 1 / 6], (3, 1)))
     with pytest.raises(ValueError, match='one group'):
         attention_shares(alike, {'image': [0, 1, 2], 'text': [3, 5]})
-    with pytest.raises(UsageError, match='mask'):
-        attention_shares(alike._replace(mask=torch.zeros(6, 6)), {'all': range(6)})
+    masked = alike._replace(mask=torch.tensor([0.0, 0, 0, 0, 0, -torch.inf]))  # nobody looks at the last token
+    assert attention_shares(masked, {'image': [0, 1, 2], 'text': [3, 5], 'other': [4]}) == pytest.approx(np.tile([0.6, 0.2, 0.2], (3, 1)))
 
 
 def test_values_are_those_that_attention_mixes(seen):

@@ -15,9 +15,9 @@ from padseg.backbones.null_prompt import read_cache
 from padseg.backbones.null_prompt import shapes_of
 from padseg.backbones.null_prompt import write_cache
 from padseg.backbones.parts import SMALL
-from padseg.backbones.parts import tokens_of
 from padseg.backbones.parts import read_model
 from padseg.backbones.parts import read_part
+from padseg.backbones.parts import tokens_of
 from padseg.backbones.sd3 import encode_text
 from padseg.backbones.sd3 import prompt_shapes
 from padseg.backbones.sd3 import text_pipeline
