@@ -17,6 +17,8 @@ from transformers import CLIPTextConfig
 from transformers import CLIPTextModelWithProjection
 from transformers import CLIPTokenizer
 
+from padseg.errors import ModelUnavailable
+
 SLOTS = 77  # tokens of a CLIP prompt
 START, END = '<|startoftext|>', '<|endoftext|>'
 TEXT: dict[str, Any] = {'hidden_size': (64, 96), 'num_hidden_layers': 3, 'heads': (1, 2)}  # of the two text encoders
@@ -159,6 +161,19 @@ def pipeline(parts: Parts, words: list[str]) -> StableDiffusion3Pipeline:
         tokenizer_3=None,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
+
+
+def read(folder: pathlib.Path, words: list[str]) -> Parts:
+    """The parts that `save` wrote, in float32. ModelUnavailable for a folder without them, or whose text encoders know other words."""
+    kinds = (SD3Transformer2DModel, AutoencoderKL, CLIPTextModelWithProjection, CLIPTextModelWithProjection)
+    try:
+        parts = Parts(*(kind.from_pretrained(folder / name).float() for kind, name in zip(kinds, Parts._fields, strict=True)))
+        known = CLIPTokenizer.from_pretrained(folder / 'tokenizer').get_vocab()
+    except OSError as error:
+        raise ModelUnavailable(f'{folder} has no model to start with: {error}') from error
+    if known != vocabulary_and_merges(words)[0]:
+        raise ModelUnavailable(f'the tokenizer in {folder} has another vocabulary than this program gives its models')
+    return parts
 
 
 def save(parts: Parts, words: list[str], folder: pathlib.Path, row: dict[str, Any], dtype: torch.dtype = torch.float16) -> None:

@@ -51,7 +51,20 @@ from padseg.training_data import photographs
 from padseg.types import Array
 
 WORDS = sorted({word for name in CLASSES for word in name.split()} | {'a', 'an', 'and', 'in', 'of', 'on', 'the', 'two', 'with'})
+STAGES = ('autoencoder', 'together', 'transformer')
 HELD_OUT = 2**32  # seed of scenes that are looked at, not learnt
+
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """How long and with what the transformer is trained, in one stage."""
+
+    steps: int
+    rate: float
+    encoder_rate: float  # of the autoencoder, which goes on learning; 0 leaves it as it is
+    mixtures: tuple[tuple[int, Mixture], ...]  # what examples are drawn from, each from a step on
+    warmup: int = 60  # steps
+    decay: float = 0.2  # share of the steps, at the end, over which the rate falls to nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +79,20 @@ class Settings:
     vae_rate: float = 2e-3
     vae_kl: float = 1e-3
     vae_synthetic: float = 0.3  # share of scenes, when there are photographs
-    steps: int = 5200
+    together: Course = Course(
+        steps=5200,
+        rate=6e-4,
+        encoder_rate=4e-4,
+        mixtures=((0, Mixture(synthetic=0.35, named=0.5, others=3)), (2500, Mixture(synthetic=0.55, named=0.65, others=len(CLASSES)))),
+    )
+    transformer: Course = Course(
+        steps=2200,
+        rate=4e-4,
+        encoder_rate=0.0,
+        mixtures=((0, Mixture(synthetic=0.6, named=0.75, others=len(CLASSES), alone=0.6)),),
+        decay=0.5,
+    )
     size: int = 12  # new pictures a step
-    rate: float = 6e-4
-    encoder_rate: float = 4e-4  # of the autoencoder, which goes on learning
-    warmup: int = 60  # steps
-    decay: float = 0.2  # share of the steps, at the end, over which the rate falls to nothing
     weight_decay: float = 0.02
     layer: int = 4  # expert block
     supervised: tuple[int, ...] = (3, 4)  # blocks whose token maps get the mask losses; none: flow matching only
@@ -81,10 +102,10 @@ class Settings:
     words_weight: float = 1.0
     flow_every: int = 10  # steps between two with the flow-matching loss
     caption_dropout: float = 0.5
-    mixture: Mixture = Mixture(synthetic=0.35, named=0.5, others=3)
-    later_mixture: Mixture = Mixture(synthetic=0.55, named=0.65, others=len(CLASSES))
-    later: int = 2500  # step from which examples are drawn from the later mixture
     average: float = 0.998  # decay of the moving average of the weights that is kept
+
+    def course(self, stage: str) -> Course:
+        return {'together': self.together, 'transformer': self.transformer}[stage]
 
 
 # The row that a trained model is run with, chosen on the validation splits of BSDS500 and CamVid.
@@ -103,8 +124,12 @@ ROW = {
 @click.command(context_settings={'show_default': True})
 @click.option('--out', type=click.Path(path_type=pathlib.Path), default=pathlib.Path('runs/tiny'), help='checkpoints, curves and the model')
 @click.option('--data', multiple=True, metavar='FOLDER[=WEIGHT[=VOID]]', help='annotated photographs: FOLDER/images and FOLDER/labels')
-@click.option('--steps', type=click.IntRange(1), default=Settings.steps, help='steps of the transformer')
-@click.option('--vae-steps', type=click.IntRange(1), default=Settings.vae_steps, help='steps of the autoencoder')
+@click.option('--vae-steps', type=click.IntRange(1), default=Settings.vae_steps, help='steps of the autoencoder alone')
+@click.option('--steps', type=click.IntRange(1), default=Settings.together.steps, help='steps of all parts together')
+@click.option('--transformer-steps', type=click.IntRange(0), default=Settings.transformer.steps, help='then, without the autoencoder')
+@click.option(
+    '--start', type=click.Path(exists=True, path_type=pathlib.Path), help='a model made by this program: only the last stage is run'
+)
 @click.option('--seed', type=int, default=Settings.seed)
 @click.option('--masks/--no-masks', default=True, help='without: flow matching at every step and no mask losses, a twin to compare with')
 @click.option('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
@@ -113,8 +138,10 @@ ROW = {
 def main(
     out: pathlib.Path,
     data: tuple[str, ...],
-    steps: int,
     vae_steps: int,
+    steps: int,
+    transformer_steps: int,
+    start: pathlib.Path | None,
     seed: int,
     masks: bool,
     device: str,
@@ -122,15 +149,26 @@ def main(
     save_every: int,
 ) -> None:
     """Train the embedded model; the same command again goes on where a stopped one was."""
-    settings = Settings(seed=seed, steps=steps, vae_steps=vae_steps)
+    settings = Settings(
+        seed=seed,
+        vae_steps=vae_steps,
+        together=dataclasses.replace(Settings.together, steps=steps),
+        transformer=dataclasses.replace(Settings.transformer, steps=transformer_steps),
+    )
     if not masks:
         settings = dataclasses.replace(settings, supervised=(), flow_every=1)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
-    parts = tiny.build(WORDS)
-    run = Run(out, settings, data, torch.device(device), workers, save_every)
-    train_autoencoder(parts, run)
-    train_together(parts, run)
+    run = Run(out, settings, data, str(start) if start else None, torch.device(device), workers, save_every)
+    if start:
+        learner = learner_of(tiny.read(start, WORDS), run)
+    else:
+        parts = tiny.build(WORDS)
+        train_autoencoder(parts, run)
+        learner = learner_of(parts, run)
+        train(learner, run, 'together')
+    if transformer_steps:
+        train(learner, run, 'transformer')
     click.echo(f'model in {out / "model"}', err=True)
 
 
@@ -141,11 +179,12 @@ class Run:
     out: pathlib.Path
     settings: Settings
     data: tuple[str, ...]
+    start: str | None
     device: torch.device
     workers: int
     save_every: int
 
-    def batches(self, stage: int, start: int, stop: int, size: int) -> Iterator[Batch]:
+    def batches(self, stage: str, start: int, stop: int, size: int) -> Iterator[Batch]:
         """Batches number start..stop-1 of a stage, made ahead in other processes; number i is the same in every run."""
         examples = Examples(self.settings, self.data, stage, size)
         loader = torch.utils.data.DataLoader(
@@ -158,28 +197,31 @@ class Run:
         return iter(loader)
 
     def stage(self, name: str, steps: int, pictures: int, columns: tuple[str, ...]) -> Stage:
-        """The autoencoder's checkpoint does not depend on the settings of the rest, and no checkpoint on how many steps are to follow."""
-        settings = {key: value for key, value in dataclasses.asdict(self.settings).items() if key != 'steps'}
+        """A checkpoint depends on this stage's settings and those of the stages before, not on how many steps of its own are to follow."""
+        settings = dataclasses.asdict(self.settings)
+        courses = {course: settings.pop(course) for course in STAGES[1:]}
         if name == 'autoencoder':
-            settings = {key: value for key, value in settings.items() if key.startswith('vae_') or key == 'seed'}
-        return Stage(self.out, name, steps, pictures, columns, f'{settings} {self.data}', self.save_every, self.device)
+            made_with = {key: value for key, value in settings.items() if key.startswith('vae_') or key == 'seed'}
+        else:
+            own = {key: value for key, value in courses[name].items() if key != 'steps'}
+            before = self.start or {stage: courses[stage] for stage in STAGES[1 : STAGES.index(name)]}
+            made_with = {**settings, **own, 'before': before}
+        return Stage(self.out, name, steps, pictures, columns, f'{made_with} {self.data}', self.save_every, self.device)
 
 
 class Examples(torch.utils.data.Dataset[Batch]):
     """Batch number i of one stage."""
 
-    def __init__(self, settings: Settings, data: tuple[str, ...], stage: int, size: int) -> None:
+    def __init__(self, settings: Settings, data: tuple[str, ...], stage: str, size: int) -> None:
         self.folders = [photographs(argument) for argument in data]
         self.settings, self.stage, self.size = settings, stage, size
 
     def __getitem__(self, index: int) -> Batch:
         cv2.setNumThreads(1)  # the pictures are small, and the cores belong to the training
         settings = self.settings
-        if self.stage == 0:
-            mixture = Mixture(settings.vae_synthetic)
-        else:
-            mixture = settings.mixture if index < settings.later else settings.later_mixture
-        return batch(settings.seed * 2 + self.stage, index, self.size, self.folders, mixture)
+        mixtures = ((0, Mixture(settings.vae_synthetic)),) if self.stage == 'autoencoder' else settings.course(self.stage).mixtures
+        mixture = [mixture for first, mixture in mixtures if first <= index][-1]
+        return batch(settings.seed * len(STAGES) + STAGES.index(self.stage), index, self.size, self.folders, mixture)
 
 
 def train_autoencoder(parts: tiny.Parts, run: Run) -> None:
@@ -188,7 +230,7 @@ def train_autoencoder(parts: tiny.Parts, run: Run) -> None:
     optimiser = torch.optim.AdamW([{'params': list(vae.parameters()), 'rate': settings.vae_rate}], weight_decay=0.0)
     stage = run.stage('autoencoder', settings.vae_steps, settings.vae_batch, ('reconstruction',))
     start = resume(stage, vae, [optimiser])
-    for step, examples in enumerate(run.batches(0, start, settings.vae_steps, settings.vae_batch), start):
+    for step, examples in enumerate(run.batches(stage.name, start, settings.vae_steps, settings.vae_batch), start):
         set_rate(optimiser, cosine(step, settings.vae_steps, 50))
         generator = torch.Generator().manual_seed(settings.seed + step)
         pixels = random_crops(examples.images, settings.vae_crops, settings.vae_side, generator).to(run.device)
@@ -237,44 +279,58 @@ def reconstruction(decoded: Tensor, pixels: Tensor) -> Tensor:
 def latent_statistics(vae: Any, run: Run) -> Tensor:
     """Mean and standard deviation of the latents of 8 batches that the autoencoder's training has not seen: (2,)."""
     steps = run.settings.vae_steps
-    latents = [vae.encode(examples.images.to(run.device)).latent_dist.mean.flatten() for examples in run.batches(0, steps, steps + 8, 8)]
+    latents = [
+        vae.encode(examples.images.to(run.device)).latent_dist.mean.flatten() for examples in run.batches(STAGES[0], steps, steps + 8, 8)
+    ]
     values = torch.cat(latents)
     return torch.stack([values.mean(), values.std()])
 
 
-def train_together(parts: tiny.Parts, run: Run) -> None:
+def learner_of(parts: tiny.Parts, run: Run) -> nn.ModuleDict:
+    """The parts on the device, with a buffer for mean and deviation of the latents."""
+    learner = nn.ModuleDict({name: part.to(run.device) for name, part in parts._asdict().items()})
+    config = parts.vae.config
+    known = torch.tensor([config.shift_factor, 1 / config.scaling_factor]) if run.start else latent_statistics(parts.vae, run)
+    learner.register_buffer('statistics', known.to(run.device))
+    return learner
+
+
+def train(learner: nn.ModuleDict, run: Run, name: str) -> None:
     """Mask loss on the token maps at every step, through the transformer into the autoencoder; flow-matching loss now and then.
 
     The autoencoder learns on with its own loss, so its latents stay a picture's code and become features too (as in REPA-E, Leng et al.
-    2025). They drift, so that mean and deviation are followed. The weights that are kept are a moving average.
+    2025). They drift, so that mean and deviation are followed. The weights that are kept are a moving average. In the stage named
+    'transformer' the autoencoder stays as it is.
     """
-    settings, device = run.settings, run.device
+    settings, course, device = run.settings, run.settings.course(name), run.device
     tokenizers = tiny.tokenizers(WORDS)
-    learner = nn.ModuleDict({name: part.to(device) for name, part in parts._asdict().items()})
-    statistics = latent_statistics(parts.vae, run)  # (2,), mean and deviation of the latents
-    learner.register_buffer('statistics', statistics)
+    vae: Any = learner['vae']
+    transformer: Any = learner['transformer']
+    statistics = learner.get_buffer('statistics')
     averaged = [weight.detach().clone() for weight in learner.parameters()]
-    optimisers = make_optimisers(learner, settings)
-    stage = run.stage('together', settings.steps, settings.size, ('reconstruction', 'mask', 'affinity', 'words', 'flow'))
+    optimisers = make_optimisers(learner, settings, course)
+    stage = run.stage(name, course.steps, settings.size, ('reconstruction', 'mask', 'affinity', 'words', 'flow'))
     start = resume(stage, learner, optimisers, averaged)
-    layers = {layer: parts.transformer.transformer_blocks[layer].attn for layer in settings.supervised}
-    for step, examples in enumerate(run.batches(1, start, settings.steps, settings.size), start):
+    layers = {layer: transformer.transformer_blocks[layer].attn for layer in settings.supervised}
+    for step, examples in enumerate(run.batches(name, start, course.steps, settings.size), start):
         for optimiser in optimisers:
-            set_rate(optimiser, trapezoid(step, settings.steps, settings.warmup, settings.decay))
+            set_rate(optimiser, trapezoid(step, course.steps, course.warmup, course.decay))
         generator = torch.Generator().manual_seed(settings.seed + step)
         pixels = examples.images.to(device).contiguous(memory_format=torch.channels_last)  # (B, 3, H, W)
         masks = examples.masks.to(device).float() / CELL**2  # (B, M, H/8, W/8)
 
         # pictures to latents and, for a crop of some of them, back
-        with autocast(device):
-            posterior = parts.vae.encode(pixels).latent_dist
-        follow(statistics, posterior.mean)
+        losses = {}
+        with autocast(device), torch.set_grad_enabled(course.encoder_rate > 0):
+            posterior = vae.encode(pixels).latent_dist
+        if course.encoder_rate:
+            follow(statistics, posterior.mean)
+            top, left = (int(torch.randint(length - 7, (), generator=generator)) for length in posterior.mean.shape[2:])
+            cells, crop = np.s_[:4, :, top : top + 8, left : left + 8], np.s_[:4, :, 8 * top : 8 * top + 64, 8 * left : 8 * left + 64]
+            with autocast(device):
+                rebuilt = decoding_loss(vae, posterior.mean[cells], posterior.std[cells], pixels[crop], generator)
+            losses['reconstruction'] = rebuilt + settings.vae_kl * divergence(posterior)
         z = normalised(posterior.mean, statistics)  # (B, C, h, w)
-        top, left = (int(torch.randint(length - 7, (), generator=generator)) for length in z.shape[2:])
-        cells, crop = np.s_[:4, :, top : top + 8, left : left + 8], np.s_[:4, :, 8 * top : 8 * top + 64, 8 * left : 8 * left + 64]
-        with autocast(device):
-            rebuilt = decoding_loss(parts.vae, posterior.mean[cells], posterior.std[cells], pixels[crop], generator)
-        losses = {'reconstruction': rebuilt + settings.vae_kl * divergence(posterior)}
 
         # token maps with the null prompt or the names of the masks, little noise, forward only to the expert block
         if layers:
@@ -282,7 +338,7 @@ def train_together(parts: tiny.Parts, run: Run) -> None:
             with autocast(device):
                 embeds, pooled = encode(learner, tokenizers, examples.prompts)
                 with watch(layers) as recorded:
-                    parts.transformer(noised(z, sigma, generator), embeds, pooled, sigma * 1000)
+                    transformer(noised(z, sigma, generator), embeds, pooled, sigma * 1000)
             words = examples.words.to(device)  # (B, M, 77)
             named = words.any(dim=(1, 2))  # (B,)
             maps = [token_maps(recorded[layer], z.shape) for layer in layers]  # (B, 77, h, w) each
@@ -296,7 +352,7 @@ def train_together(parts: tiny.Parts, run: Run) -> None:
         if step % settings.flow_every == 0:
             dropped = torch.rand(len(z), generator=generator) < settings.caption_dropout
             captions = ['' if drop else text for text, drop in zip(examples.captions, dropped, strict=True)]
-            losses['flow'] = flow_loss(parts.transformer, z.detach(), *encode(learner, tokenizers, captions), generator)
+            losses['flow'] = flow_loss(transformer, z.detach(), *encode(learner, tokenizers, captions), generator)
 
         weights = {'mask': settings.mask_weight, 'affinity': settings.affinity_weight, 'words': settings.words_weight}
         loss = torch.stack([value * weights.get(name, 1.0) for name, value in losses.items()]).sum()
@@ -311,6 +367,9 @@ def train_together(parts: tiny.Parts, run: Run) -> None:
         if stage.saves_after(step):
             write_model(learner, averaged, run)
             draw_regions(stage)
+    with torch.no_grad():
+        for weight, average in zip(learner.parameters(), averaged, strict=True):
+            weight.copy_(average)
 
 
 @torch.no_grad()
@@ -326,7 +385,7 @@ def write_model(learner: nn.ModuleDict, averaged: list[Tensor], run: Run) -> Non
     tiny.save(parts, WORDS, run.out / 'model', row)
 
 
-def make_optimisers(learner: nn.ModuleDict, settings: Settings) -> list[torch.optim.Optimizer]:
+def make_optimisers(learner: nn.ModuleDict, settings: Settings, course: Course) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al. 2024) for the matrices of attention and MLP, AdamW for the rest; `rate` of each group is its rate at full."""
     named = dict(learner.named_parameters())
     inner = {
@@ -334,14 +393,14 @@ def make_optimisers(learner: nn.ModuleDict, settings: Settings) -> list[torch.op
     }
     encoder = {name for name in named if name.startswith('vae.')}
     rest = named.keys() - inner - encoder
-    rate, decay = settings.rate, settings.weight_decay
+    rate, decay = course.rate, settings.weight_decay
     muon = torch.optim.Muon(
         [{'params': [named[name] for name in sorted(inner)], 'rate': rate}], weight_decay=decay, adjust_lr_fn='match_rms_adamw'
     )
     groups: list[dict[str, Any]] = [
         {'params': [named[name] for name in sorted(rest) if named[name].ndim > 1], 'rate': rate, 'weight_decay': decay},
         {'params': [named[name] for name in sorted(rest) if named[name].ndim <= 1], 'rate': rate},
-        {'params': [named[name] for name in sorted(encoder)], 'rate': settings.encoder_rate},
+        {'params': [named[name] for name in sorted(encoder)], 'rate': course.encoder_rate},
     ]
     return [muon, torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, foreach=True)]
 
@@ -392,7 +451,7 @@ def draw_rebuilt(vae: Any, stage: Stage) -> None:
 
 
 def draw_regions(stage: Stage) -> None:
-    """OUT/together.sheet.png: held-out scenes and, below each, the regions that the model written so far finds in it."""
+    """OUT/<stage>.sheet.png: held-out scenes and, below each, the regions that the model written so far finds in it."""
     backbone = load(str(stage.out / 'model'), device=stage.device.type)
     images = [each.image for each in held_out()]
     write_sheet(images, [overlay(image, segment(image, backbone).labels) for image in images], stage)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import math
 import pathlib
+import shutil
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Any
 
 import click
 import numpy as np
@@ -17,11 +20,12 @@ from torch import Tensor
 from torch import nn
 
 SHOWN = 20  # steps whose means are printed and drawn
+PIECE = 16 * 2**20  # bytes of one file of a checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stage of a training; it writes OUT/<name>.pt, the checkpoint, OUT/<name>.csv and OUT/<name>.png, the losses of every step.
+    """A stage of a training; it writes checkpoints, and the losses of every step as OUT/<name>.csv and OUT/<name>.png.
 
     columns: names of the losses; pictures: how many one step sees; made_with: what a checkpoint depends on.
     """
@@ -44,13 +48,14 @@ class Stage:
 
 def resume(stage: Stage, model: nn.Module, optimisers: Sequence[torch.optim.Optimizer], averaged: Sequence[Tensor] = ()) -> int:
     """Load the stage's checkpoint if there is one; the step to go on with. UsageError for one that was made with other settings."""
-    path = stage.file('.pt')
-    if not path.exists():
+    folders = checkpoints(stage)
+    if not folders:
         write_rows(stage, [])
         return 0
-    state = torch.load(path, map_location=stage.device, weights_only=True)
+    pieces = io.BytesIO(b''.join(piece.read_bytes() for piece in sorted(folders[-1].iterdir())))
+    state = torch.load(pieces, map_location=stage.device, weights_only=True)
     if state['made_with'] != stage.made_with:
-        raise click.UsageError(f'{path} was made with {state["made_with"]}, this run has {stage.made_with}: choose another --out')
+        raise click.UsageError(f'{folders[-1]} was made with {state["made_with"]}, this run has {stage.made_with}: choose another --out')
     model.load_state_dict(state['model'])
     for optimiser, saved in zip(optimisers, state['optimisers'], strict=True):
         optimiser.load_state_dict(saved)
@@ -82,10 +87,29 @@ def finish_step(
             'averaged': list(averaged),
             'made_with': stage.made_with,
         }
-        partial = stage.file('.pt.partial')
-        torch.save(state, partial)
-        partial.replace(stage.file('.pt'))
+        write_checkpoint(stage, state)
         draw_curves(stage)
+
+
+def checkpoints(stage: Stage) -> list[pathlib.Path]:
+    """The whole checkpoints of a stage, the newest last; more than one only where a training was stopped between writing and deleting."""
+    return sorted(path for path in stage.out.glob(f'{stage.name}.step-*') if path.suffix != '.partial')
+
+
+def write_checkpoint(stage: Stage, state: Mapping[str, Any]) -> None:
+    """OUT/<name>.step-000250/0000, 0001, ...: the state in pieces that any way to move files takes, in place of the one before."""
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    before = checkpoints(stage)
+    folder = stage.file(f'.step-{state["step"]:06}')
+    partial = folder.with_name(f'{folder.name}.partial')
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for number, start in enumerate(range(0, buffer.tell(), PIECE)):
+        (partial / f'{number:04}').write_bytes(buffer.getbuffer()[start : start + PIECE])
+    partial.rename(folder)
+    for old in before:
+        shutil.rmtree(old)
 
 
 def summary(stage: Stage, rows: Sequence[Mapping[str, str]]) -> str:

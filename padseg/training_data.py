@@ -36,12 +36,13 @@ class Photographs(NamedTuple):
 
 class Mixture(NamedTuple):
     """What a batch is made of. synthetic: share of scenes, where there are photographs; named: share of the scenes whose masks are
-    classes that the prompt names; others: most names in a prompt that the scene does not show.
+    classes that the prompt names; others: most names in a prompt that the scene does not show; alone: share of the prompts without any.
     """
 
     synthetic: float
     named: float = 0.0
     others: int = 3
+    alone: float = 0.0
 
 
 class Batch(NamedTuple):
@@ -96,7 +97,8 @@ def batch(seed: int, index: int, size: int, folders: Sequence[Photographs], mixt
             continue
         drawn = scene(rng, *view)
         if rng.random() < mixture.named:
-            names = prompt_names(rng, drawn, mixture.others)
+            alone = mixture.alone and rng.random() < mixture.alone
+            names = prompt_names(rng, drawn, 0 if alone else mixture.others)
             examples.append(Example(drawn.image, class_masks(drawn, names), drawn.caption, names))
         else:
             examples.append(Example(drawn.image, soft_masks(drawn.labels), drawn.caption))

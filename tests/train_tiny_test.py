@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import pathlib
@@ -13,29 +14,21 @@ import pytest
 from safetensors.torch import load_file
 
 
+ROOT = pathlib.Path(__file__).parent.parent
+STEPS = ['--steps', '3', '--transformer-steps', '1']
+SHORT = ['--vae-steps', '2', '--workers', '0', '--save-every', '1']
+
+
 def train(out: pathlib.Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        '-m',
-        'padseg.train_tiny',
-        '--out',
-        str(out),
-        '--vae-steps',
-        '2',
-        '--workers',
-        '0',
-        '--save-every',
-        '1',
-        *arguments,
-    ]
+    command = [sys.executable, '-m', 'padseg.train_tiny', '--out', str(out), *SHORT, *arguments]
     environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    return subprocess.run(command, capture_output=True, text=True, check=check, env=environment, cwd=pathlib.Path(__file__).parent.parent)
+    return subprocess.run(command, capture_output=True, text=True, check=check, env=environment, cwd=ROOT)
 
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     out = tmp_path_factory.mktemp('run')
-    train(out, '--steps', '3')
+    train(out, *STEPS)
     return out
 
 
@@ -64,8 +57,12 @@ def test_the_loss_sees_the_maps_that_inference_reads(backbone):
 
 
 def test_what_is_written(trained):
-    for name in ('autoencoder.png', 'together.png', 'autoencoder.pt', 'together.pt', 'autoencoder.sheet.png', 'together.sheet.png'):
-        assert (trained / name).stat().st_size > 1000
+    for name in ('autoencoder', 'together', 'transformer'):
+        assert (trained / f'{name}.png').stat().st_size > 1000
+        assert (trained / f'{name}.sheet.png').stat().st_size > 1000
+    folders = sorted(path.name for path in trained.iterdir() if path.is_dir())
+    assert folders == ['autoencoder.step-000002', 'model', 'together.step-000003', 'transformer.step-000001']
+    assert max(path.stat().st_size for path in trained.glob('*.step-*/*')) <= 2**24
     rows = list(csv.DictReader((trained / 'together.csv').open(newline='')))
     assert [row['step'] for row in rows] == ['0', '1', '2']
     assert all(0 < float(row['mask']) < 10 for row in rows)
@@ -75,16 +72,14 @@ def test_what_is_written(trained):
 
 def test_a_stopped_run_goes_on_exactly(trained, tmp_path):
     """Stopped by a kill after the first step's checkpoint, then continued: the same weights to the last bit."""
-    command = [sys.executable, '-m', 'padseg.train_tiny', '--out', str(tmp_path), '--vae-steps', '2', '--workers', '0', '--save-every', '1']
+    command = [sys.executable, '-m', 'padseg.train_tiny', '--out', str(tmp_path), *SHORT, *STEPS]
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
-    process = subprocess.Popen(
-        [*command, '--steps', '3'], env=environment, cwd=pathlib.Path(__file__).parent.parent, stderr=subprocess.DEVNULL
-    )
-    while not (tmp_path / 'together.pt').exists() and process.poll() is None:
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not (tmp_path / 'together.step-000001').exists() and process.poll() is None:
         pass
     process.kill()
     process.wait()
-    train(tmp_path, '--steps', '3')
+    train(tmp_path, *STEPS)
     for part in ('transformer', 'vae'):
         name = f'model/{part}/diffusion_pytorch_model.safetensors'
         straight, resumed = load_file(trained / name), load_file(tmp_path / name)
@@ -93,33 +88,88 @@ def test_a_stopped_run_goes_on_exactly(trained, tmp_path):
 
 
 def test_a_checkpoint_of_other_settings_is_refused(trained):
-    result = train(trained, '--steps', '3', '--seed', '1', check=False)
+    result = train(trained, *STEPS, '--seed', '1', check=False)
     assert result.returncode == 2 and 'choose another --out' in result.stderr
 
 
 def test_the_twin_without_masks_learns_by_flow_matching_alone(tmp_path):
-    train(tmp_path, '--steps', '2', '--no-masks')
+    train(tmp_path, '--steps', '2', '--transformer-steps', '0', '--no-masks')
     rows = list(csv.DictReader((tmp_path / 'together.csv').open(newline='')))
     assert [row['mask'] + row['affinity'] + row['words'] for row in rows] == ['', '']
     assert all(float(row['flow']) > 0 for row in rows)
 
 
+def test_a_model_is_trained_further_without_its_autoencoder(trained, tmp_path):
+    train(tmp_path, '--start', str(trained / 'model'), '--transformer-steps', '1')
+    assert not list(tmp_path.glob('autoencoder*')) and not list(tmp_path.glob('together*'))
+    before, after = (load_file(each / 'model/vae/diffusion_pytorch_model.safetensors') for each in (trained, tmp_path))
+    assert all(before[name].equal(after[name]) for name in before)
+    configs = [json.loads((each / 'model/vae/config.json').read_text()) for each in (trained, tmp_path)]
+    for key in ('shift_factor', 'scaling_factor'):
+        assert configs[0][key] == pytest.approx(configs[1][key])
+    before, after = (load_file(each / 'model/transformer/diffusion_pytorch_model.safetensors') for each in (trained, tmp_path))
+    assert any(not before[name].equal(after[name]) for name in before)
+    rows = list(csv.DictReader((tmp_path / 'transformer.csv').open(newline='')))
+    assert len(rows) == 1 and rows[0]['reconstruction'] == '' and float(rows[0]['flow']) > 0
+
+
 def test_the_averaged_weights_are_written(trained):
-    import torch
     from torch import nn
 
     from padseg import tiny
     from padseg.train_tiny import WORDS
 
-    state = torch.load(trained / 'together.pt', weights_only=True)
+    state = newest_state(trained, 'transformer')
     names = [name for name, _ in nn.ModuleDict(tiny.build(WORDS)._asdict()).named_parameters()]
     averaged = dict(zip(names, state['averaged'], strict=True))
-    written = load_file(trained / 'model/vae/diffusion_pytorch_model.safetensors')
-    for name, tensor in written.items():
-        torch.testing.assert_close(tensor, averaged[f'vae.{name}'].half())
+    written = load_file(trained / 'model/transformer/diffusion_pytorch_model.safetensors')
+    learnt = {name: averaged[f'transformer.{name}'].half() for name in written if f'transformer.{name}' in averaged}
+    assert len(learnt) > 100 and all(written[name].equal(value) for name, value in learnt.items())
     mean, deviation = state['model']['statistics'].tolist()
     config = json.loads((trained / 'model/vae/config.json').read_text())
     assert (config['shift_factor'], config['scaling_factor']) == pytest.approx((mean, 1 / deviation))
+
+
+def newest_state(out, name):
+    import torch
+
+    (folder,) = out.glob(f'{name}.step-*')
+    return torch.load(io.BytesIO(b''.join(piece.read_bytes() for piece in sorted(folder.iterdir()))), weights_only=True)
+
+
+def test_a_checkpoint_is_a_few_files_of_bounded_size(tmp_path, monkeypatch):
+    """Written by pieces, read again whole; the one before goes, and one that was not finished is not read."""
+    import torch
+    from torch import nn
+
+    from padseg import training
+
+    monkeypatch.setattr(training, 'PIECE', 1000)
+    monkeypatch.setattr(training, 'SHOWN', 100)
+    model = nn.Linear(20, 30)
+    optimiser = torch.optim.SGD([{'params': list(model.parameters()), 'rate': 1.0}])
+    stage = training.Stage(tmp_path, 'x', 3, 1, ('loss',), 'settings', 1, torch.device('cpu'))
+    assert training.resume(stage, model, [optimiser]) == 0
+    for step in range(2):
+        training.finish_step(stage, step, {'loss': torch.tensor(1.0)}, model, [optimiser])
+    (folder,) = tmp_path.glob('x.step-*')
+    sizes = [path.stat().st_size for path in sorted(folder.iterdir())]
+    assert folder.name == 'x.step-000002' and len(sizes) > 2 and set(sizes[:-1]) == {1000} and 0 < sizes[-1] <= 1000
+    (tmp_path / 'x.step-000003.partial').mkdir()
+    other = nn.Linear(20, 30)
+    assert training.resume(stage, other, [optimiser]) == 2
+    assert other.weight.equal(model.weight)
+
+
+def test_a_folder_without_a_model_of_this_kind_is_refused(trained, tmp_path):
+    from padseg import tiny
+    from padseg.errors import ModelUnavailable
+    from padseg.train_tiny import WORDS
+
+    with pytest.raises(ModelUnavailable, match='no model to start with'):
+        tiny.read(tmp_path, WORDS)
+    with pytest.raises(ModelUnavailable, match='another vocabulary'):
+        tiny.read(trained / 'model', [*WORDS, 'unheard'])
 
 
 def test_latents_of_a_growing_spread_stay_normal():
@@ -145,7 +195,7 @@ def test_muon_has_the_matrices_of_the_blocks_and_every_weight_is_learnt_once():
     from padseg.train_tiny import make_optimisers
 
     learner = nn.ModuleDict(tiny.build(WORDS)._asdict())
-    muon, adam = make_optimisers(learner, Settings())
+    muon, adam = make_optimisers(learner, Settings(), Settings.together)
     of_muon, of_adam = ([id(weight) for group in each.param_groups for weight in group['params']] for each in (muon, adam))
     assert sorted(of_muon + of_adam) == sorted(id(weight) for weight in learner.parameters())
     block = learner['transformer'].transformer_blocks[2]
