@@ -349,10 +349,12 @@ def test_a_small_run_of_load(tmp_path):
     measured = json.loads(ran.stdout)
     assert all(len(values) == 1 and 0 < min(values) < 60 for values in measured['seconds'].values())
     assert all(len(values) == 1 and 200 < min(values) < 4000 for values in measured['peak_mib'].values())
-    assert set(measured['seconds']) == set(measured['peak_mib']) == {'ours', 'whole'}
-    a, b = (measured['peak_mib'][name] for name in ('ours', 'whole'))
-    assert measured['memory_ours_to_whole'] == pytest.approx(measure.spread([one / other for one, other in zip(a, b)]))
-    assert load.in_words(measured).splitlines()[-1].startswith('the whole takes ')
+    assert set(measured['seconds']) == set(measured['peak_mib']) == {'ours', 'whole', 'pipeline'}
+    ours, whole, pipeline = (measured['peak_mib'][name] for name in ('ours', 'whole', 'pipeline'))
+    for name, others in (('whole', whole), ('pipeline', pipeline)):
+        assert measured[f'memory_ours_to_{name}'] == pytest.approx(measure.spread([a / b for a, b in zip(ours, others, strict=True)]))
+    words = load.in_words(measured).splitlines()
+    assert words[-2].startswith('the whole takes ') and words[-1].startswith("diffusers' pipeline without text encoders takes ")
 
 
 def test_records_are_kept(tmp_path, monkeypatch, capsys):

@@ -40,25 +40,28 @@ class Loading(NamedTuple):
 @click.command('load')
 @shared
 def command(size: str, repeats: int, dtype: str, device: str, folder: Path, record: bool, as_json: bool) -> None:
-    """Loading what the maps need, beside loading the whole transformer and VAE: time and memory.
+    """Loading what the maps need, beside loading the whole transformer and VAE, by our reader and by diffusers' pipeline: time and memory.
 
     Files that were read before come from the system's cache, if it has room.
     """
     os.environ |= QUIET  # which the processes inherit
     setting = Setting(fresh(make_model, folder / size, size), own_side(size), dtype=dtype, device=device)
     fresh(load_ours, setting)
-    turns = [(fresh(load_ours, setting), fresh(load_whole, setting)) for _ in range(repeats)]
+    turns = [(fresh(load_ours, setting), fresh(load_whole, setting), fresh(load_pipeline, setting)) for _ in range(repeats)]
+    columns = dict(zip(('ours', 'whole', 'pipeline'), zip(*turns, strict=True), strict=True))
     measured = {
         'size': size,
         'dtype': dtype,
         **surroundings(device),
-        'seconds': {'ours': [a.seconds for a, _ in turns], 'whole': [b.seconds for _, b in turns]},
-        'before_mib': {'ours': [a.before for a, _ in turns], 'whole': [b.before for _, b in turns]},
-        'peak_mib': {'ours': [a.peak for a, _ in turns], 'whole': [b.peak for _, b in turns]},
-        'whole_to_ours': spread([b.seconds / a.seconds for a, b in turns]),
-        'memory_ours_to_whole': spread([a.peak / b.peak for a, b in turns]),
+        'seconds': {name: [each.seconds for each in column] for name, column in columns.items()},
+        'before_mib': {name: [each.before for each in column] for name, column in columns.items()},
+        'peak_mib': {name: [each.peak for each in column] for name, column in columns.items()},
+        'whole_to_ours': spread([b.seconds / a.seconds for a, b, _ in turns]),
+        'pipeline_to_ours': spread([c.seconds / a.seconds for a, _, c in turns]),
+        'memory_ours_to_whole': spread([a.peak / b.peak for a, b, _ in turns]),
+        'memory_ours_to_pipeline': spread([a.peak / c.peak for a, _, c in turns]),
         'added_ours_to_whole': spread(
-            [(a.peak - a.before) / max(1.0, b.peak - b.before) for a, b in turns]
+            [(a.peak - a.before) / max(1.0, b.peak - b.before) for a, b, _ in turns]
         ),  # a toy may fit into what imports left free
     }
     finish('load', f'{size}-{dtype}', measured, record, as_json, in_words)
@@ -80,17 +83,33 @@ def load_whole(setting: Setting) -> Loading:
     return Loading(time.perf_counter() - start, before, memory(setting.device) if kept else 0.0)
 
 
+def load_pipeline(setting: Setting) -> Loading:
+    """As diffusers' users load it: the pipeline without its text encoders."""
+    from diffusers import StableDiffusion3Pipeline
+    from diffusers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    start, before = time.perf_counter(), memory(setting.device)
+    absent: dict[str, Any] = dict.fromkeys(('text_encoder', 'text_encoder_2', 'text_encoder_3', 'tokenizer_3'))
+    pipeline = StableDiffusion3Pipeline.from_pretrained(setting.folder, dtype=getattr(torch, setting.dtype), **absent)
+    pipeline.to(setting.device)
+    synchronize(setting.device)
+    return Loading(time.perf_counter() - start, before, memory(setting.device))
+
+
 def in_words(measured: dict[str, Any]) -> str:
-    """Time and memory, ours and the whole; medians with least and most."""
+    """Time and memory, ours, the whole, and diffusers' pipeline; medians with least and most."""
     return '\n'.join(
         [
             f'{measured["size"]} model, {measured["dtype"]}; {in_place(measured)}',
-            f'{"":22}{"ours":>28}{"whole":>28}',
+            f'{"":22}{"ours":>28}{"whole":>28}{"from_pretrained":>28}',
             row('loading, s', *measured['seconds'].values()),
             row('most memory, MiB', *measured['peak_mib'].values(), digits=0),
             row('  before loading', *measured['before_mib'].values(), digits=0),
             f'the whole takes {between(measured["whole_to_ours"])} x the time; '
             f'we take {between(measured["memory_ours_to_whole"])} x the memory, {between(measured["added_ours_to_whole"])} x without '
             'Python and its libraries',
+            f"diffusers' pipeline without text encoders takes {between(measured['pipeline_to_ours'])} x the time; "
+            f'we take {between(measured["memory_ours_to_pipeline"])} x the memory',
         ]
     )
