@@ -49,7 +49,8 @@ def joined_slowly(graph, threshold):
         total, length = np.sum(edges, axis=0)
         area = 1 / (1 / weight[0].sum() + 1 / weight[1].sum())
         apart = 1 - np.sqrt(shares[0] * shares[1]).sum()
-        return (apart + COLOUR * np.abs(colours[0] - colours[1]).sum() / UNIT + BORDER * total / length) * area**AREA
+        pictured = COLOUR * np.abs(colours[0] - colours[1]).sum() / UNIT + BORDER * total / length
+        return (apart + (1 - shares[0] @ shares[1]) ** 0.5 * pictured) * area**AREA
 
     while True:
         pairs = [(distance(a, b), i, j) for i, a in enumerate(groups) for j, b in enumerate(groups) if i < j]
@@ -74,6 +75,15 @@ def test_zero_joins_nothing_and_everything_that_touches_is_joined_at_last():
     assert len(set(joined(graph, 1e9).tolist())) == 1
     islands = graph._replace(borders=[{} for _ in range(12)])
     assert joined(islands, 1e9).tolist() == list(range(12))
+
+
+def test_sure_proposals_outweigh_the_picture():
+    """Two pairs of neighbours with the same colours and the same border, each with equal shares; only the first pair is sure of them."""
+    shares = np.array([[1.0, 0, 0], [1, 0, 0], [0, 0.5, 0.5], [0, 0.5, 0.5]])
+    border = {'0-1': (5.0, 10.0), '2-3': (5.0, 10.0)}
+    borders = [{1: border['0-1']}, {0: border['0-1']}, {3: border['2-3']}, {2: border['2-3']}]
+    graph = Graph(shares, np.array([[0.0, 0, 0], [50, 0, 0]] * 2), np.full(4, 0.25), borders)
+    assert joined(graph, 0.05).tolist() == [0, 0, 2, 3]
 
 
 def test_contrasts_equal_the_loop():
