@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers import SD3Transformer2DModel
 from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextConfig
 from transformers import CLIPTextModelWithProjection
@@ -165,15 +166,26 @@ def pipeline(parts: Parts, words: list[str]) -> StableDiffusion3Pipeline:
 
 def read(folder: pathlib.Path, words: list[str]) -> Parts:
     """The parts that `save` wrote, in float32. ModelUnavailable for a folder without them, or whose text encoders know other words."""
-    kinds = (SD3Transformer2DModel, AutoencoderKL, CLIPTextModelWithProjection, CLIPTextModelWithProjection)
     try:
-        parts = Parts(*(kind.from_pretrained(folder / name).float() for kind, name in zip(kinds, Parts._fields, strict=True)))
+        parts = Parts(
+            read_part(SD3Transformer2DModel, folder / 'transformer'),
+            read_part(AutoencoderKL, folder / 'vae'),
+            CLIPTextModelWithProjection.from_pretrained(folder / 'text_encoder').float(),
+            CLIPTextModelWithProjection.from_pretrained(folder / 'text_encoder_2').float(),
+        )
         known = CLIPTokenizer.from_pretrained(folder / 'tokenizer').get_vocab()
     except OSError as error:
         raise ModelUnavailable(f'{folder} has no model to start with: {error}') from error
     if known != vocabulary_and_merges(words)[0]:
         raise ModelUnavailable(f'the tokenizer in {folder} has another vocabulary than this program gives its models')
     return parts
+
+
+def read_part(kind: Any, folder: pathlib.Path) -> Any:
+    """As diffusers' from_pretrained, which would write the folder's name into the next model's configuration."""
+    model = kind.from_config(kind.load_config(folder))
+    model.load_state_dict(load_file(folder / 'diffusion_pytorch_model.safetensors'))  # into float32
+    return model
 
 
 def save(parts: Parts, words: list[str], folder: pathlib.Path, row: dict[str, Any], dtype: torch.dtype = torch.float16) -> None:

@@ -86,7 +86,7 @@ class Settings:
         mixtures=((0, Mixture(synthetic=0.35, named=0.5, others=3)), (2500, Mixture(synthetic=0.55, named=0.65, others=len(CLASSES)))),
     )
     transformer: Course = Course(
-        steps=2200,
+        steps=1600,
         rate=4e-4,
         encoder_rate=0.0,
         mixtures=((0, Mixture(synthetic=0.6, named=0.75, others=len(CLASSES), alone=0.6)),),
@@ -115,7 +115,7 @@ ROW = {
     'normalisation': 'share',
     'threshold': 0.05,
     'superpixels': 100.0,
-    'join': 0.095,
+    'join': 0.13,
     'components': True,
     'min_area': 0.003,
 }
