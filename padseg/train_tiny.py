@@ -127,9 +127,7 @@ ROW = {
 @click.option('--vae-steps', type=click.IntRange(1), default=Settings.vae_steps, help='steps of the autoencoder alone')
 @click.option('--steps', type=click.IntRange(1), default=Settings.together.steps, help='steps of all parts together')
 @click.option('--transformer-steps', type=click.IntRange(0), default=Settings.transformer.steps, help='then, without the autoencoder')
-@click.option(
-    '--start', type=click.Path(exists=True, path_type=pathlib.Path), help='a model made by this program: only the last stage is run'
-)
+@click.option('--start', type=click.Path(exists=True, path_type=pathlib.Path), help='a model of this program, for the last stage alone')
 @click.option('--seed', type=int, default=Settings.seed)
 @click.option('--masks/--no-masks', default=True, help='without: flow matching at every step and no mask losses, a twin to compare with')
 @click.option('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
@@ -158,6 +156,7 @@ def main(
     if not masks:
         settings = dataclasses.replace(settings, supervised=(), flow_every=1)
     out.mkdir(parents=True, exist_ok=True)
+    leave_cores(0)  # here too: a worker that is forked from a process with OpenCV's threads hangs when it ends them
     torch.manual_seed(settings.seed)
     run = Run(out, settings, data, str(start) if start else None, torch.device(device), workers, save_every)
     if start:
@@ -192,6 +191,7 @@ class Run:
             batch_size=None,
             sampler=range(start, stop),
             num_workers=self.workers,
+            worker_init_fn=leave_cores,
             prefetch_factor=4 if self.workers else None,
         )
         return iter(loader)
@@ -209,6 +209,11 @@ class Run:
         return Stage(self.out, name, steps, pictures, columns, f'{made_with} {self.data}', self.save_every, self.device)
 
 
+def leave_cores(worker: int) -> None:
+    """Pictures are small, and the cores belong to the training."""
+    cv2.setNumThreads(1)
+
+
 class Examples(torch.utils.data.Dataset[Batch]):
     """Batch number i of one stage."""
 
@@ -217,7 +222,6 @@ class Examples(torch.utils.data.Dataset[Batch]):
         self.settings, self.stage, self.size = settings, stage, size
 
     def __getitem__(self, index: int) -> Batch:
-        cv2.setNumThreads(1)  # the pictures are small, and the cores belong to the training
         settings = self.settings
         mixtures = ((0, Mixture(settings.vae_synthetic)),) if self.stage == 'autoencoder' else settings.course(self.stage).mixtures
         mixture = [mixture for first, mixture in mixtures if first <= index][-1]
