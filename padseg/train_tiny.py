@@ -303,8 +303,8 @@ def train(learner: nn.ModuleDict, run: Run, name: str) -> None:
     """Mask loss on the token maps at every step, through the transformer into the autoencoder; flow-matching loss now and then.
 
     The autoencoder learns on with its own loss, so its latents stay a picture's code and become features too (as in REPA-E, Leng et al.
-    2025). They drift, so that mean and deviation are followed. The weights that are kept are a moving average. In the stage named
-    'transformer' the autoencoder stays as it is.
+    2025). They drift, so that mean and deviation are followed. The weights that are kept are a moving average. Where the
+    course has no rate for the autoencoder, it stays as it is.
     """
     settings, course, device = run.settings, run.settings.course(name), run.device
     tokenizers = tiny.tokenizers(WORDS)
