@@ -1,5 +1,5 @@
 """`python -m padseg`."""
 
-from padseg.cli import main
+from padseg.commands import main
 
 raise SystemExit(main())

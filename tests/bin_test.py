@@ -214,7 +214,7 @@ def test_each_extra_is_installed_once_and_holds_the_plain_installation(world: Wo
         world.run()
     assert [call[-1] for call in world.asked('pip')] == ['.[test]', '.[train]']
     assert len(world.asked('venv')) == 1
-    assert world.asked('padseg.train_tiny') == [[], []]
+    assert world.asked('padseg.train.tiny') == [[], []]
 
 
 def test_two_starts_at_once_install_once(world: World) -> None:

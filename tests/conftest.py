@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -31,8 +30,7 @@ ROW = {'layer': 2, 'side': 32}
 @pytest.fixture
 def keep_only_needed():  # type: ignore[no-untyped-def]
     """Takes the tensors whose names match a part's pattern out of its weights and returns the names of those that are left."""
-    from safetensors.torch import load_file
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
 
     def keep(folder: pathlib.Path, unneeded: dict[str, str]) -> set[str]:
         names: set[str] = set()
@@ -60,7 +58,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
 def random_model(folder: pathlib.Path, **transformer: object) -> pathlib.Path:
     import torch
 
-    from padseg import tiny
+    from padseg.train import tiny_model as tiny
 
     torch.manual_seed(0)
     parts = tiny.build(WORDS, {**SMALL, **transformer}, {**VAE, 'shift_factor': 0.1, 'scaling_factor': 1.5})
@@ -74,16 +72,10 @@ def random_model(folder: pathlib.Path, **transformer: object) -> pathlib.Path:
 def random_flux(folder: pathlib.Path, **transformer: object) -> pathlib.Path:
     """Flux.1 in small, two double blocks and two single ones, with tokenizers of the real classes that know WORDS whole."""
     import torch
-    from diffusers import FlowMatchEulerDiscreteScheduler
-    from diffusers import FluxPipeline
-    from diffusers import FluxTransformer2DModel
-    from transformers import CLIPTextConfig
-    from transformers import CLIPTextModel
-    from transformers import T5Config
-    from transformers import T5EncoderModel
-    from transformers import T5TokenizerFast
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, T5TokenizerFast
 
-    from padseg import tiny
+    from padseg.train import tiny_model as tiny
 
     torch.manual_seed(0)
     denoiser = FluxTransformer2DModel(**{**SMALL_FLUX, **transformer})
@@ -172,12 +164,9 @@ def with_texts(folder: pathlib.Path) -> pathlib.Path:
     """Give a model tokenizers that can spell everything, with text encoders for them, and T5."""
     import torch
     from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import CLIPTokenizer
-    from transformers import T5Config
-    from transformers import T5EncoderModel
-    from transformers import T5TokenizerFast
+    from transformers import CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
-    from padseg import tiny
+    from padseg.train import tiny_model as tiny
 
     torch.manual_seed(1)
     letters = sorted(ByteLevel.alphabet())

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from padseg.exports import read_label_map
-from padseg.exports import read_masks
+from padseg.exports import read_label_map, read_masks
 
 ROOT = pathlib.Path(__file__).parent.parent
 PICTURES = ('chelsea.jpg', 'more/rocket.jpg', 'scene-22.png')

@@ -12,28 +12,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import cv2
 import numpy as np
-import click
 import pytest
 
 import padseg
-from padseg.cli import COMMANDS
-from padseg.commands.flags import reading_flags
-from padseg.commands.flags import shown_default
-from padseg.commands.run import SIGNALLED
-from padseg.commands.run import SOME_FAILED
+from padseg.commands import COMMANDS
+from padseg.commands.flags import reading_flags, shown_default
+from padseg.commands.run import SIGNALLED, SOME_FAILED
 from padseg.datasets import DATASETS
 from padseg.errors import PadsegError
+from padseg.evaluation.protocols import PROTOCOLS
 from padseg.exports import FORMATS
 from padseg.exports.masks import COLUMNS
-from padseg.images import DECODERS
-from padseg.images import ImageError
-from padseg.options import GEOMETRIES
-from padseg.options import NORMALISATIONS
-from padseg.options import LabelOptions
-from padseg.options import Options
-from padseg.protocols import PROTOCOLS
+from padseg.images import DECODERS, ImageError
+from padseg.methods.options import GEOMETRIES, NORMALISATIONS, LabelOptions, Options
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')

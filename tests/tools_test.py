@@ -15,17 +15,14 @@ from types import ModuleType
 import numpy as np
 import PIL.Image
 import pytest
-from convert_test import HAND_MADE
-from convert_test import MAPS
-from convert_test import put_run
-from hypothesis import given
-from hypothesis import strategies
+from hypothesis import given, strategies
 from hypothesis.extra import numpy as arrays
+from support.runs import HAND_MADE, MAPS, put_run
 
-from padseg.convert import convert
 from padseg.exports.cvat import run_lengths
 from padseg.exports.labelstudio import encode
 from padseg.exports.regions import regions
+from padseg.run.convert import convert
 
 label_maps = arrays.arrays(np.int32, arrays.array_shapes(min_dims=2, max_dims=2, max_side=40), elements=strategies.integers(0, 4))
 masks = arrays.arrays(bool, arrays.array_shapes(min_dims=2, max_dims=2, max_side=40))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
-from typing import Any
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from padseg.backbones.spec import Spec
 from padseg.errors import UsageError
@@ -13,8 +11,7 @@ from padseg.types import Prompt
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
-    from torch import nn
+    from torch import Tensor, nn
 
     from padseg.backbones.family import Family
 
@@ -107,8 +104,7 @@ def load(
     if dtype not in (None, *DTYPES):
         raise UsageError(f'dtype is one of {", ".join(DTYPES)}; got {dtype}')
     from padseg.backbones.loading import load_family
-    from padseg.backbones.source import locate
-    from padseg.backbones.source import locate_vae
+    from padseg.backbones.source import locate, locate_vae
 
     source = locate(model, revision)
     other = locate_vae(vae, source.spec.family) if vae else None
@@ -117,8 +113,7 @@ def load(
 
 def family_of(spec: Spec) -> Family:
     """What is known of the architecture that a row names."""
-    from padseg.backbones import flux
-    from padseg.backbones import sd3
+    from padseg.backbones import flux, sd3
 
     families: dict[str, Family] = {'sd3': sd3, 'flux': flux}
     return families[spec.family]

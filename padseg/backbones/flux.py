@@ -8,17 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import FluxTransformer2DModel
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
 
 from padseg.backbones.family import Size
-from padseg.backbones.parts import clip_tokenizer
-from padseg.backbones.parts import read_model
-from padseg.backbones.parts import read_part
-from padseg.backbones.source import TEXT_PARTS
-from padseg.backbones.source import Source
-from padseg.backbones.source import check_files
-from padseg.backbones.source import text_files
+from padseg.backbones.parts import clip_tokenizer, read_model, read_part
+from padseg.backbones.source import TEXT_PARTS, Source, check_files, text_files
 from padseg.errors import ModelUnavailable
 from padseg.types import Prompt
 
@@ -92,8 +86,7 @@ def compute_null_prompt(source: Source, transformer: FluxTransformer2DModel, slo
 def text_pipeline(source: Source, transformer: FluxTransformer2DModel) -> Any:
     """diffusers' pipeline with the two text encoders, enough to encode texts."""
     from diffusers import FluxPipeline
-    from transformers import CLIPTextModel
-    from transformers import T5EncoderModel
+    from transformers import CLIPTextModel, T5EncoderModel
 
     text_files(source)
     check_files(source, TEXT_PARTS)

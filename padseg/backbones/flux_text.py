@@ -8,17 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from padseg.backbones.flux import encode_text
-from padseg.backbones.flux import prompt_shapes
-from padseg.backbones.flux import text_pipeline
-from padseg.backbones.flux import tokenizers
-from padseg.backbones.null_prompt import cache_path
-from padseg.backbones.null_prompt import read_cache
-from padseg.backbones.null_prompt import shapes_of
-from padseg.backbones.null_prompt import write_cache
+from padseg.backbones.flux import encode_text, prompt_shapes, text_pipeline, tokenizers
+from padseg.backbones.null_prompt import cache_path, read_cache, shapes_of, write_cache
 from padseg.backbones.parts import tokens_of
-from padseg.backbones.source import Source
-from padseg.backbones.source import text_files
+from padseg.backbones.source import Source, text_files
 from padseg.errors import UsageError
 from padseg.types import Tokens
 

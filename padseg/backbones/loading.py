@@ -7,27 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from padseg.backbones import Backbone
-from padseg.backbones import Identity
+from padseg.backbones import Backbone, Identity
 from padseg.backbones.compiled import compile_blocks
 from padseg.backbones.family import Family
-from padseg.backbones.null_prompt import null_prompt
-from padseg.backbones.null_prompt import prompt_is_cached
-from padseg.backbones.parts import built
-from padseg.backbones.parts import choose_device
-from padseg.backbones.parts import choose_dtype
-from padseg.backbones.parts import filled
-from padseg.backbones.parts import label
-from padseg.backbones.parts import read_part
-from padseg.backbones.parts import tensors_needed
-from padseg.backbones.parts import weights_hash
-from padseg.backbones.source import TEXT_PARTS
-from padseg.backbones.source import Source
-from padseg.backbones.source import check_files
-from padseg.backbones.source import tensor_shapes
-from padseg.backbones.source import weight_files
-from padseg.backbones.weights import refuse_lost
-from padseg.backbones.weights import refuse_surplus
+from padseg.backbones.null_prompt import null_prompt, prompt_is_cached
+from padseg.backbones.parts import built, choose_device, choose_dtype, filled, label, read_part, tensors_needed, weights_hash
+from padseg.backbones.source import TEXT_PARTS, Source, check_files, tensor_shapes, weight_files
+from padseg.backbones.weights import refuse_lost, refuse_surplus
 from padseg.errors import UsageError
 
 

@@ -10,15 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from padseg.backbones.family import Family
-from padseg.backbones.source import Source
-from padseg.backbones.source import cache_home
-from padseg.backbones.source import content_hash
-from padseg.backbones.source import text_files
+from padseg.backbones.source import Source, cache_home, content_hash, text_files
 from padseg.errors import ModelUnavailable
 from padseg.types import Prompt
 

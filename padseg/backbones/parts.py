@@ -8,21 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors import SafetensorError
 
 from padseg.backbones.family import Family
-from padseg.backbones.source import Source
-from padseg.backbones.source import content_hash
-from padseg.backbones.source import files
-from padseg.backbones.source import read_json
-from padseg.backbones.source import weight_files
-from padseg.backbones.weights import build
-from padseg.backbones.weights import fill
-from padseg.backbones.weights import refuse_lost
-from padseg.errors import ModelUnavailable
-from padseg.errors import UsageError
+from padseg.backbones.source import Source, content_hash, files, read_json, weight_files
+from padseg.backbones.weights import build, fill, refuse_lost
+from padseg.errors import ModelUnavailable, UsageError
 from padseg.types import Tokens
 
 BLANK = '▁'  # T5's token for a space before what it has no token for with a space

@@ -7,16 +7,11 @@ from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
 
 from padseg.backbones.family import Size
-from padseg.backbones.parts import clip_tokenizer
-from padseg.backbones.parts import read_model
-from padseg.backbones.source import TEXT_PARTS
-from padseg.backbones.source import Source
-from padseg.backbones.source import check_files
-from padseg.backbones.source import text_files
+from padseg.backbones.parts import clip_tokenizer, read_model
+from padseg.backbones.source import TEXT_PARTS, Source, check_files, text_files
 from padseg.types import Prompt
 
 TRANSFORMER = SD3Transformer2DModel

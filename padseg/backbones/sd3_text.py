@@ -9,29 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from padseg.backbones.null_prompt import key_of
-from padseg.backbones.null_prompt import path_of
-from padseg.backbones.null_prompt import read_cache
-from padseg.backbones.null_prompt import shapes_of
-from padseg.backbones.null_prompt import write_cache
-from padseg.backbones.parts import SMALL
-from padseg.backbones.parts import read_model
-from padseg.backbones.parts import read_part
-from padseg.backbones.parts import tokens_of
-from padseg.backbones.sd3 import encode_text
-from padseg.backbones.sd3 import prompt_shapes
-from padseg.backbones.sd3 import text_pipeline
-from padseg.backbones.sd3 import tokenizers
-from padseg.backbones.source import T5_PARTS
-from padseg.backbones.source import Source
-from padseg.backbones.source import check_files
-from padseg.backbones.source import content_hash
-from padseg.backbones.source import read_json
-from padseg.backbones.source import t5_files
-from padseg.backbones.source import text_files
-from padseg.backbones.source import weight_files
-from padseg.errors import ModelUnavailable
-from padseg.errors import UsageError
+from padseg.backbones.null_prompt import key_of, path_of, read_cache, shapes_of, write_cache
+from padseg.backbones.parts import SMALL, read_model, read_part, tokens_of
+from padseg.backbones.sd3 import encode_text, prompt_shapes, text_pipeline, tokenizers
+from padseg.backbones.source import T5_PARTS, Source, check_files, content_hash, read_json, t5_files, text_files, weight_files
+from padseg.errors import ModelUnavailable, UsageError
 from padseg.types import Tokens
 
 CLIPS = {'l': ('tokenizer',), 'g': ('tokenizer_2',), 'l+g': ('tokenizer', 'tokenizer_2'), 't5': (), 'l+g+t5': ('tokenizer', 'tokenizer_2')}

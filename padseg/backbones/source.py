@@ -8,19 +8,13 @@ import os
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pydantic
 
-from padseg.backbones.spec import BACKBONES
-from padseg.backbones.spec import DEPTHS
-from padseg.backbones.spec import FAMILIES
-from padseg.backbones.spec import Spec
-from padseg.errors import ModelUnavailable
-from padseg.errors import PadsegError
-from padseg.errors import UsageError
-from padseg.options import Options
+from padseg.backbones.spec import BACKBONES, DEPTHS, FAMILIES, Spec
+from padseg.errors import ModelUnavailable, PadsegError, UsageError
+from padseg.methods.options import Options
 
 MAIN_PARTS = ('transformer', 'vae', 'scheduler')
 TEXT_PARTS = ('text_encoder', 'text_encoder_2', 'tokenizer', 'tokenizer_2')
@@ -117,8 +111,7 @@ def no_layout(name: str) -> ModelUnavailable:
 
 def snapshot(repo: str, revision: str | None, patterns: Sequence[str], *, fetch: bool = True) -> pathlib.Path:
     """The folder of the hub's files that match, downloaded unless cached; it may lack some. Of SD3, T5 is never among them."""
-    from huggingface_hub import errors
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import errors, snapshot_download
 
     try:
         return pathlib.Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns), local_files_only=not fetch))
@@ -139,9 +132,7 @@ def hub_errors() -> tuple[type[Exception], ...]:
 
 def refusal(repo: str, revision: str | None, error: Exception) -> PadsegError:
     """What an error of the hub's client means, in one line with the remedy."""
-    from huggingface_hub import errors
-    from huggingface_hub import get_token
-    from huggingface_hub import is_offline_mode
+    from huggingface_hub import errors, get_token, is_offline_mode
 
     page = f'https://huggingface.co/{repo}'
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from padseg.backbones import Backbone
-from padseg.backbones import flux_text
-from padseg.backbones import sd3_text
+from padseg.backbones import Backbone, flux_text, sd3_text
 from padseg.backbones.source import Source
 from padseg.types import Tokens
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Collection
-from collections.abc import Iterable
-from collections.abc import Sequence
-from typing import Any
-from typing import TypeVar
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
 
 from padseg.errors import ModelUnavailable
 

@@ -6,8 +6,7 @@ import os
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 import cv2
@@ -15,28 +14,17 @@ import numpy as np
 import PIL.Image
 import torch
 
-from padseg import engine
-from padseg.bench.measure import TIMED
-from padseg.bench.measure import finish
-from padseg.bench.measure import fresh
-from padseg.bench.measure import in_place
-from padseg.bench.measure import output_flags
-from padseg.bench.measure import peak
-from padseg.bench.measure import surface
-from padseg.bench.measure import surroundings
-from padseg.bench.measure import timed
-from padseg.exports import write_label_map
-from padseg.exports import write_masks
-from padseg.images import find
-from padseg.images import read
-from padseg.job import Job
-from padseg.metrics import compact
-from padseg.records import recorded
-from padseg.signals import Stop
-from padseg.stages import Method
-from padseg.types import Frame
-from padseg.types import LabelMap
-from padseg.types import TokenMaps
+from padseg.bench.measure import TIMED, finish, fresh, in_place, output_flags, peak, surface, surroundings, timed
+from padseg.evaluation.metrics import compact
+from padseg.exports import write_label_map, write_masks
+from padseg.images import find, read
+from padseg.run import engine
+from padseg.run.job import Job
+from padseg.run.picture import Method
+from padseg.run.plan import plan
+from padseg.run.records import recorded
+from padseg.system.signals import Stop
+from padseg.types import Frame, LabelMap, TokenMaps
 
 KINDS = 25  # of pictures that differ; the rest are further names of these files
 SMALL = (48, 64)
@@ -120,7 +108,7 @@ def work(folder: Path, out: Path, count: int) -> Cost:
     out.mkdir()
     with Stop() as stop:
         began = os.times()
-        pending, records, _ = engine.plan(job, pictures, pictures)
+        pending, records, _ = plan(job, pictures, pictures)
         for entry in engine.work(job, engine.results(job, method, pending, stop), pending, records.values(), stop):
             records[entry.input] = recorded(entry)
         ended = os.times()

@@ -5,42 +5,20 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from itertools import cycle
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
-from typing import Any
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 import numpy as np
 from skimage.metrics import contingency_table
 
-from padseg.bench.measure import REGIONS
-from padseg.bench.measure import TIMED
-from padseg.bench.measure import finish
-from padseg.bench.measure import fresh
-from padseg.bench.measure import in_place
-from padseg.bench.measure import output_flags
-from padseg.bench.measure import peak
-from padseg.bench.measure import surface
-from padseg.bench.measure import surroundings
-from padseg.bench.measure import timed
+from padseg.bench.measure import REGIONS, TIMED, finish, fresh, in_place, output_flags, peak, surface, surroundings, timed
 from padseg.datasets import label_folder
-from padseg.evaluate import Task
-from padseg.evaluate import paired
-from padseg.evaluate import score_stored
-from padseg.evaluate import stored
-from padseg.exports.png import read_label_map
-from padseg.exports.png import write_label_map
-from padseg.metrics import ClassCounts
-from padseg.metrics import compact
-from padseg.metrics import counts_of
-from padseg.metrics import hungarian_counts
-from padseg.metrics import match
-from padseg.metrics import widened
-from padseg.protocols import DEFAULT
-from padseg.protocols import protocol
+from padseg.evaluation.evaluate import Task, paired, score_stored, stored
+from padseg.evaluation.metrics import ClassCounts, compact, counts_of, hungarian_counts, match, widened
+from padseg.evaluation.protocols import DEFAULT, protocol
+from padseg.exports.png import read_label_map, write_label_map
 from padseg.types import LabelMap
 
 if TYPE_CHECKING:

@@ -9,31 +9,16 @@ import string
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 
-from padseg.bench.measure import between
-from padseg.bench.measure import finish
-from padseg.bench.measure import fresh
-from padseg.bench.measure import in_place
-from padseg.bench.measure import spread
-from padseg.bench.measure import surroundings
+from padseg.bench.measure import between, finish, fresh, in_place, spread, surroundings
 from padseg.bench.model import make_model
-from padseg.bench.setting import QUIET
-from padseg.bench.setting import Setting
-from padseg.bench.setting import open_backbone
-from padseg.bench.setting import own_side
-from padseg.bench.setting import picture
-from padseg.bench.setting import shared
-from padseg.bench.setting import synchronize
-from padseg.label import class_maps
-from padseg.label import classified
-from padseg.label import naming_of
-from padseg.options import LabelOptions
-from padseg.options import Options
-from padseg.segment import segment_batch
+from padseg.bench.setting import QUIET, Setting, open_backbone, own_side, picture, shared, synchronize
+from padseg.methods.open_vocabulary import class_maps, classified, naming_of
+from padseg.methods.options import LabelOptions, Options
+from padseg.methods.seg4diff import segment_batch
 
 COUNTS = (1, 10, 37, 38, 75, 150)  # of classes; 37 names of two tokens fill one prompt
 NAMES = [''.join(pair) for pair in itertools.product(string.ascii_lowercase, repeat=2)]

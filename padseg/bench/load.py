@@ -5,28 +5,14 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 import torch
 
-from padseg.bench.measure import between
-from padseg.bench.measure import finish
-from padseg.bench.measure import fresh
-from padseg.bench.measure import in_place
-from padseg.bench.measure import row
-from padseg.bench.measure import spread
-from padseg.bench.measure import surroundings
+from padseg.bench.measure import between, finish, fresh, in_place, row, spread, surroundings
 from padseg.bench.model import make_model
-from padseg.bench.setting import QUIET
-from padseg.bench.setting import Setting
-from padseg.bench.setting import import_libraries
-from padseg.bench.setting import memory
-from padseg.bench.setting import open_backbone
-from padseg.bench.setting import own_side
-from padseg.bench.setting import shared
-from padseg.bench.setting import synchronize
+from padseg.bench.setting import QUIET, Setting, import_libraries, memory, open_backbone, own_side, shared, synchronize
 
 
 class Loading(NamedTuple):

@@ -15,15 +15,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
-from typing import Any
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import cv2
 import numpy as np
 
-from padseg.versions import versions
+from padseg.system.versions import versions
 
 if TYPE_CHECKING:
     from padseg.types import Array

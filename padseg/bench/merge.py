@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
-from typing import Any
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import cv2
@@ -14,34 +12,17 @@ import numpy as np
 import torch
 from skimage.measure import label as connected_components
 
-from padseg.attention import token_attention
-from padseg.bench.measure import finish
-from padseg.bench.measure import fresh
-from padseg.bench.measure import in_place
-from padseg.bench.measure import output_flags
-from padseg.bench.measure import peak
-from padseg.bench.measure import surface
-from padseg.bench.measure import surroundings
-from padseg.labels import label_map
-from padseg.labels import scaled
-from padseg.labels import superpixels
-from padseg.labels import upsample
-from padseg.proposals import EPS
-from padseg.proposals import merge
-from padseg.proposals import normalise
-from padseg.proposals import spatial
-from padseg.proposals import symmetric_kl
-from padseg.types import Frame
-from padseg.types import LabelMap
-from padseg.types import Proposals
-from padseg.types import QueryKey
-from padseg.types import TokenMaps
+from padseg.bench.measure import finish, fresh, in_place, output_flags, peak, surface, surroundings
+from padseg.methods.stages.attention import token_attention
+from padseg.methods.stages.label_map import label_map, scaled, upsample
+from padseg.methods.stages.proposals import EPS, merge, normalise, spatial, symmetric_kl
+from padseg.methods.stages.superpixels import superpixels
+from padseg.types import Frame, LabelMap, Proposals, QueryKey, TokenMaps
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from padseg.types import Array
-    from padseg.types import Image
+    from padseg.types import Array, Image
 
 T = TypeVar('T')
 

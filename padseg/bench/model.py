@@ -6,16 +6,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
-from typing import Any
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection
 
-    from padseg.tiny import Parts
+    from padseg.train.tiny_model import Parts
 
 WORDS = ['a']  # the empty prompt needs none
 SHARPER = 2  # factor of the weights that give queries and keys
@@ -79,7 +77,7 @@ def make_model(folder: Path, size: str) -> Path:
     """
     from diffusers import AutoencoderTiny
 
-    from padseg import tiny
+    from padseg.train import tiny_model as tiny
 
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -107,10 +105,9 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def build(architecture: Architecture) -> Parts:
     """Models as their constructors leave them, but for the attention, which would be nearly the same everywhere."""
-    from diffusers import AutoencoderKL
-    from diffusers import SD3Transformer2DModel
+    from diffusers import AutoencoderKL, SD3Transformer2DModel
 
-    from padseg.tiny import Parts
+    from padseg.train.tiny_model import Parts
 
     settings = architecture.transformer
     width = settings['num_attention_heads'] * settings['attention_head_dim']
@@ -135,10 +132,9 @@ def build(architecture: Architecture) -> Parts:
 
 
 def text_encoder(**settings: Any) -> CLIPTextModelWithProjection:
-    from transformers import CLIPTextConfig
-    from transformers import CLIPTextModelWithProjection
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    from padseg.tiny import vocabulary_and_merges
+    from padseg.train.tiny_model import vocabulary_and_merges
 
     end = len(vocabulary_and_merges(WORDS)[0]) - 1
     width = settings['hidden_size']

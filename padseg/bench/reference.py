@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL
-from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers import SD3Transformer2DModel
-from diffusers import StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors import safe_open
-from torch import Tensor
-from torch import nn
-from transformers import CLIPTextModelWithProjection
-from transformers import CLIPTokenizer
+from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from padseg.latents import content_noise
-from padseg.options import Resolved
-from padseg.types import Array
-from padseg.types import Image
+from padseg.methods.options import Resolved
+from padseg.methods.stages.latents import content_noise
+from padseg.types import Array, Image
 
 STEPS = 28  # of the noise schedule
 SLOTS = 77  # tokens of CLIP, and zeros of T5

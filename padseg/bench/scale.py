@@ -7,37 +7,22 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
 from scipy.optimize import nnls
 
-from padseg import engine
 from padseg.backbones import Backbone
 from padseg.bench.engine import make_pictures
-from padseg.bench.measure import between
-from padseg.bench.measure import finish
-from padseg.bench.measure import fresh
-from padseg.bench.measure import in_place
-from padseg.bench.measure import peak
-from padseg.bench.measure import spread
-from padseg.bench.measure import surroundings
-from padseg.bench.model import TINY_VAE
-from padseg.bench.model import make_model
-from padseg.bench.setting import QUIET
-from padseg.bench.setting import Setting
-from padseg.bench.setting import memory
-from padseg.bench.setting import open_backbone
-from padseg.bench.setting import own_side
-from padseg.bench.setting import picture
-from padseg.bench.setting import shared
-from padseg.bench.setting import synchronize
-from padseg.job import Job
-from padseg.latents import encode
-from padseg.maps import latent_token_maps
-from padseg.options import Options
+from padseg.bench.measure import between, finish, fresh, in_place, peak, spread, surroundings
+from padseg.bench.model import TINY_VAE, make_model
+from padseg.bench.setting import QUIET, Setting, memory, open_backbone, own_side, picture, shared, synchronize
+from padseg.methods.options import Options
+from padseg.methods.stages.latents import encode
+from padseg.methods.stages.token_maps import latent_token_maps
+from padseg.run import engine
+from padseg.run.job import Job
 
 TIMES = ('vae', 'transformer')
 QUARTERS = (1, 2, 3, 4)  # of the model's own side, that are measured
@@ -151,7 +136,7 @@ def law(sides: list[int], seconds: list[float]) -> dict[str, float]:
 
 def run_over(folder: Path, out: Path, count: int, batch: int, device: str) -> Ran:
     """`padseg run` on the first so many pictures, from loading the model to the last file."""
-    from padseg.selection import Selection
+    from padseg.run.selection import Selection
 
     start = time.perf_counter()
     counts = engine.run(Job(folder, out, batch=batch, device=device, selection=Selection(limit=count)))

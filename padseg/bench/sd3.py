@@ -5,46 +5,28 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
 import torch
 
-from padseg.backbones.source import locate
-from padseg.backbones.source import read_json
+from padseg.backbones.source import locate, read_json
 from padseg.bench import flops
-from padseg.bench.measure import between
-from padseg.bench.measure import finish
-from padseg.bench.measure import fresh
-from padseg.bench.measure import in_place
-from padseg.bench.measure import row
-from padseg.bench.measure import spread
-from padseg.bench.measure import surroundings
-from padseg.bench.model import TINY_VAE
-from padseg.bench.model import make_model
-from padseg.bench.setting import QUIET
-from padseg.bench.setting import Setting
-from padseg.bench.setting import import_libraries
-from padseg.bench.setting import memory
-from padseg.bench.setting import open_backbone
-from padseg.bench.setting import own_side
-from padseg.bench.setting import picture
-from padseg.bench.setting import shared
-from padseg.bench.setting import synchronize
-from padseg.labels import label_map
-from padseg.latents import encode
-from padseg.maps import latent_token_maps
-from padseg.options import Options
-from padseg.proposals import merge
-from padseg.segment import batched
+from padseg.bench.measure import between, finish, fresh, in_place, row, spread, surroundings
+from padseg.bench.model import TINY_VAE, make_model
+from padseg.bench.setting import QUIET, Setting, import_libraries, memory, open_backbone, own_side, picture, shared, synchronize
+from padseg.methods.options import Options
+from padseg.methods.seg4diff import batched
+from padseg.methods.stages.label_map import label_map
+from padseg.methods.stages.latents import encode
+from padseg.methods.stages.proposals import merge
+from padseg.methods.stages.token_maps import latent_token_maps
 from padseg.types import Array
 
 Run = Callable[[int, dict[str, float]], 'Outcome']  # on pictures of this side, noting the seconds of each stage
@@ -147,8 +129,7 @@ def ours(setting: Setting) -> Side:
 
 def reference(setting: Setting) -> Side:
     """The whole pipeline on the same pictures, one at a time."""
-    from padseg.bench.reference import load_pipeline
-    from padseg.bench.reference import segment_obviously
+    from padseg.bench.reference import load_pipeline, segment_obviously
 
     start = time.perf_counter()
     pipeline = load_pipeline(setting.folder, torch.device(setting.device), getattr(torch, setting.dtype))

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 import cv2
 import numpy as np
 import torch
 
-from padseg.backbones import DTYPES
-from padseg.backbones import load
+from padseg.backbones import DTYPES, load
 from padseg.backbones.source import cache_home
-from padseg.bench.measure import output_flags
-from padseg.bench.measure import peak
-from padseg.bench.measure import surface
+from padseg.bench.measure import output_flags, peak, surface
 from padseg.bench.model import SIZES
 from padseg.types import Image
 

@@ -16,21 +16,14 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.utils.logging import set_verbosity_error
 from torch import Tensor
 
-from padseg.backbones import Backbone
-from padseg.backbones import load
-from padseg.bench.measure import CHECKOUT
-from padseg.bench.measure import finish
-from padseg.bench.measure import in_place
-from padseg.bench.measure import output_flags
-from padseg.bench.measure import surroundings
-from padseg.images import find
-from padseg.images import read
-from padseg.maps import token_maps
-from padseg.metrics import region_scores
-from padseg.options import Options
-from padseg.segment import regions
-from padseg.types import Array
-from padseg.types import Image
+from padseg.backbones import Backbone, load
+from padseg.bench.measure import CHECKOUT, finish, in_place, output_flags, surroundings
+from padseg.evaluation.metrics import region_scores
+from padseg.images import find, read
+from padseg.methods.options import Options
+from padseg.methods.seg4diff import regions
+from padseg.methods.stages.token_maps import token_maps
+from padseg.types import Array, Image
 
 ERRORS = (0.05, 0.1, 0.2, 0.5, 1.0)  # standard deviations, in those of the latents
 PLAIN = Options(superpixels=0.0, components=False, min_area=0.0, refine='none')  # refinements would hide what maps do

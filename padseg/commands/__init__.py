@@ -1,1 +1,60 @@
-"""The commands, one a file; each file's `command` is what `padseg <name>` runs and returns its exit code."""
+"""The command line: finds the command, and turns what the user can mend into one line and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from padseg.errors import PadsegError
+from padseg.system.versions import versions
+from padseg.version import __version__
+
+# Modules of padseg.commands, imported when asked for.
+COMMANDS = ('run', 'label', 'merge', 'export', 'eval', 'models', 'doctor')
+INTERRUPTED = 130
+
+
+class Commands(click.Group):
+    """A group whose commands are the modules of COMMANDS."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f'padseg.commands.{cmd_name}').command
+        return command
+
+
+def show_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        libraries = ', '.join(f'{name} {number}' for name, number in versions().items())
+        print(f'padseg {__version__} ({libraries})')
+        ctx.exit()
+
+
+@click.group(cls=Commands, context_settings={'help_option_names': ['-h', '--help'], 'max_content_width': 120})
+@click.option('--version', is_flag=True, is_eager=True, expose_value=False, callback=show_version, help='Show the versions and exit.')
+def group() -> None:
+    """Masks for pictures, from the attention of a diffusion transformer to its padding tokens; and names for masks, to words."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    for library in ('TRANSFORMERS', 'DIFFUSERS'):  # their advice is for programmers; the user's own choice stays
+        os.environ.setdefault(f'{library}_VERBOSITY', 'error')
+    try:
+        return group.main(args=argv, prog_name='padseg', standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return INTERRUPTED
+    except PadsegError as error:
+        print(f'padseg: {error}', file=sys.stderr)
+        return error.exit_code

@@ -22,9 +22,7 @@ def command(model: str, revision: str | None, device: str | None, dtype: str | N
 
     Exit code 0: a run can load the model, from here or from the hub. 4: it cannot, and the last lines say what to do.
     """
-    from padseg.doctor import as_lines
-    from padseg.doctor import as_object
-    from padseg.doctor import examine
+    from padseg.commands.doctor_report import as_lines, as_object, examine
 
     report = examine(model, revision, device, dtype, out)
     print(json.dumps(as_object(report)) if as_json else '\n'.join(as_lines(report)))

@@ -6,34 +6,27 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from padseg.commands.flags import compile_flag, option_flags
 from padseg.commands.run import SOME_FAILED
-from padseg.commands.flags import compile_flag
-from padseg.commands.flags import option_flags
 from padseg.errors import UsageError
-from padseg.options import LabelOptions
-from padseg.options import Options
-from padseg.progress import shown
+from padseg.methods.options import LabelOptions, Options
+from padseg.system.progress import shown
 
 if TYPE_CHECKING:
     from padseg.backbones import Backbone
-    from padseg.benchmark import Job
-    from padseg.benchmark import Report
-    from padseg.datasets import Dataset
-    from padseg.datasets import Sample
+    from padseg.datasets import Dataset, Sample
     from padseg.datasets.check import Check
-    from padseg.predict import NamePredictor
-    from padseg.predict import Predictor
-    from padseg.progress import Progress
-    from padseg.protocols import Protocol
+    from padseg.evaluation.engine import Job, Report
+    from padseg.evaluation.predict import NamePredictor, Predictor
+    from padseg.evaluation.protocols import Protocol
+    from padseg.system.progress import Progress
 
 FOLDER = click.Path(path_type=Path)
 NAMING = 'seg4diff-ovss'  # the protocol that gives a model the names of classes
@@ -88,7 +81,7 @@ def command(ctx: click.Context, /, as_json: bool, quiet: bool, check: bool, **gi
     must_fit_together(given, check)
     if check:
         return show_check(open_named(given), as_json, shown(quiet))
-    from padseg.benchmark import run
+    from padseg.evaluation.engine import run
 
     outcome = run(job_of(ctx, given), shown(quiet))
     report = outcome.report
@@ -115,10 +108,7 @@ def must_fit_together(given: dict[str, Any], check: bool) -> None:
 
 def open_named(given: dict[str, Any], raw_labels: bool = False) -> Dataset:
     """DATASET below --root; flags can say what a padseg.toml would."""
-    from padseg.datasets import FOLDER as OWN
-    from padseg.datasets import Settings
-    from padseg.datasets import open_dataset
-    from padseg.datasets import open_folder
+    from padseg.datasets import FOLDER as OWN, Settings, open_dataset, open_folder
 
     if given['dataset'] == OWN and (given['num_classes'] or given['regions']):  # in place of padseg.toml
         own = Settings(num_classes=given['num_classes'], ignore_index=given['ignore'], background=given['background'])
@@ -128,14 +118,10 @@ def open_named(given: dict[str, Any], raw_labels: bool = False) -> Dataset:
 
 def job_of(ctx: click.Context, given: dict[str, Any]) -> Job:
     """The evaluation that the options ask for."""
-    from padseg.benchmark import Job
     from padseg.datasets import label_folder
-    from padseg.evaluate import Task
-    from padseg.evaluate import paired
-    from padseg.evaluate import stored
-    from padseg.protocols import DEFAULT
-    from padseg.protocols import WARNINGS
-    from padseg.protocols import protocol
+    from padseg.evaluation.engine import Job
+    from padseg.evaluation.evaluate import Task, paired, stored
+    from padseg.evaluation.protocols import DEFAULT, WARNINGS, protocol
 
     name = given['protocol'] or DEFAULT
     whole = given['pred'] and not given['protocol']  # what made the label maps saw the picture as it liked
@@ -182,7 +168,7 @@ def refuse_unused(ctx: click.Context, naming: bool) -> None:
 
 def predictor_of(ctx: click.Context, given: dict[str, Any], rules: Protocol, thresholds: tuple[float, ...]) -> Predictor:
     """The model with the options of the method; the geometry is the protocol's unless it was given."""
-    from padseg.predict import Predictor
+    from padseg.evaluation.predict import Predictor
 
     options = Options(**fields_of(ctx, given, rules, Options))
     return Predictor(loaded(given, options.layer), options, thresholds, given['out'], keep_maps=bool(thresholds))
@@ -190,8 +176,8 @@ def predictor_of(ctx: click.Context, given: dict[str, Any], rules: Protocol, thr
 
 def namer_of(ctx: click.Context, given: dict[str, Any], rules: Protocol, dataset: Dataset) -> NamePredictor:
     """The model with the options of names; --layer and --step are one of --layers and --steps."""
-    from padseg.job import last_layer
-    from padseg.predict import NamePredictor
+    from padseg.evaluation.predict import NamePredictor
+    from padseg.run.job import last_layer
 
     fields = fields_of(ctx, given, rules, LabelOptions)
     for one, several in (('layer', 'layers'), ('step', 'steps')):
@@ -219,8 +205,8 @@ def loaded(given: dict[str, Any], layer: int | None) -> Backbone:
 
 def source_of(predictor: Predictor | NamePredictor) -> dict[str, Any]:
     """The model and settings behind predictions, as scores.json has them."""
-    from padseg.job import plain
-    from padseg.predict import NamePredictor
+    from padseg.evaluation.predict import NamePredictor
+    from padseg.run.job import plain
 
     backbone = predictor.backbone
     dtype = str(backbone.dtype).removeprefix('torch.')
@@ -284,7 +270,7 @@ def watched(samples: Sequence[Sample], progress: Progress) -> Iterator[Sample]:
 
 def check_lines(found: Check) -> list[str]:
     """What the data hold, a line each."""
-    from padseg.evaluate import words
+    from padseg.evaluation.evaluate import words
 
     published = f' of {found.published} published' if found.published else ''
     sizes = [words(size) for size in (found.smallest, found.largest) if size]

@@ -26,7 +26,7 @@ def command(results: Path, format: str, out: Path | None, images: Path | None, a
 
     A picture that cannot be converted is named, and the rest go on (exit code 3). Running it again gives the same bytes.
     """
-    from padseg.convert import convert
+    from padseg.run.convert import convert
 
     converted = convert(results, format, out, images)
     for name, reason in converted.failed.items():

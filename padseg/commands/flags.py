@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import click
 
-from padseg.images import EXIF
-from padseg.images import FRAMES
-from padseg.images import MAX_BYTES
-from padseg.images import MAX_PIXELS
-from padseg.images import Reading
-from padseg.job import ENGINES
-from padseg.options import Options
+from padseg.images import EXIF, FRAMES, MAX_BYTES, MAX_PIXELS, Reading
+from padseg.methods.options import Options
+from padseg.run.job import ENGINES
 
 POSITIVE = click.IntRange(min=1)
 compile_flag = click.option(
@@ -84,7 +79,7 @@ def reading_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def reading(settings: dict[str, Any]) -> Reading:
     """Takes the values of `reading_flags` out of a command's settings. UsageError for what makes no sense."""
-    from padseg.job import rgb
+    from padseg.run.job import rgb
 
     bounds = settings.pop('value_range')
     if bounds and not bounds[0] < bounds[1]:

@@ -10,13 +10,10 @@ from typing import Any
 
 import click
 
-from padseg.commands.flags import job_flags
-from padseg.commands.flags import option_flags
-from padseg.commands.flags import reading_flags
-from padseg.commands.run import as_events
-from padseg.commands.run import start
+from padseg.commands.flags import job_flags, option_flags, reading_flags
+from padseg.commands.run import as_events, start
 from padseg.errors import UsageError
-from padseg.options import LabelOptions
+from padseg.methods.options import LabelOptions
 
 
 @click.command('label')

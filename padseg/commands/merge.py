@@ -10,8 +10,7 @@ import click
 
 from padseg.commands.flags import option_flags
 from padseg.commands.run import report
-from padseg.options import LATER
-from padseg.options import Options
+from padseg.methods.options import LATER, Options
 
 
 @click.command('merge')
@@ -31,13 +30,11 @@ def command(made: Path, source: Path | None, as_json: bool, quiet: bool, **setti
     """
     options = Options(**{name: settings.pop(name) for name in LATER})
 
-    from padseg.engine import run
-    from padseg.errors import NoImages
-    from padseg.errors import UsageError
-    from padseg.job import Job
-    from padseg.job import reading_from
-    from padseg.progress import shown
-    from padseg.records import read_run
+    from padseg.errors import NoImages, UsageError
+    from padseg.run.engine import run
+    from padseg.run.job import Job, reading_from
+    from padseg.run.records import read_run
+    from padseg.system.progress import shown
 
     earlier = read_run(made / 'run.json')
     if earlier is None:

@@ -8,8 +8,7 @@ from typing import Any
 
 import click
 
-from padseg.backbones.spec import BACKBONES
-from padseg.backbones.spec import CARDS
+from padseg.backbones.spec import BACKBONES, CARDS
 from padseg.errors import ModelUnavailable
 
 MEGABYTE = 1_000_000

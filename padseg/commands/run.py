@@ -9,24 +9,17 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from padseg.commands.flags import job_flags
-from padseg.commands.flags import option_flags
-from padseg.commands.flags import reading
-from padseg.commands.flags import reading_flags
+from padseg.commands.flags import job_flags, option_flags, reading, reading_flags
 from padseg.errors import PadsegError
-from padseg.options import Options
-from padseg.progress import EventHandler
-from padseg.progress import Events
-from padseg.progress import event
-from padseg.progress import shown
+from padseg.methods.options import Options
+from padseg.system.progress import EventHandler, Events, event, shown
 
 if TYPE_CHECKING:
-    from padseg.engine import Counts
+    from padseg.run.engine import Counts
 
 SOME_FAILED = 3
 SIGNALLED = 128  # plus the number of the signal, as shells have it
@@ -58,12 +51,10 @@ def command(folders: tuple[Path, ...], collect: bool, log_json: bool, **settings
 
 def start(log_json: bool, as_json: bool, no_progress: bool, quiet: bool, dry_run: bool, **settings: Any) -> int:
     """Run the job that the flags describe, or with dry_run print what it would work on."""
-    from padseg.engine import choose
-    from padseg.engine import plan
-    from padseg.engine import run
-    from padseg.job import Job
-    from padseg.selection import Selection
-    from padseg.selection import parse_shard
+    from padseg.run.engine import run
+    from padseg.run.job import Job
+    from padseg.run.plan import choose, plan
+    from padseg.run.selection import Selection, parse_shard
 
     shard = parse_shard(settings.pop('shard'))
     selection = Selection(settings.pop('include'), settings.pop('exclude'), shard, settings.pop('limit'))
@@ -78,7 +69,7 @@ def start(log_json: bool, as_json: bool, no_progress: bool, quiet: bool, dry_run
 
 def join(folders: tuple[Path, ...], log_json: bool, out: Path, coco: bool, quiet: bool, as_json: bool, **unused: Any) -> int:
     """Collect what shards did, in these folders or in OUT."""
-    from padseg.collect import collect
+    from padseg.run.collect import collect
 
     given = click.get_current_context().get_parameter_source('out') is not click.core.ParameterSource.DEFAULT
     if len(folders) > 1 and not given:

@@ -4,26 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from padseg.datasets.base import VOID
-from padseg.datasets.base import LayoutError
-from padseg.datasets.base import Sample
+from padseg.datasets.base import VOID, LayoutError, Sample
 from padseg.datasets.dataset import Dataset
-from padseg.datasets.layouts import find_place
-from padseg.datasets.layouts import picture_name
-from padseg.datasets.layouts import samples
-from padseg.datasets.own import DEFAULT_SPLIT
-from padseg.datasets.own import Settings
-from padseg.datasets.own import label_folder
-from padseg.datasets.own import open_folder
-from padseg.datasets.own import read_settings
-from padseg.datasets.rows import DATASETS
-from padseg.datasets.rows import FOLDER
-from padseg.datasets.tables import background_class
-from padseg.datasets.tables import class_names
-from padseg.datasets.tables import class_table
-from padseg.datasets.tables import facts
-from padseg.errors import UnreadableLabels
-from padseg.errors import UsageError
+from padseg.datasets.layouts import find_place, picture_name, samples
+from padseg.datasets.own import DEFAULT_SPLIT, Settings, label_folder, open_folder, read_settings
+from padseg.datasets.rows import DATASETS, FOLDER
+from padseg.datasets.tables import background_class, class_names, class_table, facts
+from padseg.errors import UnreadableLabels, UsageError
 
 __all__ = (
     'DATASETS',

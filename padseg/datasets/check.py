@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from padseg import images
-from padseg.datasets.base import VOID
-from padseg.datasets.base import Sample
+from padseg.datasets.base import VOID, Sample
 from padseg.datasets.dataset import Dataset
-from padseg.datasets.tables import UNDECLARED
-from padseg.datasets.tables import histogram
+from padseg.datasets.tables import UNDECLARED, histogram
 from padseg.errors import UnreadableLabels
 
 IGNORED = 'ignored'

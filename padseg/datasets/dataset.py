@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from padseg.datasets.base import Sample
 from padseg.datasets.readers import READERS
-from padseg.datasets.tables import LISTED
-from padseg.datasets.tables import UNDECLARED
-from padseg.datasets.tables import Table
-from padseg.datasets.tables import declared
-from padseg.datasets.tables import histogram
-from padseg.datasets.tables import histogram_text
-from padseg.datasets.tables import look_up
+from padseg.datasets.tables import LISTED, UNDECLARED, Table, declared, histogram, histogram_text, look_up
 from padseg.errors import UsageError
 
 if TYPE_CHECKING:

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from collections.abc import Collection
-from collections.abc import Container
-from collections.abc import Iterable
-from collections.abc import Iterator
-from pathlib import Path
-from pathlib import PurePosixPath
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from padseg import images
-from padseg.datasets.base import Layout
-from padseg.datasets.base import LayoutError
-from padseg.datasets.base import Sample
-from padseg.datasets.base import Split
-from padseg.datasets.base import some
+from padseg.datasets.base import Layout, LayoutError, Sample, Split, some
 from padseg.datasets.readers import detail_paintings
 from padseg.datasets.tables import listed_names
 

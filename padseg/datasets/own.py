@@ -5,32 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Container
 from pathlib import Path
-from typing import Annotated
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel
-from pydantic import ConfigDict
-from pydantic import Field
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from padseg.datasets.base import VOID
-from padseg.datasets.base import Layout
-from padseg.datasets.base import LayoutError
-from padseg.datasets.base import Sample
-from padseg.datasets.base import Split
+from padseg.datasets.base import VOID, Layout, LayoutError, Sample, Split
 from padseg.datasets.dataset import Dataset
-from padseg.datasets.layouts import by_annotator
-from padseg.datasets.layouts import files
-from padseg.datasets.layouts import find_place
-from padseg.datasets.layouts import in_split
-from padseg.datasets.layouts import picture_name
-from padseg.datasets.layouts import samples
-from padseg.datasets.layouts import unique
-from padseg.datasets.rows import DATASETS
-from padseg.datasets.rows import FOLDER
-from padseg.datasets.tables import DENSE
-from padseg.datasets.tables import UNDECLARED
-from padseg.datasets.tables import Table
+from padseg.datasets.layouts import by_annotator, files, find_place, in_split, picture_name, samples, unique
+from padseg.datasets.rows import DATASETS, FOLDER
+from padseg.datasets.tables import DENSE, UNDECLARED, Table
 from padseg.errors import UsageError
 
 if sys.version_info >= (3, 11):

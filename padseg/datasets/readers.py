@@ -8,18 +8,13 @@ import struct
 import warnings
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
-from typing import Any
-from typing import NamedTuple
-from typing import NoReturn
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 
 from padseg.datasets.base import Sample
 from padseg.errors import UnreadableLabels
-from padseg.exports.png import png_pixels
-from padseg.exports.png import read_label_map
+from padseg.exports.png import png_pixels, read_label_map
 from padseg.images import DAMAGE
 
 if TYPE_CHECKING:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from padseg.datasets.base import Layout
-from padseg.datasets.base import Row
-from padseg.datasets.base import Split
+from padseg.datasets.base import Layout, Row, Split
 
 OTHER_ENCODINGS = ('_labelTrainIds.png', '_instanceTrainIds.png')  # made by tools, beside the original files
 

@@ -6,13 +6,11 @@ import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from padseg.datasets.base import VOID
-from padseg.datasets.base import Row
+from padseg.datasets.base import VOID, Row
 
 if TYPE_CHECKING:
     from padseg.types import Array

@@ -7,29 +7,16 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from padseg.errors import UsageError
-from padseg.exports import coco
-from padseg.exports import cvat
-from padseg.exports import imagefolder
-from padseg.exports import labelme
-from padseg.exports import labelstudio
-from padseg.exports import masks
-from padseg.exports import overlay
-from padseg.exports import panoptic
-from padseg.exports import png
-from padseg.exports.masks import read_masks
-from padseg.exports.masks import write_masks
-from padseg.exports.png import read_label_map
-from padseg.exports.png import write_label_map
-from padseg.exports.regions import Add
-from padseg.exports.regions import Place
+from padseg.exports import coco, cvat, imagefolder, labelme, labelstudio, masks, overlay, panoptic, png
+from padseg.exports.masks import read_masks, write_masks
+from padseg.exports.png import read_label_map, write_label_map
+from padseg.exports.regions import Add, Place
 
 if TYPE_CHECKING:
-    from padseg.types import Image
-    from padseg.types import LabelMap
+    from padseg.types import Image, LabelMap
 
 __all__ = ['CONVERTERS', 'FORMATS', 'export', 'read_label_map', 'read_masks', 'write_label_map', 'write_masks']
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from padseg.exports.colours import voc_colours
-from padseg.exports.files import atomic
+from padseg.system.files import atomic
 
 
 def write_classes(names: Sequence[str], path: Path) -> None:

@@ -5,21 +5,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pycocotools import mask
 
-from padseg.exports.files import atomic
-from padseg.exports.regions import Add
-from padseg.exports.regions import Picture
-from padseg.exports.regions import Place
-from padseg.exports.regions import Region
-from padseg.exports.regions import regions
+from padseg.exports.regions import Add, Picture, Place, Region, regions
+from padseg.system.files import atomic
 
 FOLDER = 'coco'
 PARTS: tuple[str, ...] = ()

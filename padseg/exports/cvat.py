@@ -6,18 +6,13 @@ import contextlib
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
-from xml.sax.saxutils import escape
-from xml.sax.saxutils import quoteattr
+from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 
-from padseg.exports.files import atomic
-from padseg.exports.regions import Add
-from padseg.exports.regions import Picture
-from padseg.exports.regions import Place
-from padseg.exports.regions import Region
-from padseg.exports.regions import regions
+from padseg.exports.regions import Add, Picture, Place, Region, regions
 from padseg.images import ImageError
+from padseg.system.files import atomic
 
 if TYPE_CHECKING:
     from padseg.types import Array

@@ -6,24 +6,17 @@ import contextlib
 import csv
 import hashlib
 import json
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import cv2
 
 from padseg.errors import UnreadableLabels
-from padseg.exports.files import atomic
 from padseg.exports.png import write_label_map
-from padseg.exports.regions import Add
-from padseg.exports.regions import Picture
-from padseg.exports.regions import Place
-from padseg.images import ImageError
-from padseg.images import contents
-from padseg.images import decode
-from padseg.images import file_and_frame
-from padseg.types import Image
-from padseg.types import LabelMap
+from padseg.exports.regions import Add, Picture, Place
+from padseg.images import ImageError, contents, decode, file_and_frame
+from padseg.system.files import atomic
+from padseg.types import Image, LabelMap
 
 FOLDER = 'hf-imagefolder'
 PARTS: tuple[str, ...] = ('images', 'labels')

@@ -7,8 +7,7 @@ import collections
 import contextlib
 import json
 import os
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -16,12 +15,8 @@ import cv2
 import numpy as np
 
 from padseg.errors import UnreadableLabels
-from padseg.exports.files import atomic
-from padseg.exports.regions import Add
-from padseg.exports.regions import Picture
-from padseg.exports.regions import Place
-from padseg.exports.regions import Region
-from padseg.exports.regions import regions
+from padseg.exports.regions import Add, Picture, Place, Region, regions
+from padseg.system.files import atomic
 
 FOLDER = 'labelme'
 PARTS: tuple[str, ...] = ('',)

@@ -9,19 +9,13 @@ import os
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import quoteattr
 
-from padseg.exports.cvat import in_xml
-from padseg.exports.cvat import run_lengths
-from padseg.exports.files import atomic
-from padseg.exports.regions import Add
-from padseg.exports.regions import Picture
-from padseg.exports.regions import Place
-from padseg.exports.regions import Region
-from padseg.exports.regions import regions
+from padseg.exports.cvat import in_xml, run_lengths
+from padseg.exports.regions import Add, Picture, Place, Region, regions
 from padseg.images import ImageError
+from padseg.system.files import atomic
 
 if TYPE_CHECKING:
     from padseg.types import Array

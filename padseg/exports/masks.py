@@ -5,20 +5,17 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 
 from padseg.errors import UsageError
-from padseg.exports.files import atomic
 from padseg.exports.png import read_label_map
+from padseg.system.files import atomic
 
 if TYPE_CHECKING:
-    from padseg.types import Array
-    from padseg.types import Image
-    from padseg.types import LabelMap
+    from padseg.types import Array, Image, LabelMap
 
 SUFFIX = ''
 BOX = ('bbox_x0', 'bbox_y0', 'bbox_w', 'bbox_h')

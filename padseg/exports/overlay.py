@@ -8,18 +8,15 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 import PIL.Image
-from PIL import ImageDraw
-from PIL import ImageFont
+from PIL import ImageDraw, ImageFont
 
 from padseg.errors import UsageError
 from padseg.exports.colours import voc_colours
-from padseg.exports.files import atomic
 from padseg.images import ImageError
+from padseg.system.files import atomic
 
 if TYPE_CHECKING:
-    from padseg.types import Array
-    from padseg.types import Image
-    from padseg.types import LabelMap
+    from padseg.types import Array, Image, LabelMap
 
 SUFFIX = '.jpg'
 QUALITY = 90

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 
-from padseg.exports.coco import annotated
-from padseg.exports.coco import categories
+from padseg.exports.coco import annotated, categories
 from padseg.exports.colours import voc_colours
-from padseg.exports.files import atomic
-from padseg.exports.regions import Add
-from padseg.exports.regions import Picture
-from padseg.exports.regions import Place
-from padseg.exports.regions import Region
-from padseg.exports.regions import regions
+from padseg.exports.regions import Add, Picture, Place, Region, regions
+from padseg.system.files import atomic
 
 if TYPE_CHECKING:
     from padseg.types import Array

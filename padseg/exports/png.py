@@ -12,13 +12,11 @@ import PIL.Image
 
 from padseg.errors import UnreadableLabels
 from padseg.exports.colours import voc_colours
-from padseg.exports.files import atomic
 from padseg.images import DAMAGE
+from padseg.system.files import atomic
 
 if TYPE_CHECKING:
-    from padseg.types import Array
-    from padseg.types import Image
-    from padseg.types import LabelMap
+    from padseg.types import Array, Image, LabelMap
 
 SUFFIX = '.png'
 INDEXED = ('P', 'L', '1', 'I;16', 'I')

@@ -1,0 +1,124 @@
+"""Whether a model can be loaded, from here or from the hub, and the memory that it takes."""
+
+from __future__ import annotations
+
+import math
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from padseg.backbones import family_of
+from padseg.backbones.loading import check
+from padseg.backbones.null_prompt import prompt_is_cached
+from padseg.backbones.parts import choose_dtype, tensors_needed
+from padseg.backbones.source import (
+    MAIN,
+    MAIN_PARTS,
+    TEXT,
+    TEXT_PARTS,
+    Source,
+    hub_errors,
+    locate,
+    named,
+    no_layout,
+    refusal,
+    tensor_shapes,
+    weight_files,
+)
+from padseg.errors import ModelUnavailable
+from padseg.system.disk import human
+
+SECONDS = 10  # for an answer of the hub
+READY = 'ready'
+DOWNLOADABLE = 'not downloaded'
+ABSENT = ('offline and not cached', 'incomplete')  # what a download mends
+
+
+class State(NamedTuple):
+    """Whether a model can be loaded. message: one line with the remedy; folder: None unless it is here; download: bytes if known."""
+
+    state: str
+    message: str
+    folder: str | None = None
+    commit: str | None = None
+    download: int | None = None
+
+    @property
+    def usable(self) -> bool:
+        return self.state in (READY, DOWNLOADABLE)
+
+
+class Memory(NamedTuple):
+    """Bytes that the weights take, by reckoning from their shapes: on the device, and in the computer's memory while loading."""
+
+    device: int
+    host: int
+
+
+def model_state(model: str, revision: str | None = None) -> tuple[State, Source | None]:
+    """What `load` would meet, in its words; and the model if it is here. The hub is asked only about files that are not here."""
+    source = None
+    try:
+        source = locate(model, revision, fetch=False)
+        check(family_of(source.spec), source)
+    except ModelUnavailable as error:
+        here = State(error.state, str(error))
+        spec, wanted = named(model, revision)
+        if error.state not in ABSENT or Path(spec.repo).exists() or not on_hub(spec.repo):
+            return here, None
+        return ask_hub(spec.repo, wanted, here), None
+    return State(READY, 'all files are here; it loads without a network', str(source.folder), source.commit), source
+
+
+def on_hub(repo: str) -> bool:
+    """Whether this could be a repository of the hub, and the hub may be asked."""
+    from huggingface_hub import is_offline_mode
+
+    return not Path(repo).is_absolute() and not is_offline_mode()
+
+
+def ask_hub(repo: str, revision: str | None, here: State) -> State:
+    """Whether the files could be downloaded now, asked as a download asks; `here` if the hub does not know better."""
+    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    try:
+        info = HfApi().model_info(repo, revision=revision, timeout=SECONDS, files_metadata=True)
+        wanted = {file.rfilename: file.size for file in info.siblings or () if any(fnmatch(file.rfilename, glob) for glob in MAIN + TEXT)}
+        if 'transformer/config.json' not in wanted:
+            other = no_layout(repo)
+            return State(other.state, str(other))
+        # of a gated repository the list can be read by everybody, the weights only with access
+        probe = next((name for name in wanted if name.endswith('.safetensors')), 'transformer/config.json')
+        get_hf_file_metadata(hf_hub_url(repo, probe, revision=info.sha), timeout=SECONDS)
+    except hub_errors() as error:
+        refused = refusal(repo, revision, error)
+        if not isinstance(refused, ModelUnavailable):
+            raise refused from error
+        return here if here.state == 'incomplete' and refused.state in ABSENT else State(refused.state, str(refused))
+    absent = [name for name in wanted if not isinstance(try_to_load_from_cache(repo, name, revision=info.sha), str)]
+    sizes = [wanted[name] for name in absent]
+    total = None if None in sizes else sum(size or 0 for size in sizes)
+    amount = f'{len(absent)} files' if total is None else f'{len(absent)} files, {human(total)}'
+    return State(DOWNLOADABLE, f'the hub grants it: the first run downloads {amount}', commit=info.sha, download=total)
+
+
+def chosen_dtype(place: torch.device, source: Source | None) -> str:
+    """Name of the dtype that `load` chooses."""
+    paths = weight_files(source.folder, MAIN_PARTS) if source else []
+    return str(choose_dtype(place, sum(path.stat().st_size for path in paths))).removeprefix('torch.')
+
+
+def reckon(source: Source, place: torch.device, dtype: str) -> Memory:
+    """The weights alone. On another device they pass through the computer's memory part by part; text encoders stay there."""
+    family, size = family_of(source.spec), getattr(torch, dtype).itemsize
+    parts = [size * sum(map(math.prod, tensors_needed(family, source, part).values())) for part in ('transformer', 'vae')]
+    prompt = 0 if prompt_is_cached(source) else family.TEXT_DTYPE.itemsize * parameters(source.folder, TEXT_PARTS)
+    if place.type == 'cpu':
+        return Memory(sum(parts), sum(parts) + prompt)
+    return Memory(sum(parts), max(*parts, prompt))
+
+
+def parameters(folder: Path, parts: tuple[str, ...]) -> int:
+    return sum(math.prod(shape) for path in weight_files(folder, parts) for shape in tensor_shapes(path).values())

@@ -1,0 +1,203 @@
+"""Predictions against the ground truth of a data set, one picture at a time: stored label maps, or a model's."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from padseg.datasets import Dataset, Sample, label_folder, picture_name
+from padseg.datasets.base import some
+from padseg.errors import NoImages, UnreadableLabels, UsageError
+from padseg.evaluation.protocols import DEFAULT, Classes, Protocol, nearest, protocol, scored_classes, seen, seen_prediction, view
+from padseg.evaluation.scores import Picture, Result, Totals, score_classes, score_regions
+from padseg.exports.png import read_label_map
+from padseg.images import ImageError, read
+
+if TYPE_CHECKING:
+    from padseg.evaluation.predict import NamePredictor, Predictor
+    from padseg.types import Array, Image
+
+CHUNK = 8  # pictures that a worker takes at once
+
+
+class Task(NamedTuple):
+    """What is scored. preds: stored label maps by picture name; resize: bring those of another size to the ground truth's."""
+
+    dataset: Dataset
+    rules: Protocol
+    preds: Mapping[str, Path] = {}
+    resize: bool = False
+
+    @property
+    def classes(self) -> Classes:
+        return scored_classes(self.dataset.classes, self.dataset.background, self.rules)
+
+
+def evaluate(
+    pred: str | Path,
+    labels: str | Path,
+    num_classes: int | None = None,
+    ignore: int | None = 255,
+    background: int | None = None,
+    rules: Protocol | None = None,
+    resize: bool = False,
+    allow_missing: bool = False,
+) -> Result:
+    """Score the label maps below `pred` against those below `labels`; without `num_classes`, as partitions without classes.
+
+    A label map a.jpg.png or a.png belongs to the truth a.png; for partitions also to a_0.png, a_1.png, … of several annotators.
+    rules: a protocol of `padseg.protocols`; by default the whole picture is compared and the rest is as in Seg4Diff's paper.
+    background: the class that protocols treat as background. Pictures that cannot be read are counted as failed and left out.
+    Raises NoImages if a picture has no partner (unless `allow_missing`), UsageError for a prediction of another size (unless
+    `resize`) and for ground truth outside 0..num_classes-1 other than `ignore`.
+    """
+    rules = rules or protocol(DEFAULT, compare='native')
+    preds = stored(Path(pred))
+    dataset = label_folder(Path(labels), num_classes, ignore, background, pictures=preds)
+    dataset, preds = paired(dataset, preds, allow_missing)
+    task = Task(dataset, rules, preds, resize)
+    totals = Totals(task.classes, rules)
+    for picture in score_stored(task, dataset.samples):
+        totals.add(picture)
+    return totals.result()
+
+
+def score_stored(task: Task, samples: Iterable[Sample], workers: int = 1) -> Iterator[Picture]:
+    """Records of pictures with stored label maps, in their order, by one or several processes."""
+    if workers == 1:
+        yield from (score_sample(task, sample) for sample in samples)
+        return
+    # light processes of their own: torch, if this process has it, is not theirs
+    context = multiprocessing.get_context('spawn')
+    light = task._replace(dataset=task.dataset._replace(samples=()), preds={})
+    pairs = [(sample, {sample.name: task.preds[sample.name]}) for sample in samples]
+    with ProcessPoolExecutor(workers, context) as pool:
+        yield from pool.map(partial(score_pair, light), pairs, chunksize=CHUNK)
+
+
+def score_pair(task: Task, pair: tuple[Sample, dict[str, Path]]) -> Picture:
+    sample, preds = pair
+    return score_sample(task._replace(preds=preds), sample)
+
+
+def score_sample(task: Task, sample: Sample, predictor: Predictor | NamePredictor | None = None) -> Picture:
+    """The record of one picture, from its stored label map or from the predictor; a file that cannot be read makes it a failed one."""
+    stamp = stamp_of(*sample.truths, sample.image if predictor else task.preds[sample.name])
+    try:
+        truths = task.dataset.read(sample)  # (H, W) each
+        size = size_of(sample, truths)
+        source = picture(sample, size) if predictor else stored_map(task, sample, size)
+    except (ImageError, UnreadableLabels, OSError) as error:
+        return Picture(name=sample.name, stamp=stamp, status='failed', reason=str(error))
+    where = view(size, task.rules.compare)
+    preds = predictor(sample.name, source, where, present(task, sample, truths)) if predictor else [seen_prediction(source, where)]
+    if task.dataset.classes:
+        record = score_classes(sample.name, preds[0], seen(classes_of(task, sample, truths[0]), where), task.classes, task.rules)
+    else:
+        record = score_regions(sample.name, preds, [seen(truth, where) for truth in truths])
+    return record.model_copy(update={'stamp': stamp})
+
+
+def present(task: Task, sample: Sample, truths: Sequence[Array]) -> list[int]:
+    """The classes that a ground truth still has when it is reduced to a short edge of 640 pixels, as Seg4Diff's released code sees it."""
+    if not task.dataset.classes:
+        return []
+    classes = classes_of(task, sample, truths[0])
+    reduced = seen(classes, view(classes.shape, 'short-640'))
+    return [number for number in np.unique(reduced).tolist() if number >= 0]
+
+
+def classes_of(task: Task, sample: Sample, raw: Array) -> Array:
+    """Raw values as classes and VOID. UsageError names the file whose values are none of the data set's."""
+    try:
+        return task.dataset.to_classes(raw)
+    except UsageError as error:
+        raise UsageError(f'{sample.truths[0]}: {error}') from error
+
+
+def stamp_of(*paths: Path | None) -> str:
+    """Size and time of change of files: another stamp means that they are to be read again."""
+    marks = []
+    for path in paths:
+        try:
+            found = path.stat() if path else None
+        except OSError:
+            found = None
+        marks.append(f'{found.st_size}:{found.st_mtime_ns}' if found else '-')
+    return ' '.join(marks)
+
+
+def picture(sample: Sample, size: tuple[int, int]) -> Image:
+    """The sample's picture (H, W, 3). UsageError if the ground truth is of another size."""
+    if sample.image is None:
+        raise UsageError(f'there is no picture for {sample.name}: give label maps with --pred')
+    image = read(sample.image)
+    if image.shape[:2] != size:
+        raise UsageError(f'{sample.image} is {words(image.shape)}, but its ground truth {sample.truths[0]} is {words(size)}')
+    return image
+
+
+def size_of(sample: Sample, truths: Sequence[Array]) -> tuple[int, int]:
+    """Height and width of a picture's ground truths. UsageError if they differ."""
+    first, *others = (truth.shape for truth in truths)
+    for other in others:
+        if other != first:
+            raise UsageError(f'the ground truths of {sample.name} are {words(first)} and {words(other)}')
+    return first
+
+
+def stored_map(task: Task, sample: Sample, size: tuple[int, int]) -> Array:
+    path = task.preds[sample.name]
+    return fitting(read_label_map(path), size, path, task.resize)
+
+
+def fitting(pred: Array, size: tuple[int, int], path: Path, resize: bool) -> Array:
+    """A prediction at the ground truth's size (H, W). UsageError if it has another and is not to be resized."""
+    if pred.shape == size:
+        return pred
+    if not resize:
+        raise UsageError(f'{path} is {words(pred.shape)}, its ground truth {words(size)}: --resize brings it to that size')
+    return pred[nearest(pred.shape[0], size[0])[:, None], nearest(pred.shape[1], size[1])]
+
+
+def words(size: tuple[int, ...]) -> str:
+    return f'{size[1]} x {size[0]} (width x height)'
+
+
+def stored(folder: Path) -> dict[str, Path]:
+    """Label maps below a folder by their picture's name: b/a.jpg.png and b/a.png are b/a. NoImages if there is none, or two for one."""
+    preds: dict[str, Path] = {}
+    for path in sorted(path for path in folder.rglob('*.png') if path.is_file() and path.name[0] != '.'):
+        name = picture_name(path.relative_to(folder))
+        if name in preds:
+            raise NoImages(f'two label maps for {name}: {preds[name]} and {path}')
+        preds[name] = path
+    if not preds:
+        raise NoImages(f'there are no PNG files in {folder}')
+    return preds
+
+
+def paired(dataset: Dataset, preds: dict[str, Path], allow_missing: bool) -> tuple[Dataset, dict[str, Path]]:
+    """The samples that have a label map, and the label maps that have a sample. NoImages names the others unless they may be missing."""
+    names = {sample.name for sample in dataset.samples}
+    if not allow_missing:
+        require_none('no label map for', names - preds.keys())
+        require_none('no ground truth for', preds.keys() - names)
+    samples = tuple(sample for sample in dataset.samples if sample.name in preds)
+    if not samples:
+        raise NoImages(
+            f'no label map is named as a ground truth of {dataset.root}: {some(sorted(preds))} there, {some(sorted(names))} here'
+        )
+    return dataset._replace(samples=samples), {sample.name: preds[sample.name] for sample in samples}
+
+
+def require_none(what: str, names: Iterable[str]) -> None:
+    names = sorted(names)
+    if names:
+        raise NoImages(f'{what} {some(names)}: --allow-missing scores the others')

@@ -1,0 +1,241 @@
+"""How well two label maps agree. Every measure starts from their contingency table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+if TYPE_CHECKING:
+    from padseg.types import Array
+
+
+DENSE = 1 << 16  # ids below which a table of all ids is quicker than filling run by run
+BLOCK = 1 << 16  # pixels counted at once: what is in between stays in the cache and asks for no fresh memory
+
+
+class ClassCounts(NamedTuple):
+    """Pixels of each class after matching, (num_classes,) int64 each; total: the valid pixels. Counts of pictures add up.
+
+    spilled: those false positives whose region has no pixel of the class it was matched with; which class that is depends on how
+    regions are numbered.
+    """
+
+    true_positive: Array
+    false_positive: Array
+    false_negative: Array
+    spilled: Array
+    total: int
+
+    @classmethod
+    def none(cls, num_classes: int) -> ClassCounts:
+        zero = np.zeros(num_classes, np.int64)
+        return cls(zero, zero, zero, zero, 0)
+
+    def plus(self, other: ClassCounts) -> ClassCounts:
+        return ClassCounts(
+            self.true_positive + other.true_positive,
+            self.false_positive + other.false_positive,
+            self.false_negative + other.false_negative,
+            self.spilled + other.spilled,
+            self.total + other.total,
+        )
+
+
+class ClassScores(NamedTuple):
+    """Shares in 0..1. iou, class_accuracy: one a class, nan where it does not count.
+
+    miou_order_free leaves out the false positives of regions matched with a class they do not touch, so that it does not depend on
+    how regions are numbered (but for equal overlaps).
+    """
+
+    accuracy: float
+    mean_accuracy: float
+    miou: float
+    miou_order_free: float
+    iou: tuple[float, ...]
+    class_accuracy: tuple[float, ...]
+
+
+class RegionScores(NamedTuple):
+    """Agreement of two partitions: covering and probabilistic Rand index in 0..1, variation of information in bits, regions predicted."""
+
+    covering: float
+    pri: float
+    vi: float
+    regions: float
+
+
+def contingency(a: Array, b: Array) -> Array:
+    """Pixels that have the i-th id of `a` and the j-th id of `b`, ids in order of first appearance: (ids of a, ids of b) int64."""
+    check(a, b)
+    a, b = numbered(a), numbered(b)
+    return tally(a, b, int(a.max()) + 1, int(b.max()) + 1)
+
+
+def class_table(truth: Array, pred: Array, num_classes: int, compacted: bool = True) -> Array:
+    """Pixels of each class in each region: (num_classes, regions) int64. Pixels with a truth outside 0..num_classes-1 do not count.
+
+    Columns are regions in order of first appearance, or, not compacted, the ids 0..max themselves. Raises ValueError for label maps
+    that are of different sizes, no integers, or predictions below 0.
+    """
+    check(pred, truth)
+    if pred.min() < 0:
+        raise ValueError(f'regions are numbers >= 0; got {pred.min()}')
+    if truth.min() < -1 or truth.max() >= num_classes:
+        truth = np.where((truth >= 0) & (truth < num_classes), truth.astype(np.int64), -1)
+    regions = numbered(pred) if compacted else pred
+    low = min(int(truth.min()), 0)
+    return tally(truth, regions, num_classes, int(regions.max()) + 1, low)[-low:]
+
+
+def tally(rows: Array, columns: Array, height: int, width: int, low: int = 0) -> Array:
+    """How often each pair of numbers occurs: integers low..height-1 and 0..width-1 of one shape -> (height - low, width) int64."""
+    counts = np.zeros((height - low) * width, np.int64)
+    rows, columns = rows.ravel(), columns.ravel()
+    for start in range(0, rows.size, BLOCK):
+        index = rows[start : start + BLOCK].astype(np.int64)
+        index -= low
+        index *= width
+        index += columns[start : start + BLOCK]
+        counts += np.bincount(index, minlength=len(counts))
+    return counts.reshape(height - low, width)
+
+
+def runs(flat: Array) -> Array:
+    """Where runs of one id start, the only places where an id can appear first: (N,) -> (R,)."""
+    return np.append(0, np.flatnonzero(flat[1:] != flat[:-1]) + 1)
+
+
+def count_ids(labels: Array) -> int:
+    """How many different ids there are."""
+    flat = labels.ravel()
+    return len(np.unique(flat[runs(flat)]))
+
+
+def compact(labels: Array) -> Array:
+    """Ids renumbered 0..K-1 in order of first appearance, row by row, int64; the shape stays."""
+    return numbered(labels).astype(np.int64)
+
+
+def numbered(labels: Array) -> Array:
+    """As compact, in the smallest type that holds the numbers."""
+    flat = labels.ravel()
+    starts = runs(flat)
+    ids, first, of_run = np.unique(flat[starts], return_index=True, return_inverse=True)
+    number = first.argsort().argsort().astype(np.min_scalar_type(len(ids)))  # of each id, ascending
+    if ids[0] < 0 or ids[-1] >= DENSE:
+        return np.repeat(number[of_run], np.diff(np.append(starts, flat.size))).reshape(labels.shape)
+    table = np.zeros(int(ids[-1]) + 1, number.dtype)
+    table[ids] = number
+    return table.take(flat).reshape(labels.shape)
+
+
+def match(table: Array) -> Array:
+    """The column that each row gets so that one-to-one matches hold the most pixels: (rows, columns >= rows) -> (rows,) (SciPy)."""
+    return np.asarray(linear_sum_assignment(table, maximize=True)[1])
+
+
+def widened(table: Array) -> Array:
+    """Empty columns added until there are as many as rows, so that every class gets one."""
+    return np.pad(table, ((0, 0), (0, max(0, table.shape[0] - table.shape[1]))))
+
+
+def counts_of(table: Array, column: Array) -> ClassCounts:
+    """Counts when class g is given the region column[g]: (classes, regions) and (classes,)."""
+    hit = table[np.arange(len(table)), column]
+    wrong = table.sum(0)[column] - hit
+    return ClassCounts(hit, wrong, table.sum(1) - hit, np.where(hit > 0, 0, wrong), int(table.sum()))
+
+
+def hungarian_counts(pred: Array, truth: Array, num_classes: int, compacted: bool = True) -> ClassCounts:
+    """Match regions to classes one to one so that the most pixels agree, for one picture (DiffSeg, Sec. 4.1).
+
+    Pixels whose truth is outside 0..num_classes-1 do not count. Absent classes take part in the matching, so surplus regions may
+    be charged to them; which one is a tie that depends on numbering, hence regions are compacted first unless told otherwise.
+    """
+    table = widened(class_table(truth, pred, num_classes, compacted))
+    return counts_of(table, match(table))
+
+
+def merge_background(table: Array, background: int) -> Array:
+    """DiffCut's many-to-one rule: (classes, regions) -> (classes, regions + 1), the last column holding all that became background.
+
+    The other classes are matched first, without the background's pixels. A class is kept if any region that was matched with a class
+    has a pixel of it; the regions of kept classes stay, all others are merged. The truth takes part, so this is an oracle.
+    """
+    objects = widened(np.delete(table, background, 0))
+    column = match(objects)
+    kept = column[objects[:, column].any(1)]
+    rest = np.setdiff1d(np.arange(table.shape[1]), kept)
+    merged = np.hstack([table, table[:, rest].sum(1, keepdims=True)])
+    merged[:, rest] = 0
+    return merged
+
+
+def class_scores(counts: ClassCounts, absent: str = 'unless-predicted') -> ClassScores:
+    """Scores from counts summed over a data set.
+
+    absent: which classes without a true pixel are in the means: `unless-predicted`, none but those with false positives (DiffSeg);
+    `left-out`, none (detectron2); `zero`, all, as 0 (GoCA, whose denominators also carry 1e-8).
+    """
+    present = counts.true_positive + counts.false_negative
+    union = present + counts.false_positive
+    if absent == 'zero':
+        iou = counts.true_positive / (union + 1e-8)
+        recall = counts.true_positive / (present + 1e-8)
+        free = iou
+    else:
+        iou, recall = ratio(counts.true_positive, union), ratio(counts.true_positive, present)
+        free = ratio(counts.true_positive, union - counts.spilled)
+        if absent == 'left-out':
+            iou = np.where(present > 0, iou, np.nan)
+    accuracy = counts.true_positive.sum() / counts.total if counts.total else float('nan')
+    return ClassScores(float(accuracy), mean(recall), mean(iou), mean(free), tuple(iou.tolist()), tuple(recall.tolist()))
+
+
+def ratio(part: Array, whole: Array) -> Array:
+    """part / whole, nan where both are 0."""
+    with np.errstate(invalid='ignore'):
+        return np.true_divide(part, whole)
+
+
+def mean(values: Array) -> float:
+    """The mean of those that are not nan; nan if there is none."""
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else float('nan')
+
+
+def region_scores(truth: Array, pred: Array) -> RegionScores:
+    """Compare two partitions (H, W). Only `covering` depends on which one is the truth: its regions are the ones covered."""
+    table = contingency(truth, pred).astype(np.float64)  # (truth regions, predicted regions)
+    pixels, rows, columns = table.sum(), table.sum(1), table.sum(0)
+    iou = table / (rows[:, None] + columns[None, :] - table)
+    pairs = two_of(pixels)
+    # Pairs that are together in exactly one of the two partitions disagree.
+    apart = two_of(rows).sum() + two_of(columns).sum() - 2 * two_of(table).sum()
+    return RegionScores(
+        covering=float((iou.max(1) * rows).sum() / pixels),
+        pri=float(1 - apart / pairs) if pairs else 1.0,
+        vi=2 * entropy(table / pixels) - entropy(rows / pixels) - entropy(columns / pixels),
+        regions=float(len(columns)),
+    )
+
+
+def two_of(count: Array) -> Array:
+    """Pairs that can be drawn from `count` things."""
+    return count * (count - 1) / 2
+
+
+def entropy(share: Array) -> float:
+    """Entropy in bits of a distribution of any shape."""
+    share = share[share > 0]
+    return float(-(share * np.log2(share)).sum())
+
+
+def check(a: Array, b: Array) -> None:
+    if a.shape != b.shape or a.ndim != 2 or not a.size:
+        raise ValueError(f'expected two label maps (H, W) of the same size; got shapes {a.shape} and {b.shape}')
+    if a.dtype.kind not in 'iu' or b.dtype.kind not in 'iu':
+        raise ValueError(f'labels are integers; got {a.dtype} and {b.dtype}')

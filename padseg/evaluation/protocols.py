@@ -1,0 +1,236 @@
+"""Evaluation protocols as data: which pixels are compared, how regions become classes, and what enters the mean."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from padseg.errors import UsageError
+from padseg.evaluation.metrics import ClassCounts, class_table, counts_of, match, merge_background, widened
+
+if TYPE_CHECKING:
+    from padseg.types import Array
+
+COMPARED = ('native', 'crop', '512', '128', 'short-640')
+SHORT_EDGE, LONG_CAP = 640, 2560  # detectron2's test resize, pixels
+VOID = -1  # ground truth that is no class
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """Rules of one evaluation. Every value of a field is spelled out in WORDS."""
+
+    source: str
+    geometry: str  # of Options: what a model sees
+    compare: str
+    matching: str = 'picture'
+    background: str = 'class'
+    void: str = 'ignored'
+    absent: str = 'unless-predicted'
+    raw_labels: bool = False  # ADE20K's file values taken as classes, unlabelled included
+    ids: str = 'compact'
+
+
+PROTOCOLS: dict[str, Protocol] = {
+    'diffseg': Protocol('DiffSeg (Tian et al., CVPR 2024), google/diffseg', 'diffseg', '512'),
+    'diffcut': Protocol(
+        'DiffCut (Couairon et al., NeurIPS 2024), PaulCouairon/DiffCut',
+        'diffcut',
+        '128',
+        background='many-to-one',
+        void='background',
+        raw_labels=True,
+    ),
+    'diffcut-fixed': Protocol('DiffCut, with void ignored and ADE20K labels reduced', 'diffcut', '128', background='many-to-one'),
+    'seg4diff-paper': Protocol('Seg4Diff (Kim et al., 2025), as its paper describes it', 'seg4diff-paper', 'crop'),
+    'seg4diff-release': Protocol(
+        'Seg4Diff, as its released code computes it', 'seg4diff-release', 'short-640', matching='row', ids='as they are'
+    ),
+    'seg4diff-ovss': Protocol(
+        'Seg4Diff, open vocabulary (detectron2 SemSegEvaluator)',
+        'seg4diff-ovss',
+        'native',
+        matching='none',
+        background='ignored',
+        absent='left-out',
+        ids='as they are',
+    ),
+    'goca': Protocol('GoCA, Darkbblue/goca', 'stretch', 'native', matching='none', void='class', absent='zero', ids='as they are'),
+}
+DEFAULT = 'seg4diff-paper'
+
+WORDS: dict[str, dict[str | bool, str]] = {
+    'compare': {
+        'native': "the whole picture at the ground truth's size",
+        'crop': 'the square cut from the centre, side = the shorter edge, not resized',
+        '512': 'the square cut from the centre, ground truth to 512 x 512 by nearest neighbour',
+        '128': 'the square cut from the centre, side = shorter edge - 1, ground truth by nearest neighbour to 1024, every 8th pixel of it',
+        'short-640': 'the whole picture, shorter edge 640 pixels (the longer at most 2560), ground truth by nearest neighbour',
+    },
+    'matching': {
+        'picture': 'regions are matched to classes one to one, picture by picture, for the most pixels',
+        'row': 'regions are matched to classes one to one, anew in EVERY ROW OF PIXELS: inflated, for reproduction only',
+        'none': 'a predicted value is a class',
+    },
+    'background': {
+        'class': 'background, where the data set has it, is a class like others',
+        'many-to-one': 'regions that a first matching gives to no class are merged into background; ground truth takes part in this',
+        'ignored': 'pixels of background, where the data set has it, do not count',
+    },
+    'void': {
+        'ignored': 'unlabelled pixels do not count',
+        'background': 'unlabelled pixels are background where the data set has one, otherwise they do not count',
+        'class': 'unlabelled pixels are background, which becomes a class if the data set has none',
+    },
+    'absent': {
+        'unless-predicted': 'a class without true and without false positive pixels is left out of the mean, one with false positives is 0',
+        'left-out': 'a class without true pixels is left out of the means',
+        'zero': 'every class is in the means, an absent one as 0; denominators carry 1e-8',
+    },
+    'raw_labels': {
+        False: 'ADE20K: label 0 is void, 1..150 are classes',
+        True: 'ADE20K: labels 0..149 are taken as classes as they are, 150 does not count',
+    },
+    'ids': {
+        'compact': 'ids of a prediction are renumbered 0..K-1 in order of first appearance before matching',
+        'as they are': 'ids of a prediction are taken as they are, gaps included',
+    },
+}
+SUMS = 'true positives, false positives and false negatives are summed over all pictures before any ratio'
+WARNINGS = {'row': 'regions are matched in every row of pixels, which inflates the score: use it for reproduction only'}
+
+
+def protocol(name: str, **changes: Any) -> Protocol:
+    """A preset, with the fields that are not None replaced. UsageError for an unknown name."""
+    if name not in PROTOCOLS:
+        raise UsageError(f'protocol is one of {", ".join(PROTOCOLS)}; got {name}')
+    given = {field: value for field, value in changes.items() if value is not None}
+    for field, value in given.items():
+        if field in WORDS and value not in WORDS[field]:
+            raise UsageError(f'{field} is one of {", ".join(map(str, WORDS[field]))}; got {value}')
+    return dataclasses.replace(PROTOCOLS[name], **given)
+
+
+def rules(chosen: Protocol) -> dict[str, str]:
+    """Every rule in words."""
+    return {
+        'source': chosen.source,
+        'geometry': chosen.geometry,
+        **{field: f'{getattr(chosen, field)}: {words[getattr(chosen, field)]}' for field, words in WORDS.items()},
+        'sums': SUMS,
+    }
+
+
+class Classes(NamedTuple):
+    """The classes that a protocol scores on a data set. background: which of them that is, or None."""
+
+    names: tuple[str, ...]
+    background: int | None
+
+
+def scored_classes(names: tuple[str, ...], background: int | None, rules: Protocol) -> Classes:
+    """A data set's classes, with background added where the protocol wants one that is not there."""
+    if rules.void == 'class' and background is None:
+        return Classes((*names, 'background'), len(names))
+    return Classes(names, background)
+
+
+def class_map(truth: Array, classes: Classes, rules: Protocol) -> Array:
+    """Ground truth of classes and VOID as the protocol has it: (H, W) -> (H, W)."""
+    if rules.void != 'ignored' and classes.background is not None:
+        return np.where(truth == VOID, classes.background, truth)
+    if rules.background == 'ignored' and classes.background is not None:
+        return np.where(truth == classes.background, VOID, truth)
+    return truth
+
+
+def class_counts(pred: Array, truth: Array, classes: Classes, rules: Protocol) -> ClassCounts:
+    """Counts of one picture: prediction (H, W) and ground truth (H, W) of classes and VOID."""
+    truth = class_map(truth, classes, rules)
+    if rules.matching == 'row':
+        total = ClassCounts.none(len(classes.names))
+        for row in range(len(truth)):
+            total = total.plus(block_counts(pred[row : row + 1], truth[row : row + 1], classes, rules))
+        return total
+    return block_counts(pred, truth, classes, rules)
+
+
+def block_counts(pred: Array, truth: Array, classes: Classes, rules: Protocol) -> ClassCounts:
+    """Counts of a picture, or of one row of it, from its one table."""
+    table = table_of(pred, truth, classes, rules)
+    return counts_of(table, assignment(table, classes, rules))
+
+
+def table_of(pred: Array, truth: Array, classes: Classes, rules: Protocol) -> Array:
+    """Pixels of each class in each region, never fewer columns than rows: (classes, regions)."""
+    if rules.matching == 'none' and pred.max() >= len(classes.names):
+        raise UsageError(f'a prediction of classes holds {pred.max()}; allowed: 0..{len(classes.names) - 1}')
+    table = class_table(truth, pred, len(classes.names), rules.ids == 'compact')
+    if rules.background == 'many-to-one' and classes.background is not None:
+        table = merge_background(table, classes.background)
+    return widened(table)
+
+
+def assignment(table: Array, classes: Classes, rules: Protocol) -> Array:
+    """The region of each class: (classes, regions) -> (classes,)."""
+    column = np.arange(len(table))
+    if rules.matching == 'none':
+        return column
+    if rules.background == 'many-to-one' and classes.background is not None:
+        # DiffCut numbers background last, and how ties fall depends on the order
+        order = np.argsort(column == classes.background, kind='stable')
+        column[order] = match(table[order])
+        return column
+    return match(table)
+
+
+class View(NamedTuple):
+    """Which pixels are compared. rows, columns: of the picture, for the ground truth; box: (top, left, height, width) of it that a
+    prediction made for this view covers, at size (height, width)."""
+
+    rows: Array
+    columns: Array
+    box: tuple[int, int, int, int]
+    size: tuple[int, int]
+
+
+def view(size: tuple[int, int], compare: str) -> View:
+    """The pixels that are compared in a picture of size (height, width)."""
+    if compare == '128':
+        short = max(1, min(size) - 1)
+        top, left = (round((whole - short) / 2) for whole in size)  # torchvision's crop rounds half to even
+        # nearest-exact to 1024 takes pixel centres, the step from there to 128 the first of every 8 pixels
+        steps = ((np.arange(128) * 8 + 0.5) * short / 1024).astype(np.int64)
+        return View(top + steps, left + steps, (top, left, short, short), (128, 128))
+    if compare == 'short-640':
+        scale = min(SHORT_EDGE / min(size), LONG_CAP / max(size))
+        height, width = (max(1, int(length * scale + 0.5)) for length in size)
+        return View(nearest(size[0], height), nearest(size[1], width), (0, 0, *size), (height, width))
+    if compare == 'native':
+        return View(np.arange(size[0]), np.arange(size[1]), (0, 0, *size), size)
+    short = min(size)
+    top, left = ((whole - short) // 2 for whole in size)
+    side = short if compare == 'crop' else int(compare)
+    return View(top + nearest(short, side), left + nearest(short, side), (top, left, short, short), (side, side))
+
+
+def nearest(length: int, wanted: int) -> Array:
+    """Pixels whose cells hold the centres of `wanted` even cells: (wanted,) in 0..length-1."""
+    return ((np.arange(wanted) + 0.5) * length / wanted).astype(np.int64)
+
+
+def seen(truth: Array, where: View) -> Array:
+    """The compared pixels of a ground truth (H, W)."""
+    if where.box == (0, 0, *truth.shape) and where.size == truth.shape:
+        return truth
+    return truth[where.rows[:, None], where.columns]
+
+
+def seen_prediction(pred: Array, where: View) -> Array:
+    """A stored label map of the whole picture (H, W) at the compared pixels, by nearest neighbour."""
+    top, left, height, width = where.box
+    if (height, width) == where.size:
+        return pred[top : top + height, left : left + width]
+    return pred[(top + nearest(height, where.size[0]))[:, None], left + nearest(width, where.size[1])]

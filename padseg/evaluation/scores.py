@@ -1,0 +1,170 @@
+"""Scores of pictures as records, and their sum over a data set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, SkipValidation
+
+from padseg.evaluation.boundaries import BoundaryCounts, boundary_counts, boundary_sweep, precision_recall_f, score_sweep, total
+from padseg.evaluation.metrics import ClassCounts, class_scores, count_ids, region_scores
+from padseg.evaluation.protocols import Classes, Protocol, class_counts
+
+if TYPE_CHECKING:
+    from padseg.types import Array
+
+Name = SkipValidation[str]  # file names may hold bytes that are no UTF-8
+
+
+class Regions(BaseModel):
+    """A partition against those of its picture's annotators. Means over them, but for `boundary`: the counts of BoundaryCounts."""
+
+    covering: float
+    pri: float
+    vi: float
+    boundary: BoundaryCounts
+
+
+class Picture(BaseModel):
+    """One picture's scores. stamp: what its files were, so that a later run knows whether they changed.
+
+    counts: true positives, false positives, false negatives and spilled pixels of each class that has any; regions: one for each
+    threshold that was tried, without classes.
+    """
+
+    name: Name
+    stamp: str = ''
+    status: Literal['done', 'ignored', 'failed'] = 'done'
+    reason: Name | None = None
+    pixels: int = 0
+    found: int = 0  # regions predicted
+    counts: dict[int, tuple[int, int, int, int]] = {}
+    accuracy: float | None = None
+    miou: float | None = None
+    regions: tuple[Regions, ...] = ()
+
+
+class ClassResult(NamedTuple):
+    """Scores of a data set with classes, shares in 0..1. pictures: those scored; ignored: those without a pixel that counts.
+
+    iou: by class name, nan where the class does not count.
+    """
+
+    pictures: int
+    ignored: int
+    failed: int
+    accuracy: float
+    mean_accuracy: float
+    miou: float
+    miou_order_free: float
+    iou: dict[str, float]
+
+
+class RegionResult(NamedTuple):
+    """Scores of partitions. Means over a picture's annotators, then over pictures; vi in bits; regions: predicted ones a picture.
+
+    precision, recall, f: of boundaries, from counts summed over pictures.
+    """
+
+    pictures: int
+    ignored: int
+    failed: int
+    covering: float
+    pri: float
+    vi: float
+    precision: float
+    recall: float
+    f: float
+    regions: float
+
+
+Result = ClassResult | RegionResult
+
+
+def score_classes(name: str, pred: Array, truth: Array, classes: Classes, rules: Protocol) -> Picture:
+    """The record of one picture with classes: prediction and ground truth (H, W) at the compared pixels."""
+    counts = class_counts(pred, truth, classes, rules)
+    if not counts.total:
+        return Picture(name=name, status='ignored', found=count_ids(pred))
+    scores = class_scores(counts, rules.absent)
+    rows = np.stack(counts[:4], 1)  # (classes, 4)
+    some = np.flatnonzero(rows.any(1))
+    return Picture(
+        name=name,
+        pixels=counts.total,
+        found=count_ids(pred),
+        counts=dict(zip(some.tolist(), map(tuple, rows[some].tolist()), strict=True)),
+        accuracy=scores.accuracy,
+        miou=scores.miou,
+    )
+
+
+def score_regions(name: str, preds: Sequence[Array], truths: Sequence[Array]) -> Picture:
+    """The record of one picture without classes: one prediction a threshold, and the ground truths of its annotators, all (H, W)."""
+    rows = []
+    for pred in preds:
+        covering, pri, vi, _ = np.mean([region_scores(truth, pred) for truth in truths], axis=0).tolist()
+        rows.append(Regions(covering=covering, pri=pri, vi=vi, boundary=boundary_counts(pred, truths)))
+    return Picture(name=name, pixels=preds[0].size, found=count_ids(preds[0]), regions=tuple(rows))
+
+
+class Totals:
+    """The sum over pictures; the pictures themselves are not kept."""
+
+    def __init__(self, classes: Classes, rules: Protocol) -> None:
+        self.classes = classes
+        self.rules = rules
+        self.counts = ClassCounts.none(len(classes.names))
+        self.tried: list[list[Regions]] = []  # for each picture without classes, one a threshold
+        self.found = 0
+        self.number = {'done': 0, 'ignored': 0, 'failed': 0}
+
+    def add(self, picture: Picture) -> None:
+        self.number[picture.status] += 1
+        if picture.status != 'done':
+            return
+        self.found += picture.found
+        if picture.regions:
+            self.tried.append(list(picture.regions))
+        if picture.counts:
+            rows = np.zeros((len(self.classes.names), 4), np.int64)
+            rows[list(picture.counts)] = list(picture.counts.values())
+            self.counts = self.counts.plus(ClassCounts(rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3], picture.pixels))
+
+    def result(self) -> Result:
+        """Scores of all pictures so far; of the first threshold if there are several."""
+        numbers = self.number['done'], self.number['ignored'], self.number['failed']
+        if self.classes.names:
+            scores = class_scores(self.counts, self.rules.absent)
+            return ClassResult(*numbers, *scores[:4], dict(zip(self.classes.names, scores.iou, strict=True)))
+        first = [rows[0] for rows in self.tried]
+        covering, pri, vi = np.mean([(row.covering, row.pri, row.vi) for row in first], axis=0).tolist() if first else [float('nan')] * 3
+        boundary = total([row.boundary for row in first]) if first else BoundaryCounts(0, 0, 0, 0)
+        return RegionResult(*numbers, covering, pri, vi, *precision_recall_f(boundary), self.found / max(1, numbers[0]))
+
+    def sweep(self, thresholds: Sequence[float]) -> dict[str, Any]:
+        """Scores at each threshold; ODS, at the one that is best for the data set; OIS, at each picture's best one."""
+        boundary = [[row.boundary for row in rows] for rows in self.tried]  # pictures, thresholds
+        means = np.array([[(row.covering, row.pri, -row.vi) for row in rows] for rows in self.tried])  # pictures, thresholds, 3
+        if not boundary:
+            return {}
+        of_f = boundary_sweep(boundary)
+        covering, pri, vi = (score_sweep(means[..., number]) for number in range(3))
+        rows = []
+        for number, threshold in enumerate(thresholds):
+            scores = precision_recall_f(total([picture[number] for picture in boundary]))
+            mean = means[:, number].mean(0).tolist()
+            rows.append({'threshold': threshold, 'covering': mean[0], 'pri': mean[1], 'vi': -mean[2], **scores._asdict()})
+        return {
+            'rows': rows,
+            'ods': {'f': of_f.ods.f, 'covering': covering.ods, 'pri': pri.ods, 'vi': -vi.ods, 'threshold': thresholds[of_f.best]},
+            'ois': {'f': of_f.ois.f, 'covering': covering.ois, 'pri': pri.ois, 'vi': -vi.ois},
+        }
+
+
+def finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """The values with None in place of nan, which JSON does not have."""
+    return {name: None if math.isnan(value) else value for name, value in values.items()}

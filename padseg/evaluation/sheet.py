@@ -1,0 +1,203 @@
+"""A sheet of the best and the worst pictures of an evaluation: picture, ground truth, matched prediction."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import cv2
+import numpy as np
+import PIL.Image
+from PIL import ImageDraw, ImageFont
+
+from padseg.datasets import Sample
+from padseg.errors import PadsegError
+from padseg.evaluation.evaluate import Task, fitting, picture
+from padseg.evaluation.metrics import compact
+from padseg.evaluation.protocols import VOID, Classes, Protocol, View, assignment, class_map, nearest, seen, seen_prediction, table_of, view
+from padseg.evaluation.scores import Picture
+from padseg.exports.colours import voc_colours
+from padseg.exports.overlay import boundaries
+from padseg.exports.png import read_label_map
+from padseg.system.files import atomic
+
+if TYPE_CHECKING:
+    from padseg.types import Array, Image
+
+SHOWN = 4  # pictures at either end of the sheet
+WIDTH, HEIGHT = 240, 360  # pixels that a thumbnail fits into
+GAP = 8
+LETTERS = 13  # height of text, pixels
+QUALITY = 85
+LONGEST = 300  # letters of a title that are worth measuring
+UNMATCHED = -2
+STRIPES = np.array([(255, 255, 255), (112, 112, 112)], np.uint8)  # of regions that are matched with no class
+STRIPE = 4  # pixels
+
+
+def rating(picture: Picture) -> float | None:
+    """What pictures are ranked by: mIoU, or covering without classes; None for one without a score."""
+    return picture.regions[0].covering if picture.regions else picture.miou
+
+
+class Row(NamedTuple):
+    """A picture on the sheet: cells are thumbnails (h, w, 3), at most HEIGHT x WIDTH."""
+
+    title: str
+    cells: list[Image]
+
+
+def write_sheet(task: Task, pictures: Iterable[Picture], out: Path) -> None:
+    """sheet.jpg: the best pictures, then the worst, each with its ground truth and its prediction."""
+    samples = {sample.name: sample for sample in task.dataset.samples}
+    rows = [row(task, samples[each.name], title, out) for title, each in ranked(pictures)]
+    drawn = sheet(rows, 3 if any(sample.image for sample in samples.values()) else 2)
+    with atomic(out / 'sheet.jpg') as temporary:
+        drawn.save(temporary, 'JPEG', quality=QUALITY)
+
+
+def ranked(pictures: Iterable[Picture]) -> list[tuple[str, Picture]]:
+    """The best and the worst pictures, none twice, from the best down, each with what is written above it."""
+    top: list[tuple[float, str, Picture]] = []
+    bottom: list[tuple[float, str, Picture]] = []
+    for each in pictures:
+        value = rating(each)
+        if value is not None:
+            top = heapq.nlargest(SHOWN, [*top, (value, each.name, each)], key=lambda item: item[:2])
+            bottom = heapq.nsmallest(SHOWN, [*bottom, (value, each.name, each)], key=lambda item: item[:2])
+    names = {name for _, name, _ in top}
+    chosen = [('best', item) for item in top] + [('worst', item) for item in reversed(bottom) if item[1] not in names]
+    measure = {False: 'mIoU', True: 'covering'}
+    return [(f'{end}, {measure[bool(each.regions)]} {value:.4f}: {ascii(name)[1:-1]}', each) for end, (value, name, each) in chosen]
+
+
+def row(task: Task, sample: Sample, title: str, out: Path) -> Row:
+    """A picture's row; one whose files cannot be read any more has the reason in its title and no cells."""
+    try:
+        truth = task.dataset.read(sample)[0]  # (H, W)
+        where = view(truth.shape, task.rules.compare)
+        pred = prediction(task, sample, truth.shape, where, out)
+    except (PadsegError, OSError) as error:
+        return Row(f'{title}: {ascii(str(error))[1:-1]}', [])
+    image = cropped(task, sample, truth.shape, where)
+    truth = seen(truth, where)
+    if task.classes.names:
+        truth = class_map(task.dataset.to_classes(truth), task.classes, task.rules)
+        pred = matched(pred, truth, task.classes, task.rules)
+        cells = [painted(labels, len(task.classes.names)) for labels in (truth, pred)]
+    else:
+        cells = [outlined(labels, image) for labels in (truth, pred)]
+    return Row(title, cells if sample.image is None else [blank() if image is None else image, *cells])
+
+
+def prediction(task: Task, sample: Sample, size: tuple[int, int], where: View, out: Path) -> Array:
+    """The prediction that was scored, at the compared pixels: (h, w)."""
+    path = task.preds.get(sample.name)
+    if path:
+        return seen_prediction(fitting(read_label_map(path), size, path, task.resize), where)
+    path = out / 'labels' / f'{sample.name}.png'
+    return fitting(read_label_map(path), where.size, path, False)
+
+
+def cropped(task: Task, sample: Sample, size: tuple[int, int], where: View) -> Image | None:
+    """Thumbnail of what is compared of the picture; None if there is no picture that can be read and fits."""
+    try:
+        image = picture(sample, size)
+    except (PadsegError, OSError):
+        return None
+    top, left, height, width = where.box
+    rows, columns = fitted(height, width)
+    part = image[top : top + height, left : left + width]
+    return cv2.resize(part, (columns, rows), interpolation=cv2.INTER_AREA).astype(np.uint8)
+
+
+def matched(pred: Array, truth: Array, classes: Classes, rules: Protocol) -> Array:
+    """The class that each pixel's region is matched with, or UNMATCHED: (H, W) each; truth as `class_map` gives it."""
+    if rules.matching == 'row':
+        lines = zip(pred[:, None], truth[:, None], strict=True)
+        return np.concatenate([matched_block(*line, classes, rules) for line in lines])
+    return matched_block(pred, truth, classes, rules)
+
+
+def matched_block(pred: Array, truth: Array, classes: Classes, rules: Protocol) -> Array:
+    table = table_of(pred, truth, classes, rules)  # (classes, regions)
+    class_of = np.full(table.shape[1], UNMATCHED)
+    class_of[assignment(table, classes, rules)] = np.arange(len(table))
+    regions = compact(pred) if rules.ids == 'compact' else pred.astype(np.int64)
+    of_region = class_of[: int(regions.max()) + 1]
+    if rules.background == 'many-to-one' and classes.background is not None:
+        # the column after the regions holds those that were merged, whose own columns are empty
+        merged = ~table[:, : len(of_region)].any(0)
+        of_region = np.where(merged, class_of[len(of_region)], of_region)
+    return of_region[regions]
+
+
+def painted(labels: Array, count: int) -> Image:
+    """Thumbnail of classes 0..count-1 in their colours, VOID black, UNMATCHED striped."""
+    labels = small(labels)
+    colours = voc_colours(count + 1)[1:]
+    drawn = np.where((labels == VOID)[..., None], 0, colours[labels.clip(0)])
+    across, down = np.arange(labels.shape[1]), np.arange(labels.shape[0])[:, None]
+    stripes = STRIPES[(across + down) // STRIPE % 2]  # (h, w, 3)
+    return np.where((labels == UNMATCHED)[..., None], stripes, drawn).astype(np.uint8)
+
+
+def outlined(labels: Array, image: Image | None) -> Image:
+    """Thumbnail of the picture, or of regions in colours, with their boundaries in white."""
+    labels = small(labels)
+    drawn = voc_colours()[compact(labels) % 255 + 1] if image is None else image.copy()
+    drawn[boundaries(labels)] = 255
+    return drawn
+
+
+def blank() -> Image:
+    """In place of a picture that cannot be shown."""
+    return np.full((WIDTH, WIDTH, 3), 224, np.uint8)
+
+
+def fitted(height: int, width: int) -> tuple[int, int]:
+    """Size (h, w) of a thumbnail."""
+    scale = min(WIDTH / width, HEIGHT / height)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def small(labels: Array) -> Array:
+    """Labels (H, W) at the size of their thumbnail, by nearest neighbour."""
+    height, width = fitted(*labels.shape)
+    return labels[nearest(labels.shape[0], height)[:, None], nearest(labels.shape[1], width)]
+
+
+def sheet(rows: list[Row], columns: int) -> PIL.Image.Image:
+    """Rows below each other, each with its title above it."""
+    line = LETTERS + GAP
+    width = GAP + columns * (WIDTH + GAP)
+    heads = ('picture', 'ground truth', 'prediction')[-columns:]
+    places = np.cumsum([line, *(line + max((len(cell) for cell in each.cells), default=0) + GAP for each in rows)]).tolist()
+    drawn = PIL.Image.new('RGB', (width, places[-1]), 'white')
+    pen, font = ImageDraw.Draw(drawn), ImageFont.load_default(LETTERS)
+    for column, head in enumerate(heads):
+        pen.text((GAP + column * (WIDTH + GAP), GAP // 2), head, 'black', font)
+    for top, each in zip(places, rows, strict=False):
+        pen.text((GAP, top), within(each.title, font, width - 2 * GAP), 'black', font)
+        for column, cell in enumerate(each.cells):
+            drawn.paste(PIL.Image.fromarray(cell), (GAP + column * (WIDTH + GAP), top + line))
+    return drawn
+
+
+def within(text: str, font: Any, width: int) -> str:
+    """The text, or as much of it as has room in `width` pixels."""
+    text = cut(text, LONGEST)
+    length = len(text)
+    while font.getlength(cut(text, length)) > width:
+        length -= 1
+    return cut(text, length)
+
+
+def cut(text: str, length: int) -> str:
+    """The text, or its first and last letters, `length` in all."""
+    if len(text) <= length:
+        return text
+    start = (length - 3) // 2
+    return f'{text[:start]}...{text[len(text) - (length - 3 - start) :]}'

@@ -1,0 +1,172 @@
+"""Files to pictures: finding them in a folder, and reading them."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import tempfile
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import numpy as np
+
+from padseg.errors import NoImages
+from padseg.images.decode import (
+    DAMAGE,
+    DECODERS,
+    EXIF,
+    FRAMES,
+    MAX_BYTES,
+    MAX_FRAMES,
+    MAX_PIXELS,
+    Decoded,
+    ImageError,
+    Reading,
+    count_frames,
+    decode,
+    decode_with_notes,
+    reasons,
+)
+from padseg.types import Image
+
+# The rest of the package has all that is about pictures from here.
+__all__ = [
+    'DAMAGE',
+    'DECODERS',
+    'EXIF',
+    'FRAMES',
+    'MAX_BYTES',
+    'MAX_FRAMES',
+    'MAX_PIXELS',
+    'SUFFIXES',
+    'Decoded',
+    'Found',
+    'ImageError',
+    'Readable',
+    'Reading',
+    'as_image',
+    'collisions',
+    'contents',
+    'decode',
+    'decode_with_notes',
+    'file_and_frame',
+    'find',
+    'frames_of',
+    'ignores_case',
+    'read',
+]
+
+Readable = Image | str | Path  # a picture, or where its file is
+FRAME = re.compile(r'(.+)\.f(\d{4})', re.DOTALL)
+SUFFIXES = frozenset('.jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .tif .tiff .gif .ppm .pgm .pbm .pnm'.split())
+
+
+class Found(NamedTuple):
+    """A picture's file. name: its POSIX path relative to the folder that was searched; frame: which one of it, from 0."""
+
+    path: Path
+    name: str
+    frame: int = 0
+
+
+def find(source: Path, skip: Path | None = None) -> list[Found]:
+    """The picture files in a folder and below, sorted by name; or the one file that `source` is. NoImages if there is no `source`.
+
+    Hidden files, special files, linked folders and the folder `skip` are left out.
+    """
+    if source.is_file():
+        return [Found(source, source.name)]
+    if not source.is_dir():
+        raise NoImages(f'there is no folder or picture {source}')
+    hidden = skip.resolve() if skip else None
+    found = []
+    for folder, folders, files in os.walk(source, onerror=refuse):
+        folders[:] = [name for name in folders if name[0] != '.' and Path(folder, name).resolve() != hidden]
+        paths = [Path(folder, name) for name in files if name[0] != '.' and Path(name).suffix.lower() in SUFFIXES]
+        found += [Found(path, path.relative_to(source).as_posix()) for path in paths if not is_special(path)]
+    return sorted(found, key=lambda picture: picture.name)
+
+
+def refuse(error: OSError) -> NoReturn:
+    raise NoImages(f'cannot list {error.filename}: {error.strerror}') from error
+
+
+def is_special(path: Path) -> bool:
+    """Whether this is no file but a pipe, a socket, a device. Not so a dangling link: it is to be reported and not lost."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False
+
+
+def frames_of(found: Found, reading: Reading) -> list[Found]:
+    """The frames of a file as pictures `a.gif.f0000`, `a.gif.f0001`, … if all are wanted and there are several; else the file as it is.
+
+    It also stays one if it cannot be read or has more than MAX_FRAMES frames: decoding it says so.
+    """
+    if reading.frames == 'first':
+        return [found]
+    try:
+        check_file(found.path, reading)
+        with found.path.open('rb') as file, reasons():
+            number = count_frames(file, reading)
+    except (ImageError, OSError):
+        return [found]
+    if not 1 < number <= MAX_FRAMES:
+        return [found]
+    return [Found(found.path, f'{found.name}.f{frame:04d}', frame) for frame in range(number)]
+
+
+def file_and_frame(name: str) -> tuple[str, int]:
+    """The file's name and the frame of it that a picture's name stands for: `a.gif.f0003` is frame 3 of `a.gif`."""
+    found = FRAME.fullmatch(name)  # no file that is taken for a picture has such a suffix
+    return (found[1], int(found[2])) if found else (name, 0)
+
+
+def collisions(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Pairs of names that are one where neither case nor the form of accents counts: the first in order, and each other one."""
+    first: dict[str, str] = {}
+    pairs = []
+    for name in sorted(set(names)):
+        plain = unicodedata.normalize('NFC', unicodedata.normalize('NFD', name).casefold())
+        if first.setdefault(plain, name) != name:
+            pairs.append((first[plain], name))
+    return pairs
+
+
+def ignores_case(folder: Path) -> bool:
+    """Whether a folder takes `a` and `A` for one name, tried with a temporary file. OSError if it cannot be written to."""
+    with tempfile.NamedTemporaryFile(prefix='.case-', dir=folder) as file:
+        path = Path(file.name)
+        return path.with_name(path.name.swapcase()).exists()
+
+
+def as_image(image: Readable) -> Image:
+    """The picture itself, or the one that a path leads to. ValueError for an array that is no (H, W, 3) uint8 picture."""
+    if isinstance(image, (str, Path)):
+        return read(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise ValueError(f'expected a picture (H, W, 3) uint8; got shape {image.shape}, {image.dtype}')
+    return image
+
+
+def read(path: str | Path, reading: Reading = Reading()) -> Image:
+    """The picture in a file, (H, W, 3) uint8 RGB, upright. Raises ImageError with the reason, OSError if the file cannot be read."""
+    return decode(contents(Path(path), reading), reading)
+
+
+def contents(path: Path, reading: Reading = Reading()) -> bytes:
+    """The bytes of a file. Raises ImageError if it is too large or no file, which is found out before it is read; and OSError."""
+    check_file(path, reading)
+    return path.read_bytes()
+
+
+def check_file(path: Path, reading: Reading) -> None:
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError('not a regular file')  # a pipe would be waited for
+    if status.st_size > reading.max_bytes:
+        raise ImageError(f'file of {status.st_size} bytes exceeds {reading.max_bytes}')

@@ -1,0 +1,79 @@
+"""Edge-aware enlargement: token maps have one value for 16 x 16 pixels, the picture says where in between an edge runs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from padseg.types import Array, Image
+
+AREA = 1_000_000  # pixels; on larger pictures the linear models are found on a reduced copy (He and Sun, Fast Guided Filter, 2015)
+EPSILON = 1e-3  # variance of a guide in 0..1 below which a window counts as flat
+
+
+class Guide(NamedTuple):
+    """A picture as guide. image: (H, W, 3) uint8; small: (3, h, w) float32 in 0..1, itself or reduced; mean: of its windows, (3, h, w);
+    inverse: of their covariance plus EPSILON, (3, 3, h, w); radius: of the windows, in pixels of `small`."""
+
+    image: Image
+    small: Array
+    mean: Array
+    inverse: Array
+    radius: int
+
+
+def at_most(image: Image, area: int) -> Array:
+    """The picture (H, W, 3), or a copy of it reduced to about `area` pixels if it has more."""
+    reduce = (area / (image.shape[0] * image.shape[1])) ** 0.5
+    size = max(1, round(image.shape[1] * reduce)), max(1, round(image.shape[0] * reduce))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA) if reduce < 1 else image
+
+
+def guide_of(image: Image, cells: tuple[int, ...]) -> Guide:
+    """The guide for a map of `cells` (h, w) over this picture: its windows reach one cell in every direction."""
+    height, width = image.shape[:2]
+    reduced = at_most(image, AREA)
+    size = reduced.shape[1::-1]
+    small = np.ascontiguousarray(reduced.transpose(2, 0, 1), np.float32) / 255  # (3, h, w)
+    radius = max(1, round(max(size[1] / cells[0], size[0] / cells[1])))
+    mean = window_mean(small, radius)
+    covariance = window_mean(small[:, None] * small[None], radius) - mean[:, None] * mean[None]  # (3, 3, h, w)
+    matrices = covariance.transpose(2, 3, 0, 1).astype(np.float64) + EPSILON * np.eye(3)  # (h, w, 3, 3)
+    inverse = np.ascontiguousarray(np.linalg.inv(matrices).transpose(2, 3, 0, 1), np.float32)
+    return Guide(image, small, mean, inverse, radius)
+
+
+def guided(values: Array, guide: Guide) -> Array:
+    """A map enlarged to the picture's size so that it follows its edges, (h, w) -> (H, W) float32.
+
+    In every window the result is a linear function of the picture's colours (He et al., Guided Image Filtering, 2013, Eqs. 14-16).
+    """
+    small, mean, radius = guide.small, guide.mean, guide.radius
+    enlarged = cv2.resize(values.astype(np.float32), small.shape[:0:-1], interpolation=cv2.INTER_LINEAR)
+    level, *products = window_mean(np.stack([enlarged, *(small * enlarged)]), radius)
+    slope = (guide.inverse * (products - mean * level)).sum(1)  # a, (3, h, w)
+    offset = level - (slope * mean).sum(0)  # b, (h, w)
+    models = window_mean(np.stack([*slope, offset]), radius)  # (4, h, w)
+    result = np.zeros(guide.image.shape[:2], np.float32)
+    for channel, model in enumerate(models[:3]):
+        part = cv2.resize(model, result.shape[::-1], interpolation=cv2.INTER_LINEAR)  # (H, W)
+        part *= guide.image[..., channel]
+        result += part
+    result /= 255
+    result += cv2.resize(models[3], result.shape[::-1], interpolation=cv2.INTER_LINEAR)
+    return result
+
+
+def window_mean(values: Array, radius: int) -> Array:
+    """Mean over the square of `radius` around each pixel, as far as it lies in the picture: (…, h, w) float32, the same shape."""
+    side = (2 * radius + 1, 2 * radius + 1)
+    count = boxed(np.ones(values.shape[-2:], np.float32), side)
+    planes = values.reshape(-1, *count.shape)
+    return np.stack([boxed(plane, side) / count for plane in planes]).reshape(values.shape)
+
+
+def boxed(values: Array, side: tuple[int, int]) -> Array:
+    """Sums over windows, (h, w)."""
+    return cv2.boxFilter(values, -1, side, normalize=False, borderType=cv2.BORDER_CONSTANT)

@@ -1,0 +1,118 @@
+"""Superpixels -> regions: neighbours that neither proposals nor colour nor the border between them tell apart become one, nearest first."""
+
+from __future__ import annotations
+
+import heapq
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from padseg.methods.stages.guided_filter import at_most
+from padseg.types import Array, Image
+
+COLOUR = 0.25  # weight of the difference of two regions' mean colours
+BORDER = 1.1  # weight of the contrast along their common border
+AREA = 0.18  # exponent of the area: small regions join sooner
+UNIT = 150.0  # sum of the differences in CIE Lab that counts as 1, about that of black and white with some colour
+BLUR = 1.0  # pixels
+GRAPH_AREA = 1_000_000  # pixels; on larger pictures colour and contrast are taken from a reduced copy
+
+
+class Graph(NamedTuple):
+    """Which regions touch. shares: (K, M), how much of each region is of each proposal, rows sum to 1; colours: (K, 3) mean CIE Lab;
+    areas: (K,) shares of the picture; borders: of each region, {neighbour: (sum of the contrast along the border, its length)}."""
+
+    shares: Array
+    colours: Array
+    areas: Array
+    borders: list[dict[int, tuple[float, float]]]
+
+
+def graph_of(index: Array, values: Array, image: Image) -> Graph:
+    """Graph of the superpixels of a picture.
+
+    index: (H, W), number 0..K-1 of each pixel's superpixel; values: (K, M) >= 0, mean of every proposal inside; image: (H, W, 3) uint8 RGB.
+    """
+    count = len(values)
+    areas = np.bincount(index.ravel(), minlength=count) / index.size
+    small = at_most(image, GRAPH_AREA).astype(np.float32) / 255
+    if small.shape != image.shape:
+        index = cv2.resize(index.astype(np.int32), small.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+    lab = cv2.GaussianBlur(cv2.cvtColor(small, cv2.COLOR_RGB2LAB), (0, 0), BLUR)  # (h, w, 3)
+    pixels = np.maximum(np.bincount(index.ravel(), minlength=count), 1)
+    colours = np.stack([np.bincount(index.ravel(), channel.ravel(), count) for channel in cv2.split(lab)], 1) / pixels[:, None]
+    shares = values / np.maximum(values.sum(1, keepdims=True), 1e-300)
+    return Graph(shares, colours, areas, contrasts(index, lab, count))
+
+
+def contrasts(index: Array, lab: Array, count: int) -> list[dict[int, tuple[float, float]]]:
+    """For each region {neighbour: (sum of the contrast, length)} of the common border, in pixel edges.
+
+    The contrast of an edge is the difference in colour, in UNIT, of the pixels next to the two that touch.
+    """
+    borders: list[dict[int, tuple[float, float]]] = [{} for _ in range(count)]
+    for numbers, colours in ((index, lab), (index.T, lab.transpose(1, 0, 2))):
+        left, right = np.nonzero(numbers[:, :-1] != numbers[:, 1:])
+        before, after = numbers[left, right], numbers[left, right + 1]
+        last = numbers.shape[1] - 1
+        contrast = np.abs(colours[left, np.maximum(right - 1, 0)] - colours[left, np.minimum(right + 2, last)]).sum(1) / UNIT
+        pairs = np.minimum(before, after).astype(np.int64) * count + np.maximum(before, after)
+        names, places = np.unique(pairs, return_inverse=True)
+        sums, lengths = np.bincount(places, contrast), np.bincount(places)
+        for pair, total, length in zip(names.tolist(), sums.tolist(), lengths.tolist(), strict=True):
+            one, other = divmod(pair, count)
+            known = borders[one].get(other, (0.0, 0.0))
+            borders[one][other] = borders[other][one] = known[0] + total, known[1] + length
+    return borders
+
+
+def joined(graph: Graph, threshold: float) -> Array:
+    """The region that each superpixel ends in, (K,): the two nearest neighbours are joined until none are nearer than the threshold."""
+    shares, colours, areas = graph.shares.copy(), graph.colours.copy(), graph.areas.copy()
+    borders = [dict(each) for each in graph.borders]
+    owner = np.arange(len(areas))
+    age = [0] * len(areas)  # how often a region has grown; -1 for one that has been joined to another
+    queue: list[tuple[float, int, int, int, int]] = []
+
+    def push(region: int, others: list[int]) -> None:
+        far = distances(region, others, shares, colours, areas, borders[region])
+        for other, distance in zip(others, far.tolist(), strict=True):
+            if distance < threshold:
+                heapq.heappush(queue, (distance, region, other, age[region], age[other]))
+
+    for region in range(len(areas)):
+        push(region, [other for other in borders[region] if other > region])
+    while queue:
+        _, region, other, *ages = heapq.heappop(queue)
+        if [age[region], age[other]] != ages:
+            continue  # one of them has changed since
+        weights = areas[[region, other]] / (areas[region] + areas[other])
+        shares[region] = weights @ shares[[region, other]]
+        colours[region] = weights @ colours[[region, other]]
+        areas[region] += areas[other]
+        owner[owner == other] = region
+        age[region], age[other] = age[region] + 1, -1
+        for third, (total, length) in borders[other].items():
+            del borders[third][other]
+            if third != region:
+                known = borders[region].get(third, (0.0, 0.0))
+                borders[region][third] = borders[third][region] = known[0] + total, known[1] + length
+        push(region, list(borders[region]))
+    return owner
+
+
+def distances(
+    region: int, others: list[int], shares: Array, colours: Array, areas: Array, borders: dict[int, tuple[float, float]]
+) -> Array:
+    """How far a region is from its neighbours, (N,): what proposals, colours and borders tell, less for small regions.
+
+    Where the proposals are sure that the two are one, the picture is not asked: a checked cloth has borders, a striped one two colours.
+    """
+    both = shares[region] * shares[others]  # (N, M)
+    overlap = np.sqrt(both).sum(1)  # Bhattacharyya coefficient, in 0..1
+    doubt = np.sqrt(np.maximum(1 - both.sum(1), 0))  # of the chance that a pixel of each has the same proposal
+    colour = np.abs(colours[region] - colours[others]).sum(1) / UNIT
+    border = np.array([total / length for total, length in (borders[other] for other in others)])
+    area = areas[region] * areas[others] / (areas[region] + areas[others])
+    return (1 - overlap + doubt * (COLOUR * colour + BORDER * border)) * area**AREA

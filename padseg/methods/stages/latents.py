@@ -1,0 +1,55 @@
+"""Picture -> noised latent: geometry, VAE encoding, noise. The only place that knows the VAE's shift and scale."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from padseg.backbones import Backbone
+from padseg.backbones.cpu_attention import by_rows
+from padseg.methods.options import Resolved, ResolvedLabels
+from padseg.methods.stages.geometry import view
+from padseg.types import Image, Latent
+
+
+def encode(image: Image, backbone: Backbone, options: Resolved) -> Latent:
+    """Noised latent of an RGB picture (H, W, 3) uint8: posterior mean, shifted and scaled, mixed with noise at the chosen step."""
+    return encode_steps(image, backbone, options, (options.step,))[0]
+
+
+def encode_steps(image: Image, backbone: Backbone, options: Resolved | ResolvedLabels, steps: Sequence[int]) -> list[Latent]:
+    """The same at several steps with one noise, for which the VAE works once."""
+    pixels, frame = view(image, options.geometry, options.side, backbone.multiple, backbone.limit)
+    clean = encode_pixels(pixels, backbone)  # (1, C, H', W')
+    noise = content_noise(image, options.seed, clean.shape).to(clean)
+    levels = [noise_level(backbone, step, clean.shape[2] * clean.shape[3] // backbone.patch**2) for step in steps]
+    return [Latent((1 - sigma) * clean + sigma * noise, sigma, timestep, frame) for sigma, timestep in levels]
+
+
+@torch.no_grad()
+def encode_pixels(pixels: Tensor, backbone: Backbone) -> Tensor:
+    """(B, 3, H, W) in -1..1 -> (B, C, H', W') in the units that the transformer was trained on."""
+    config = backbone.vae.config
+    pixels = pixels.to(backbone.device, backbone.vae.dtype, memory_format=torch.channels_last)
+    with by_rows():
+        encoded = backbone.vae.encode(pixels)
+    mean = encoded.latent_dist.mean if 'latent_dist' in encoded else encoded.latents  # a small VAE has no posterior
+    return (mean - (config.shift_factor or 0.0)) * config.scaling_factor
+
+
+def noise_level(backbone: Backbone, step: int, image_tokens: int) -> tuple[float, float]:
+    """Sigma in 0..1 and the model's timestep of the step-th step from the end of the schedule (step 1 is the least noise)."""
+    backbone.family.set_timesteps(backbone.scheduler, backbone.spec.steps, image_tokens)
+    # the schedule's sigmas end with a zero that belongs to no step
+    return float(backbone.scheduler.sigmas[-1 - step]), float(backbone.scheduler.timesteps[-step])
+
+
+def content_noise(image: Image, seed: int, shape: torch.Size) -> Tensor:
+    """Standard normal noise that depends on the seed and the picture's pixels only: float32, drawn on the CPU."""
+    digest = hashlib.sha256(f'{seed} {image.shape}'.encode() + np.ascontiguousarray(image).tobytes()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], 'big') >> 1)
+    return torch.randn(shape, generator=generator)

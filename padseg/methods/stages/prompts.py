@@ -1,0 +1,108 @@
+"""Names of classes -> prompts: how names are put into words, which tokens are theirs, and how many prompts that takes."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from padseg.backbones.texts import Texts
+from padseg.errors import UsageError
+from padseg.methods.options import PROMPTS, ResolvedLabels
+from padseg.types import Prompt, Tokens
+
+TEMPLATE = 'a photo of a '
+JOINTS = {'joined': ('', ' '), 'template': (TEMPLATE, ', '), 'per-class': (TEMPLATE, ', ')}  # what stands before names, and between them
+
+
+class Wording(NamedTuple):
+    """A text with names in it. spans: (start, end) of each name."""
+
+    text: str
+    names: tuple[str, ...]
+    spans: tuple[tuple[int, int], ...]
+
+
+def checked(names: Sequence[str]) -> tuple[str, ...]:
+    """Names with single spaces. UsageError if there are none, or one that is empty or there twice."""
+    tidy = tuple(' '.join(name.split()) for name in names)
+    if not tidy:
+        raise UsageError('there are no names of classes: give at least one')
+    if '' in tidy:
+        raise UsageError(f'the name of class {tidy.index("") + 1} of {len(tidy)} is empty')
+    seen: dict[str, str] = {}
+    for name in tidy:
+        same = unicodedata.normalize('NFC', name).casefold()
+        if same in seen:
+            raise UsageError(f'two classes have one name: {seen[same]} and {name}')
+        seen[same] = name
+    return tidy
+
+
+def worded(names: Sequence[str], mode: str) -> Wording:
+    """The names in one text, as a mode of PROMPTS has it."""
+    text, between = JOINTS[mode]
+    spans = []
+    for number, name in enumerate(names):
+        text += between if number else ''
+        spans.append((len(text), len(text) + len(name)))
+        text += name
+    return Wording(text, tuple(names), tuple(spans))
+
+
+def prompts_of(names: Sequence[str], texts: Texts, options: ResolvedLabels) -> list[Prompt]:
+    """The prompts that hold all names, as few as there is room for, with the columns of every name.
+
+    UsageError for a name that fits into no prompt or that the tokenizers have no words for.
+    """
+    return [prompt_of(wording, texts, options) for wording in split(checked(names), texts, options)]
+
+
+def split(names: Sequence[str], texts: Texts, options: ResolvedLabels) -> list[Wording]:
+    """The names in their order, each in the prompt of the one before it if it fits there too; one a prompt with `per-class`."""
+    assert options.prompt in PROMPTS
+    wordings: list[Wording] = []
+    for name in names:
+        alone = worded([name], options.prompt)
+        length, room = max((len(tokens.spans), tokens.slots) for tokens in texts.tokens(alone.text, options.encoders).values())
+        if not fits(alone, texts, options):
+            raise UsageError(f'the name {name!r} is too long: its prompt takes {length} tokens, start and end included, of {room}')
+        longer = worded([*wordings[-1].names, name], options.prompt) if wordings and options.prompt != 'per-class' else None
+        if longer and fits(longer, texts, options):
+            wordings[-1] = longer
+        else:
+            wordings.append(alone)
+    return wordings
+
+
+def fits(wording: Wording, texts: Texts, options: ResolvedLabels) -> bool:
+    """Whether every tokenizer has room for the text: what they cut off would leave names without maps."""
+    return all(len(tokens.spans) <= tokens.slots for tokens in texts.tokens(wording.text, options.encoders).values())
+
+
+def prompt_of(wording: Wording, texts: Texts, options: ResolvedLabels) -> Prompt:
+    """The prompt whose picked columns are those of its names, name by name.
+
+    A name's map is the mean over its tokens; where the columns of CLIP and T5 are both read, the mean of both.
+    """
+    found = texts.tokens(wording.text, options.encoders)
+    read = [tokens for kind, tokens in found.items() if options.columns in (kind, 'both')]
+    picked: list[int] = []
+    names: list[str] = []
+    weights: list[float] = []
+    for name, span in zip(wording.names, wording.spans, strict=True):
+        for tokens in read:
+            columns = columns_of(name, span, tokens)
+            picked += columns
+            names += [name] * len(columns)
+            weights += [1 / (len(columns) * len(read))] * len(columns)
+    embeds, pooled = texts.encode(wording.text, options.encoders, options.unused)
+    return Prompt(embeds, pooled, tuple(picked), tuple(names), tuple(weights))
+
+
+def columns_of(name: str, span: tuple[int, int], tokens: Tokens) -> list[int]:
+    """The columns of the tokens that stand for a part of the span. UsageError if there are none, or one of them is a special token."""
+    own = [place for place, (start, end) in enumerate(tokens.spans) if max(start, span[0]) < min(end, span[1])]
+    if not own or any(tokens.strange[place] for place in own):
+        raise UsageError(f'the tokenizer has no words for the name {name!r}')
+    return [tokens.first + place for place in own]

@@ -1,0 +1,21 @@
+"""Felzenszwalb and Huttenlocher's superpixels of a picture of any size."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+from skimage.segmentation import felzenszwalb
+
+from padseg.methods.stages.guided_filter import at_most
+from padseg.types import Array, Image
+
+SUPERPIXEL_AREA = 1_000_000  # pixels; on larger pictures superpixels are found on a reduced copy
+
+
+def superpixels(image: Image, scale: float) -> Array:
+    """Felzenszwalb and Huttenlocher's graph-based superpixels: (H, W, 3) uint8 -> (H, W) int."""
+    small = at_most(image, SUPERPIXEL_AREA)
+    found = felzenszwalb(small, scale=scale, sigma=0.8, min_size=max(1, round(scale / 2)))
+    if small.shape == image.shape:
+        return found
+    return cv2.resize(found.astype(np.int32), image.shape[1::-1], interpolation=cv2.INTER_NEAREST)

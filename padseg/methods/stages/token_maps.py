@@ -1,0 +1,51 @@
+"""Noised latent -> token maps: one forward, one layer, the attention from image tokens to the picked text tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from padseg.backbones import Backbone
+from padseg.backbones.cpu_attention import by_rows
+from padseg.backbones.recorder import watch
+from padseg.errors import NotFinite
+from padseg.images import Readable, as_image
+from padseg.methods.options import Options, Resolved
+from padseg.methods.stages.attention import token_attention
+from padseg.methods.stages.latents import encode
+from padseg.types import Latent, TokenMaps
+
+
+def token_maps(image: Readable, backbone: Backbone, options: Options = Options()) -> TokenMaps:
+    """Token maps of one picture, (H, W, 3) uint8 RGB or a path: the 77 maps of the null prompt in the expert block (Seg4Diff, Eq. 10)."""
+    resolved = options.resolve(backbone.spec)
+    return latent_token_maps([encode(as_image(image), backbone, resolved)], backbone, resolved)[0]
+
+
+def latent_token_maps(latents: Sequence[Latent], backbone: Backbone, options: Resolved) -> list[TokenMaps]:
+    """Token maps of latents that share one shape and one noise level, from one forward."""
+    return maps_of_layers(latents, backbone, (options.layer,))
+
+
+def maps_of_layers(
+    latents: Sequence[Latent], backbone: Backbone, layers: Sequence[int], head: int | None = None, softmax: bool = True
+) -> list[TokenMaps]:
+    """The same as means over several layers, still from one forward. head, softmax: as for `token_attention`."""
+    maps = attention_maps(torch.cat([latent.z for latent in latents]), latents[0].timestep, backbone, *layers, head=head, softmax=softmax)
+    if not torch.isfinite(maps).all():
+        raise NotFinite(f'attention is not finite in layer {", ".join(map(str, layers))} with {backbone.dtype}: try another --dtype')
+    return [TokenMaps(each, backbone.prompt.names, latent.frame) for each, latent in zip(maps, latents, strict=True)]
+
+
+@torch.no_grad()
+def attention_maps(z: Tensor, timestep: float, backbone: Backbone, *layers: int, head: int | None = None, softmax: bool = True) -> Tensor:
+    """Mean over heads and layers of the image-to-text part of the softmax over all keys: (B, C, H', W') -> (B, T, h, w) float32."""
+    h, w = (length // backbone.patch for length in z.shape[2:])
+    with by_rows(), watch({layer: backbone.attention_module(layer) for layer in layers}) as seen:
+        backbone.denoise(z, timestep)
+    picked, first = backbone.text_columns(h * w), backbone.first_image_token
+    found = [token_attention(seen[layer], h * w, picked, first=first, head=head, softmax=softmax) for layer in layers]  # (B, h w, T) each
+    attention = found[0] if len(found) == 1 else torch.stack(found).mean(0)
+    return attention.transpose(1, 2).unflatten(2, (h, w))  # (B, T, h, w)

@@ -1,0 +1,223 @@
+"""A run's stages on Ray, on one machine or many: tasks read pictures, actors that hold the model segment, tasks write results."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import pickle
+import re
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from padseg.backbones.spec import BACKBONES
+from padseg.errors import OutputConflict, ResourceExhausted, UsageError
+from padseg.images import Found
+from padseg.run.job import Job, last_layer
+from padseg.run.picture import Method, Taken, labelled, mapped, method_of, save, take
+from padseg.run.records import Entry, Run, differences, line
+from padseg.system.signals import Stop
+
+if TYPE_CHECKING:
+    import pyarrow
+    import ray.data
+
+# Ray moves blocks of rows. A row is a picture, as pickled bytes: Arrow's text cannot hold all file names, nor its tensors all shapes.
+Row = dict[str, bytes]
+BLOCK_PICTURES = 64  # that a task reads
+BLOCK_BYTES = 1 << 20  # between stages, for each picture of a batch: records come soon, and little is done again after a loss
+
+
+class Share(NamedTuple):
+    """How a cluster is used: copies of the model, and for each its device, cpus and gpus."""
+
+    copies: int
+    device: str
+    cpus: int
+    gpus: int
+
+
+def results_on_ray(job: Job, record: Run, pending: list[Found], stop: Stop, address: str | None = None) -> Iterator[Entry]:
+    """Do the pictures on the Ray cluster at `address`, or $RAY_ADDRESS, or else on this machine; their records, as they are done.
+
+    All machines need padseg, the pictures and the output folder under the same paths. OutputConflict if a machine loads other weights than
+    `record` names, UsageError if there is no Ray or no such cluster, ResourceExhausted if memory ran out; any error of
+    a stage as itself.
+    """
+    if not pending:
+        return
+    with connected(job, record, address):
+        import ray
+
+        job = job._replace(out=job.out.absolute(), model=model_from_anywhere(job.model))
+        try:
+            for row in dataset(job, record, pending, share(job, record, ray.nodes())).iter_rows():
+                yield Entry.model_validate(json.loads(row['entry']))
+                if stop.asked:
+                    return
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except (ray.exceptions.OutOfMemoryError, ray.exceptions.OutOfDiskError) as error:
+            raise ResourceExhausted(
+                'a machine of the Ray cluster ran out of memory, or of disk to spill to; what is finished stays'
+            ) from error
+
+
+@contextlib.contextmanager
+def connected(job: Job, record: Run, address: str | None) -> Iterator[None]:
+    """A Ray that is there already stays; one that was started for this run is shut down."""
+    os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
+    os.environ.setdefault('RAY_BACKEND_LOG_LEVEL', 'fatal')  # its C++ part would warn on stderr of what Ray Data itself does
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise UsageError("--engine ray needs Ray: pip install 'padseg[ray]'") from error
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get('RAY_ADDRESS') or 'local'
+    # one model takes all cores that torch uses; it is fed by others
+    own: dict[str, Any] = {'num_cpus': record.threads + job.workers, 'include_dashboard': False} if address == 'local' else {}
+    asked = signal.getsignal(signal.SIGTERM)
+    knock(address)
+    try:
+        with hushed():
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
+    except ConnectionError as error:
+        raise UsageError(f'no Ray cluster answers at {address}') from error
+    except ray.exceptions.AuthenticationError as error:
+        raise UsageError(f'the Ray cluster at {address} wants its token, in RAY_AUTH_TOKEN or ~/.ray/auth_token') from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, asked)  # Ray puts its own handler there, which would end the process at once
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def knock(address: str) -> None:
+    """UsageError if nobody listens at host:port, where Ray itself would try for many minutes."""
+    if found := re.fullmatch(r'([^/]+):(\d+)', address):
+        try:
+            socket.create_connection((found[1], int(found[2])), timeout=10).close()
+        except OSError as error:
+            raise UsageError(f'no Ray cluster answers at {address}') from error
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """Without stderr for a moment: the C++ part of Ray says there that it was told to say nothing."""
+    with open(os.devnull, 'wb') as nothing:
+        kept = os.dup(2)
+        os.dup2(nothing.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def model_from_anywhere(model: str) -> str:
+    """A model's name that means the same in another working directory."""
+    return str(Path(model).absolute()) if model not in BACKBONES and Path(model).is_dir() else model
+
+
+def share(job: Job, record: Run, nodes: list[dict[str, Any]]) -> Share:
+    """A GPU for each copy of the model if the cluster has any and the job may use them; otherwise the cores that torch uses."""
+    there = [node['Resources'] for node in nodes if node['Alive']]
+    gpus = sum(int(resources.get('GPU', 0)) for resources in there)
+    wanted = (job.device or 'cuda').startswith('cuda')
+    if wanted and gpus:
+        return Share(gpus, 'cuda', 0, 1)
+    if wanted and job.device:
+        raise UsageError(f'the Ray cluster has no GPU for --device {job.device}')
+    cores = [int(resources.get('CPU', 0)) for resources in there]
+    if sum(cores) < 2:
+        raise UsageError('the Ray cluster has fewer than two CPUs: one for the model, one for reading and writing')
+    cpus = max(1, min(record.threads, max(cores) - 1))
+    device = 'cpu' if record.device.startswith('cuda') else record.device
+    return Share(max(1, sum(each // (cpus + 1) for each in cores)), device, cpus, 0)
+
+
+def dataset(job: Job, record: Run, pending: list[Found], share: Share) -> ray.data.Dataset:
+    """The pictures' records as Ray will make them."""
+    import ray.data
+
+    for handler in logging.getLogger('ray.data').handlers:
+        if isinstance(handler, logging.StreamHandler) and type(handler).__module__.startswith('ray.'):  # its files stay as they are
+            handler.setLevel(logging.CRITICAL)
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True
+    context.target_max_block_size = BLOCK_BYTES * job.batch
+    rows = [{'found': pickle.dumps(picture._replace(path=picture.path.absolute()))} for picture in pending]
+    # the pool may grow with a cluster that adds machines with GPUs
+    pool = ray.data.ActorPoolStrategy(min_size=share.copies, max_size=None if share.gpus else share.copies)
+    with ray.data.DataContext.current(context):
+        found = ray.data.from_items(rows, override_num_blocks=math.ceil(len(rows) / BLOCK_PICTURES))
+        taken = found.flat_map(read, fn_args=(job,), num_cpus=1)  # Ray would move a map into the actors, whose model would wait for it
+        labelled = taken.map_batches(
+            Model,
+            fn_constructor_args=(job, record, share.device),
+            batch_size=job.batch,
+            batch_format='pyarrow',
+            compute=pool,
+            num_cpus=share.cpus,
+            num_gpus=share.gpus,
+        )
+        return labelled.map(write, fn_args=(job,), num_cpus=1)
+
+
+def read(row: Row, job: Job) -> list[Row]:
+    return [{'taken': pickle.dumps(take(job, pickle.loads(row['found'])))}]
+
+
+def write(row: Row, job: Job) -> dict[str, str]:
+    return {'entry': line(save(job, pickle.loads(row['taken'])))}
+
+
+class Model:
+    """An actor's copy of the model."""
+
+    def __init__(self, job: Job, record: Run, device: str) -> None:
+        self.job = job
+        self.record = record
+        self.device = device
+
+    @cached_property
+    def method(self) -> Method:
+        """Loaded for the first batch: of an error in an actor's constructor Ray keeps only the words. OutputConflict for other weights."""
+        import torch
+
+        from padseg.backbones import load
+
+        torch.set_num_threads(self.record.threads)  # sums may be rounded otherwise with another number
+        there = self.record.settings
+        job, record = self.job, self.record
+        revision, layer = record.model.revision, last_layer(job.options, job.model, record.model.revision)
+        backbone = load(job.model, revision=revision, device=self.device, dtype=record.dtype, layer=layer, vae=job.vae, compile=job.compile)
+        here = {**there, 'weights': backbone.identity.weights, 'dtype': str(backbone.dtype).removeprefix('torch.')}
+        if here != there:
+            raise OutputConflict(f'{os.uname().nodename} has another {self.job.model} ({"; ".join(differences(there, here))})')
+        return method_of(backbone, job)
+
+    def __call__(self, rows: pyarrow.Table) -> pyarrow.Table:
+        import pyarrow
+
+        batch = [pickle.loads(row) for row in rows['taken'].to_pylist()]
+        done = [pickle.dumps(on_cpu(labelled(self.method, taken))) for taken in mapped(self.method, batch)]
+        return pyarrow.table({'taken': pyarrow.array(done, pyarrow.large_binary())})  # more than 2 GB may be large pictures
+
+
+def on_cpu(taken: Taken) -> Taken:
+    """Without tensors that only this process can read."""
+    return taken._replace(maps=taken.maps._replace(maps=taken.maps.maps.cpu())) if taken.maps else taken

@@ -1,0 +1,279 @@
+"""The main job: every picture of a folder to label maps and masks on disk, with records from which a later run continues."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import platform
+import time
+from collections.abc import Iterable, Iterator
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from padseg.errors import NoImages, OutputConflict, ResourceExhausted, UsageError
+from padseg.exports.classes import write_classes
+from padseg.images import Found
+from padseg.methods.options import LATER
+from padseg.run.cluster import results_on_ray
+from padseg.run.convert import write_coco
+from padseg.run.job import Job, classes_from, last_layer, naming_settings, outputs, plain, reading_settings, requested, resolved_from
+from padseg.run.locks import all_records, briefly, exclusive, forget_shards, home, shard_homes, shared
+from padseg.run.picture import Method, OutOfMemory, Taken, by_maps, labelled, mapped, method_of, save, take
+from padseg.run.plan import choose, plan, refuse_collisions
+from padseg.run.records import (
+    Entry,
+    Model,
+    Recorded,
+    Run,
+    Setting,
+    Totals,
+    differences,
+    entry_of,
+    line,
+    read_run,
+    recorded,
+    write_records,
+    write_run,
+)
+from padseg.run.space import warn_if_short
+from padseg.system.files import full_disk, sweep
+from padseg.system.progress import Progress, Silent
+from padseg.system.signals import Stop
+from padseg.system.threads import ahead, batches, threads
+from padseg.system.versions import versions
+from padseg.version import __version__
+
+log = logging.getLogger(__name__)
+
+
+class Counts(NamedTuple):
+    """How a run went. skipped: those of `done` that earlier runs had done; regions: mean of a done picture; signal: what stopped it."""
+
+    images: int
+    done: int
+    skipped: int
+    failed: int
+    regions: float
+    seconds: float
+    signal: int | None = None
+
+
+def run(job: Job, progress: Progress = Silent()) -> Counts:
+    """Segment all pictures of the job that its output does not hold yet; a picture that fails is recorded and the rest go on.
+
+    Raises NoImages, UsageError, ModelUnavailable, ResourceExhausted, and OutputConflict if the output was made with other settings or
+    is being written.
+    """
+    began = time.perf_counter()
+    found, pictures = choose(job)
+    shard = job.selection.shard
+    own = home(job.out, shard)
+    with full_disk(job.out), held(job), Stop() as stop:
+        refuse_collisions(job.out, pictures)
+        pending, records, earlier = plan(job, found, pictures)
+        skipped = len(pictures) - len(pending)
+        worked = bool(pending) or earlier is None or earlier.requested != requested(job)
+        if worked:
+            record, made = start(job, pending, earlier, stop)
+            with contextlib.closing(progress):
+                progress.start(len(pending))
+                for entry in work(job, made, pending, records.values(), stop):
+                    records[entry.input] = recorded(entry)
+                    progress.step(entry.model_dump())
+        else:
+            assert earlier is not None
+            record = earlier
+        counts = count(pictures, records, skipped, time.perf_counter() - began, stop.signal)
+        finish(own, record, records, counts, worked)
+        if not shard:
+            forget_shards(job.out)
+        if job.coco and counts.done and not counts.signal:
+            for name, reason in write_coco(job.out).items():
+                log.warning('not in the COCO files: %s: %s', name, reason)
+    if counts.failed == counts.images and all(records[picture.name].error == OutOfMemory.__name__ for picture in pictures):
+        raise ResourceExhausted('no picture fits into memory: try a smaller --side, or --dtype bfloat16')
+    return counts
+
+
+def held(job: Job) -> contextlib.AbstractContextManager[None]:
+    """The output folder, alone or with other shards."""
+    shard = job.selection.shard
+    return shared(job.out, shard, foreign='scores.json') if shard else exclusive(job.out, foreign='scores.json')
+
+
+def start(job: Job, pending: list[Found], earlier: Run | None, stop: Stop) -> tuple[Run, Iterator[Entry]]:
+    """The run in words, and the records of its pictures, which are made when they are asked for."""
+    method, record = prepare(job, earlier)
+    write_run(record, home(job.out, job.selection.shard) / 'run.json')
+    if job.classes:
+        write_classes(job.classes, job.out / 'classes.json')
+    warn_if_short(job, pending, int(str(record.settings['side'])))
+    if job.engine == 'ray':  # whose actors load the model: the one here is let go
+        return record, results_on_ray(job, record, pending, stop, job.address)
+    return record, results(job, method, pending, stop)
+
+
+def prepare(job: Job, earlier: Run | None) -> tuple[Method, Run]:
+    """The method, and the run in words. OutputConflict if the earlier results in the same place came from other settings."""
+    method, record = from_maps(job) if job.maps else from_model(job)
+    if not job.selection.shard:
+        agree(job.out, earlier, record, ', or --overwrite')
+        return method, record
+    with briefly(job.out):  # the first of several shards that begin at a time says what the settings are
+        others = shard_homes(job.out).keys() - {job.selection.shard}
+        there = read_run(job.out / 'run.json') if earlier or others else None
+        agree(job.out, there, record, '')
+        if there is None:
+            write_run(record, job.out / 'run.json')
+    return method, record
+
+
+def agree(out: Path, earlier: Run | None, record: Run, remedy: str) -> None:
+    if earlier and earlier.settings != record.settings:
+        raise OutputConflict(
+            f'{out} holds results of other settings ({"; ".join(differences(earlier.settings, record.settings))}): '
+            f'choose another --out{remedy}'
+        )
+
+
+def from_model(job: Job) -> tuple[Method, Run]:
+    """The method by a loaded model."""
+    # torch takes seconds to import: a run that has nothing to do, or nothing to do it with, need not wait.
+    import torch
+
+    from padseg.backbones import load
+
+    layer = last_layer(job.options, job.model, job.revision)
+    backbone = load(job.model, revision=job.revision, device=job.device, dtype=job.dtype, layer=layer, vae=job.vae, compile=job.compile)
+    dtype = str(backbone.dtype).removeprefix('torch.')
+    settings: dict[str, Setting] = {'weights': backbone.identity.weights, 'dtype': dtype, 'compile': job.compile}
+    settings |= plain(job.options.resolve(backbone.spec)) | naming_settings(job) | reading_settings(job.reading)
+    record = Run(
+        padseg=__version__,
+        source=str(job.source.resolve()),
+        requested=requested(job),
+        settings=settings,
+        key=key_of(settings),
+        model=Model(**backbone.identity._asdict()),
+        device=str(backbone.device),
+        dtype=dtype,
+        threads=torch.get_num_threads(),
+        platform=platform.platform(),
+        versions=versions(),
+        batch=job.batch,
+        started=now(),
+    )
+    return method_of(backbone, job), record
+
+
+def from_maps(job: Job) -> tuple[Method, Run]:
+    """The method by token maps that an earlier run kept. NoImages if there are none."""
+    from padseg.methods.seg4diff import regions
+
+    assert job.maps is not None
+    made = read_run(job.maps / 'run.json')
+    if made is None or not (job.maps / 'maps').is_dir():
+        raise NoImages(f'{job.maps} holds no token maps: make them by `padseg run --save-maps --out {job.maps}`')
+    if classes_from(made.settings):
+        raise UsageError(f'{job.maps} holds maps of classes: `padseg label` makes them into other label maps')
+    settings = {**made.settings, **{name: value for name, value in plain(job.options).items() if name in LATER and value is not None}}
+    known = {name: entry_of(record).sha256 for name, record in all_records(job.maps).items()}
+    resolved = resolved_from(settings)
+    record = made.model_copy(
+        update={
+            'status': 'running',
+            'padseg': __version__,
+            'source': str(job.source.resolve()),
+            'requested': requested(job),
+            'settings': settings,
+            'key': key_of(settings),
+            'versions': versions(),
+            'started': now(),
+            'ended': None,
+        }
+    )
+    return Method(partial(by_maps, job.maps / 'maps', known), partial(regions, options=resolved)), record
+
+
+def key_of(settings: dict[str, Setting]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def work(job: Job, made: Iterable[Entry], pending: list[Found], kept: Iterable[Recorded], stop: Stop) -> Iterator[Entry]:
+    """Do the pending pictures, as their records are made, each with its manifest line as the last thing written."""
+    own = home(job.out, job.selection.shard)
+    clean(job, pending)
+    write_records(kept, own / 'manifest.jsonl')  # drops a torn last line before more are added
+    failures = 0
+    with (own / 'manifest.jsonl').open('a', encoding='ascii') as manifest:
+        for entry in made:
+            manifest.write(line(entry))
+            manifest.flush()
+            yield entry
+            failures += entry.status == 'failed'
+            if job.max_failures is not None and failures > job.max_failures:
+                stop.asked = True
+    if job.engine == 'ray':  # a worker may have been killed and its work done again by another
+        clean(job, pending)
+
+
+def clean(job: Job, pending: list[Found]) -> None:
+    """Remove what killed runs left half written; beside other shards, only where it was to become results of these pictures."""
+    names: dict[Path, set[str]] = {}
+    for picture in pending:
+        for path in outputs(picture.name, job).values():
+            names.setdefault((job.out / path).parent, set()).add(Path(path).name)
+    for folder, mine in names.items():
+        sweep(folder, mine if job.selection.shard else None)
+
+
+def results(job: Job, method: Method, pending: list[Found], stop: Stop) -> Iterator[Entry]:
+    """Read pictures ahead of the model, make label maps and write results behind it, each in threads of its own; records, in order."""
+    with threads(job.workers) as readers, threads(job.workers) as writers:
+        depth = job.batch + job.workers
+        taken = ahead(readers, partial(take, job), pending, depth)
+        yield from ahead(writers, partial(complete, job, method), map_all(job, method, taken, stop), depth)
+
+
+def map_all(job: Job, method: Method, taken: Iterable[Taken], stop: Stop) -> Iterator[Taken]:
+    """The pictures with their token maps. A batch that was asked to stop before its forward is dropped."""
+    for some in batches(taken, job.batch):
+        if stop.asked:
+            return
+        yield from mapped(method, some)
+
+
+def complete(job: Job, method: Method, taken: Taken) -> Entry:
+    """What is left to do for a picture when the model is done with it."""
+    return save(job, labelled(method, taken))
+
+
+def count(pictures: list[Found], records: dict[str, Recorded], skipped: int, seconds: float, signal: int | None) -> Counts:
+    """Sum up the records of the pictures that are in the folder now."""
+    present = [records[picture.name] for picture in pictures if picture.name in records]
+    regions = [record.regions or 0 for record in present if record.status == 'done']
+    mean = sum(regions) / len(regions) if regions else 0.0
+    return Counts(len(pictures), len(regions), skipped, len(present) - len(regions), mean, seconds, signal)
+
+
+def finish(out: Path, run: Run, records: dict[str, Recorded], counts: Counts, worked: bool) -> None:
+    """Bring the records into their last form: one line a picture, sorted by name."""
+    ordered = [records[name] for name in sorted(records)]
+    write_records(ordered, out / 'manifest.jsonl')
+    write_records([record for record in ordered if record.status == 'failed'], out / 'failures.jsonl')
+    last = {
+        'status': 'finished' if counts.done + counts.failed == counts.images else 'interrupted',
+        'counts': Totals(**{name: getattr(counts, name) for name in Totals.model_fields}),
+        'ended': now() if worked else run.ended,
+        'seconds': round(counts.seconds, 3) if worked else run.seconds,
+    }
+    write_run(run.model_copy(update=last), out / 'run.json')
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec='seconds')

@@ -1,0 +1,123 @@
+"""Which runs may write to an output folder at a time, and where each keeps its records.
+
+A run of its own has the folder to itself. Runs of different shards share it: each keeps its records in OUT/shards/i-of-N, until a run
+without shards, or `padseg run --collect`, joins them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import filelock
+
+from padseg.errors import OutputConflict, UsageError
+from padseg.run.records import Recorded, read_records, read_run
+from padseg.system.files import FULL, remove, sweep
+
+Shard = tuple[int, int]  # (i, N), i from 1
+
+LOCK = '.lock'
+SHARDS = 'shards'
+SECONDS = 10.0  # that a shard waits while another one begins
+
+
+def home(out: Path, shard: Shard | None) -> Path:
+    """Where a run keeps run.json, manifest.jsonl and failures.jsonl."""
+    return out / SHARDS / f'{shard[0]}-of-{shard[1]}' if shard else out
+
+
+def shard_homes(out: Path) -> dict[Shard, Path]:
+    """The shards that have records in an output folder."""
+    folders = [path for path in (out / SHARDS).glob('*-of-*') if path.is_dir()]
+    found = {path: path.name.split('-of-') for path in folders}
+    return {(int(i), int(n)): path for path, (i, n) in sorted(found.items()) if i.isdecimal() and n.isdecimal()}
+
+
+@contextlib.contextmanager
+def exclusive(out: Path, foreign: str) -> Iterator[None]:
+    """Make the output folder, keep all other runs out, and remove what killed ones left half written beside the records.
+
+    OutputConflict if a run is in it, or if the file `foreign` is there.
+    """
+    make(out, foreign)
+    with contextlib.ExitStack() as stack:
+        enter(stack, out, f'another run is writing to {out}')
+        for (i, n), folder in shard_homes(out).items():
+            enter(stack, folder, f'the run of shard {i}/{n} is writing to {out}')
+        sweep(out)
+        yield
+
+
+@contextlib.contextmanager
+def shared(out: Path, shard: Shard, foreign: str) -> Iterator[None]:
+    """Make the output folder and keep out all runs but those of the other shards of N. OutputConflict as for `exclusive`."""
+    make(out, foreign)
+    with contextlib.ExitStack() as stack:
+        with briefly(out):
+            sweep(out, {'run.json'})  # all that a shard writes there, and only while it holds the folder
+            for (i, n), folder in shard_homes(out).items():
+                if n != shard[1]:
+                    with contextlib.ExitStack() as probe:
+                        enter(probe, folder, f'a run of shard {i}/{n} is writing to {out}: it can be shared by shards of one number only')
+            home(out, shard).mkdir(parents=True, exist_ok=True)
+            enter(stack, home(out, shard), f'another run of shard {shard[0]}/{shard[1]} is writing to {out}')
+        sweep(home(out, shard))
+        yield
+
+
+@contextlib.contextmanager
+def briefly(out: Path) -> Iterator[None]:
+    """Hold the output folder for a moment, among runs that share it."""
+    try:
+        with filelock.FileLock(out / LOCK, timeout=SECONDS):
+            yield
+    except filelock.Timeout as error:
+        raise OutputConflict(f'another run is writing to {out}') from error
+
+
+def make(out: Path, foreign: str) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise UsageError(f'cannot make the output folder {out}: {error.strerror}') from error
+    if (out / foreign).exists():
+        raise OutputConflict(f'{out} holds {foreign}, results of another command: choose another --out')
+
+
+def enter(stack: contextlib.ExitStack, folder: Path, otherwise: str) -> None:
+    """Hold a folder's lock until the stack ends, or raise OutputConflict."""
+    try:
+        stack.enter_context(filelock.FileLock(folder / LOCK, timeout=0))
+    except filelock.Timeout as error:
+        raise OutputConflict(otherwise) from error
+
+
+def all_records(out: Path) -> dict[str, Recorded]:
+    """The last record of every picture of an output folder, those of shards too."""
+    # the folder's own manifest is written last by a run that has joined what shards were there before: theirs are newer
+    manifests = [folder / 'manifest.jsonl' for folder in shard_homes(out).values()]
+    newest_last = sorted((path for path in manifests if path.exists()), key=lambda path: path.stat().st_mtime_ns)
+    records: dict[str, Recorded] = {}
+    for path in (out / 'manifest.jsonl', *newest_last):
+        records |= read_records(path)
+    return records
+
+
+def unfinished(folders: Sequence[Path]) -> list[str]:
+    """The shards, as i/N, without a finished run in these folders, of that N of which the fewest are missing; often none."""
+    states: dict[int, dict[int, bool]] = {}
+    for (i, n), folder in [item for out in folders for item in shard_homes(out).items()]:
+        run = read_run(folder / 'run.json')
+        states.setdefault(n, {})[i] = run is not None and run.status == 'finished'
+    missing = [[f'{i}/{n}' for i in range(1, n + 1) if not found.get(i)] for n, found in states.items()]
+    return min(missing, key=len, default=[])
+
+
+def forget_shards(out: Path) -> None:
+    """Remove the shards' records, once they are joined."""
+    if (out / SHARDS).is_dir():
+        remove(out / SHARDS)

@@ -1,0 +1,81 @@
+"""Which pictures a run is about, and which of them are still to be done."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+from padseg.errors import NoImages, UsageError
+from padseg.images import Found, collisions, find, frames_of, ignores_case
+from padseg.run.job import Job, outputs
+from padseg.run.locks import all_records
+from padseg.run.records import (
+    Recorded,
+    Run,
+    entry_of,
+    read_run,
+)
+from padseg.run.selection import select
+
+
+class Plan(NamedTuple):
+    """What there is to do. kept: records of pictures that stay as they are; earlier: the run that made results which are there."""
+
+    pending: list[Found]
+    kept: dict[str, Recorded]
+    earlier: Run | None
+
+
+def choose(job: Job) -> tuple[list[Found], list[Found]]:
+    """All pictures of the source, and those that the run is about. Raises NoImages if there are none, and UsageError."""
+    if job.source.resolve() == job.out.resolve():
+        raise UsageError(f'the output cannot be the folder of the pictures itself: {job.out}')
+    found = [frame for picture in find(job.source, skip=job.out) for frame in frames_of(picture, job.reading)]
+    if not found:
+        raise NoImages(f'there are no pictures in {job.source}')
+    pictures = select(found, job.selection)
+    if not pictures:
+        raise NoImages(f'none of the {len(found)} pictures in {job.source} is selected')
+    return found, pictures
+
+
+def refuse_collisions(out: Path, pictures: list[Found]) -> None:
+    """UsageError if two pictures' results would be one file."""
+    same = collisions(picture.name for picture in pictures)
+    if same and ignores_case(out):
+        raise UsageError(f'{same[0][0]} and {same[0][1]} are one name on the file system of {out}: rename one, or --exclude it')
+
+
+def plan(job: Job, found: list[Found], pictures: list[Found]) -> Plan:
+    """Compare the chosen pictures with the results that are there. OutputConflict if these cannot be understood."""
+    shard = job.selection.shard
+    earlier = None if job.overwrite and not shard else read_run(job.out / 'run.json')
+    records = all_records(job.out) if earlier else {}
+    past = {} if job.overwrite else records
+    pending = [picture for picture in pictures if not settled(picture, past.get(picture.name), job)]
+    again = {picture.name for picture in pending}
+    # failed pictures that this run is not about keep their records, unless they are gone
+    there = {picture.name for picture in found} - {picture.name for picture in pictures}
+    kept = {name: record for name, record in records.items() if name not in again and (record.status == 'done' or name in there)}
+    kept |= {picture.name: records[picture.name] for picture in pictures if picture.name not in again}
+    if shard:  # what is not of the shard is recorded elsewhere
+        kept = {picture.name: kept[picture.name] for picture in pictures if picture.name in kept}
+    done = any(record.status == 'done' for record in records.values())
+    return Plan(pending, kept, earlier if done else None)
+
+
+def settled(picture: Found, record: Recorded | None, job: Job) -> bool:
+    """Whether nothing is to be done for this very picture: it has all its results, or it failed and is not to be tried again."""
+    if record is None or (record.status == 'failed' and job.retry_failed):
+        return False
+    entry = entry_of(record)
+    if entry.status == 'done' and not all((job.out / path).exists() for path in outputs(picture.name, job).values()):
+        return False
+    try:
+        now = picture.path.stat()
+        if not job.checksum and (now.st_size, now.st_mtime_ns) == (entry.bytes, entry.modified):
+            return True
+        return hashlib.sha256(picture.path.read_bytes()).hexdigest() == entry.sha256
+    except OSError:
+        return False  # reading it again will tell what is wrong

@@ -1,0 +1,218 @@
+"""Training examples with soft masks of regions or of named classes: synthetic scenes, and annotated photographs with foreign regions."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from padseg.errors import NoImages
+from padseg.train.scenes import CLASSES, Scene, scene
+from padseg.train.tiny_model import SLOTS
+from padseg.types import Array
+
+VIEWS = ((256, 256), (208, 320), (320, 208))  # height, width in pixels: all near 256 x 256 in area
+VIEW_SHARES = (0.3, 0.5, 0.2)
+CELL = 8  # pixels a side of one cell of the masks: half an image token
+MAX_MASKS = 24  # the largest regions; the rest is left out of the loss
+ROWS = max(MAX_MASKS, len(CLASSES))  # places for masks in a batch
+VOID = 255  # ignored by convention in 8-bit label maps with classes
+
+
+class Photographs(NamedTuple):
+    """A folder of annotated photographs: each file with its label maps (one an annotator), and how often it is drawn."""
+
+    pairs: tuple[tuple[pathlib.Path, tuple[pathlib.Path, ...]], ...]
+    weight: float
+    void: int | None
+
+
+class Mixture(NamedTuple):
+    """What a batch is made of. synthetic: share of scenes, where there are photographs; named: share of the scenes whose masks are
+    classes that the prompt names; others: most names in a prompt that the scene does not show; alone: share of the prompts without any.
+    """
+
+    synthetic: float
+    named: float = 0.0
+    others: int = 3
+    alone: float = 0.0
+
+
+class Batch(NamedTuple):
+    """images: (B, 3, H, W) in -1..1; masks: (B, ROWS, H/CELL, W/CELL) uint8, share of a cell in 0..64; counts: (B,) masks in use.
+
+    prompts: B texts; where one is not empty its words name the masks, and words (B, ROWS, SLOTS) holds the weights with which
+    the maps of the prompt's tokens are averaged for each mask. captions: B texts that say what a scene shows, empty for photographs.
+    """
+
+    images: Tensor
+    masks: Tensor
+    counts: Tensor
+    captions: list[str]
+    prompts: list[str]
+    words: Tensor
+
+
+class Example(NamedTuple):
+    """image: (H, W, 3) uint8; masks: (M, H/CELL, W/CELL) uint8; caption: what it shows; names: the masks' classes, or none."""
+
+    image: Array
+    masks: Array
+    caption: str = ''
+    names: tuple[str, ...] = ()
+
+
+def photographs(argument: str) -> Photographs:
+    """The pictures of FOLDER[=WEIGHT[=VOID]]: FOLDER/images[/train]/x.jpg with FOLDER/labels[/train]/x.png or x_0.png, x_1.png, ..."""
+    name, *rest = argument.split('=')
+    images, labels = pathlib.Path(name) / 'images', pathlib.Path(name) / 'labels'
+    if (images / 'train').is_dir():
+        images, labels = images / 'train', labels / 'train'
+    pairs = []
+    for path in sorted(images.glob('*.jpg')):
+        maps = sorted([*labels.glob(f'{path.stem}.png'), *labels.glob(f'{path.stem}_[0-9]*.png')])
+        if maps:
+            pairs.append((path, tuple(maps)))
+    if not pairs:
+        raise NoImages(f'no x.jpg with x.png or x_0.png, x_1.png, ... in {images} and {labels}')
+    return Photographs(tuple(pairs), float(rest[0]) if rest else 1.0, int(rest[1]) if len(rest) > 1 else None)
+
+
+def batch(seed: int, index: int, size: int, folders: Sequence[Photographs], mixture: Mixture) -> Batch:
+    """The examples number `index` of a training run, a pure function of its arguments; all have one view."""
+    rng = np.random.default_rng((seed, index))
+    view = VIEWS[rng.choice(len(VIEWS), p=VIEW_SHARES)]
+    examples = []
+    for _ in range(size):
+        if folders and rng.random() >= mixture.synthetic:
+            image, labels = photograph(rng, folders, view)
+            examples.append(Example(image, soft_masks(labels)))
+            continue
+        drawn = scene(rng, *view)
+        if rng.random() < mixture.named:
+            alone = mixture.alone and rng.random() < mixture.alone
+            names = prompt_names(rng, drawn, 0 if alone else mixture.others)
+            examples.append(Example(drawn.image, class_masks(drawn, names), drawn.caption, names))
+        else:
+            examples.append(Example(drawn.image, soft_masks(drawn.labels), drawn.caption))
+    pixels = np.stack([example.image for example in examples])
+    masks = np.stack([np.pad(each.masks, ((0, ROWS - len(each.masks)), (0, 0), (0, 0))) for each in examples])
+    return Batch(
+        torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1,
+        torch.from_numpy(masks),
+        torch.tensor([len(example.masks) for example in examples]),
+        [example.caption for example in examples],
+        [' '.join(example.names) for example in examples],
+        torch.from_numpy(np.stack([word_weights(example.names) for example in examples])),
+    )
+
+
+def prompt_names(rng: np.random.Generator, drawn: Scene, others: int) -> tuple[str, ...]:
+    """The classes that a scene shows and up to `others` more, in random order."""
+    shown = list(dict.fromkeys(drawn.names))
+    absent = [name for name in CLASSES if name not in shown]
+    names = shown + [absent[i] for i in rng.permutation(len(absent))[: rng.integers(others + 1)]]
+    return tuple(names[i] for i in rng.permutation(len(names)))
+
+
+def word_weights(names: Sequence[str]) -> Array:
+    """Which slots of the prompt hold each name, (ROWS, SLOTS) float32 with rows that sum to 1: every word is one token."""
+    weights = np.zeros((ROWS, SLOTS), np.float32)
+    slot = 1  # after the start token
+    for row, name in enumerate(names):
+        count = len(name.split())
+        weights[row, slot : slot + count] = 1 / count
+        slot += count
+    return weights
+
+
+def photograph(rng: np.random.Generator, folders: Sequence[Photographs], view: tuple[int, int]) -> tuple[Array, Array]:
+    """A crop of a random photograph, often with a region of another pasted in: (H, W, 3) uint8 and labels (H, W), -1 = ignore."""
+    image, labels = crop(rng, *read_pair(rng, folders), view)
+    if rng.random() < 0.35:
+        image, labels = paste(rng, image, labels, *crop(rng, *read_pair(rng, folders), view))
+    return recolour(rng, image), labels
+
+
+def read_pair(rng: np.random.Generator, folders: Sequence[Photographs]) -> tuple[Array, Array]:
+    weights = np.array([folder.weight for folder in folders])
+    folder = folders[rng.choice(len(folders), p=weights / weights.sum())]
+    path, maps = folder.pairs[rng.integers(len(folder.pairs))]
+    image = cv2.cvtColor(decode(path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+    labels = decode(maps[rng.integers(len(maps))], cv2.IMREAD_UNCHANGED).astype(np.int32)
+    if folder.void is not None:
+        labels[labels == folder.void] = -1
+    return image, labels
+
+
+def decode(path: pathlib.Path, flag: int) -> Array:
+    decoded = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), flag)
+    if decoded is None:
+        raise NoImages(f'{path} cannot be decoded')
+    return decoded
+
+
+def crop(rng: np.random.Generator, image: Array, labels: Array, view: tuple[int, int]) -> tuple[Array, Array]:
+    """A random part of the picture with the view's aspect ratio, 40 to 100 % of the largest such part, flipped half the time."""
+    height, width = labels.shape
+    scale = min(height / view[0], width / view[1]) * rng.uniform(0.4, 1) ** 0.5
+    size = max(1, round(view[0] * scale)), max(1, round(view[1] * scale))
+    top, left = (int(rng.integers(whole - part + 1)) for whole, part in zip((height, width), size, strict=True))
+    part = np.s_[top : top + size[0], left : left + size[1]]
+    image = cv2.resize(image[part], view[::-1], interpolation=cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR)
+    labels = cv2.resize(labels[part], view[::-1], interpolation=cv2.INTER_NEAREST)
+    return (image[:, ::-1], labels[:, ::-1]) if rng.random() < 0.5 else (image, labels)
+
+
+def paste(rng: np.random.Generator, image: Array, labels: Array, source: Array, regions: Array) -> tuple[Array, Array]:
+    """Move one region of the source, 3 to 50 % of the view, to a random place of the picture, where it becomes a region of its own."""
+    names, areas = np.unique(regions[regions >= 0], return_counts=True)
+    fit = names[(areas > 0.03 * regions.size) & (areas < 0.5 * regions.size)]
+    if not len(fit):
+        return image, labels
+    mask = (regions == rng.choice(fit)).astype(np.float32)
+    height, width = labels.shape
+    move = np.array([[1, 0, rng.uniform(-0.4, 0.4) * width], [0, 1, rng.uniform(-0.4, 0.4) * height]])
+    mask, source = (cv2.warpAffine(array, move, (width, height)) for array in (cv2.GaussianBlur(mask, (0, 0), 0.7), source))
+    mixed = image + mask[..., None] * (source.astype(np.float32) - image)
+    labels = np.where(mask > 0.5, labels.max() + 1, labels)
+    return mixed.astype(np.uint8), labels
+
+
+def recolour(rng: np.random.Generator, image: Array) -> Array:
+    """Random gain a channel, contrast and gamma; grey one time in twenty."""
+    values = np.arange(256) / 255
+    curves = [values ** rng.uniform(0.75, 1.33) * rng.uniform(0.8, 1.2) for _ in range(3)]
+    if rng.random() < 0.7:  # mostly one curve for all channels: white balance stays near what cameras give
+        curves = [curves[0] * rng.uniform(0.95, 1.05) for _ in range(3)]
+    table = (np.clip(np.stack(curves, -1), 0, 1) * 255).astype(np.uint8)  # (256, 3)
+    image = cv2.LUT(np.ascontiguousarray(image), table[None])
+    return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB) if rng.random() < 0.05 else image
+
+
+def soft_masks(labels: Array) -> Array:
+    """How much of each cell every region covers: (H, W) -> (M, H/CELL, W/CELL) uint8 in 0..CELL², largest regions first, < 0 left out."""
+    names, areas = np.unique(labels[labels >= 0], return_counts=True)
+    kept = names[np.argsort(-areas, kind='stable')[:MAX_MASKS]]
+    order = np.full(int(max(labels.max(), 0)) + 2, len(kept))  # the last place of the table also serves -1
+    order[kept] = np.arange(len(kept))
+    return covered(order[labels], len(kept))
+
+
+def class_masks(drawn: Scene, names: Sequence[str]) -> Array:
+    """How much of each cell every class covers: (len(names), H/CELL, W/CELL) uint8 in 0..CELL²."""
+    order = np.array([names.index(name) if name in names else len(names) for name in drawn.names])
+    return covered(order[drawn.labels], len(names))
+
+
+def covered(numbers: Array, count: int) -> Array:
+    """Pixels of each cell that have each number 0..count-1; `count` itself is left out: (H, W) -> (count, H/CELL, W/CELL) uint8."""
+    rows, columns = numbers.shape[0] // CELL, numbers.shape[1] // CELL
+    cells = np.arange(rows * columns).reshape(rows, columns).repeat(CELL, 0).repeat(CELL, 1)
+    counts = np.bincount((numbers * rows * columns + cells).ravel(), minlength=(count + 1) * rows * columns)
+    return counts.reshape(-1, rows, columns)[:count].astype(np.uint8)

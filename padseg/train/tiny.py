@@ -1,0 +1,482 @@
+"""Train the embedded model from nothing: an autoencoder, then all of it with L = L_FM + lambda L_mask (Seg4Diff, Eqs. 12-13).
+
+Read it top to bottom: settings, data, autoencoder, the whole model, writing. Start it with bin/train-tiny.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import click
+import cv2
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from padseg.backbones import load
+from padseg.backbones.recorder import watch
+from padseg.backbones.sd3 import text_columns
+from padseg.exports.overlay import overlay
+from padseg.methods.seg4diff import segment
+from padseg.methods.stages.attention import token_attention
+from padseg.train import tiny_model as tiny
+from padseg.train.data import CELL, Batch, Mixture, batch, photographs
+from padseg.train.loop import Stage, cosine, finish_step, follow_average, resume, set_rate, trapezoid
+from padseg.train.losses import affinity_loss, mask_loss, named_mask_loss, share
+from padseg.train.scenes import CLASSES, Scene, scene
+from padseg.types import Array
+
+WORDS = sorted({word for name in CLASSES for word in name.split()} | {'a', 'an', 'and', 'in', 'of', 'on', 'the', 'two', 'with'})
+STAGES = ('autoencoder', 'together', 'transformer')
+HELD_OUT = 2**32  # seed of scenes that are looked at, not learnt
+
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """How long and with what the transformer is trained, in one stage."""
+
+    steps: int
+    rate: float
+    encoder_rate: float  # of the autoencoder, which goes on learning; 0 leaves it as it is
+    mixtures: tuple[tuple[int, Mixture], ...]  # what examples are drawn from, each from a step on
+    warmup: int = 60  # steps
+    decay: float = 0.2  # share of the steps, at the end, over which the rate falls to nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that decides the result, apart from the data; written beside the weights."""
+
+    seed: int = 0
+    vae_steps: int = 1800
+    vae_batch: int = 4  # new pictures a step
+    vae_crops: int = 4  # random crops of each
+    vae_side: int = 64  # pixels of a crop
+    vae_rate: float = 2e-3
+    vae_kl: float = 1e-3
+    vae_synthetic: float = 0.3  # share of scenes, when there are photographs
+    together: Course = Course(
+        steps=5200,
+        rate=6e-4,
+        encoder_rate=4e-4,
+        mixtures=((0, Mixture(synthetic=0.35, named=0.5, others=3)), (2500, Mixture(synthetic=0.55, named=0.65, others=len(CLASSES)))),
+    )
+    transformer: Course = Course(
+        steps=1600,
+        rate=4e-4,
+        encoder_rate=0.0,
+        mixtures=((0, Mixture(synthetic=0.6, named=0.75, others=len(CLASSES), alone=0.6)),),
+        decay=0.5,
+    )
+    size: int = 12  # new pictures a step
+    weight_decay: float = 0.02
+    layer: int = 4  # expert block
+    supervised: tuple[int, ...] = (3, 4)  # blocks whose token maps get the mask losses; none: flow matching only
+    noise: float = 0.15  # mask loss: sigma is uniform in 0..noise
+    mask_weight: float = 1.0  # lambda
+    affinity_weight: float = 1.0
+    words_weight: float = 1.0
+    flow_every: int = 10  # steps between two with the flow-matching loss
+    caption_dropout: float = 0.5
+    average: float = 0.998  # decay of the moving average of the weights that is kept
+
+    def course(self, stage: str) -> Course:
+        return {'together': self.together, 'transformer': self.transformer}[stage]
+
+
+# The row that a trained model is run with, chosen on the validation splits of BSDS500 and CamVid.
+ROW = {
+    'side': 256,
+    'step': 1,
+    'normalisation': 'share',
+    'threshold': 0.05,
+    'superpixels': 100.0,
+    'join': 0.13,
+    'components': True,
+    'min_area': 0.003,
+}
+
+
+@click.command(context_settings={'show_default': True})
+@click.option('--out', type=click.Path(path_type=pathlib.Path), default=pathlib.Path('runs/tiny'), help='checkpoints, curves and the model')
+@click.option('--data', multiple=True, metavar='FOLDER[=WEIGHT[=VOID]]', help='annotated photographs: FOLDER/images and FOLDER/labels')
+@click.option('--vae-steps', type=click.IntRange(1), default=Settings.vae_steps, help='steps of the autoencoder alone')
+@click.option('--steps', type=click.IntRange(1), default=Settings.together.steps, help='steps of all parts together')
+@click.option('--transformer-steps', type=click.IntRange(0), default=Settings.transformer.steps, help='then, without the autoencoder')
+@click.option('--start', type=click.Path(exists=True, path_type=pathlib.Path), help='a model of this program, for the last stage alone')
+@click.option('--seed', type=int, default=Settings.seed)
+@click.option('--masks/--no-masks', default=True, help='without: flow matching at every step and no mask losses, a twin to compare with')
+@click.option('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+@click.option('--workers', type=click.IntRange(0), default=1, help='processes that make examples')
+@click.option('--save-every', type=click.IntRange(1), default=250, help='steps between two checkpoints')
+def main(
+    out: pathlib.Path,
+    data: tuple[str, ...],
+    vae_steps: int,
+    steps: int,
+    transformer_steps: int,
+    start: pathlib.Path | None,
+    seed: int,
+    masks: bool,
+    device: str,
+    workers: int,
+    save_every: int,
+) -> None:
+    """Train the embedded model; the same command again goes on where a stopped one was."""
+    settings = Settings(
+        seed=seed,
+        vae_steps=vae_steps,
+        together=dataclasses.replace(Settings.together, steps=steps),
+        transformer=dataclasses.replace(Settings.transformer, steps=transformer_steps),
+    )
+    if not masks:
+        settings = dataclasses.replace(settings, supervised=(), flow_every=1)
+    out.mkdir(parents=True, exist_ok=True)
+    leave_cores(0)  # here too: a worker that is forked from a process with OpenCV's threads hangs when it ends them
+    torch.manual_seed(settings.seed)
+    run = Run(out, settings, data, str(start) if start else None, torch.device(device), workers, save_every)
+    if start:
+        learner = learner_of(tiny.read(start, WORDS), run)
+    else:
+        parts = tiny.build(WORDS)
+        train_autoencoder(parts, run)
+        learner = learner_of(parts, run)
+        train(learner, run, 'together')
+    if transformer_steps:
+        train(learner, run, 'transformer')
+    click.echo(f'model in {out / "model"}', err=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Where a training run reads and writes."""
+
+    out: pathlib.Path
+    settings: Settings
+    data: tuple[str, ...]
+    start: str | None
+    device: torch.device
+    workers: int
+    save_every: int
+
+    def batches(self, stage: str, start: int, stop: int, size: int) -> Iterator[Batch]:
+        """Batches number start..stop-1 of a stage, made ahead in other processes; number i is the same in every run."""
+        examples = Examples(self.settings, self.data, stage, size)
+        loader = torch.utils.data.DataLoader(
+            examples,
+            batch_size=None,
+            sampler=range(start, stop),
+            num_workers=self.workers,
+            worker_init_fn=leave_cores,
+            prefetch_factor=4 if self.workers else None,
+        )
+        return iter(loader)
+
+    def stage(self, name: str, steps: int, pictures: int, columns: tuple[str, ...]) -> Stage:
+        """A checkpoint depends on this stage's settings and those of the stages before, not on how many steps of its own are to follow."""
+        settings = dataclasses.asdict(self.settings)
+        courses = {course: settings.pop(course) for course in STAGES[1:]}
+        if name == 'autoencoder':
+            made_with = {key: value for key, value in settings.items() if key.startswith('vae_') or key == 'seed'}
+        else:
+            own = {key: value for key, value in courses[name].items() if key != 'steps'}
+            before = self.start or {stage: courses[stage] for stage in STAGES[1 : STAGES.index(name)]}
+            made_with = {**settings, **own, 'before': before}
+        return Stage(self.out, name, steps, pictures, columns, f'{made_with} {self.data}', self.save_every, self.device)
+
+
+def leave_cores(worker: int) -> None:
+    """Pictures are small, and the cores belong to the training."""
+    cv2.setNumThreads(1)
+
+
+class Examples(torch.utils.data.Dataset[Batch]):
+    """Batch number i of one stage."""
+
+    def __init__(self, settings: Settings, data: tuple[str, ...], stage: str, size: int) -> None:
+        self.folders = [photographs(argument) for argument in data]
+        self.settings, self.stage, self.size = settings, stage, size
+
+    def __getitem__(self, index: int) -> Batch:
+        settings = self.settings
+        mixtures = ((0, Mixture(settings.vae_synthetic)),) if self.stage == 'autoencoder' else settings.course(self.stage).mixtures
+        mixture = [mixture for first, mixture in mixtures if first <= index][-1]
+        return batch(settings.seed * len(STAGES) + STAGES.index(self.stage), index, self.size, self.folders, mixture)
+
+
+def train_autoencoder(parts: tiny.Parts, run: Run) -> None:
+    """Reconstruction with a slight KL term."""
+    settings, vae = run.settings, parts.vae.to(run.device, memory_format=torch.channels_last)
+    optimiser = torch.optim.AdamW([{'params': list(vae.parameters()), 'rate': settings.vae_rate}], weight_decay=0.0)
+    stage = run.stage('autoencoder', settings.vae_steps, settings.vae_batch, ('reconstruction',))
+    start = resume(stage, vae, [optimiser])
+    for step, examples in enumerate(run.batches(stage.name, start, settings.vae_steps, settings.vae_batch), start):
+        set_rate(optimiser, cosine(step, settings.vae_steps, 50))
+        generator = torch.Generator().manual_seed(settings.seed + step)
+        pixels = random_crops(examples.images, settings.vae_crops, settings.vae_side, generator).to(run.device)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        with autocast(run.device):
+            posterior = vae.encode(pixels).latent_dist
+            loss = decoding_loss(vae, posterior.mean, posterior.std, pixels, generator) + settings.vae_kl * divergence(posterior)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimiser.step()
+        finish_step(stage, step, {'reconstruction': loss}, vae, [optimiser])
+        if stage.saves_after(step):
+            draw_rebuilt(vae, stage)
+
+
+def random_crops(images: Tensor, count: int, side: int, generator: torch.Generator) -> Tensor:
+    """`count` crops of every picture, at the same places in all: (B, 3, H, W) -> (B count, 3, side, side)."""
+    crops = []
+    for _ in range(count):
+        top, left = (int(torch.randint(size - side + 1, (), generator=generator)) for size in images.shape[2:])
+        crops.append(images[..., top : top + side, left : left + side])
+    return torch.cat(crops)
+
+
+def decoding_loss(vae: Any, mean: Tensor, deviation: Tensor, pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Reconstruction from a random draw of the latents (B, C, h, w) of the pixels (B, 3, 8 h, 8 w)."""
+    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+    return reconstruction(vae.decode(mean + deviation * noise).sample.float(), pixels)
+
+
+def divergence(posterior: Any) -> Tensor:
+    """KL divergence of the latents' distribution from the normal one, per value."""
+    return (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean() / 2
+
+
+def reconstruction(decoded: Tensor, pixels: Tensor) -> Tensor:
+    """L1 and squares of brightness and of two colour differences, at four scales: on RGB pixels alone colours are learnt last."""
+    opponent = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [1, -1, 0], [-0.5, -0.5, 1]], device=pixels.device)
+    difference = torch.einsum('ij,bjhw->bihw', opponent, decoded - pixels)  # (B, 3, H, W)
+    scales = [F.avg_pool2d(difference, side) for side in (1, 2, 4, 8)]
+    return torch.stack([each.abs().mean() + 2 * each.square().mean() for each in scales]).sum()
+
+
+@torch.no_grad()
+def latent_statistics(vae: Any, run: Run) -> Tensor:
+    """Mean and standard deviation of the latents of 8 batches that the autoencoder's training has not seen: (2,)."""
+    steps = run.settings.vae_steps
+    latents = [
+        vae.encode(examples.images.to(run.device)).latent_dist.mean.flatten() for examples in run.batches(STAGES[0], steps, steps + 8, 8)
+    ]
+    values = torch.cat(latents)
+    return torch.stack([values.mean(), values.std()])
+
+
+def learner_of(parts: tiny.Parts, run: Run) -> nn.ModuleDict:
+    """The parts on the device, with a buffer for mean and deviation of the latents."""
+    learner = nn.ModuleDict({name: part.to(run.device) for name, part in parts._asdict().items()})
+    config = parts.vae.config
+    known = torch.tensor([config.shift_factor, 1 / config.scaling_factor]) if run.start else latent_statistics(parts.vae, run)
+    learner.register_buffer('statistics', known.to(run.device))
+    return learner
+
+
+def train(learner: nn.ModuleDict, run: Run, name: str) -> None:
+    """Mask loss on the token maps at every step, through the transformer into the autoencoder; flow-matching loss now and then.
+
+    The autoencoder learns on with its own loss, so its latents stay a picture's code and become features too (as in REPA-E, Leng et al.
+    2025). They drift, so that mean and deviation are followed. The weights that are kept are a moving average. Where the
+    course has no rate for the autoencoder, it stays as it is.
+    """
+    settings, course, device = run.settings, run.settings.course(name), run.device
+    tokenizers = tiny.tokenizers(WORDS)
+    vae: Any = learner['vae']
+    transformer: Any = learner['transformer']
+    statistics = learner.get_buffer('statistics')
+    averaged = [weight.detach().clone() for weight in learner.parameters()]
+    optimisers = make_optimisers(learner, settings, course)
+    stage = run.stage(name, course.steps, settings.size, ('reconstruction', 'mask', 'affinity', 'words', 'flow'))
+    start = resume(stage, learner, optimisers, averaged)
+    layers = {layer: transformer.transformer_blocks[layer].attn for layer in settings.supervised}
+    for step, examples in enumerate(run.batches(name, start, course.steps, settings.size), start):
+        for optimiser in optimisers:
+            set_rate(optimiser, trapezoid(step, course.steps, course.warmup, course.decay))
+        generator = torch.Generator().manual_seed(settings.seed + step)
+        pixels = examples.images.to(device).contiguous(memory_format=torch.channels_last)  # (B, 3, H, W)
+        masks = examples.masks.to(device).float() / CELL**2  # (B, M, H/8, W/8)
+
+        # pictures to latents and, for a crop of some of them, back
+        losses = {}
+        with autocast(device), torch.set_grad_enabled(course.encoder_rate > 0):
+            posterior = vae.encode(pixels).latent_dist
+        if course.encoder_rate:
+            follow(statistics, posterior.mean)
+            top, left = (int(torch.randint(length - 7, (), generator=generator)) for length in posterior.mean.shape[2:])
+            cells, crop = np.s_[:4, :, top : top + 8, left : left + 8], np.s_[:4, :, 8 * top : 8 * top + 64, 8 * left : 8 * left + 64]
+            with autocast(device):
+                rebuilt = decoding_loss(vae, posterior.mean[cells], posterior.std[cells], pixels[crop], generator)
+            losses['reconstruction'] = rebuilt + settings.vae_kl * divergence(posterior)
+        z = normalised(posterior.mean, statistics)  # (B, C, h, w)
+
+        # token maps with the null prompt or the names of the masks, little noise, forward only to the expert block
+        if layers:
+            sigma = torch.rand(len(z), generator=generator).to(device) * settings.noise  # (B,)
+            with autocast(device):
+                embeds, pooled = encode(learner, tokenizers, examples.prompts)
+                with watch(layers) as recorded:
+                    transformer(noised(z, sigma, generator), embeds, pooled, sigma * 1000)
+            words = examples.words.to(device)  # (B, M, 77)
+            named = words.any(dim=(1, 2))  # (B,)
+            maps = [token_maps(recorded[layer], z.shape) for layer in layers]  # (B, 77, h, w) each
+            if not named.all():
+                losses |= grouping_losses([share(each[~named]) for each in maps], masks[~named], examples.counts.to(device)[~named])
+            if named.any():
+                by_name = [share(torch.einsum('bmt,bthw->bmhw', words[named], each[named])) for each in maps]
+                losses['words'] = torch.stack([named_mask_loss(each, masks[named]) for each in by_name]).mean() * named.float().mean()
+
+        # flow matching: captions or the null prompt, every noise level, whole forward; the latents are given
+        if step % settings.flow_every == 0:
+            dropped = torch.rand(len(z), generator=generator) < settings.caption_dropout
+            captions = ['' if drop else text for text, drop in zip(examples.captions, dropped, strict=True)]
+            losses['flow'] = flow_loss(transformer, z.detach(), *encode(learner, tokenizers, captions), generator)
+
+        weights = {'mask': settings.mask_weight, 'affinity': settings.affinity_weight, 'words': settings.words_weight}
+        loss = torch.stack([value * weights.get(name, 1.0) for name, value in losses.items()]).sum()
+        for optimiser in optimisers:
+            optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+        for optimiser in optimisers:
+            optimiser.step()
+        follow_average(averaged, list(learner.parameters()), step, settings.average)
+        finish_step(stage, step, losses, learner, optimisers, averaged)
+        if stage.saves_after(step):
+            write_model(learner, averaged, run)
+            draw_regions(stage)
+    with torch.no_grad():
+        for weight, average in zip(learner.parameters(), averaged, strict=True):
+            weight.copy_(average)
+
+
+@torch.no_grad()
+def write_model(learner: nn.ModuleDict, averaged: list[Tensor], run: Run) -> None:
+    """OUT/model: the averaged weights, as a folder that padseg loads, with the row they are run with."""
+    kept = copy.deepcopy(learner)
+    for weight, average in zip(kept.parameters(), averaged, strict=True):
+        weight.copy_(average)
+    parts: Any = tiny.Parts(**{name: kept[name].cpu() for name in tiny.Parts._fields})
+    mean, deviation = kept.get_buffer('statistics').tolist()
+    parts.vae.register_to_config(shift_factor=mean, scaling_factor=1 / deviation)
+    row = {'layers': tiny.TRANSFORMER['num_layers'], 'layer': run.settings.layer, **ROW}
+    tiny.save(parts, WORDS, run.out / 'model', row)
+
+
+def make_optimisers(learner: nn.ModuleDict, settings: Settings, course: Course) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024) for the matrices of attention and MLP, AdamW for the rest; `rate` of each group is its rate at full."""
+    named = dict(learner.named_parameters())
+    inner = {
+        name for name, weight in named.items() if weight.ndim == 2 and 'transformer_blocks' in name and ('.attn.' in name or '.ff' in name)
+    }
+    encoder = {name for name in named if name.startswith('vae.')}
+    rest = named.keys() - inner - encoder
+    rate, decay = course.rate, settings.weight_decay
+    muon = torch.optim.Muon(
+        [{'params': [named[name] for name in sorted(inner)], 'rate': rate}], weight_decay=decay, adjust_lr_fn='match_rms_adamw'
+    )
+    groups: list[dict[str, Any]] = [
+        {'params': [named[name] for name in sorted(rest) if named[name].ndim > 1], 'rate': rate, 'weight_decay': decay},
+        {'params': [named[name] for name in sorted(rest) if named[name].ndim <= 1], 'rate': rate},
+        {'params': [named[name] for name in sorted(encoder)], 'rate': course.encoder_rate},
+    ]
+    return [muon, torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, foreach=True)]
+
+
+@torch.no_grad()
+def follow(statistics: Tensor, latents: Tensor) -> None:
+    """Move mean and deviation (2,) a little towards those of the latents."""
+    statistics.lerp_(torch.stack([latents.float().mean(), latents.float().std()]), 0.02)
+
+
+def normalised(latents: Tensor, statistics: Tensor) -> Tensor:
+    mean, deviation = statistics.tolist()
+    return ((latents.float() - mean) / deviation).contiguous()
+
+
+def grouping_losses(maps: list[Tensor], masks: Tensor, counts: Tensor) -> dict[str, Tensor]:
+    """Mask and affinity loss, mean over the layers: (B, 77, h, w) each as shares of a pixel, (B, M, h, w), (B,)."""
+    cells = F.avg_pool2d(masks, 2)
+    return {
+        'mask': torch.stack([mask_loss(each, masks, counts) for each in maps]).mean(),
+        'affinity': torch.stack([affinity_loss(F.avg_pool2d(each, 2), cells) for each in maps]).mean(),
+    }
+
+
+def flow_loss(transformer: Any, z: Tensor, embeds: Tensor, pooled: Tensor, generator: torch.Generator) -> Tensor:
+    """Flow matching (Lipman et al. 2023) on latents (B, C, h, w), with SD3's logit-normal noise levels."""
+    sigma = torch.randn(len(z), generator=generator).sigmoid().to(z.device)
+    noise = torch.randn(z.shape, generator=generator).to(z.device)
+    mixed = z + sigma[:, None, None, None] * (noise - z)
+    with autocast(z.device):
+        velocity = transformer(mixed, embeds, pooled, sigma * 1000, return_dict=False)[0]
+    return F.mse_loss(velocity.float(), noise - z)
+
+
+def held_out(count: int = 8, height: int = 208, width: int = 320) -> list[Scene]:
+    """Scenes that no training draws, always the same."""
+    return [scene(np.random.default_rng((HELD_OUT, number)), height, width) for number in range(count)]
+
+
+@torch.no_grad()
+def draw_rebuilt(vae: Any, stage: Stage) -> None:
+    """OUT/autoencoder.sheet.png: held-out scenes and, below each, what the autoencoder makes of it."""
+    images = [each.image for each in held_out()]
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().to(stage.device) / 127.5 - 1
+    decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample
+    rebuilt = ((decoded + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    write_sheet(images, rebuilt, stage)
+
+
+def draw_regions(stage: Stage) -> None:
+    """OUT/<stage>.sheet.png: held-out scenes and, below each, the regions that the model written so far finds in it."""
+    backbone = load(str(stage.out / 'model'), device=stage.device.type)
+    images = [each.image for each in held_out()]
+    write_sheet(images, [overlay(image, segment(image, backbone).labels) for image in images], stage)
+
+
+def write_sheet(above: Sequence[Array], below: Sequence[Array], stage: Stage) -> None:
+    """Pictures of one size, four in a row, each over its partner."""
+    columns = [np.concatenate(pair) for pair in zip(above, below, strict=True)]
+    rows = [np.concatenate(columns[start : start + 4], axis=1) for start in range(0, len(columns), 4)]
+    PIL.Image.fromarray(np.concatenate(rows)).save(stage.file('.sheet.png'))
+
+
+def encode(learner: nn.ModuleDict, tokenizers: tuple[Any, Any], captions: list[str]) -> tuple[Tensor, Tensor]:
+    """Captions as SD3 takes them without T5: (B, 2 x 77, D) embeddings whose second half is zero, (B, D) pooled."""
+    device = next(learner.parameters()).device
+    outputs = []
+    for name, tokenizer in zip(('text_encoder', 'text_encoder_2'), tokenizers, strict=True):
+        ids = tokenizer(captions, padding='max_length', max_length=tiny.SLOTS, truncation=True, return_tensors='pt').input_ids
+        outputs.append(learner[name](ids.to(device), output_hidden_states=True))
+    embeds = torch.cat([output.hidden_states[-2] for output in outputs], -1)  # (B, 77, D)
+    return F.pad(embeds, (0, 0, 0, tiny.SLOTS)), torch.cat([output.text_embeds for output in outputs], -1)
+
+
+def noised(z: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(z.shape, generator=generator).to(z.device)
+    return z + sigma[:, None, None, None] * (noise - z)
+
+
+def token_maps(recorded: Any, shape: torch.Size) -> Tensor:
+    """The 77 maps of a layer at twice the token grid, where the masks are: (B, 77, 2h, 2w)."""
+    h, w = shape[2] // 2, shape[3] // 2
+    maps = token_attention(recorded, h * w, text_columns(range(tiny.SLOTS), h * w), chunk=h * w)  # (B, h w, 77)
+    return F.interpolate(maps.transpose(1, 2).unflatten(2, (h, w)), scale_factor=2, mode='bilinear')
+
+
+def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+if __name__ == '__main__':
+    main()

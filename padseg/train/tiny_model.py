@@ -1,0 +1,188 @@
+"""The embedded model: an SD3-architecture model small enough to ship, built from configurations and saved in diffusers' layout."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from safetensors.torch import load_file
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+from padseg.errors import ModelUnavailable
+
+SLOTS = 77  # tokens of a CLIP prompt
+START, END = '<|startoftext|>', '<|endoftext|>'
+TEXT: dict[str, Any] = {'hidden_size': (64, 96), 'num_hidden_layers': 3, 'heads': (1, 2)}  # of the two text encoders
+VAE: dict[str, Any] = {'block_out_channels': (16, 32, 64, 64), 'layers_per_block': 1, 'norm_num_groups': 4, 'latent_channels': 16}
+TRANSFORMER: dict[str, Any] = {'num_layers': 6, 'num_attention_heads': 4, 'attention_head_dim': 64, 'qk_norm': 'rms_norm'}
+TRANSFORMER |= {'sample_size': 32, 'pos_embed_max_size': 48}
+
+
+class Parts(NamedTuple):
+    """The models of a pipeline, untrained or trained."""
+
+    transformer: SD3Transformer2DModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModelWithProjection
+    text_encoder_2: CLIPTextModelWithProjection
+
+
+def build(words: list[str], transformer: dict[str, Any] = TRANSFORMER, vae: dict[str, Any] = VAE) -> Parts:
+    """Untrained models with random weights from torch's global generator; words are those the tokenizers know whole."""
+    vocabulary = len(vocabulary_and_merges(words)[0])
+    width = transformer['num_attention_heads'] * transformer['attention_head_dim']
+    text = sum(TEXT['hidden_size'])
+    blocks = len(vae['block_out_channels'])
+    channels = vae['latent_channels']
+    denoiser = SD3Transformer2DModel(
+        in_channels=channels,
+        out_channels=channels,
+        joint_attention_dim=text,
+        pooled_projection_dim=text,
+        caption_projection_dim=width,
+        **transformer,
+    )
+    open_gates(denoiser)
+    autoencoder = AutoencoderKL(
+        down_block_types=('DownEncoderBlock2D',) * blocks,
+        up_block_types=('UpDecoderBlock2D',) * blocks,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+        **{'scaling_factor': 1.0, 'shift_factor': 0.0, **vae},
+    )
+    clear_path(autoencoder)
+    encoders = (text_encoder(vocabulary, size, heads) for size, heads in zip(TEXT['hidden_size'], TEXT['heads'], strict=True))
+    return Parts(denoiser, autoencoder, *encoders)
+
+
+@torch.no_grad()
+def open_gates(transformer: SD3Transformer2DModel, gate: float = 0.5) -> None:
+    """Let every block count from the start: the gates of attention and MLP begin near 0.07 otherwise, and short trainings stay there."""
+    for block in transformer.transformer_blocks:
+        for norm in (block.norm1, block.norm1_context):
+            chunks = norm.linear.bias.chunk(norm.linear.out_features // transformer.inner_dim)
+            for number in (2, 5):  # shift, scale, gate of the attention, then of the MLP; dual blocks have three more for their attn2
+                if len(chunks) > number:
+                    chunks[number].fill_(gate)
+
+
+@torch.no_grad()
+def clear_path(vae: AutoencoderKL) -> None:
+    """Let pixels pass straight through from the start: from random weights colours are found only after thousands of steps."""
+    for name, module in vae.named_modules():
+        if isinstance(module, nn.Conv2d) and name.endswith(('conv_in', 'conv_out', 'conv_shortcut', '.conv')):
+            noise = 0.02 * torch.randn_like(module.weight) / module.weight[0].numel() ** 0.5
+            nn.init.dirac_(module.weight).add_(noise)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d) and name.endswith('conv2'):
+            module.weight.mul_(0.1)
+
+
+def text_encoder(vocabulary: int, size: int, heads: int) -> CLIPTextModelWithProjection:
+    config = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=size,
+        intermediate_size=4 * size,
+        projection_dim=size,
+        num_hidden_layers=TEXT['num_hidden_layers'],
+        num_attention_heads=heads,
+        max_position_embeddings=SLOTS,
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=vocabulary - 1,
+    )
+    model = CLIPTextModelWithProjection(config)
+    # the pad tokens differ only by position: CLIP's usual 0.02 leaves all 77 null-prompt tokens alike for thousands of steps
+    nn.init.normal_(model.text_model.embeddings.position_embedding.weight, std=0.5)
+    return model
+
+
+def vocabulary_and_merges(words: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """CLIP's byte-pair vocabulary in small: letters, letters that end a word, and merges that make each given word one token.
+
+    The same for the same words: a trained vocabulary orders pairs that are equally frequent as it likes.
+    """
+    alphabet = [chr(code) for code in range(ord('!'), ord('~') + 1)]
+    merges: list[tuple[str, str]] = []
+    for word in sorted(words):
+        pieces = merged([*word[:-1], word[-1] + '</w>'], merges)
+        while len(pieces) > 1:  # the new merges are the last to be used, so that words before this one stay whole
+            merges.append((pieces[0], pieces[1]))
+            pieces = merged(pieces, merges)
+    pieces = alphabet + [letter + '</w>' for letter in alphabet] + [first + second for first, second in merges]
+    tokens = [*dict.fromkeys(pieces), START, END]
+    return {token: number for number, token in enumerate(tokens)}, merges
+
+
+def merged(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
+    """The pieces of a word after all merges, in the order of the list (Sennrich et al. 2016)."""
+    for first, second in merges:
+        found: list[str] = []
+        for piece in pieces:
+            if found and (found[-1], piece) == (first, second):
+                found[-1] = first + second
+            else:
+                found.append(piece)
+        pieces = found
+    return pieces
+
+
+def tokenizers(words: list[str]) -> tuple[CLIPTokenizer, CLIPTokenizer]:
+    """The two tokenizers of SD3: the first pads with the end token, the second with '!' (id 0)."""
+    vocabulary, merges = vocabulary_and_merges(words)
+    return tuple(
+        CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad, unk_token=END, bos_token=START, eos_token=END, model_max_length=SLOTS)
+        for pad in (END, '!')
+    )
+
+
+def pipeline(parts: Parts, words: list[str]) -> StableDiffusion3Pipeline:
+    """The parts as diffusers' own pipeline, without T5."""
+    first, second = tokenizers(words)
+    return StableDiffusion3Pipeline(
+        transformer=parts.transformer,
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        text_encoder_2=parts.text_encoder_2,
+        text_encoder_3=None,
+        tokenizer=first,
+        tokenizer_2=second,
+        tokenizer_3=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def read(folder: pathlib.Path, words: list[str]) -> Parts:
+    """The parts that `save` wrote, in float32. ModelUnavailable for a folder without them, or whose text encoders know other words."""
+    try:
+        parts = Parts(
+            read_part(SD3Transformer2DModel, folder / 'transformer'),
+            read_part(AutoencoderKL, folder / 'vae'),
+            CLIPTextModelWithProjection.from_pretrained(folder / 'text_encoder').float(),
+            CLIPTextModelWithProjection.from_pretrained(folder / 'text_encoder_2').float(),
+        )
+        known = CLIPTokenizer.from_pretrained(folder / 'tokenizer').get_vocab()
+    except OSError as error:
+        raise ModelUnavailable(f'{folder} has no model to start with: {error}') from error
+    if known != vocabulary_and_merges(words)[0]:
+        raise ModelUnavailable(f'the tokenizer in {folder} has another vocabulary than this program gives its models')
+    return parts
+
+
+def read_part(kind: Any, folder: pathlib.Path) -> Any:
+    """As diffusers' from_pretrained, which would write the folder's name into the next model's configuration."""
+    model = kind.from_config(kind.load_config(folder))
+    model.load_state_dict(load_file(folder / 'diffusion_pytorch_model.safetensors'))  # into float32
+    return model
+
+
+def save(parts: Parts, words: list[str], folder: pathlib.Path, row: dict[str, Any], dtype: torch.dtype = torch.float16) -> None:
+    """Write the pipeline as safetensors of the given type in diffusers' layout, with the backbone's row in `padseg.json`."""
+    pipeline(parts, words).to(dtype=dtype).save_pretrained(folder, safe_serialization=True)
+    (folder / 'padseg.json').write_text(json.dumps(row, indent=2) + '\n')

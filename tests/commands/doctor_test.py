@@ -1,0 +1,501 @@
+"""`padseg doctor`, `padseg models` and completion: real processes, folders as the hub's client keeps them, a hub on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+from safetensors.torch import load_file, save_file
+from support.replies import Replies
+
+from padseg.backbones import load
+from padseg.backbones.spec import BACKBONES, CARDS
+from padseg.commands import doctor_report as doctor, main
+from padseg.system.disk import human
+
+ROOT = pathlib.Path(__file__).parents[2]
+COMMIT = '0123456789abcdef0123456789abcdef01234567'
+TRANSFORMER = 'transformer/diffusion_pytorch_model.safetensors'
+VAE = 'vae/diffusion_pytorch_model.safetensors'
+
+# the words and codes of doctor for each model, beside those of loading it
+BOTH = """
+import contextlib, io, json, os, pathlib, sys
+from padseg.backbones import load
+from padseg.commands import main
+from padseg.errors import PadsegError
+answers = []
+for name in sys.argv[1:]:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        code = main(['doctor', '--model', name, '--device', 'cpu', '--json'])
+    report = json.loads(printed.getvalue())
+    report['downloaded'] = len(list(pathlib.Path(os.environ['HF_HOME']).rglob('*.safetensors')))
+    try:
+        loaded = load(name, device='cpu').identity.revision
+    except PadsegError as error:
+        loaded = str(error)
+    answers.append([code, report, loaded])
+print(json.dumps(answers))
+"""
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(('HF_', 'HUGGING', 'TRANSFORMERS_OFFLINE'))}
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env={**kept, **environment}, capture_output=True, text=True)
+
+
+def both(home: pathlib.Path, *models: str, **environment: str) -> list[tuple[int, dict, str]]:
+    """Exit code and report of doctor, and the commit or the refusal of `load`, for each model in one process."""
+    settings = {'HF_HOME': str(home), 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1', 'PADSEG_CACHE': str(home / 'padseg')}
+    ran = python('-c', BOTH, *models, **{**settings, **environment})
+    assert ran.returncode == 0, ran.stderr
+    return [tuple(answer) for answer in json.loads(ran.stdout)]
+
+
+def cached(home: pathlib.Path, repo: str, folder: pathlib.Path) -> pathlib.Path:
+    """A model's files as the hub's client keeps them: links into a store of files named after their content. Returns the snapshot."""
+    store = home / 'hub' / f'models--{repo.replace("/", "--")}'
+    snapshot = store / 'snapshots' / COMMIT
+    for path in (path for path in sorted(folder.rglob('*')) if path.is_file()):
+        content = path.read_bytes()
+        blob = store / 'blobs' / (hashlib.sha256 if path.suffix == '.safetensors' else hashlib.sha1)(content).hexdigest()
+        link = snapshot / path.relative_to(folder)
+        for parent in (blob.parent, link.parent):
+            parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(content)
+        link.symlink_to(blob)
+    (store / 'refs').mkdir()
+    (store / 'refs' / 'main').write_text(COMMIT)
+    return snapshot
+
+
+def listed(snapshot: pathlib.Path, *extra: str) -> None:
+    """The list of the repository's files, which the client keeps beside the files."""
+    trees = snapshot.parent.parent / 'trees'
+    trees.mkdir()
+    names = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob('*') if path.is_symlink()]
+    files = {name: {'size': 1, 'blob_id': 'f' * 40} for name in [*names, *extra]}
+    (trees / f'{COMMIT}.json').write_text(json.dumps({'format_version': 1, 'files': files}))
+
+
+def without(name: str) -> Callable[[pathlib.Path], None]:
+    """The file's content is lost, its link is not."""
+    return lambda snapshot: (snapshot / name).resolve().unlink()
+
+
+def cut(snapshot: pathlib.Path) -> None:
+    os.truncate((snapshot / TRANSFORMER).resolve(), 1000)
+
+
+def no_transformer(snapshot: pathlib.Path) -> None:
+    shutil.rmtree(snapshot / 'transformer')
+
+
+def lost_tensor(snapshot: pathlib.Path) -> None:
+    path = (snapshot / TRANSFORMER).resolve()
+    tensors = load_file(path)
+    del tensors['context_embedder.weight']
+    save_file(tensors, path, {'format': 'pt'})
+
+
+def one_shard_less(snapshot: pathlib.Path) -> None:
+    path = snapshot / TRANSFORMER
+    tensors = load_file(path)
+    path.unlink()
+    names = {name: f'diffusion_pytorch_model-0000{number % 2 + 1}-of-00002.safetensors' for number, name in enumerate(sorted(tensors))}
+    first = min(names.values())
+    save_file({name: tensors[name] for name in names if names[name] == first}, path.with_name(first), {'format': 'pt'})
+    path.with_name(f'{path.name}.index.json').write_text(json.dumps({'metadata': {}, 'weight_map': names}))
+
+
+def no_json(snapshot: pathlib.Path) -> None:
+    (snapshot / 'vae/config.json').resolve().write_text('{')
+
+
+def unlisted_files_missing(snapshot: pathlib.Path) -> None:
+    listed(snapshot, 'transformer/diffusion_pytorch_model.fp16.safetensors')
+
+
+def listed_and_without(snapshot: pathlib.Path) -> None:
+    listed(snapshot)
+    without(VAE)(snapshot)
+
+
+FAULTS: dict[str, tuple[Callable[[pathlib.Path], None], str, str]] = {
+    'vae': (without(VAE), 'incomplete', f'no file named {pathlib.Path(VAE).name} in vae of '),
+    'listed': (listed_and_without, 'incomplete', f'no file named {pathlib.Path(VAE).name} in vae of '),
+    'text': (without('text_encoder_2/model.safetensors'), 'incomplete', 'no file named model.safetensors in text_encoder_2 of '),
+    'words': (without('tokenizer/tokenizer.json'), 'incomplete', 'no file named tokenizer.json in tokenizer of '),
+    'shards': (one_shard_less, 'incomplete', 'no file named diffusion_pytorch_model-00002-of-00002.safetensors in transformer of '),
+    'config': (no_transformer, 'incomplete', 'no file named config.json in transformer, '),
+    'cut': (cut, 'damaged', f'{TRANSFORMER} is damaged ('),
+    'tensor': (lost_tensor, 'damaged', 'lack 1 tensors, context_embedder.weight first'),
+    'json': (no_json, 'damaged', 'vae/config.json is not valid JSON'),
+}
+
+
+def test_what_is_wrong_with_the_cache_in_the_words_of_a_run(tmp_path, sd3_folder):
+    for name, (damage, _, _) in FAULTS.items():
+        damage(cached(tmp_path, f'org/{name}', sd3_folder))
+    answers = both(tmp_path, *(f'org/{name}' for name in FAULTS), HF_HUB_OFFLINE='1')
+    for (name, (_, state, words)), (code, report, loaded) in zip(FAULTS.items(), answers, strict=True):
+        found = report['state']
+        assert (code, found['state'], found['message']) == (4, state, loaded), name
+        assert words in loaded and '\n' not in loaded, name
+        assert report['needed'] is None
+
+
+def test_what_is_cached_is_ready_offline(tmp_path, sd3_folder):
+    whole = cached(tmp_path, 'org/whole', sd3_folder)
+    # the client says that a file is missing; it is none that padseg reads
+    unlisted_files_missing(cached(tmp_path, 'org/more', sd3_folder))
+    models = ('org/whole', f'org/whole@{COMMIT}', 'org/whole@main', 'org/more')
+    answers = both(tmp_path, *models, 'org/whole@v2', 'org/absent', HF_HUB_OFFLINE='1')
+    for code, report, loaded in answers[: len(models)]:
+        assert (code, report['state']['state'], report['state']['commit'], loaded) == (0, 'ready', COMMIT, COMMIT)
+        assert report['offline'] and report['cache'] == str(tmp_path / 'hub')
+    assert answers[0][1]['state']['folder'] == str(whole)
+    for code, report, loaded in answers[len(models) :]:
+        assert (code, report['state']['state'], report['state']['message']) == (4, 'offline and not cached', loaded)
+        assert 'HF_HUB_OFFLINE' in loaded
+
+
+def test_transformers_variable_means_offline_too(tmp_path, sd3_folder):
+    cached(tmp_path, 'org/whole', sd3_folder)
+    nowhere = {'HF_ENDPOINT': 'http://127.0.0.1:1', 'TRANSFORMERS_OFFLINE': '1'}
+    (code, report, loaded), (absent, _, words) = both(tmp_path, 'org/whole', 'org/absent', **nowhere)
+    assert (code, report['offline'], loaded) == (0, True, COMMIT)
+    assert absent == 4 and 'TRANSFORMERS_OFFLINE is set' in words
+
+
+def test_an_unreachable_hub(tmp_path, sd3_folder):
+    without(VAE)(cached(tmp_path, 'org/vae', sd3_folder))
+    answers = both(tmp_path, 'org/absent', 'org/vae', HF_ENDPOINT='http://127.0.0.1:1')
+    for (code, report, loaded), state in zip(answers, ('offline and not cached', 'incomplete'), strict=True):
+        assert (code, report['state']['state'], report['state']['message']) == (4, state, loaded)
+        assert not report['offline']
+
+
+# a hub
+
+
+class Hub(Replies):
+    """What the hub answers about a model, one of another kind, a gated one, one that is not there; and to a token that is none."""
+
+    folder: pathlib.Path
+
+    def do_GET(self):
+        path = self.path.partition('?')[0]
+        token = self.headers.get('Authorization', '').removeprefix('Bearer ')
+        names = [file.relative_to(self.folder).as_posix() for file in sorted(self.folder.rglob('*')) if file.is_file()]
+        if token == 'hf_expired':
+            self.reply(401, X_Error_Message='Invalid credentials in Authorization header')
+        elif path.startswith('/api/models/org/none'):
+            self.reply(*((404,) if token else (401,)), **({'X_Error_Code': 'RepoNotFound'} if token else {}))
+        elif path.startswith('/api/models/org/narrow'):
+            self.reply(403, X_Error_Message='Please enable access in the settings of your token')
+        elif path.endswith('/revision/no-such'):
+            self.reply(404, X_Error_Code='RevisionNotFound')
+        elif '/tree/' in path:
+            names = ['config.json'] if '/other/' in path else names
+            files = [{'type': 'file', 'path': name, 'size': 2, 'oid': 'f' * 40} for name in names]
+            self.reply(200, json.dumps(files).encode())
+        elif path.startswith('/api/models/org/'):
+            names = ['config.json'] if 'org/other' in path else names
+            sizes = [
+                {'rfilename': name, 'size': (self.folder / name).stat().st_size if (self.folder / name).exists() else 2} for name in names
+            ]
+            self.reply(200, json.dumps({'id': 'org/model', 'sha': COMMIT, 'siblings': sizes}).encode())
+        elif path.startswith('/org/gated/'):
+            self.reply(403 if token else 401, X_Error_Code='GatedRepo')
+        elif path.startswith(f'/org/model/resolve/{COMMIT}/'):
+            body = (self.folder / path.split(COMMIT + '/')[1]).read_bytes()
+            digest = hashlib.sha256 if path.endswith('.safetensors') else hashlib.sha1
+            self.reply(200, body, X_Repo_Commit=COMMIT, ETag=f'"{digest(body).hexdigest()}"')
+        else:
+            self.reply(404)
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def hub(sd3_folder, tmp_path) -> Iterator[str]:
+    """A hub whose model also has T5, which nobody should ask for."""
+    Hub.folder = pathlib.Path(shutil.copytree(sd3_folder, tmp_path / 'published'))
+    (Hub.folder / 'text_encoder_3').mkdir()
+    (Hub.folder / 'text_encoder_3' / 'model.safetensors').write_bytes(bytes(1000))
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{server.server_port}'
+        server.shutdown()
+
+
+REFUSED = {
+    'org/gated': ('no token', 'accept its licence on https://huggingface.co/org/gated, then `hf auth login`'),
+    'org/none': ('unknown repository', 'check the name, or `hf auth login`'),
+    'org/model@no-such': ('unknown revision', 'has no revision no-such: https://huggingface.co/org/model/tree/main lists'),
+}
+REFUSED_WITH_TOKEN = {
+    'org/gated': ('licence not accepted', 'accept its licence on https://huggingface.co/org/gated with that account'),
+    'org/none': ('unknown repository', 'that the account of your token may read it'),
+    'org/narrow': ('token refused', 'https://huggingface.co/settings/tokens'),
+}
+
+
+@pytest.mark.parametrize(
+    ('token', 'expected'),
+    [
+        ({}, REFUSED),
+        ({'HF_TOKEN': 'hf_good'}, REFUSED_WITH_TOKEN),
+        ({'HF_TOKEN': 'hf_expired'}, {'org/model': ('token refused', '`hf auth login` again')}),
+    ],
+    ids=['without a token', 'with a token', 'with an expired token'],
+)
+def test_what_the_hub_refuses_in_the_words_of_a_run(hub, tmp_path, token, expected):
+    answers = both(tmp_path / 'home', *expected, HF_ENDPOINT=hub, **token)
+    for (model, (state, words)), (code, report, loaded) in zip(expected.items(), answers, strict=True):
+        assert (code, report['state']['state'], report['state']['message']) == (4, state, loaded), model
+        assert words in loaded and '\n' not in loaded
+        assert report['token'] == bool(token)
+        assert 'hf_' not in json.dumps(report)
+
+
+def test_what_the_hub_grants_is_not_downloaded(hub, tmp_path):
+    home = tmp_path / 'home'
+    for name in (TRANSFORMER, VAE):
+        (Hub.folder / name).with_suffix('.txt').write_text('not read, but downloaded')
+    (code, report, loaded), other = both(home, 'org/model', 'org/other', HF_ENDPOINT=hub)
+    files = [path for path in Hub.folder.rglob('*') if path.is_file() and path.parent.name != 'text_encoder_3']
+    total = sum(path.stat().st_size for path in files)
+    assert (code, report['state']['state'], report['state']['commit'], report['state']['download']) == (0, 'not downloaded', COMMIT, total)
+    assert f'the first run downloads {len(files)} files, {human(total)}' in report['state']['message']
+    assert (report['downloaded'], loaded) == (0, COMMIT)
+    assert len([path for path in home.rglob('*') if path.is_symlink()]) == len(files)
+    assert (other[0], other[1]['state']['state'], other[1]['state']['message']) == (4, 'incomplete', other[2])
+    assert other[2] == 'org/other is no model in diffusers layout: transformer/config.json is missing'
+
+
+def test_the_remedy_for_a_damaged_file_mends_it(hub, tmp_path):
+    home = tmp_path / 'home'
+    snapshot = cached(home, 'org/model', Hub.folder)
+    whole = (snapshot / TRANSFORMER).stat().st_size
+    cut(snapshot)
+    ((code, report, loaded),) = both(home, 'org/model', HF_ENDPOINT=hub)
+    assert (code, report['state']['message']) == (4, loaded)
+    remedy = re.findall('`([^`]+)`', loaded)[0]
+    assert remedy.startswith('rm ')
+    subprocess.run(shlex.split(remedy), check=True)
+    again, then = both(home, 'org/model', 'org/model', HF_ENDPOINT=hub)
+    assert (again[0], again[1]['state']['state'], again[1]['state']['download'], again[2]) == (0, 'not downloaded', whole, COMMIT)
+    assert (then[0], then[1]['state']['state'], then[2]) == (0, 'ready', COMMIT)
+
+
+# this machine
+
+
+def test_the_report_for_people(tmp_path):
+    ran = python('-m', 'padseg', 'doctor', '--device', 'cpu', '--out', str(tmp_path / 'not' / 'yet'), HF_HOME=str(tmp_path))
+    assert (ran.returncode, ran.stderr) == (0, '')
+    lines = ran.stdout.splitlines()
+    assert [line.split()[0] for line in lines[:-1]] == [
+        *('versions', 'platform', 'CPUs', 'GPUs', 'device', 'memory', 'weights', 'disk', 'hub', 'model')
+    ]
+    assert 'torch 2.' in lines[0] and lines[4].endswith('cpu (float32)') and 'a reckoning' in lines[6]
+    assert f'free at {tmp_path}/not/yet' in lines[7] and 'no token, online' in lines[8]
+    assert lines[9].endswith('tiny: ready') and 'without a network' in lines[10]
+    assert not (tmp_path / 'not').exists()
+
+
+def report_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict]:
+    code = main(['doctor', '--device', 'cpu', '--json', *arguments])
+    return code, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(('dtype', 'size'), [(None, 4), ('float32', 4), ('bfloat16', 2), ('float16', 2)])
+def test_the_reckoning_counts_every_parameter(sd3_folder, capsys, monkeypatch, tmp_path, dtype, size):
+    backbone = load(str(sd3_folder), device='cpu')
+    count = sum(parameter.numel() for module in (backbone.transformer, backbone.vae) for parameter in module.state_dict().values())
+    arguments = ('--model', str(sd3_folder), *(('--dtype', dtype) if dtype else ()))
+    code, report = report_of(capsys, *arguments)
+    assert (code, report['dtype'], report['needed']) == (0, dtype or 'float32', {'device': size * count, 'host': size * count})
+    monkeypatch.setenv('PADSEG_CACHE', str(tmp_path))
+    _, report = report_of(capsys, *arguments)
+    text = sum(
+        tensor.numel() for number in ('', '_2') for tensor in load_file(sd3_folder / f'text_encoder{number}' / 'model.safetensors').values()
+    )
+    assert report['needed'] == {'device': size * count, 'host': size * count + 4 * text}
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_judged_like_the_cache(sd3_folder, tmp_path, capsys):
+    folder = tmp_path / 'model'
+    shutil.copytree(sd3_folder, folder)
+    (folder / VAE).unlink()
+    code, report = report_of(capsys, '--model', str(folder))
+    assert (code, report['state']['state']) == (4, 'incomplete')
+    assert f'no file named {pathlib.Path(VAE).name} in vae of {folder}; copy or download' in report['state']['message']
+    (tmp_path / 'empty').mkdir()
+    code, report = report_of(capsys, '--model', str(tmp_path / 'empty'))
+    assert (code, report['state']['state']) == (4, 'incomplete')
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'words'),
+    [
+        (['--model', 'sd99'], 'unknown model sd99: use tiny, sd3, sd3.5'),
+        (['--revision', 'main'], 'is a folder, which has no revisions'),
+        (['--dtype', 'float8'], 'dtype is one of float32, bfloat16, float16; got float8'),
+        (['--device', 'nonsense'], 'device nonsense is not to be had here'),
+        (['surplus'], 'unexpected extra argument'),
+    ],
+)
+def test_wrong_usage(arguments, words, capsys):
+    assert main(['doctor', *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == '' and words in captured.err
+
+
+def test_shortages_are_named_with_a_remedy(tmp_path):
+    report = doctor.examine('tiny', None, 'cpu', None, tmp_path)
+    assert report.warnings == [] and report.needed is not None
+    size = report.needed.host
+    assert doctor.shortages(report._replace(memory_free=size)) == []
+    assert len(doctor.shortages(report._replace(memory=size - 1))) == 1
+    (line,) = doctor.shortages(report._replace(memory_free=size - 1))
+    assert '`--dtype bfloat16`' in line and human(size) in line
+    assert doctor.shortages(report._replace(memory_free=None, memory=size)) == []
+    assert len(doctor.shortages(report._replace(memory_free=None, memory=size - 1))) == 1
+    assert doctor.shortages(report._replace(device='cuda:0', device_memory=report.needed.device)) == []
+    (line,) = doctor.shortages(report._replace(device='cuda:0', device_memory=report.needed.device - 1))
+    assert line.startswith('cuda:0 has ')
+    waiting = report.state._replace(download=report.cache_free)
+    assert doctor.shortages(report._replace(state=waiting)) == []
+    (line,) = doctor.shortages(report._replace(state=waiting, cache_free=report.cache_free - 1))
+    assert 'HF_HOME' in line
+
+
+def test_memory_of_the_machine_and_of_a_container(tmp_path, monkeypatch):
+    for name in ('MEMINFO', 'CONTAINER'):
+        monkeypatch.setattr(doctor, name, tmp_path / name)
+    machine = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    assert (doctor.memory_in_all(), doctor.memory_available()) == (machine, None)
+    (tmp_path / 'MEMINFO').write_text('MemTotal:       900 kB\nMemFree:          1 kB\nMemAvailable:   300 kB\n')
+    assert doctor.memory_available() == 300 * 1024
+    for text, expected in (('max\n', machine), ('4096\n', 4096), (f'{2 * machine}\n', machine)):
+        (tmp_path / 'CONTAINER').write_text(text)
+        assert doctor.memory_in_all() == expected
+
+
+@pytest.mark.parametrize(
+    ('size', 'text'),
+    [(0, '0 B'), (999, '999 B'), (1000, '1.0 kB'), (4_200_000, '4.2 MB'), (8_100_000_000, '8.1 GB'), (10**16, '10000.0 TB')],
+)
+def test_sizes_for_people(size, text):
+    assert human(size) == text
+
+
+# the list of models
+
+
+def test_models_say_what_is_cached(tmp_path, sd3_folder):
+    assert list(CARDS) == list(BACKBONES)
+    home = tmp_path / 'home'
+    snapshot = cached(home, BACKBONES['sd3'].repo, sd3_folder)
+    without(VAE)(cached(home, BACKBONES['sd3.5'].repo, sd3_folder))
+    (tmp_path / 'torch.py').write_text("raise ImportError('no torch here')\n")
+    environment = {'HF_HOME': str(home), 'PYTHONPATH': str(tmp_path), 'HF_ENDPOINT': 'http://127.0.0.1:1'}
+    ran = python('-m', 'padseg', 'models', '--json', **environment)
+    assert (ran.returncode, ran.stderr) == (0, '')
+    rows = json.loads(ran.stdout)
+    assert {name: (row['state'], row['local'], row['gated']) for name, row in rows.items()} == {
+        'tiny': ('here', True, False),
+        'sd3': ('here', True, True),
+        'sd3.5': ('incomplete', False, True),
+        'flux': ('not here', False, True),
+    }
+    assert rows['sd3']['folder'] == str(snapshot)
+    assert rows['sd3']['bytes'] == sum(path.stat().st_size for path in sd3_folder.rglob('*') if path.is_file())
+    assert rows['sd3']['settings']['layers'] == 4 and rows['sd3.5']['settings']['layers'] == 24
+    assert f'license: {rows["tiny"]["licence"].lower()}' in (ROOT / 'padseg/models/tiny/README.md').read_text(encoding='utf-8')
+    ran = python('-m', 'padseg', 'models', **environment)
+    assert re.findall(r'^(\S+) +([a-z ]+)', ran.stdout, re.MULTILINE) == [
+        ('tiny', 'here'),
+        ('sd3', 'here'),
+        ('sd3.5', 'incomplete'),
+        ('flux', 'not here'),
+    ]
+    assert 'gated' in ran.stdout.splitlines()[2] and 'layers 4, layer 2' in ran.stdout.splitlines()[3]
+
+
+def test_readme_names_every_state():
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    table = text[text.index('| state | meaning |') :].split('\n\n')[0]
+    states = {state for _, state, _ in FAULTS.values()} | {
+        state for expected in (REFUSED, REFUSED_WITH_TOKEN) for state, _ in expected.values()
+    }
+    assert set(re.findall(r'`([^`]+)`', table)) == states | {doctor.READY, doctor.DOWNLOADABLE, *doctor.ABSENT}
+
+
+# completion
+
+
+@pytest.fixture
+def shell(tmp_path) -> dict[str, str]:
+    """An environment where padseg is a command and torch cannot be imported."""
+    (tmp_path / 'torch.py').write_text("raise ImportError('no torch here')\n")
+    (tmp_path / 'padseg').write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m padseg "$@"\n')
+    (tmp_path / 'padseg').chmod(0o755)
+    path = f'{tmp_path}{os.pathsep}{os.environ["PATH"]}'
+    return {**os.environ, 'PYTHONPATH': f'{tmp_path}{os.pathsep}{ROOT}', 'PATH': path}
+
+
+LINES = re.findall(r'_PADSEG_COMPLETE=(\w+) padseg', (ROOT / 'README.md').read_text(encoding='utf-8'))
+
+
+@pytest.mark.parametrize(
+    ('instruction', 'hook'),
+    [
+        ('bash_source', '-F _padseg_completion padseg'),
+        ('zsh_source', 'compdef _padseg_completion padseg'),
+        ('fish_source', 'complete --no-files --command padseg'),
+    ],
+)
+def test_the_scripts_of_readme(shell, instruction, hook):
+    assert instruction in LINES and len(LINES) == 3
+    ran = subprocess.run(['padseg'], env={**shell, '_PADSEG_COMPLETE': instruction}, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, '')
+    assert hook in ran.stdout
+
+
+COMPLETE = """
+source <(_PADSEG_COMPLETE=bash_source padseg)
+COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
+_padseg_completion padseg
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.parametrize(
+    ('words', 'expected'),
+    [
+        (['padseg', 'ru'], ['run']),
+        (['padseg', 'doc'], ['doctor']),
+        (['padseg', 'doctor', '--js'], ['--json']),
+        (['padseg', 'run', '--geometry', 'seg4diff-p'], ['seg4diff-paper']),
+    ],
+)
+def test_bash_completes(shell, words, expected):
+    ran = subprocess.run(['bash', '-c', COMPLETE, 'bash', *words], env=shell, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout.split(), ran.stderr) == (0, expected, '')

@@ -1,0 +1,232 @@
+"""Evaluating a model that is given names: the classes of a picture or all, and what is scored of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from padseg.commands import main
+from padseg.datasets import label_folder
+from padseg.datasets.rows import DATASETS
+from padseg.datasets.tables import class_names
+from padseg.errors import UsageError
+from padseg.evaluation.evaluate import Task, evaluate, present
+from padseg.evaluation.predict import NamePredictor, Predictor
+from padseg.evaluation.protocols import protocol, view
+from padseg.exports import read_label_map
+from padseg.images import read
+from padseg.methods.open_vocabulary import label, naming_of
+from padseg.methods.options import LabelOptions, Options
+from padseg.methods.seg4diff import segment
+from padseg.methods.stages.prompts import checked
+
+ROOT = Path(__file__).parents[2]
+CLASSES = ('background', 'cat', 'traffic light', 'tra', 'photo')
+OPTIONS = LabelOptions(geometry='seg4diff-ovss')
+
+
+@pytest.fixture
+def root(tmp_path, picture):
+    """Two pictures, of which one shows background, cat and photo, the other background, tra, and void."""
+    rng = np.random.default_rng(0)
+    for name, values in (('a', (0, 1, 4)), ('b', (0, 3, 255))):
+        (tmp_path / 'set/images').mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'set/labels').mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray((picture + rng.integers(0, 30, picture.shape)).astype(np.uint8)).save(tmp_path / f'set/images/{name}.png')
+        truth = rng.choice(values, (6, 10)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
+        PIL.Image.fromarray(truth).save(tmp_path / f'set/labels/{name}.png')
+    (tmp_path / 'set/padseg.toml').write_text(f'classes = {json.dumps(CLASSES)}\nbackground = "background"\n')
+    return tmp_path / 'set'
+
+
+def arguments(root, texts_folder, *more):
+    model = ['--model', str(texts_folder), '--device', 'cpu']
+    return ['eval', 'folder', '--root', str(root), '--protocol', 'seg4diff-ovss', *model, '--json', '-q', *map(str, more)]
+
+
+@pytest.mark.parametrize('names', ['present', 'all'])
+def test_a_model_with_names_is_scored_as_its_label_maps_are(names, root, texts_folder, speller, tmp_path, capsys):
+    out = tmp_path / 'out'
+    assert main(arguments(root, texts_folder, '--out', out, *(() if names == 'present' else ('--names', 'all')))) == 0
+    report = json.loads(capsys.readouterr().out)
+    for name, shown in (('a', (0, 1, 4)), ('b', (0, 3))):
+        chosen = shown if names == 'present' else range(5)
+        found = label(read(root / f'images/{name}.png'), speller, [CLASSES[number] for number in chosen], OPTIONS)
+        expected = np.array(chosen)[found.labels - 1]
+        assert np.array_equal(read_label_map(out / f'labels/{name}.png'), expected)
+    rules = protocol('seg4diff-ovss')
+    scores = evaluate(out / 'labels', root / 'labels', num_classes=5, background=0, rules=rules)
+    assert report['scores']['miou'] == pytest.approx(scores.miou) and report['scores']['accuracy'] == pytest.approx(scores.accuracy)
+    assert set(report['iou']) == set(CLASSES) and report['iou']['traffic light'] is None  # not in the ground truth
+    assert report['iou']['background'] is None  # named in the prompt, and not scored
+    said = report['settings']['predictions']
+    assert (said['names'], said['geometry'], said['layers'], said['encoders']) == (names, 'seg4diff-ovss', '2', 'l+g')
+    assert (out / 'sheet.jpg').exists()
+
+
+def test_options_of_names_reach_the_model(root, texts_folder, capsys):
+    more = ('--layers', '1,3', '--step', '3', '--prompt', 'per-class', '--on', 'proposals', '--encoders', 'l', '--geometry', 'whole')
+    assert main(arguments(root, texts_folder, *more)) == 0
+    said = json.loads(capsys.readouterr().out)['settings']['predictions']
+    assert (said['layers'], said['steps'], said['prompt'], said['on'], said['scores']) == ('1, 3', '3', 'per-class', 'proposals', 'minmax')
+    assert (said['encoders'], said['geometry'], said['proposals_layer']) == ('l', 'whole', 2)
+    for wrong, words in (
+        (('--layer', '1', '--layers', '2'), 'Give either --layer or --layers'),
+        (('--threshold', '0.1'), '--threshold is not for --protocol seg4diff-ovss'),
+        (('--protocol', 'goca', '--names', 'all'), '--names is for --protocol seg4diff-ovss'),
+        (('--protocol', 'diffseg', '--background-words', 'sky'), '--background-words is for --protocol seg4diff-ovss'),
+        (('--protocol', 'goca'), 'regions that have names'),
+        (('--names', 'some'), "'some' is not one of"),
+    ):
+        assert main(arguments(root, texts_folder, *wrong)) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_pixels_without_a_class_are_background_if_there_is_one(root, speller, picture):
+    options = LabelOptions(geometry='stretch', background_below=9.0)
+    where = view(picture.shape[:2], 'native')
+    (found,) = NamePredictor(speller, options, CLASSES, 0, 'all', None)('a', picture, where)
+    assert found.shape == picture.shape[:2] and not found.any()
+    with pytest.raises(UsageError, match='no class for pixels without class'):
+        NamePredictor(speller, options, CLASSES, None, 'all', None)('a', picture, where)
+    (nothing,) = NamePredictor(speller, options, CLASSES, None, 'present', None)('a', picture, where, ())
+    assert not nothing.any()  # nothing to look for, nothing that counts
+
+
+def test_a_class_that_is_lost_at_640_pixels_is_not_named(tmp_path):
+    truth = np.zeros((1281, 1400), np.uint8)
+    truth[0, 0], truth[1, 1], truth[5, 5] = 1, 2, 255  # rows and columns 1, 3, 5, … are looked at
+    (tmp_path / 'labels').mkdir()
+    PIL.Image.fromarray(truth).save(tmp_path / 'labels/a.png')
+    dataset = label_folder(tmp_path / 'labels', 3)
+    assert present(Task(dataset, protocol('seg4diff-ovss')), dataset.samples[0], [truth]) == [0, 2]
+
+
+@pytest.mark.parametrize('name', ['voc20', 'coco-object', 'context59', 'ade150', 'cityscapes19'])
+def test_names_of_data_sets_can_stand_in_a_prompt(name):
+    names = class_names(DATASETS[name])
+    assert checked(names) == names and not any('-' in each for each in names)
+
+
+class Small(NamedTuple):
+    """A data set of two pictures. values: the file values of the first one, with the names of the classes that they mean; the second
+    has the first value, and the last one, which has no name or is background."""
+
+    pictures: str
+    labels: str
+    listing: str
+    values: dict[int, str | None]
+
+
+SMALL = {
+    'voc20': Small(
+        'JPEGImages/{}.jpg',
+        'SegmentationClass/{}.png',
+        'ImageSets/Segmentation/val.txt',
+        {8: 'cat', 6: 'bus', 20: 'tvmonitor', 255: None, 0: None},
+    ),
+    'coco-object': Small(
+        'val2017/{}.jpg',
+        'stuffthingmaps_trainval2017/val2017/{}.png',
+        '',
+        {9: 'traffic light', 60: 'cake', 89: 'toothbrush', 255: 'background', 91: 'background'},
+    ),
+    'context59': Small(
+        'JPEGImages/{}.jpg',
+        'SegmentationClassContext/{}.png',
+        'ImageSets/SegmentationContext/val.txt',
+        {1: 'aeroplane', 15: 'cat', 59: 'wood', 255: None, 0: None},
+    ),
+    'ade150': Small(
+        'images/validation/{}.jpg',
+        'annotations/validation/{}.png',
+        '',
+        {1: 'wall', 41: 'base', 45: 'chest of drawers', 150: 'flag', 255: None, 0: None},
+    ),
+    'cityscapes19': Small(
+        'leftImg8bit/val/ulm/{}_leftImg8bit.png',
+        'gtFine/val/ulm/{}_gtFine_labelIds.png',
+        '',
+        {7: 'road', 19: 'traffic light', 28: 'bus', 9: None, 0: None},
+    ),
+}
+
+
+def written(small, root, picture):
+    """The data set on disk; the names in the ground truth of each of its pictures, (48, 80) of objects."""
+    rng = np.random.default_rng(0)
+    values = list(small.values)
+    names = {}
+    for name, own in (('a', values), ('b', [values[0], values[-1]])):
+        raw = rng.choice(own, (6, 10)).repeat(8, 0).repeat(8, 1)
+        names[name] = np.array([small.values[value] for value in raw.flat], object).reshape(raw.shape)
+        for pattern, pixels in ((small.pictures, picture + rng.integers(0, 30, picture.shape)), (small.labels, raw)):
+            path = root / pattern.format(name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            PIL.Image.fromarray(pixels.astype(np.uint8)).save(path)
+    if small.listing:
+        (root / small.listing).parent.mkdir(parents=True)
+        (root / small.listing).write_text('a\nb\n')
+    return names
+
+
+@pytest.mark.parametrize('names', ['present', 'all'])
+@pytest.mark.parametrize('name', SMALL)
+def test_a_model_with_names_on_a_data_set(name, names, texts_folder, speller, picture, tmp_path, capsys):
+    small, root, out = SMALL[name], tmp_path / 'set', tmp_path / 'out'
+    truths = written(small, root, picture)
+    model = ['--model', str(texts_folder), '--device', 'cpu', '--allow-missing', '--out', str(out)]
+    assert main(['eval', name, '--root', str(root), '--protocol', 'seg4diff-ovss', '--names', names, *model, '--json', '-q']) == 0
+    report = json.loads(capsys.readouterr().out)
+    classes = class_names(DATASETS[name])
+    pairs = Counter()  # (found, true): pixels
+    for (each, truth), stored in zip(truths.items(), sorted((out / 'labels').rglob('*.png')), strict=True):
+        shown = [one for one in classes if (truth == one).any()]
+        asked = shown if names == 'present' else classes
+        assert (len(naming_of(speller, asked, OPTIONS).prompts) > 1) == (names == 'all')
+        found = label(read(root / small.pictures.format(each)), speller, asked, OPTIONS)
+        guess = np.array(['', *asked], object)[found.labels]
+        assert np.array_equal(np.array(classes, object)[read_label_map(stored)], guess)
+        pairs.update(zip(guess.flat, truth.flat, strict=True))
+    scored = Counter({pair: count for pair, count in pairs.items() if pair[1] not in (None, 'background')})
+    ious = {}
+    for one in classes:
+        true, guessed = (sum(count for pair, count in scored.items() if pair[side] == one) for side in (1, 0))
+        ious[one] = scored[one, one] / (true + guessed - scored[one, one]) if true else None
+    assert report['iou'] == pytest.approx(ious)
+    told = [iou for iou in ious.values() if iou is not None]
+    assert len(told) == len({*small.values.values()} - {None, 'background'})
+    assert report['scores']['miou'] == pytest.approx(sum(told) / len(told))
+    right = sum(count for (guess, truth), count in scored.items() if guess == truth)
+    assert report['scores']['accuracy'] == pytest.approx(right / scored.total())
+    assert 0 < right < scored.total()  # a random model finds some: else wrong figures could be equal
+
+
+def test_scenes_for_an_evaluation(tmp_path):
+    command = [sys.executable, str(ROOT / 'bin/prepare-scenes'), str(tmp_path / 'scenes'), '--count', '3']
+    assert subprocess.run(command, capture_output=True, text=True).returncode == 0
+    files = {path: path.read_bytes() for path in (tmp_path / 'scenes').rglob('*.*')}
+    assert len(files) == 8
+    assert main(['eval', 'folder', '--root', str(tmp_path / 'scenes'), '--check', '-q']) == 0
+    assert subprocess.run(command, capture_output=True, text=True).returncode == 0
+    assert {path: path.read_bytes() for path in files} == files
+    sizes = [read_label_map(tmp_path / f'scenes/labels/{number:05}.png').shape for number in range(3)]
+    assert sizes == [(256, 256), (208, 320), (320, 208)]
+
+
+@pytest.mark.parametrize('refined', [{'refine': 'guided'}, {'superpixels': 20.0, 'join': 0.2}, {'superpixels': 20.0, 'min_area': 0.05}])
+def test_regions_that_are_scored_are_refined_as_those_of_a_run(refined, backbone, picture):
+    options = Options(**{'refine': 'none', 'superpixels': 0.0, 'join': 0.0, 'min_area': 0.0, 'components': False, **refined})
+    (found,) = Predictor(backbone, options)('a', picture, view(picture.shape[:2], 'native'))
+    expected = segment(picture, backbone, options).labels
+    assert np.array_equal(found, expected)
+    plain = Options(refine='none', superpixels=0.0, join=0.0, min_area=0.0, components=False)
+    assert not np.array_equal(expected, segment(picture, backbone, plain).labels)

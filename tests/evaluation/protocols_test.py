@@ -1,0 +1,283 @@
+"""Protocols: worked cases with exact answers, the compared pixels, and rules in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies
+from hypothesis.extra import numpy as arrays
+
+from padseg.errors import UsageError
+from padseg.evaluation.metrics import ClassCounts, class_scores, class_table, hungarian_counts
+from padseg.evaluation.protocols import (
+    COMPARED,
+    PROTOCOLS,
+    WORDS,
+    Classes,
+    class_counts,
+    protocol,
+    rules,
+    scored_classes,
+    seen,
+    seen_prediction,
+    view,
+)
+from padseg.methods.options import GEOMETRIES
+
+CASES = json.loads((Path(__file__).parent / 'protocol_cases.json').read_text())
+RAW = protocol('seg4diff-paper', ids='as they are')
+ROWS = protocol('seg4diff-release')
+
+
+def cases(kind):
+    return [pytest.param(case, id=case['name']) for case in CASES[kind]]
+
+
+def names(number, background=None):
+    return Classes(tuple(f'class {name}' for name in range(number)), background)
+
+
+def agree(counts, expected, absent='unless-predicted'):
+    """All counts to the last pixel, all scores to the digits of the case; None is nan."""
+    assert counts.true_positive.tolist() == expected['tp']
+    assert counts.false_positive.tolist() == expected['fp']
+    assert counts.false_negative.tolist() == expected['fn']
+    assert counts.total == expected['all']
+    scores = class_scores(counts, absent)
+    wanted = [expected[name] for name in ('acc', 'miou', 'macc')] + expected['iou']
+    got = [scores.accuracy, scores.miou, scores.mean_accuracy, *scores.iou]
+    np.testing.assert_allclose(got, [np.nan if value is None else value for value in wanted], rtol=0, atol=1e-11)
+
+
+def summed(preds, truths, classes, chosen):
+    total = ClassCounts.none(len(classes.names))
+    for pred, truth in zip(preds, truths, strict=True):
+        truth = np.where((truth >= 0) & (truth < len(classes.names)), truth, -1)
+        total = total.plus(class_counts(pred, truth, classes, chosen))
+    return total
+
+
+@pytest.mark.parametrize('case', cases('diffseg'))
+def test_diffsegs_counts(case):
+    agree(summed(np.array(case['pred']), np.array(case['label']), names(case['n_class']), RAW), case)
+
+
+@pytest.mark.parametrize('case', cases('row_wise_seg4diff_release'))
+def test_matching_by_rows(case):
+    pred, truth = np.array([case['pred']]), np.array([case['label']])
+    agree(summed(pred, truth, names(case['n_class']), RAW), case['per_image'])
+    agree(summed(pred, truth, names(case['n_class']), ROWS), case['per_row'])
+
+
+@pytest.mark.parametrize('case', cases('diffcut_background'))
+def test_diffcuts_background(case):
+    number = case['n_class_with_background']
+    classes = names(number, background=number - 1)
+    pred, truth = np.array(case['pred']), np.array(case['label'])
+    raw = protocol('diffcut', ids='as they are')
+    agree(class_counts(pred, truth, classes, raw), case['diffcut'])
+    agree(class_counts(pred, truth, classes, protocol('diffcut')), case['diffcut'])
+    plain = protocol('diffcut', ids='as they are', background='class')
+    agree(class_counts(pred, truth, classes, plain), case['plain_one_to_one_with_background_as_class'])
+
+
+@pytest.mark.parametrize('case', cases('sem_seg_evaluator'))
+def test_named_classes_as_detectron2_counts_them(case):
+    chosen = protocol('seg4diff-ovss')
+    truth = np.array(case['gt'])
+    truth = np.where(truth == case['ignore_label'], -1, truth)
+    scores = class_scores(class_counts(np.array(case['pred']), truth, names(case['n_class']), chosen), chosen.absent)
+    wanted = [np.nan if value is None else value for value in case['iou']]
+    np.testing.assert_allclose(scores.iou, wanted, rtol=0, atol=1e-11)
+    assert scores.miou == pytest.approx(case['miou'], abs=1e-11)
+    assert scores.mean_accuracy == pytest.approx(case['macc'], abs=1e-11)
+    assert scores.accuracy == pytest.approx(case['pacc'], abs=1e-11)
+
+
+def test_background_is_ignored_in_open_vocabulary_where_there_is_one():
+    case = next(case for case in CASES['sem_seg_evaluator'] if case['ignore_label'] == 0)
+    chosen = protocol('seg4diff-ovss')
+    counts = class_counts(np.array(case['pred']), np.array(case['gt']), names(3, background=0), chosen)
+    assert class_scores(counts, chosen.absent).miou == pytest.approx(case['miou'])
+
+
+@pytest.mark.parametrize('case', cases('goca'))
+def test_gocas_mean(case):
+    chosen = protocol('goca')
+    counts = class_counts(np.array(case['pred']), np.array(case['gt']), names(case['class_count'], background=0), chosen)
+    scores = class_scores(counts, chosen.absent)
+    np.testing.assert_allclose(scores.iou, case['iou'], rtol=0, atol=1e-11)
+    assert scores.miou == pytest.approx(case['miou'], abs=1e-11)
+
+
+def test_goca_makes_void_a_class():
+    chosen = protocol('goca')
+    assert scored_classes(('a', 'b'), None, chosen) == (('a', 'b', 'background'), 2)
+    assert scored_classes(('background', 'a'), 0, chosen) == (('background', 'a'), 0)
+    counts = class_counts(np.array([[0, 1, 2, 2]]), np.array([[0, 1, 1, -1]]), scored_classes(('a', 'b'), None, chosen), chosen)
+    assert counts.true_positive.tolist() == [1, 1, 1] and counts.false_positive.tolist() == [0, 0, 1]
+
+
+def test_void_in_diffcut_and_its_corrected_form():
+    truth, pred, classes = np.array([[0, 0, 1, -1]]), np.array([[0, 0, 1, 1]]), names(2, background=1)
+    assert class_counts(pred, truth, classes, protocol('diffcut')).total == 4
+    assert class_counts(pred, truth, classes, protocol('diffcut-fixed')).total == 3
+    assert class_counts(pred, truth, names(2), protocol('diffcut')).total == 3  # there is no background to become
+
+
+def test_order_of_classes_is_diffcuts_wherever_background_stands():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        truth, pred = rng.integers(0, 4, (2, 6, 6))
+        first = class_counts(pred, truth, names(4, background=0), protocol('diffcut'))
+        last = class_counts(pred, (truth + 3) % 4, names(4, background=3), protocol('diffcut'))
+        for one, other in zip(first[:4], last[:4], strict=True):
+            assert np.roll(one, -1).tolist() == other.tolist()
+
+
+shapes = strategies.tuples(strategies.integers(1, 5), strategies.integers(1, 5))
+
+
+@strategies.composite
+def maps(draw):
+    """Ground truth of 4 classes and void, and a prediction, of one size."""
+    shape = draw(shapes)
+    return draw(arrays.arrays(np.int32, shape, elements=strategies.integers(-1, 3))), draw(
+        arrays.arrays(np.int32, shape, elements=strategies.integers(0, 6))
+    )
+
+
+@given(maps(), strategies.sampled_from(['seg4diff-paper', 'seg4diff-release', 'diffcut', 'diffcut-fixed', 'diffseg']))
+@settings(deadline=None)
+def test_counts_add_up_under_every_matching(pair, name):
+    truth, pred = pair
+    chosen = protocol(name)
+    classes = names(4, background=3)
+    counts = class_counts(pred, truth, classes, chosen)
+    wanted = np.where(truth == -1, 3, truth) if chosen.void == 'background' else truth
+    assert (counts.true_positive + counts.false_negative).tolist() == [(wanted == number).sum() for number in range(4)]
+    assert counts.total == counts.true_positive.sum() + counts.false_negative.sum() == (wanted >= 0).sum()
+    assert counts.false_positive.sum() <= counts.false_negative.sum()
+    assert (counts.spilled <= counts.false_positive).all()
+    if chosen.matching == 'picture':
+        assert not counts.spilled[counts.true_positive > 0].any()
+
+
+@given(maps())
+@settings(deadline=None)
+def test_without_surplus_regions_all_wrong_pixels_are_somebodys(pair):
+    truth, pred = pair
+    counts = hungarian_counts(pred % 4, truth, 4)
+    assert counts.false_positive.sum() == counts.false_negative.sum()
+
+
+@given(maps(), strategies.permutations(range(7)))
+@settings(deadline=None)
+def test_numbering_changes_raw_scores_only_by_ties(pair, order):
+    truth, pred = pair
+    renamed = np.array(order)[pred]
+    raw, other = (hungarian_counts(each, truth, 4, compacted=False) for each in (pred, renamed))
+    assert raw.true_positive.sum() == other.true_positive.sum()
+    compacted, again = (hungarian_counts(each, truth, 4) for each in (pred, renamed))
+    assert all(np.array_equal(one, two) for one, two in zip(compacted, again, strict=True))
+
+
+@given(maps())
+@settings(deadline=None)
+def test_turning_both_changes_no_picture_wise_hits(pair):
+    truth, pred = pair
+    assert hungarian_counts(pred, truth, 4).true_positive.sum() == hungarian_counts(pred.T, truth.T, 4).true_positive.sum()
+
+
+def test_gaps_in_ids_change_the_raw_score_and_no_other():
+    truth = np.array([[0, 0, 0, 0], [1, 1, 1, 1]])
+    pred = np.array([[0, 0, 0, 1], [2, 2, 2, 2]])
+    gaps = pred * 90
+    classes = names(3)
+    whole, sparse = (class_scores(class_counts(each, truth, classes, RAW)) for each in (pred, gaps))
+    assert whole.miou == pytest.approx((0.75 + 1 + 0) / 3) and sparse.miou == pytest.approx((0.75 + 1) / 2)
+    assert whole.miou_order_free == sparse.miou_order_free == pytest.approx((0.75 + 1) / 2)
+    compacted = [class_counts(each, truth, classes, protocol('seg4diff-paper')) for each in (pred, gaps)]
+    assert all(np.array_equal(one, two) for one, two in zip(*compacted, strict=True))
+
+
+def test_class_table_by_hand():
+    truth, pred = np.array([[0, 1, -1], [1, 5, 2]]), np.array([[9, 4, 4], [9, 9, 7]])
+    assert class_table(truth, pred, 3).tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+    raw = class_table(truth, pred, 3, compacted=False)
+    assert raw.shape == (3, 10) and raw[:, [9, 4, 7]].tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+    with pytest.raises(ValueError, match='>= 0; got -2'):
+        class_table(truth, pred - 6, 3)
+
+
+def test_predictions_of_classes_must_be_classes():
+    with pytest.raises(UsageError, match=r'holds 3; allowed: 0\.\.2'):
+        class_counts(np.array([[3]]), np.array([[0]]), names(3), protocol('goca'))
+
+
+def test_compared_pixels():
+    picture = np.arange(5 * 8).reshape(5, 8)
+    assert np.array_equal(seen(picture, view((5, 8), 'native')), picture)
+    crop = view((5, 8), 'crop')
+    assert crop.box == (0, 1, 5, 5) and crop.size == (5, 5)
+    assert np.array_equal(seen(picture, crop), picture[:, 1:6]) and np.array_equal(seen_prediction(picture, crop), picture[:, 1:6])
+    assert view((300, 400), '512').box == (0, 50, 300, 300) and view((300, 400), '512').size == (512, 512)
+    assert view((300, 400), 'short-640').size == (640, 853)
+    assert view((100, 1000), 'short-640').size == (256, 2560)
+
+
+def test_enlarged_and_reduced_views_take_the_pixels_that_the_libraries_take():
+    import PIL.Image
+    import torch
+
+    rng = np.random.default_rng(1)
+    picture = rng.integers(0, 255, (333, 500)).astype(np.uint8)
+    tensor = torch.from_numpy(picture)[None, None].float()
+    square = tensor[..., 83:416]
+    exact = torch.nn.functional.interpolate(square, (512, 512), mode='nearest-exact')[0, 0].numpy()
+    assert np.array_equal(seen(picture, view((333, 500), '512')), exact)
+    pillow = PIL.Image.fromarray(picture).resize((961, 640), PIL.Image.Resampling.NEAREST)
+    assert np.array_equal(seen(picture, view((333, 500), 'short-640')), np.asarray(pillow))
+    # DiffCut: centre square one pixel smaller, nearest-exact to 1024, nearest to 128
+    square = tensor[..., 0:332, 84:416]
+    large = torch.nn.functional.interpolate(square, (1024, 1024), mode='nearest-exact')
+    small = torch.nn.functional.interpolate(large, (128, 128), mode='nearest')[0, 0].numpy()
+    where = view((333, 500), '128')
+    assert where.box == (0, 84, 332, 332)
+    assert np.array_equal(seen(picture, where), small)
+
+
+@pytest.mark.parametrize('compare', COMPARED)
+@given(strategies.integers(1, 90), strategies.integers(1, 90))
+@settings(deadline=None, max_examples=30)
+def test_views_stay_inside_the_picture(compare, height, width):
+    where = view((height, width), compare)
+    picture = np.arange(height * width).reshape(height, width)
+    assert seen(picture, where).shape == where.size == seen_prediction(picture, where).shape
+    assert where.rows.min() >= 0 and where.columns.min() >= 0
+
+
+def test_presets_use_known_values_and_say_them_in_words():
+    for name, chosen in PROTOCOLS.items():
+        for field, words in WORDS.items():
+            assert getattr(chosen, field) in words, (name, field)
+        spelled = rules(chosen)
+        assert set(spelled) == {field.name for field in dataclasses.fields(chosen)} | {'sums'}
+    assert set(WORDS['compare']) == set(COMPARED)
+
+
+def test_a_model_sees_what_that_of_the_source_saw():
+    others = {'diffcut-fixed': 'diffcut', 'goca': 'stretch'}
+    assert {name: chosen.geometry for name, chosen in PROTOCOLS.items()} == {name: others.get(name, name) for name in PROTOCOLS}
+    assert {chosen.geometry for chosen in PROTOCOLS.values()} == set(GEOMETRIES) - {'whole'}
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(UsageError, match='diffseg, diffcut, .*; got miou'):
+        protocol('miou')
+    with pytest.raises(UsageError, match='compare is one of native, .*; got 64'):
+        protocol('diffseg', compare='64')

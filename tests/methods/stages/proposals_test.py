@@ -1,0 +1,133 @@
+"""Normalisation, KL divergence and merging against loops."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from padseg.errors import UsageError
+from padseg.methods.stages.proposals import EPS, greedy_groups, merge, normalise, symmetric_kl
+from padseg.types import Frame, TokenMaps
+
+
+def random_maps(tokens, h=5, w=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand((tokens, h, w), generator=generator) ** 3 * 0.01
+
+
+def token_maps(maps):
+    return TokenMaps(maps, tuple(map(str, range(len(maps)))), Frame((10, 14), (0, 0, 10, 14)))
+
+
+def normalised_by_loop(maps, normalisation):
+    maps = maps.numpy().astype(np.float64)
+    result = np.empty_like(maps)
+    for t, each in enumerate(maps):
+        for y in range(each.shape[0]):
+            for x in range(each.shape[1]):
+                if normalisation == 'minmax-softmax':
+                    unit = (each - each.min()) / (each.max() - each.min())
+                    result[t, y, x] = math.exp(unit[y, x]) / sum(math.exp(value) for value in unit.ravel())
+                elif normalisation == 'sum':
+                    result[t, y, x] = each[y, x] / sum(each.ravel())
+                else:
+                    result[t, y, x] = each[y, x] / sum(other[y, x] for other in maps)
+    return result
+
+
+def kl_by_loop(p):
+    def kl(a, b):
+        return sum(x * math.log(max(x, EPS) / max(y, EPS)) for x, y in zip(a, b, strict=True))
+
+    return [[(kl(a, b) + kl(b, a)) / 2 for b in p.tolist()] for a in p.tolist()]
+
+
+def merged_by_loop(normalised, threshold):
+    """Anchor after anchor, comparing with every map, those that an earlier anchor took included."""
+    rows = [(row / row.sum()).tolist() for row in normalised.reshape(len(normalised), -1)]
+    distance = kl_by_loop(np.array(rows))
+    taken, groups, means = set(), [], []
+    for anchor in range(len(rows)):
+        if anchor in taken:
+            continue
+        group = [other for other in range(len(rows)) if other == anchor or distance[anchor][other] < threshold]
+        taken.update(group)
+        groups.append(tuple(group))
+        means.append(sum(normalised[other] for other in group) / len(group))
+    return groups, np.array(means)
+
+
+@pytest.mark.parametrize('normalisation', ['minmax-softmax', 'sum', 'share'])
+def test_normalisations_equal_the_loop(normalisation):
+    maps = random_maps(4)
+    got = normalise(maps, normalisation)
+    assert got.dtype == torch.float64
+    np.testing.assert_allclose(got.numpy(), normalised_by_loop(maps, normalisation), rtol=1e-12)
+
+
+@pytest.mark.parametrize('normalisation', ['minmax-softmax', 'sum', 'share'])
+def test_maps_without_content_stay_finite(normalisation):
+    maps = torch.zeros((3, 4, 4))
+    maps[1] = 0.5
+    assert torch.isfinite(normalise(maps, normalisation)).all()
+    assert merge(token_maps(maps), 0.1, normalisation).maps.isfinite().all()
+
+
+def test_symmetric_kl_equals_the_loop():
+    p = normalise(random_maps(6), 'sum').flatten(1)
+    np.testing.assert_allclose(symmetric_kl(p).numpy(), kl_by_loop(p), atol=5e-14)
+
+
+def test_symmetric_kl_by_hand():
+    p = torch.tensor([[0.5, 0.5], [0.25, 0.75]], dtype=torch.float64)
+    expected = (0.5 * math.log(2) + 0.5 * math.log(2 / 3) + 0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2)) / 2
+    torch.testing.assert_close(symmetric_kl(p), torch.tensor([[0, expected], [expected, 0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize('normalisation', ['minmax-softmax', 'sum', 'share'])
+@pytest.mark.parametrize('threshold', [0, 1e-4, 0.01, 0.1, 0.5, math.inf])
+def test_merge_equals_the_plain_loop(normalisation, threshold):
+    maps = random_maps(12)
+    maps[7:10] = maps[3] * torch.linspace(0.9, 1.1, 35).view(5, 7) + 1e-4 * maps[:3]  # three near copies of one map
+    groups, means = merged_by_loop(normalised_by_loop(maps, normalisation), threshold)
+    proposals = merge(token_maps(maps), threshold, normalisation)
+    assert list(proposals.members) == groups
+    np.testing.assert_allclose(proposals.maps.numpy(), means, rtol=1e-10)
+
+
+def test_groups_overlap_as_in_the_released_code():
+    # on a line at 0, 1, 2: the first takes the second, the third is an anchor of its own and averages the second again
+    distance = torch.tensor([[0, 1, 2], [1, 0, 1], [2, 1, 0]], dtype=torch.float64)
+    assert greedy_groups(distance, 1.5) == ((0, 1), (1, 2))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 9), st.integers(0, 10_000), st.floats(0, 1))
+def test_every_token_is_a_member_and_the_ends_are_exact(tokens, seed, threshold):
+    maps = token_maps(random_maps(tokens, 3, 4, seed))
+    members = merge(maps, threshold, 'sum').members
+    assert set().union(*members) == set(range(tokens))
+    assert merge(maps, 0, 'sum').members == tuple((token,) for token in range(tokens))
+    assert merge(maps, math.inf, 'sum').members == (tuple(range(tokens)),)
+
+
+@pytest.mark.parametrize('normalisation', ['minmax-softmax', 'sum', 'share'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_the_maps_themselves_stay_as_they_are(normalisation, dtype):
+    maps = random_maps(5).to(dtype)
+    before = maps.clone()
+    merge(token_maps(maps), 0.1, normalisation)
+    assert torch.equal(maps, before)
+
+
+def test_bad_values_name_what_is_allowed():
+    maps = token_maps(random_maps(2))
+    for threshold in (-0.1, math.nan):
+        with pytest.raises(UsageError, match='>= 0'):
+            merge(maps, threshold)
+    with pytest.raises(UsageError, match='minmax-softmax, sum, share'):
+        merge(maps, 0.1, 'softmax')

@@ -1,0 +1,56 @@
+"""Output folders as `padseg run` leaves them, with label maps made by hand."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+
+from padseg.exports import write_label_map
+from padseg.run.records import Entry, Model, Run, recorded, write_records, write_run
+from padseg.types import LabelMap
+
+HAND_MADE = np.array([[0, 1, 1, 2], [3, 1, 2, 2]], np.int32)
+
+
+MAPS = {
+    'a b.png': HAND_MADE,
+    'sub/test/é.png': np.array([[1, 1], [0, 0], [2, 1]], np.int32),
+    'sub/many.png': np.arange(300, dtype=np.int32).reshape(15, 20) + 1,  # more than 255: 16 bits
+    'void.png': np.zeros((2, 3), np.int32),
+}
+
+
+def put_run(folder: Path, maps: dict[str, np.ndarray], source: Path | None = None) -> Path:
+    """What `padseg run` would have left: pictures of noise in folder/in, and in folder/out these label maps with their records."""
+    entries = []
+    for seed, (name, labels) in enumerate(maps.items()):
+        path = folder / 'in' / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(seed).integers(0, 256, (*labels.shape, 3)).astype(np.uint8)
+        PIL.Image.fromarray(noise).save(path)
+        write_label_map(LabelMap(labels, ()), folder / 'out' / 'labels' / f'{name}.png')
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        where = {'labels': f'labels/{name}.png'}
+        entries.append(Entry(input=name, status='done', sha256=digest, size=labels.shape, regions=int(labels.max()), outputs=where))
+    entries.append(Entry(input='bad.png', status='failed', error='ImageError', reason='empty file'))
+    write_records(map(recorded, entries), folder / 'out' / 'manifest.jsonl')
+    run = Run(
+        padseg='1.2.3',
+        source=str(source or folder / 'in'),
+        requested={},
+        settings={},
+        key='',
+        model=Model(model='tiny', folder='', revision='abc', weights='f00'),
+        device='cpu',
+        dtype='float32',
+        threads=1,
+        platform='',
+        versions={},
+        batch=1,
+        started='2026-01-01T00:00:00+00:00',
+    )
+    write_run(run, folder / 'out' / 'run.json')
+    return folder / 'out'

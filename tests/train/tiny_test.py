@@ -1,0 +1,201 @@
+"""The training program, a few steps of it: exact resume, refusal of other settings, a model that the loader takes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+ROOT = pathlib.Path(__file__).parents[2]
+STEPS = ['--steps', '3', '--transformer-steps', '1']
+SHORT = ['--vae-steps', '2', '--workers', '0', '--save-every', '1']
+
+
+def train(out: pathlib.Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, '-m', 'padseg.train.tiny', '--out', str(out), *SHORT, *arguments]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    return subprocess.run(command, capture_output=True, text=True, check=check, env=environment, cwd=ROOT)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    out = tmp_path_factory.mktemp('run')
+    train(out, *STEPS)
+    return out
+
+
+def test_the_model_loads_and_segments(trained, picture):
+    from padseg import load
+    from padseg.methods import seg4diff as segment
+
+    backbone = load(str(trained / 'model'), device='cpu')
+    assert (backbone.spec.layers, backbone.spec.layer, backbone.spec.side) == (6, 4, 256)
+    labels = segment(picture, backbone).labels
+    assert labels.shape == picture.shape[:2] and labels.min() == 1
+
+
+def test_the_loss_sees_the_maps_that_inference_reads(backbone):
+    import torch
+
+    from padseg.backbones.recorder import watch
+    from padseg.methods.stages.token_maps import attention_maps
+    from padseg.train.tiny import token_maps
+
+    z = torch.randn((2, 4, 12, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), watch({2: backbone.attention_module(2)}) as seen:
+        backbone.denoise(z, 50.0)
+    expected = torch.nn.functional.interpolate(attention_maps(z, 50.0, backbone, 2), scale_factor=2, mode='bilinear')
+    torch.testing.assert_close(token_maps(seen[2], z.shape), expected)
+
+
+def test_what_is_written(trained):
+    for name in ('autoencoder', 'together', 'transformer'):
+        assert (trained / f'{name}.png').stat().st_size > 1000
+        assert (trained / f'{name}.sheet.png').stat().st_size > 1000
+    folders = sorted(path.name for path in trained.iterdir() if path.is_dir())
+    assert folders == ['autoencoder.step-000002', 'model', 'together.step-000003', 'transformer.step-000001']
+    assert max(path.stat().st_size for path in trained.glob('*.step-*/*')) <= 2**24
+    rows = list(csv.DictReader((trained / 'together.csv').open(newline='')))
+    assert [row['step'] for row in rows] == ['0', '1', '2']
+    assert all(0 < float(row['mask']) < 10 for row in rows)
+    size = sum(path.stat().st_size for path in (trained / 'model').rglob('*') if path.is_file())
+    assert size < 32e6
+
+
+def test_a_stopped_run_goes_on_exactly(trained, tmp_path):
+    """Stopped by a kill after the first step's checkpoint, then continued: the same weights to the last bit."""
+    command = [sys.executable, '-m', 'padseg.train.tiny', '--out', str(tmp_path), *SHORT, *STEPS]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not (tmp_path / 'together.step-000001').exists() and process.poll() is None:
+        pass
+    process.kill()
+    process.wait()
+    train(tmp_path, *STEPS)
+    for part in ('transformer', 'vae'):
+        name = f'model/{part}/diffusion_pytorch_model.safetensors'
+        straight, resumed = load_file(trained / name), load_file(tmp_path / name)
+        assert straight.keys() == resumed.keys()
+        assert all(straight[key].equal(resumed[key]) for key in straight)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(trained):
+    result = train(trained, *STEPS, '--seed', '1', check=False)
+    assert result.returncode == 2 and 'choose another --out' in result.stderr
+
+
+def test_the_twin_without_masks_learns_by_flow_matching_alone(tmp_path):
+    """With a worker, which once hung: it was forked after the sheet of the first stage had been drawn with OpenCV's threads."""
+    train(tmp_path, '--steps', '2', '--transformer-steps', '0', '--no-masks', '--workers', '1')
+    rows = list(csv.DictReader((tmp_path / 'together.csv').open(newline='')))
+    assert [row['mask'] + row['affinity'] + row['words'] for row in rows] == ['', '']
+    assert all(float(row['flow']) > 0 for row in rows)
+
+
+def test_a_model_is_trained_further_without_its_autoencoder(trained, tmp_path):
+    train(tmp_path, '--start', str(trained / 'model'), '--transformer-steps', '1')
+    assert not list(tmp_path.glob('autoencoder*')) and not list(tmp_path.glob('together*'))
+    before, after = (load_file(each / 'model/vae/diffusion_pytorch_model.safetensors') for each in (trained, tmp_path))
+    assert all(before[name].equal(after[name]) for name in before)
+    configs = [json.loads((each / 'model/vae/config.json').read_text()) for each in (trained, tmp_path)]
+    for config in configs:
+        config['shift_factor'], config['scaling_factor'] = round(config['shift_factor'], 5), round(config['scaling_factor'], 5)
+    assert configs[0] == configs[1]
+    before, after = (load_file(each / 'model/transformer/diffusion_pytorch_model.safetensors') for each in (trained, tmp_path))
+    assert any(not before[name].equal(after[name]) for name in before)
+    rows = list(csv.DictReader((tmp_path / 'transformer.csv').open(newline='')))
+    assert len(rows) == 1 and rows[0]['reconstruction'] == '' and float(rows[0]['flow']) > 0
+
+
+def test_the_averaged_weights_are_written(trained):
+    from torch import nn
+
+    from padseg.train import tiny_model as tiny
+    from padseg.train.tiny import WORDS
+
+    state = newest_state(trained, 'transformer')
+    names = [name for name, _ in nn.ModuleDict(tiny.build(WORDS)._asdict()).named_parameters()]
+    averaged = dict(zip(names, state['averaged'], strict=True))
+    written = load_file(trained / 'model/transformer/diffusion_pytorch_model.safetensors')
+    learnt = {name: averaged[f'transformer.{name}'].half() for name in written if f'transformer.{name}' in averaged}
+    assert len(learnt) > 100 and all(written[name].equal(value) for name, value in learnt.items())
+    mean, deviation = state['model']['statistics'].tolist()
+    config = json.loads((trained / 'model/vae/config.json').read_text())
+    assert (config['shift_factor'], config['scaling_factor']) == pytest.approx((mean, 1 / deviation))
+
+
+def newest_state(out, name):
+    import torch
+
+    (folder,) = out.glob(f'{name}.step-*')
+    return torch.load(io.BytesIO(b''.join(piece.read_bytes() for piece in sorted(folder.iterdir()))), weights_only=True)
+
+
+def test_a_checkpoint_is_a_few_files_of_bounded_size(tmp_path, monkeypatch):
+    """Written by pieces, read again whole; the one before goes, and one that was not finished is not read."""
+    import torch
+    from torch import nn
+
+    from padseg.train import loop as training
+
+    monkeypatch.setattr(training, 'PIECE', 1000)
+    monkeypatch.setattr(training, 'SHOWN', 100)
+    model = nn.Linear(20, 30)
+    optimiser = torch.optim.SGD([{'params': list(model.parameters()), 'rate': 1.0}])
+    stage = training.Stage(tmp_path, 'x', 3, 1, ('loss',), 'settings', 1, torch.device('cpu'))
+    assert training.resume(stage, model, [optimiser]) == 0
+    for step in range(2):
+        training.finish_step(stage, step, {'loss': torch.tensor(1.0)}, model, [optimiser])
+    (folder,) = tmp_path.glob('x.step-*')
+    sizes = [path.stat().st_size for path in sorted(folder.iterdir())]
+    assert folder.name == 'x.step-000002' and len(sizes) > 2 and set(sizes[:-1]) == {1000} and 0 < sizes[-1] <= 1000
+    (tmp_path / 'x.step-000003.partial').mkdir()
+    other = nn.Linear(20, 30)
+    assert training.resume(stage, other, [optimiser]) == 2
+    assert other.weight.equal(model.weight)
+
+
+def test_a_folder_without_a_model_of_this_kind_is_refused(trained, tmp_path):
+    from padseg.errors import ModelUnavailable
+    from padseg.train import tiny_model as tiny
+    from padseg.train.tiny import WORDS
+
+    with pytest.raises(ModelUnavailable, match='no model to start with'):
+        tiny.read(tmp_path, WORDS)
+    with pytest.raises(ModelUnavailable, match='another vocabulary'):
+        tiny.read(trained / 'model', [*WORDS, 'unheard'])
+
+
+def test_latents_of_a_growing_spread_stay_normal():
+    import torch
+
+    from padseg.train.tiny import follow, normalised
+
+    statistics = torch.tensor([0.0, 1.0])
+    latents = torch.randn((4, 16, 8, 8), generator=torch.Generator().manual_seed(0)) * 3 + 2
+    for _ in range(400):
+        follow(statistics, latents)
+    z = normalised(latents, statistics)
+    assert float(z.mean()) == pytest.approx(0, abs=0.02) and float(z.std()) == pytest.approx(1, abs=0.02)
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_every_weight_is_learnt_once():
+    from torch import nn
+
+    from padseg.train import tiny_model as tiny
+    from padseg.train.tiny import WORDS, Settings, make_optimisers
+
+    learner = nn.ModuleDict(tiny.build(WORDS)._asdict())
+    muon, adam = make_optimisers(learner, Settings(), Settings.together)
+    of_muon, of_adam = ([id(weight) for group in each.param_groups for weight in group['params']] for each in (muon, adam))
+    assert sorted(of_muon + of_adam) == sorted(id(weight) for weight in learner.parameters())
+    block = learner['transformer'].transformer_blocks[2]
+    assert {id(block.attn.to_q.weight), id(block.ff.net[2].weight)} <= set(of_muon)
+    assert id(block.norm1.linear.weight) in of_adam and id(block.attn.to_q.bias) in of_adam
