@@ -61,11 +61,11 @@ def random_model(folder: pathlib.Path, **transformer: object) -> pathlib.Path:
     from padseg.train import tiny_model as tiny
 
     torch.manual_seed(0)
-    parts = tiny.build(WORDS, {**SMALL, **transformer}, {**VAE, 'shift_factor': 0.1, 'scaling_factor': 1.5})
+    parts = tiny.build_tiny(WORDS, {**SMALL, **transformer}, {**VAE, 'shift_factor': 0.1, 'scaling_factor': 1.5})
     for name, weight in parts.transformer.named_parameters():  # freshly built gates are zero: every path must matter
         if '.norm_' not in name:
             torch.nn.init.normal_(weight, std=0.2)
-    tiny.save(parts, WORDS, folder, ROW, torch.float32)
+    tiny.save_tiny(parts, WORDS, folder, ROW, torch.float32)
     return folder
 
 
@@ -81,7 +81,7 @@ def random_flux(folder: pathlib.Path, **transformer: object) -> pathlib.Path:
     denoiser = FluxTransformer2DModel(**{**SMALL_FLUX, **transformer})
     for name, weight in denoiser.named_parameters():
         torch.nn.init.uniform_(weight, 1, 3) if '.norm_' in name else torch.nn.init.normal_(weight, std=0.2)
-    clip, t5 = tiny.tokenizers(WORDS)[0], t5_vocabulary(WORDS)
+    clip, t5 = tiny.make_tokenizers(WORDS)[0], t5_vocabulary(WORDS)
     text = {
         'vocab_size': len(clip),
         'bos_token_id': clip.bos_token_id,
@@ -90,7 +90,7 @@ def random_flux(folder: pathlib.Path, **transformer: object) -> pathlib.Path:
     }
     pipeline = FluxPipeline(
         transformer=denoiser,
-        vae=tiny.build(WORDS, SMALL, {**VAE, 'shift_factor': 0.1, 'scaling_factor': 1.5}).vae,
+        vae=tiny.build_tiny(WORDS, SMALL, {**VAE, 'shift_factor': 0.1, 'scaling_factor': 1.5}).vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         tokenizer=clip,
         text_encoder=CLIPTextModel(
@@ -176,7 +176,7 @@ def with_texts(folder: pathlib.Path) -> pathlib.Path:
     width = sum(tiny.TEXT['hidden_size'])
     for number, pad in enumerate((tiny.END, '!')):
         end = f'_{number + 1}' if number else ''
-        tiny.text_encoder(len(vocabulary), tiny.TEXT['hidden_size'][number], tiny.TEXT['heads'][number]).save_pretrained(
+        tiny.make_text_encoder(len(vocabulary), tiny.TEXT['hidden_size'][number], tiny.TEXT['heads'][number]).save_pretrained(
             folder / f'text_encoder{end}'
         )
         CLIPTokenizer(

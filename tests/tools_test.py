@@ -20,8 +20,8 @@ from hypothesis.extra import numpy as arrays
 from support.runs import HAND_MADE, MAPS, put_run
 
 from padseg.exports.cvat import run_lengths
-from padseg.exports.labelstudio import encode
-from padseg.exports.regions import regions
+from padseg.exports.labelstudio import brush_bytes
+from padseg.exports.regions import each_region
 from padseg.run.convert import convert
 
 label_maps = arrays.arrays(np.int32, arrays.array_shapes(min_dims=2, max_dims=2, max_side=40), elements=strategies.integers(0, 4))
@@ -134,7 +134,7 @@ def test_cvat_as_datumaro_reads_it(out):
 @given(masks.filter(np.any))
 def test_runs_are_those_of_cvat(mask):
     encoded = pytest.importorskip('cvat_sdk.masks').encode_mask(mask)
-    (region,) = regions(mask.astype(np.int32))
+    (region,) = each_region(mask.astype(np.int32))
     left, top, width, height = region.box
     assert [*run_lengths(region.patch), left, top, left + width - 1, top + height - 1] == encoded
 
@@ -205,7 +205,7 @@ def test_the_bit_stream_of_label_studio(module):
         check(mask)
 
     def check(mask):
-        assert np.array_equal(brush.decode_rle(encode(mask)), np.repeat(mask.ravel() * np.uint8(255), 4))
+        assert np.array_equal(brush.decode_rle(brush_bytes(mask)), np.repeat(mask.ravel() * np.uint8(255), 4))
 
     every_mask()
     for pixels in (1, 2, 3, 4, 5, 63, 64, 65, 16383, 16384, 16385, 40000):  # around the ends of what a kind of length holds

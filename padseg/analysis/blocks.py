@@ -16,7 +16,7 @@ from padseg.backbones import Backbone
 from padseg.backbones.recorder import watch
 from padseg.errors import UsageError
 from padseg.evaluation.metrics import ClassCounts, class_scores, class_table, counts_of, region_scores, widened
-from padseg.methods.open_vocabulary import means, naming_of, scaled
+from padseg.methods.open_vocabulary import means, naming_of, scale_scores
 from padseg.methods.options import LabelOptions, Options
 from padseg.methods.stages.attention import token_attention
 from padseg.methods.stages.label_map import label_map, upsample
@@ -193,7 +193,7 @@ def named_maps(image: Image, backbone: Backbone, classes: Sequence[str], options
         for layer in range(backbone.layers):
             for head, maps in cell_maps(forward, layer, reading).items():
                 parts.setdefault(Cell(step, layer, head), []).append(means(maps, prompt, resolved.scores))
-    return {cell: scaled(torch.cat(maps), len(classes), resolved.scores)[: len(classes)] for cell, maps in parts.items()}
+    return {cell: scale_scores(torch.cat(maps), len(classes), resolved.scores)[: len(classes)] for cell, maps in parts.items()}
 
 
 def anatomy(latent: Latent, backbone: Backbone) -> dict[str, Any]:

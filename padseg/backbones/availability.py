@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from padseg.backbones import family_of
-from padseg.backbones.loading import check
+from padseg.backbones.loading import check_loadable
 from padseg.backbones.null_prompt import prompt_is_cached
 from padseg.backbones.parts import choose_dtype, tensors_needed
 from padseg.backbones.source import (
@@ -21,7 +21,7 @@ from padseg.backbones.source import (
     Source,
     hub_errors,
     locate,
-    named,
+    named_row,
     no_layout,
     refusal,
     tensor_shapes,
@@ -30,7 +30,7 @@ from padseg.backbones.source import (
 from padseg.errors import ModelUnavailable
 from padseg.system.disk import human
 
-SECONDS = 10  # for an answer of the hub
+HUB_SECONDS = 10  # for an answer of the hub
 READY = 'ready'
 DOWNLOADABLE = 'not downloaded'
 ABSENT = ('offline and not cached', 'incomplete')  # what a download mends
@@ -62,10 +62,10 @@ def model_state(model: str, revision: str | None = None) -> tuple[State, Source 
     source = None
     try:
         source = locate(model, revision, fetch=False)
-        check(family_of(source.spec), source)
+        check_loadable(family_of(source.spec), source)
     except ModelUnavailable as error:
         here = State(error.state, str(error))
-        spec, wanted = named(model, revision)
+        spec, wanted = named_row(model, revision)
         if error.state not in ABSENT or Path(spec.repo).exists() or not on_hub(spec.repo):
             return here, None
         return ask_hub(spec.repo, wanted, here), None
@@ -84,14 +84,14 @@ def ask_hub(repo: str, revision: str | None, here: State) -> State:
     from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
     try:
-        info = HfApi().model_info(repo, revision=revision, timeout=SECONDS, files_metadata=True)
+        info = HfApi().model_info(repo, revision=revision, timeout=HUB_SECONDS, files_metadata=True)
         wanted = {file.rfilename: file.size for file in info.siblings or () if any(fnmatch(file.rfilename, glob) for glob in MAIN + TEXT)}
         if 'transformer/config.json' not in wanted:
             other = no_layout(repo)
             return State(other.state, str(other))
         # of a gated repository the list can be read by everybody, the weights only with access
         probe = next((name for name in wanted if name.endswith('.safetensors')), 'transformer/config.json')
-        get_hf_file_metadata(hf_hub_url(repo, probe, revision=info.sha), timeout=SECONDS)
+        get_hf_file_metadata(hf_hub_url(repo, probe, revision=info.sha), timeout=HUB_SECONDS)
     except hub_errors() as error:
         refused = refusal(repo, revision, error)
         if not isinstance(refused, ModelUnavailable):
@@ -110,7 +110,7 @@ def chosen_dtype(place: torch.device, source: Source | None) -> str:
     return str(choose_dtype(place, sum(path.stat().st_size for path in paths))).removeprefix('torch.')
 
 
-def reckon(source: Source, place: torch.device, dtype: str) -> Memory:
+def reckon_memory(source: Source, place: torch.device, dtype: str) -> Memory:
     """The weights alone. On another device they pass through the computer's memory part by part; text encoders stay there."""
     family, size = family_of(source.spec), getattr(torch, dtype).itemsize
     parts = [size * sum(map(math.prod, tensors_needed(family, source, part).values())) for part in ('transformer', 'vae')]

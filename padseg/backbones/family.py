@@ -12,7 +12,7 @@ from padseg.backbones.source import Source
 from padseg.types import Prompt
 
 
-class Size(NamedTuple):
+class Dimensions(NamedTuple):
     """What a transformer takes. channels: of a latent; patch: latent cells along a side of an image token; limit: tokens along a side."""
 
     channels: int
@@ -26,7 +26,7 @@ class Family(Protocol):
     TRANSFORMER: Any  # diffusers' class
     TEXT_DTYPE: torch.dtype  # of the text encoders, which always run on the CPU: what they give is a constant of the model
 
-    def size(self, config: Any) -> Size:
+    def size(self, config: Any) -> Dimensions:
         """From the configuration of the transformer."""
 
     def blocks(self, transformer: Any) -> Sequence[nn.Module]:

@@ -10,7 +10,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from padseg.backbones.family import Size
+from padseg.backbones.family import Dimensions
 from padseg.backbones.parts import clip_tokenizer, read_model, read_part
 from padseg.backbones.source import TEXT_PARTS, Source, check_files, text_files
 from padseg.errors import ModelUnavailable
@@ -24,8 +24,8 @@ CLIP_SLOTS = 77
 GUIDANCE = 3.5  # the strength for which the model was distilled, its pipeline's default
 
 
-def size(config: Any) -> Size:
-    return Size(config.in_channels // PATCH**2, PATCH, LIMIT)
+def size(config: Any) -> Dimensions:
+    return Dimensions(config.in_channels // PATCH**2, PATCH, LIMIT)
 
 
 def blocks(transformer: FluxTransformer2DModel) -> list[Any]:

@@ -17,7 +17,7 @@ from padseg.types import Tokens
 
 
 @dataclasses.dataclass
-class Reader:
+class FluxTexts:
     """Tokenizers and, once they are needed, text encoders of one model; see `Texts`."""
 
     source: Source

@@ -11,7 +11,7 @@ from padseg.backbones import Backbone, Identity
 from padseg.backbones.compiled import compile_blocks
 from padseg.backbones.family import Family
 from padseg.backbones.null_prompt import null_prompt, prompt_is_cached
-from padseg.backbones.parts import built, choose_device, choose_dtype, filled, label, read_part, tensors_needed, weights_hash
+from padseg.backbones.parts import built, choose_device, choose_dtype, filled, part_name, read_part, tensors_needed, weights_hash
 from padseg.backbones.source import TEXT_PARTS, Source, check_files, tensor_shapes, weight_files
 from padseg.backbones.weights import refuse_lost, refuse_surplus
 from padseg.errors import UsageError
@@ -66,13 +66,13 @@ def load_family(
     )
 
 
-def check(family: Family, source: Source) -> None:
+def check_loadable(family: Family, source: Source) -> None:
     """Raises ModelUnavailable for what `load` would refuse, as far as it shows without reading weights and without a network."""
     for part in ('transformer', 'vae'):
         known = set(built(family, source, part).state_dict())
         there = {name for path in weight_files(source.folder, (part,)) for name in tensor_shapes(path)}
-        refuse_lost(tensors_needed(family, source, part).keys() - there, source.folder / part, label(source, part))
-        refuse_surplus(there - known, source.folder / part, label(source, part))
+        refuse_lost(tensors_needed(family, source, part).keys() - there, source.folder / part, part_name(source, part))
+        refuse_surplus(there - known, source.folder / part, part_name(source, part))
     if not prompt_is_cached(source):
         check_files(source, TEXT_PARTS)
         family.tokenizers(source)

@@ -48,10 +48,10 @@ def shapes_of(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def cache_path(source: Source, text: str = '') -> pathlib.Path:
     """One file a model and text."""
-    return path_of(source, key_of(source), text)
+    return path_of(source, encoders_key(source), text)
 
 
-def key_of(source: Source) -> str:
+def encoders_key(source: Source) -> str:
     """Which text encoders a model has: the commit of a hub snapshot, the content of theirs in a folder."""
     return source.commit or content_hash(source.folder, text_files(source))
 

@@ -12,8 +12,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors import SafetensorError
 
 from padseg.backbones.family import Family
-from padseg.backbones.source import Source, content_hash, files, read_json, weight_files
-from padseg.backbones.weights import build, fill, refuse_lost
+from padseg.backbones.source import Source, content_hash, part_files, read_json, weight_files
+from padseg.backbones.weights import build_empty, fill_weights, refuse_lost
 from padseg.errors import ModelUnavailable, UsageError
 from padseg.types import Tokens
 
@@ -48,8 +48,11 @@ def choose_dtype(device: torch.device, size: int) -> torch.dtype:
 def weights_hash(source: Source, vae: Source | None) -> str:
     """SHA-256 over the files of transformer and VAE."""
     if vae is None:
-        return content_hash(source.folder, files(source.folder, ('transformer', 'vae')))
-    hashes = content_hash(source.folder, files(source.folder, ('transformer',))), content_hash(vae.folder, files(vae.folder, ('.',)))
+        return content_hash(source.folder, part_files(source.folder, ('transformer', 'vae')))
+    hashes = (
+        content_hash(source.folder, part_files(source.folder, ('transformer',))),
+        content_hash(vae.folder, part_files(vae.folder, ('.',))),
+    )
     return hashlib.sha256(' '.join(hashes).encode()).hexdigest()
 
 
@@ -58,12 +61,12 @@ def built(family: Family, source: Source, part: str) -> Any:
     config = read_json(source.folder / part / 'config.json')
     kinds = {'transformer': family.TRANSFORMER, 'vae': AutoencoderKL, '.': AutoencoderTiny}
     try:
-        return build(kinds[part], config)
+        return build_empty(kinds[part], config)
     except DAMAGE as error:
         raise unreadable(source, part, error) from error
 
 
-def cut(family: Family, model: Any, part: str, layer: int) -> None:
+def cut_model(family: Family, model: Any, part: str, layer: int) -> None:
     """Leave of a transformer what blocks 0..layer need, of a VAE the encoder."""
     if part != 'transformer':
         model.decoder = model.post_quant_conv = None
@@ -79,9 +82,9 @@ def filled(family: Family, source: Source, part: str, layer: int | None, place: 
     model = built(family, source, part)
     known = set(model.state_dict())
     if layer is not None:
-        cut(family, model, part, layer)
+        cut_model(family, model, part, layer)
     try:
-        return fill(model, weight_files(source.folder, (part,)), known, place, kind, label(source, part))
+        return fill_weights(model, weight_files(source.folder, (part,)), known, place, kind, part_name(source, part))
     except ModelUnavailable:
         raise
     except DAMAGE as error:
@@ -91,17 +94,17 @@ def filled(family: Family, source: Source, part: str, layer: int | None, place: 
 def tensors_needed(family: Family, source: Source, part: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what `load` reads of the transformer or VAE by default."""
     model = built(family, source, part)
-    cut(family, model, part, source.spec.layer)
+    cut_model(family, model, part, source.spec.layer)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def label(source: Source, part: str) -> str:
+def part_name(source: Source, part: str) -> str:
     return source.model if part == '.' else f'{part} of {source.model}'
 
 
 def unreadable(source: Source, part: str, error: Exception) -> ModelUnavailable:
     reason = ' '.join(str(error).split())[:300]
-    return ModelUnavailable(f'{label(source, part)} cannot be read from {source.folder / part}: {reason}')
+    return ModelUnavailable(f'{part_name(source, part)} cannot be read from {source.folder / part}: {reason}')
 
 
 def read_part(kind: Any, source: Source, part: str, config: str, **options: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
-from padseg.backbones.family import Size
+from padseg.backbones.family import Dimensions
 from padseg.backbones.parts import clip_tokenizer, read_model
 from padseg.backbones.source import TEXT_PARTS, Source, check_files, text_files
 from padseg.types import Prompt
@@ -18,8 +18,8 @@ TRANSFORMER = SD3Transformer2DModel
 TEXT_DTYPE = torch.float32
 
 
-def size(config: Any) -> Size:
-    return Size(config.in_channels, config.patch_size, config.pos_embed_max_size)
+def size(config: Any) -> Dimensions:
+    return Dimensions(config.in_channels, config.patch_size, config.pos_embed_max_size)
 
 
 def blocks(transformer: SD3Transformer2DModel) -> Sequence[nn.Module]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from padseg.backbones.null_prompt import key_of, path_of, read_cache, shapes_of, write_cache
+from padseg.backbones.null_prompt import encoders_key, path_of, read_cache, shapes_of, write_cache
 from padseg.backbones.parts import SMALL, read_model, read_part, tokens_of
 from padseg.backbones.sd3 import encode_text, prompt_shapes, text_pipeline, tokenizers
 from padseg.backbones.source import T5_PARTS, Source, check_files, content_hash, read_json, t5_files, text_files, weight_files
@@ -21,7 +21,7 @@ PAD = '!'  # of the second CLIP tokenizer
 
 
 @dataclasses.dataclass
-class Reader:
+class SD3Texts:
     """Tokenizers and, once they are needed, text encoders of one model; see `Texts`."""
 
     source: Source
@@ -58,7 +58,7 @@ class Reader:
     @cached_property
     def clip_key(self) -> str:
         """Which encoders these are; of a folder their content, which takes a second a gigabyte to tell."""
-        return key_of(self.source)
+        return encoders_key(self.source)
 
     @cached_property
     def t5_key(self) -> str:

@@ -56,7 +56,7 @@ def locate(model: str, revision: str | None = None, *, fetch: bool = True) -> So
 
     Without fetch, nothing is downloaded and the hub is not asked. Raises UsageError for an unknown name, ModelUnavailable otherwise.
     """
-    spec, commit_or_branch = named(model, revision)
+    spec, commit_or_branch = named_row(model, revision)
     folder = pathlib.Path(spec.repo)
     commit = None
     if not folder.is_dir():
@@ -89,7 +89,7 @@ def locate_vae(name: str, family: str) -> Source:
     return source
 
 
-def named(model: str, revision: str | None = None) -> tuple[Spec, str | None]:
+def named_row(model: str, revision: str | None = None) -> tuple[Spec, str | None]:
     """The row of a model's name before anything is read, and the revision wanted. Raises UsageError for what can be no model."""
     name, _, tagged = model.partition('@')
     if model in BACKBONES:
@@ -294,14 +294,14 @@ def text_files(source: Source) -> list[pathlib.Path]:
     """The text encoders' and tokenizers' files, from the hub if they are not there yet."""
     if source.commit:
         snapshot(source.spec.repo, source.commit, TEXT)
-    return files(source.folder, TEXT_PARTS)
+    return part_files(source.folder, TEXT_PARTS)
 
 
 def t5_files(source: Source) -> list[pathlib.Path]:
     """The files of SD3's T5 and its tokenizer, from the hub if they are not there yet."""
     if source.commit:
         snapshot(source.spec.repo, source.commit, T5)
-    return files(source.folder, T5_PARTS)
+    return part_files(source.folder, T5_PARTS)
 
 
 def cache_home() -> pathlib.Path:
@@ -310,7 +310,7 @@ def cache_home() -> pathlib.Path:
     return pathlib.Path(home).expanduser()
 
 
-def files(folder: pathlib.Path, parts: Sequence[str]) -> list[pathlib.Path]:
+def part_files(folder: pathlib.Path, parts: Sequence[str]) -> list[pathlib.Path]:
     return [path for part in parts for path in sorted((folder / part).glob('*')) if path.is_file()]
 
 

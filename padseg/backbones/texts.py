@@ -25,7 +25,7 @@ class Texts(Protocol):
 
 def texts_of(backbone: Backbone, keep: bool = True) -> Texts:
     """What reads texts for a model. keep: whether embeddings are kept in padseg's cache."""
-    readers: dict[str, Callable[[Source, Any, bool], Texts]] = {'sd3': sd3_text.Reader, 'flux': flux_text.Reader}
+    readers: dict[str, Callable[[Source, Any, bool], Texts]] = {'sd3': sd3_text.SD3Texts, 'flux': flux_text.FluxTexts}
     identity = backbone.identity
     source = Source(backbone.spec, identity.model, Path(identity.folder), identity.revision)
     return readers[backbone.spec.family](source, backbone.transformer, keep)

@@ -12,16 +12,18 @@ from torch import Tensor, nn
 
 from padseg.errors import ModelUnavailable
 
-Model = TypeVar('Model', bound=nn.Module)
+AnyModule = TypeVar('AnyModule', bound=nn.Module)
 
 
-def build(kind: Any, config: dict[str, Any]) -> Any:
+def build_empty(kind: Any, config: dict[str, Any]) -> Any:
     """A diffusers model by its configuration, whose parameters have shapes but no memory."""
     with torch.device('meta'):
         return kind.from_config(config)
 
 
-def fill(model: Model, paths: Sequence[pathlib.Path], known: Collection[str], place: torch.device, dtype: torch.dtype, label: str) -> Model:
+def fill_weights(
+    model: AnyModule, paths: Sequence[pathlib.Path], known: Collection[str], place: torch.device, dtype: torch.dtype, label: str
+) -> AnyModule:
     """Give a model the tensors it has, read one at a time. known: the names of the whole model's, which the files should hold.
 
     Raises ModelUnavailable, with `label` for the model, if the files lack a tensor that it has, or hold one that the whole has not.

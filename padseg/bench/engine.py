@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from padseg.bench.measure import TIMED, finish, fresh, in_place, output_flags, peak, surface, surroundings, timed
+from padseg.bench.measure import TIMED, finish_bench, fresh, in_place, output_flags, peak, surface, surroundings, timed
 from padseg.evaluation.metrics import compact
 from padseg.exports import write_label_map, write_masks
 from padseg.images import find, read
@@ -53,9 +53,9 @@ def command(pictures: int, many: int, folder: Path | None, record: bool, as_json
     """
     with tempfile.TemporaryDirectory(prefix='padseg-bench-', dir=folder) as name:
         large, small = (make_pictures(Path(name) / kind, size, count) for kind, size, count in sizes(pictures, many))
-        costs = {count: fresh(work, large, Path(name) / f'large-{count}', count) for count in (pictures // 5, pictures)}
-        memory = {count: fresh(work, small, Path(name) / f'small-{count}', count).peak for count in (many // 10, many)}
-        single = fresh(steps, large, Path(name) / 'steps')
+        costs = {count: fresh(run_stages, large, Path(name) / f'large-{count}', count) for count in (pictures // 5, pictures)}
+        memory = {count: fresh(run_stages, small, Path(name) / f'small-{count}', count).peak for count in (many // 10, many)}
+        single = fresh(engine_steps, large, Path(name) / 'steps')
     short, long = costs.values()
     per_picture = {
         name: 1000 * (getattr(long, name) - getattr(short, name)) / (pictures - pictures // 5) for name in ('own', 'system', 'wall')
@@ -68,7 +68,7 @@ def command(pictures: int, many: int, folder: Path | None, record: bool, as_json
         'memory_mib': memory,
         'memory_many_to_few': memory[many] / memory[many // 10],
     }
-    finish('engine', f'{pictures}-pictures', measured, record, as_json, in_words)
+    finish_bench('engine', f'{pictures}-pictures', measured, record, as_json, in_words)
 
 
 def sizes(pictures: int, many: int) -> tuple[tuple[str, tuple[int, int], int], ...]:
@@ -90,18 +90,18 @@ def make_pictures(folder: Path, size: tuple[int, int], count: int) -> Path:
     return folder
 
 
-def label_map(size: tuple[int, int]) -> LabelMap:
+def made_labels(size: tuple[int, int]) -> LabelMap:
     """Smooth blobs, (H, W)."""
     blobs = surface(np.random.default_rng(1), 512).argmax(2).astype(np.uint8)
     labels = compact(cv2.resize(blobs, size[::-1], interpolation=cv2.INTER_NEAREST)).astype(np.int32) + 1
     return LabelMap(labels, tuple((number,) for number in range(int(labels.max()))))
 
 
-def work(folder: Path, out: Path, count: int) -> Cost:
+def run_stages(folder: Path, out: Path, count: int) -> Cost:
     """The engine's own work on the first so many pictures."""
     pictures = find(folder)[:count]
     height, width = read(pictures[0].path).shape[:2]
-    labels = label_map((height, width))
+    labels = made_labels((height, width))
 
     method = Method(lambda taken: [each._replace(maps=MAPS) for each in taken], lambda image, maps: labels)
     job = Job(folder, out)
@@ -119,12 +119,12 @@ def work(folder: Path, out: Path, count: int) -> Cost:
     return cost
 
 
-def steps(folder: Path, out: Path) -> dict[str, float]:
+def engine_steps(folder: Path, out: Path) -> dict[str, float]:
     """Milliseconds on the clock of single steps, the quickest of several calls."""
     taken: dict[str, list[float]] = {'decode': [], 'labels': [], 'masks': []}
     for picture in find(folder)[:TIMED]:
         image = timed(taken['decode'], lambda: read(picture.path))
-        labels = label_map(image.shape[:2])
+        labels = made_labels(image.shape[:2])
         timed(taken['labels'], lambda: write_label_map(labels, out / 'a.png'))
         timed(taken['masks'], lambda: write_masks(labels, out / 'a'))
     return {name: statistics.median(times) for name, times in taken.items()}

@@ -13,10 +13,10 @@ import click
 import numpy as np
 from skimage.metrics import contingency_table
 
-from padseg.bench.measure import REGIONS, TIMED, finish, fresh, in_place, output_flags, peak, surface, surroundings, timed
+from padseg.bench.measure import REGIONS, TIMED, finish_bench, fresh, in_place, output_flags, peak, surface, surroundings, timed
 from padseg.datasets import label_folder
 from padseg.evaluation.evaluate import Task, paired, score_stored, stored
-from padseg.evaluation.metrics import ClassCounts, compact, counts_of, hungarian_counts, match, widened
+from padseg.evaluation.metrics import ClassCounts, compact, counts_of, hungarian_counts, match_regions, widened
 from padseg.evaluation.protocols import DEFAULT, protocol
 from padseg.exports.png import read_label_map, write_label_map
 from padseg.types import LabelMap
@@ -51,7 +51,7 @@ def command(pairs: int, size: int, classes: int, record: bool, as_json: bool) ->
     with tempfile.TemporaryDirectory(prefix='padseg-bench-') as name:
         folder = Path(name)
         fresh(make_pairs, folder, pairs, size, classes)
-        milliseconds = fresh(steps, folder, classes)
+        milliseconds = fresh(eval_steps, folder, classes)
         speeds = {workers: [fresh(score, folder, classes, number, workers) for number in (few, many)] for workers in (1, 2)}
     per_second = {workers: rate(many - few, long.seconds - short.seconds) for workers, (short, long) in speeds.items()}
     memory = [speed.peak for speed in speeds[1]]
@@ -69,7 +69,7 @@ def command(pairs: int, size: int, classes: int, record: bool, as_json: bool) ->
         'memory_mib': dict(zip((few, many), memory, strict=True)),
         'memory_many_to_few': memory[1] / memory[0],
     }
-    finish('eval', f'{pairs}-pairs', measured, record, as_json, in_words)
+    finish_bench('eval', f'{pairs}-pairs', measured, record, as_json, in_words)
 
 
 def rate(pairs: int, seconds: float) -> float | None:
@@ -107,7 +107,7 @@ def score(folder: Path, classes: int, number: int, workers: int) -> Speed:
     return Speed(seconds, peak())
 
 
-def steps(folder: Path, classes: int) -> dict[str, float]:
+def eval_steps(folder: Path, classes: int) -> dict[str, float]:
     """Milliseconds a pair of each step, and of two simpler ways to the counts, which have to give the same."""
     task = task_of(folder, classes)
     taken: dict[str, list[float]] = {'decode': [], 'classes': [], 'count': [], 'scikit_image': [], 'loop': []}
@@ -117,21 +117,21 @@ def steps(folder: Path, classes: int) -> dict[str, float]:
         truth = timed(taken['classes'], lambda: task.dataset.to_classes(raw))
         counts = timed(taken['count'], lambda: hungarian_counts(pred, truth, classes))
         others = (
-            timed(taken['scikit_image'], lambda: matched(skimage_table(pred, raw, classes))),
-            timed(taken['loop'], lambda: matched(loop_table(pred, raw, classes))),
+            timed(taken['scikit_image'], lambda: matched_loop(skimage_table(pred, raw, classes))),
+            timed(taken['loop'], lambda: matched_loop(loop_table(pred, raw, classes))),
         )
-        if not all(same(counts, other) for other in others):
+        if not all(same_counts(counts, other) for other in others):
             raise click.ClickException(f'different counts for {path}: {counts} and {others}')
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
-def same(a: ClassCounts, b: ClassCounts) -> bool:
+def same_counts(a: ClassCounts, b: ClassCounts) -> bool:
     return a.total == b.total and np.array_equal(np.stack(a[:4]), np.stack(b[:4]))
 
 
-def matched(table: Array) -> ClassCounts:
+def matched_loop(table: Array) -> ClassCounts:
     table = widened(table)
-    return counts_of(table, match(table))
+    return counts_of(table, match_regions(table))
 
 
 def skimage_table(pred: Array, truth: Array, classes: int) -> Array:

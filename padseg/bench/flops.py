@@ -19,7 +19,7 @@ def transformer(config: Any, image: int, text: int) -> int:
     """The whole forward of SD3: so many image and text tokens, all blocks, the output's projection."""
     width = width_of(config)
     output = linear(1, width, 2 * width) + linear(image, width, config.patch_size**2 * config.out_channels)
-    return start(config, image, text) + config.num_layers * block(width, image, text) - unused(width, text) + output
+    return embeddings(config, image, text) + config.num_layers * block(width, image, text) - unused(width, text) + output
 
 
 def proposals(config: Any, image: int, text: int, layer: int) -> int:
@@ -28,14 +28,14 @@ def proposals(config: Any, image: int, text: int, layer: int) -> int:
     modulation = linear(1, width, 4 * width)  # shift and scale of either stream
     scores = 2 * image * (image + text) * width
     expert = modulation + linear(2 * image + text, width, width) + scores
-    return start(config, image, text) + layer * block(width, image, text) + expert
+    return embeddings(config, image, text) + layer * block(width, image, text) + expert
 
 
 def width_of(config: Any) -> int:
     return config.num_attention_heads * config.attention_head_dim
 
 
-def start(config: Any, image: int, text: int) -> int:
+def embeddings(config: Any, image: int, text: int) -> int:
     """Embeddings of patches, text, timestep and pooled text."""
     width = width_of(config)
     conditions = linear(1, FREQUENCIES, width) + linear(1, config.pooled_projection_dim, width) + 2 * linear(1, width, width)

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import click
 
-from padseg.bench.measure import between, finish, fresh, in_place, spread, surroundings
+from padseg.bench.measure import between, finish_bench, fresh, in_place, spread, surroundings
 from padseg.bench.model import make_model
-from padseg.bench.setting import QUIET, Setting, open_backbone, own_side, picture, shared, synchronize
+from padseg.bench.setting import QUIET, BenchSetting, bench_picture, open_backbone, own_side, shared_flags, synchronize
 from padseg.methods.open_vocabulary import class_maps, classified, naming_of
 from padseg.methods.options import LabelOptions, Options
 from padseg.methods.seg4diff import segment_batch
@@ -41,7 +41,7 @@ class Turn(NamedTuple):
 
 
 @click.command('label')
-@shared
+@shared_flags
 @click.option('--classes', multiple=True, type=click.IntRange(1, len(NAMES)), default=COUNTS, show_default=True, help='numbers of classes')
 def command(size: str, repeats: int, dtype: str, device: str, folder: Path, record: bool, as_json: bool, classes: tuple[int, ...]) -> None:
     """Seconds of a picture against the number of classes, beside those of a picture whose regions get no names.
@@ -49,7 +49,7 @@ def command(size: str, repeats: int, dtype: str, device: str, folder: Path, reco
     A model of SD3-medium's shape with random weights; every name is two tokens. As long as one prompt holds all names a forward is all.
     """
     os.environ |= QUIET  # which the processes inherit
-    setting = Setting(fresh(make_model, folder / size, size), own_side(size), dtype=dtype, device=device)
+    setting = BenchSetting(fresh(make_model, folder / size, size), own_side(size), dtype=dtype, device=device)
     turns = [fresh(turn, setting, classes) for _ in range(repeats)]
     measured = {
         'size': size,
@@ -57,20 +57,20 @@ def command(size: str, repeats: int, dtype: str, device: str, folder: Path, reco
         'dtype': dtype,
         **surroundings(device),
         'run': [each.run for each in turns],
-        'classes': {count: columns([each.named[count] for each in turns]) for count in classes},
+        'classes': {count: label_columns([each.named[count] for each in turns]) for count in classes},
     }
-    finish('label', f'{size}-{dtype}', measured, record, as_json, in_words)
+    finish_bench('label', f'{size}-{dtype}', measured, record, as_json, in_words)
 
 
-def columns(rows: list[Named]) -> dict[str, Any]:
+def label_columns(rows: list[Named]) -> dict[str, Any]:
     values: dict[str, Any] = {name: [getattr(one, name) for one in rows] for name in ('words', 'again', 'picture')}
     return {'prompts': rows[0].prompts, **values}
 
 
-def turn(setting: Setting, counts: tuple[int, ...]) -> Turn:
+def turn(setting: BenchSetting, counts: tuple[int, ...]) -> Turn:
     """All in one process; embeddings go to a cache of its own."""
     backbone = open_backbone(setting)
-    image = picture(setting.side, 0)
+    image = bench_picture(setting.side, 0)
     segment_batch([image], backbone, Options(side=setting.side // 4))  # for libraries to start
     run = seconds(setting, lambda: segment_batch([image], backbone, Options(side=setting.side)))
     named = {}
@@ -88,7 +88,7 @@ def turn(setting: Setting, counts: tuple[int, ...]) -> Turn:
     return Turn(run, named)
 
 
-def seconds(setting: Setting, function: Any) -> float:
+def seconds(setting: BenchSetting, function: Any) -> float:
     start = time.perf_counter()
     function()
     synchronize(setting.device)

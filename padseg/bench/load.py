@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import click
 import torch
 
-from padseg.bench.measure import between, finish, fresh, in_place, row, spread, surroundings
+from padseg.bench.measure import between, finish_bench, fresh, in_place, spread, surroundings, table_row
 from padseg.bench.model import make_model
-from padseg.bench.setting import QUIET, Setting, import_libraries, memory, open_backbone, own_side, shared, synchronize
+from padseg.bench.setting import QUIET, BenchSetting, import_libraries, memory, open_backbone, own_side, shared_flags, synchronize
 
 
 class Loading(NamedTuple):
@@ -24,16 +24,16 @@ class Loading(NamedTuple):
 
 
 @click.command('load')
-@shared
+@shared_flags
 def command(size: str, repeats: int, dtype: str, device: str, folder: Path, record: bool, as_json: bool) -> None:
     """Loading what the maps need, beside loading the whole transformer and VAE, by our reader and by diffusers' pipeline: time and memory.
 
     Files that were read before come from the system's cache, if it has room.
     """
     os.environ |= QUIET  # which the processes inherit
-    setting = Setting(fresh(make_model, folder / size, size), own_side(size), dtype=dtype, device=device)
+    setting = BenchSetting(fresh(make_model, folder / size, size), own_side(size), dtype=dtype, device=device)
     fresh(load_ours, setting)
-    turns = [(fresh(load_ours, setting), fresh(load_whole, setting), fresh(load_pipeline, setting)) for _ in range(repeats)]
+    turns = [(fresh(load_ours, setting), fresh(load_whole, setting), fresh(load_published, setting)) for _ in range(repeats)]
     columns = dict(zip(('ours', 'whole', 'pipeline'), zip(*turns, strict=True), strict=True))
     measured = {
         'size': size,
@@ -50,17 +50,17 @@ def command(size: str, repeats: int, dtype: str, device: str, folder: Path, reco
             [(a.peak - a.before) / max(1.0, b.peak - b.before) for a, b, _ in turns]
         ),  # a toy may fit into what imports left free
     }
-    finish('load', f'{size}-{dtype}', measured, record, as_json, in_words)
+    finish_bench('load', f'{size}-{dtype}', measured, record, as_json, in_words)
 
 
-def load_ours(setting: Setting) -> Loading:
+def load_ours(setting: BenchSetting) -> Loading:
     import_libraries()
     start, before = time.perf_counter(), memory(setting.device)
     open_backbone(setting)
     return Loading(time.perf_counter() - start, before, memory(setting.device))
 
 
-def load_whole(setting: Setting) -> Loading:
+def load_whole(setting: BenchSetting) -> Loading:
     from padseg.bench.reference import load_models
 
     start, before = time.perf_counter(), memory(setting.device)
@@ -69,7 +69,7 @@ def load_whole(setting: Setting) -> Loading:
     return Loading(time.perf_counter() - start, before, memory(setting.device) if kept else 0.0)
 
 
-def load_pipeline(setting: Setting) -> Loading:
+def load_published(setting: BenchSetting) -> Loading:
     """As diffusers' users load it: the pipeline without its text encoders."""
     from diffusers import StableDiffusion3Pipeline
     from diffusers.utils.logging import disable_progress_bar
@@ -89,9 +89,9 @@ def in_words(measured: dict[str, Any]) -> str:
         [
             f'{measured["size"]} model, {measured["dtype"]}; {in_place(measured)}',
             f'{"":22}{"ours":>28}{"whole":>28}{"from_pretrained":>28}',
-            row('loading, s', *measured['seconds'].values()),
-            row('most memory, MiB', *measured['peak_mib'].values(), digits=0),
-            row('  before loading', *measured['before_mib'].values(), digits=0),
+            table_row('loading, s', *measured['seconds'].values()),
+            table_row('most memory, MiB', *measured['peak_mib'].values(), digits=0),
+            table_row('  before loading', *measured['before_mib'].values(), digits=0),
             f'the whole takes {between(measured["whole_to_ours"])} x the time; '
             f'we take {between(measured["memory_ours_to_whole"])} x the memory, {between(measured["added_ours_to_whole"])} x without '
             'Python and its libraries',

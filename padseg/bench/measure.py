@@ -74,7 +74,9 @@ def output_flags(function: Callable[..., None]) -> Callable[..., None]:
     return click.option('--record', is_flag=True, help='write the figures to data/benchmarks/ as well')(function)
 
 
-def finish(command: str, case: str, measured: dict[str, Any], record: bool, as_json: bool, words: Callable[[dict[str, Any]], str]) -> None:
+def finish_bench(
+    command: str, case: str, measured: dict[str, Any], record: bool, as_json: bool, words: Callable[[dict[str, Any]], str]
+) -> None:
     """Print what was measured, `surroundings` included, and write it to RECORDS if that is asked for."""
     print(json.dumps(measured) if as_json else words(measured))
     if record:
@@ -128,7 +130,7 @@ def spread(values: list[float]) -> dict[str, float]:
     return {'median': statistics.median(values), 'least': min(values), 'most': max(values)}
 
 
-def row(name: str, *columns: list[float], digits: int = 3) -> str:
+def table_row(name: str, *columns: list[float], digits: int = 3) -> str:
     return f'{name:22}' + ''.join(f'{between(spread(values), digits):>28}' for values in columns)
 
 

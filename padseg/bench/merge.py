@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from skimage.measure import label as connected_components
 
-from padseg.bench.measure import finish, fresh, in_place, output_flags, peak, surface, surroundings
+from padseg.bench.measure import finish_bench, fresh, in_place, output_flags, peak, surface, surroundings
 from padseg.methods.stages.attention import token_attention
-from padseg.methods.stages.label_map import label_map, scaled, upsample
+from padseg.methods.stages.label_map import label_map, scaled_proposals, upsample
 from padseg.methods.stages.proposals import EPS, merge, normalise, spatial, symmetric_kl
 from padseg.methods.stages.superpixels import superpixels
 from padseg.types import Frame, LabelMap, Proposals, QueryKey, TokenMaps
@@ -54,7 +54,7 @@ def command(maps: int, size: tuple[int, int], record: bool, as_json: bool) -> No
     Refined stands for superpixels, components and the least area. Memory is what the label map takes above the rest of the process, and
     what reading the maps takes from the queries and keys of SD3's expert block in float32.
     """
-    pictures = {f'{width} x {height}': fresh(steps, maps, (height, width)) for width, height in (SMALL, size)}
+    pictures = {f'{width} x {height}': fresh(merge_steps, maps, (height, width)) for width, height in (SMALL, size)}
     memory = {
         'proposals': fresh(memory_of, KINDS, size[::-1], False),
         'three_times_as_many': fresh(memory_of, 3 * KINDS, size[::-1], False),
@@ -67,13 +67,13 @@ def command(maps: int, size: tuple[int, int], record: bool, as_json: bool) -> No
         'pictures': pictures,
         'memory_mib': memory,
     }
-    finish('merge', f'{maps}-maps', measured, record, as_json, in_words)
+    finish_bench('merge', f'{maps}-maps', measured, record, as_json, in_words)
 
 
-def steps(maps: int, size: tuple[int, int]) -> dict[str, dict[str, float]]:
+def merge_steps(maps: int, size: tuple[int, int]) -> dict[str, dict[str, float]]:
     """For each step its milliseconds, those of the plain way and their ratio; both have to give the same."""
     one_core()
-    tokens, picture = token_maps(maps, size), noisy_picture(size)
+    tokens, picture = random_maps(maps, size), noisy_picture(size)
     inside = superpixels(picture, SCALE)
     normalised = normalise(tokens.maps, NORMALISATION).flatten(1)
     proposals = merge(tokens, THRESHOLD, NORMALISATION)
@@ -92,7 +92,7 @@ def one_core() -> None:
     cv2.setNumThreads(1)
 
 
-def token_maps(count: int, size: tuple[int, int]) -> TokenMaps:
+def random_maps(count: int, size: tuple[int, int]) -> TokenMaps:
     """Smooth maps of KINDS kinds that differ, and slightly within a kind: (count, SIDE, SIDE); size: of the picture, (H, W)."""
     rng = np.random.default_rng(0)
     kinds = np.concatenate([surface(rng, SIDE) for _ in range(3)], 2).transpose(2, 0, 1)[np.arange(count) % KINDS]
@@ -110,7 +110,7 @@ def noisy_picture(size: tuple[int, int]) -> Image:
 def compared(ours: Callable[[], T], plain: Callable[[], T]) -> dict[str, float]:
     """Milliseconds of both, and how many times as long the plain way takes."""
     (quick, result), (slow, expected) = least(ours), least(plain)
-    if not same(result, expected):
+    if not same_maps(result, expected):
         raise click.ClickException('the plain way gives another result')
     return {'ours': quick, 'plain': slow, 'ratio': slow / quick}
 
@@ -125,7 +125,7 @@ def least(function: Callable[[], T]) -> tuple[float, T]:
     return min(times), result
 
 
-def same(one: object, other: object) -> bool:
+def same_maps(one: object, other: object) -> bool:
     if isinstance(one, LabelMap) and isinstance(other, LabelMap):
         return np.array_equal(one.labels, other.labels) and one.tokens == other.tokens
     if isinstance(one, Proposals) and isinstance(other, Proposals):
@@ -159,13 +159,13 @@ def plain_merge(tokens: TokenMaps) -> Proposals:
 
 def plain_label_map(proposals: Proposals) -> LabelMap:
     """All proposals enlarged at once, and one pass over the pixels for each region."""
-    winner = np.stack([upsample(values, proposals.frame.size) for values in scaled(proposals)]).argmax(0)
+    winner = np.stack([upsample(values, proposals.frame.size) for values in scaled_proposals(proposals)]).argmax(0)
     return in_order(winner, proposals, winner)
 
 
 def plain_refined(proposals: Proposals, inside: Array, components: bool, min_area: float) -> LabelMap:
     """The refinements with a pass over all pixels for each superpixel's numbers, and for each region that is absorbed."""
-    values = [upsample(each, proposals.frame.size).ravel() for each in scaled(proposals)]
+    values = [upsample(each, proposals.frame.size).ravel() for each in scaled_proposals(proposals)]
     index = np.unique(inside, return_inverse=True)[1].ravel()
     means = [np.bincount(index, each) / np.bincount(index) for each in values]
     winner = np.argmax(means, 0)[index].reshape(inside.shape)
@@ -203,7 +203,7 @@ def plain_absorb(regions: Array, smallest: float) -> Array:
 def memory_of(count: int, size: tuple[int, int], plainly: bool) -> float:
     """What a label map (H, W) of so many proposals takes, in MiB."""
     one_core()
-    proposals = Proposals(token_maps(count, size).maps.double(), tuple((number,) for number in range(count)), Frame(size, (0, 0, *size)))
+    proposals = Proposals(random_maps(count, size).maps.double(), tuple((number,) for number in range(count)), Frame(size, (0, 0, *size)))
     before = peak()
     if plainly:
         plain_label_map(proposals)

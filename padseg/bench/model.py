@@ -85,7 +85,7 @@ def make_model(folder: Path, size: str) -> Path:
             whole = Path(partial) / 'model'
             torch.manual_seed(0)
             architecture = SIZES[size]
-            tiny.save(build(architecture), WORDS, whole, architecture.row, torch.bfloat16)
+            tiny.save_tiny(build_random(architecture), WORDS, whole, architecture.row, torch.bfloat16)
             smaller = AutoencoderTiny(latent_channels=16, **architecture.tiny_vae)
             smaller.to(torch.bfloat16).save_pretrained(whole / TINY_VAE)
             whole.rename(folder)
@@ -103,7 +103,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def build(architecture: Architecture) -> Parts:
+def build_random(architecture: Architecture) -> Parts:
     """Models as their constructors leave them, but for the attention, which would be nearly the same everywhere."""
     from diffusers import AutoencoderKL, SD3Transformer2DModel
 
@@ -127,11 +127,11 @@ def build(architecture: Architecture) -> Parts:
         shift_factor=0.0609,
         **architecture.vae,
     )
-    first, second = (text_encoder(**each) for each in architecture.text)
+    first, second = (random_text_encoder(**each) for each in architecture.text)
     return Parts(transformer, vae, first, second)
 
 
-def text_encoder(**settings: Any) -> CLIPTextModelWithProjection:
+def random_text_encoder(**settings: Any) -> CLIPTextModelWithProjection:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     from padseg.train.tiny_model import vocabulary_and_merges

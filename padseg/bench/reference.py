@@ -20,10 +20,10 @@ from padseg.types import Array, Image
 STEPS = 28  # of the noise schedule
 SLOTS = 77  # tokens of CLIP, and zeros of T5
 
-Stage = Callable[[str], AbstractContextManager[None]]
+TimedStage = Callable[[str], AbstractContextManager[None]]
 
 
-class Found(NamedTuple):
+class ObviousResult(NamedTuple):
     """Results of a picture. maps: (T, h, w) float32; groups: members of each proposal; labels: (H, W), the strongest proposal from 0."""
 
     maps: Tensor
@@ -52,7 +52,7 @@ class WholeAttention:
         return attn.to_out[0](joined[:, :image]), attn.to_add_out(joined[:, image:])
 
 
-def read(kind: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def read_whole(kind: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A diffusers model with all its weights, none of them made twice."""
     with torch.device('meta'):
         model = kind.from_config(kind.load_config(folder))
@@ -73,7 +73,7 @@ def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 def load_models(folder: Path, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
     """The transformer and the VAE, whole."""
     kinds = (('transformer', SD3Transformer2DModel), ('vae', AutoencoderKL))
-    return {name: read(kind, folder / name, device, dtype) for name, kind in kinds}
+    return {name: read_whole(kind, folder / name, device, dtype) for name, kind in kinds}
 
 
 def load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype) -> StableDiffusion3Pipeline:
@@ -87,7 +87,7 @@ def load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype) -> Sta
 
 
 @torch.no_grad()
-def segment_obviously(image: Image, pipeline: StableDiffusion3Pipeline, options: Resolved, stage: Stage) -> Found:
+def segment_obviously(image: Image, pipeline: StableDiffusion3Pipeline, options: Resolved, stage: TimedStage) -> ObviousResult:
     """Maps, groups and label map of a picture (H, W, 3) whose sides the model takes as they are."""
     transformer, vae = pipeline.transformer, pipeline.vae
     with stage('text'):
@@ -116,7 +116,7 @@ def segment_obviously(image: Image, pipeline: StableDiffusion3Pipeline, options:
     with stage('labels'):
         enlarged = nn.functional.interpolate(merged[None], image.shape[:2], mode='bilinear')[0]  # (M, H, W)
         labels = enlarged.argmax(0).cpu().numpy()
-    return Found(maps, groups, labels)
+    return ObviousResult(maps, groups, labels)
 
 
 def merge_by_loop(maps: Tensor, threshold: float) -> tuple[Tensor, tuple[tuple[int, ...], ...]]:

@@ -15,9 +15,9 @@ from scipy.optimize import nnls
 
 from padseg.backbones import Backbone
 from padseg.bench.engine import make_pictures
-from padseg.bench.measure import between, finish, fresh, in_place, peak, spread, surroundings
+from padseg.bench.measure import between, finish_bench, fresh, in_place, peak, spread, surroundings
 from padseg.bench.model import TINY_VAE, make_model
-from padseg.bench.setting import QUIET, Setting, memory, open_backbone, own_side, picture, shared, synchronize
+from padseg.bench.setting import QUIET, BenchSetting, bench_picture, memory, open_backbone, own_side, shared_flags, synchronize
 from padseg.methods.options import Options
 from padseg.methods.stages.latents import encode
 from padseg.methods.stages.token_maps import latent_token_maps
@@ -54,7 +54,7 @@ class Ran(NamedTuple):
 
 
 @click.command('scale')
-@shared
+@shared_flags
 @click.option('--pictures', type=click.IntRange(6), default=50, show_default=True, help='of the longest run of the embedded model')
 @click.option('--compile/--no-compile', 'compiling', default=True, show_default=True, help='also measure when compiling pays')
 def command(
@@ -73,7 +73,7 @@ def command(
     Sides and compiling are measured with SD3's architecture, numbers and batches as runs of the embedded model over a folder.
     """
     os.environ |= QUIET  # which the processes inherit
-    setting = Setting(fresh(make_model, folder / size, size), own_side(size), dtype=dtype, device=device)
+    setting = BenchSetting(fresh(make_model, folder / size, size), own_side(size), dtype=dtype, device=device)
     fresh(at_side, setting._replace(side=setting.side // 4))  # from now on the empty prompt is cached
     sides = [setting.side * quarter // 4 for quarter in QUARTERS]
     by_side = {side: [fresh(at_side, setting._replace(side=side)) for _ in range(repeats)] for side in sides}
@@ -90,31 +90,31 @@ def command(
         'size': size,
         'dtype': dtype,
         **surroundings(device),
-        'sides': {side: columns(by_side[side]) for side in sides},
+        'sides': {side: scale_columns(by_side[side]) for side in sides},
         'law': {part: law(sides, [statistics.median(getattr(one, part) for one in by_side[side]) for side in sides]) for part in TIMES},
-        'pictures': {count: columns(ran) for count, ran in counts.items()},
+        'pictures': {count: scale_columns(ran) for count, ran in counts.items()},
         'batched': pictures // 3,
-        'batches': {batch: columns(ran) for batch, ran in batches.items()},
+        'batches': {batch: scale_columns(ran) for batch, ran in batches.items()},
         'compiling': compiled(setting, repeats) if compiling else None,
     }
-    finish('scale', f'{size}-{dtype}', measured, record, as_json, in_words)
+    finish_bench('scale', f'{size}-{dtype}', measured, record, as_json, in_words)
 
 
-def columns(rows: list[Any]) -> dict[str, list[float]]:
+def scale_columns(rows: list[Any]) -> dict[str, list[float]]:
     """The values of all turns by name."""
     return {name: [getattr(one, name) for one in rows] for name in rows[0]._fields}
 
 
-def at_side(setting: Setting) -> Sized:
+def at_side(setting: BenchSetting) -> Sized:
     backbone = open_backbone(setting)
     one_picture(setting._replace(side=setting.side // 4), backbone)  # for libraries to start
     return Sized(*one_picture(setting, backbone), memory(setting.device))
 
 
-def one_picture(setting: Setting, backbone: Backbone) -> tuple[float, float]:
+def one_picture(setting: BenchSetting, backbone: Backbone) -> tuple[float, float]:
     """Seconds from a picture to its latent, and from there to its maps."""
     options = Options(side=setting.side).resolve(backbone.spec)
-    image = picture(setting.side, 0)
+    image = bench_picture(setting.side, 0)
     start = time.perf_counter()
     latent = encode(image, backbone, options)
     synchronize(setting.device)
@@ -145,7 +145,7 @@ def run_over(folder: Path, out: Path, count: int, batch: int, device: str) -> Ra
     return Ran(time.perf_counter() - start, peak())
 
 
-def compiled(setting: Setting, repeats: int) -> dict[str, Any]:
+def compiled(setting: BenchSetting, repeats: int) -> dict[str, Any]:
     """Forwards without compiling, with it, and with what an earlier process compiled and left on disk; pays: after how many pictures."""
     turns = []
     for _ in range(repeats):
@@ -154,16 +154,16 @@ def compiled(setting: Setting, repeats: int) -> dict[str, Any]:
             quick = setting._replace(vae=setting.folder / TINY_VAE)  # whose time does not count here
             kinds = {'plain': False, 'compiled': True, 'again': True}
             turns.append({name: fresh(forwards, quick._replace(compile=each)) for name, each in kinds.items()})
-    result: dict[str, Any] = {name: columns([turn[name] for turn in turns]) for name in turns[0]}
+    result: dict[str, Any] = {name: scale_columns([turn[name] for turn in turns]) for name in turns[0]}
     middle = {name: Forwards(*map(statistics.median, result[name].values())) for name in turns[0]}
     pays = {name: pays_after(middle['plain'], middle[name]) for name in ('compiled', 'again')}
     return {**result, 'gain': 1 - middle['compiled'].later / middle['plain'].later, 'pays': pays}
 
 
-def forwards(setting: Setting) -> Forwards:
+def forwards(setting: BenchSetting) -> Forwards:
     backbone = open_backbone(setting)
     options = Options(side=setting.side).resolve(backbone.spec)
-    latent = encode(picture(setting.side, 0), backbone, options)
+    latent = encode(bench_picture(setting.side, 0), backbone, options)
     taken = []
     for _ in range(1 + LATER):
         start = time.perf_counter()
@@ -184,7 +184,7 @@ def in_words(measured: dict[str, Any]) -> str:
     lines = [f'{measured["size"]} model, {measured["dtype"]}; {in_place(measured)}']
     lines.append(heading('side', 'VAE, s', 'transformer, s', 'most memory, MiB'))
     for side, taken in measured['sides'].items():
-        lines.append(line(side, *taken.values()))
+        lines.append(fitted_line(side, *taken.values()))
     for part, found in measured['law'].items():
         lines.append(
             f'{part}: {1e3 * found["linear"]:.3g} ms for each of n image tokens and {1e6 * found["square"]:.3g} us n^2, '
@@ -192,11 +192,11 @@ def in_words(measured: dict[str, Any]) -> str:
         )
     for name, key in (('pictures', 'pictures'), (f'batch, {measured["batched"]} pictures', 'batches')):
         lines.append(heading(name, 'run of tiny, s', 'most memory, MiB'))
-        lines += [line(number, *taken.values()) for number, taken in measured[key].items()]
+        lines += [fitted_line(number, *taken.values()) for number, taken in measured[key].items()]
     if compiling := measured['compiling']:
         lines.append(heading('transformer', 'first, s', 'later, s'))
         names = {'plain': 'not compiled', 'compiled': 'compiled', 'again': 'compiled before'}
-        lines += [line(words, *compiling[name].values()) for name, words in names.items()]
+        lines += [fitted_line(words, *compiling[name].values()) for name, words in names.items()]
         after, before = (f'from picture {number} on' if number else 'never' for number in compiling['pays'].values())
         lines.append(f'compiling saves {compiling["gain"]:.1%} of a later forward and pays {after}; what is on disk already, {before}')
     return '\n'.join(lines)
@@ -206,5 +206,5 @@ def heading(*names: str) -> str:
     return f'{names[0]:20}' + ''.join(f'{name:>26}' for name in names[1:])
 
 
-def line(name: object, *values: list[float]) -> str:
+def fitted_line(name: object, *values: list[float]) -> str:
     return f'{name!s:20}' + ''.join(f'{between(spread(each), 0 if min(each) > 100 else 2):>26}' for each in values)

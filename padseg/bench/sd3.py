@@ -18,9 +18,19 @@ import torch
 
 from padseg.backbones.source import locate, read_json
 from padseg.bench import flops
-from padseg.bench.measure import between, finish, fresh, in_place, row, spread, surroundings
+from padseg.bench.measure import between, finish_bench, fresh, in_place, spread, surroundings, table_row
 from padseg.bench.model import TINY_VAE, make_model
-from padseg.bench.setting import QUIET, Setting, import_libraries, memory, open_backbone, own_side, picture, shared, synchronize
+from padseg.bench.setting import (
+    QUIET,
+    BenchSetting,
+    bench_picture,
+    import_libraries,
+    memory,
+    open_backbone,
+    own_side,
+    shared_flags,
+    synchronize,
+)
 from padseg.methods.options import Options
 from padseg.methods.seg4diff import batched
 from padseg.methods.stages.label_map import label_map
@@ -29,7 +39,7 @@ from padseg.methods.stages.proposals import merge
 from padseg.methods.stages.token_maps import latent_token_maps
 from padseg.types import Array
 
-Run = Callable[[int, dict[str, float]], 'Outcome']  # on pictures of this side, noting the seconds of each stage
+TimedRun = Callable[[int, dict[str, float]], 'Comparison']  # on pictures of this side, noting the seconds of each stage
 
 STAGES = ('text', 'vae', 'transformer', 'merge', 'labels')
 THRESHOLD = 0.003  # random weights give maps so alike that the published 0.1 would join them all
@@ -39,7 +49,7 @@ PRODUCT = {'full': 4096, 'small': 512}  # side of the matrices whose product is 
 PRODUCTS = {'cpu': 2, 'cuda': 50}  # how many are timed
 
 
-class Outcome(NamedTuple):
+class Comparison(NamedTuple):
     """A picture's results. maps: (T, h, w) float32; groups: members of each proposal; labels: (H, W) int32, regions from 1."""
 
     maps: Array
@@ -55,12 +65,12 @@ class Side(NamedTuple):
     loaded: float
     peak: float
     seconds: dict[str, float]
-    outcome: Outcome
+    outcome: Comparison
     ceiling: dict[str, float]
 
 
 @click.command('sd3')
-@shared
+@shared_flags
 @click.option('--side', type=click.IntRange(WARM_UP), help="of the pictures, in pixels (default: the model's own)")
 @click.option('--batch', type=click.IntRange(1), default=1, show_default=True, help='pictures that we take together; the other has one')
 @click.option(
@@ -90,30 +100,30 @@ def command(
     os.environ |= QUIET  # which the processes inherit
     model = fresh(make_model, folder / size, size)
     other = model / TINY_VAE if vae == 'tiny' else None
-    setting = Setting(model, side or own_side(size), batch, other, dtype, device, passes, compile, PRODUCT[size])
+    setting = BenchSetting(model, side or own_side(size), batch, other, dtype, device, passes, compile, PRODUCT[size])
     fresh(open_once, setting)  # from now on the empty prompt is cached
     turns = [(fresh(ours, setting), fresh(reference, setting)) for _ in range(repeats)]
-    measured = summary(setting, size, turns)
+    measured = lines_of_summary(setting, size, turns)
     case = f'{size}-{vae}-{setting.side}-batch-{batch}-{dtype}' + ('-compiled' if compile else '')
-    finish('sd3', case, measured, record, as_json, in_words)
+    finish_bench('sd3', case, measured, record, as_json, in_words)
     refuse_other_maps(measured)
 
 
-def open_once(setting: Setting) -> None:
+def open_once(setting: BenchSetting) -> None:
     open_backbone(setting)
 
 
-def ours(setting: Setting) -> Side:
+def ours(setting: BenchSetting) -> Side:
     """padseg on the pictures, so many at a time."""
     import_libraries()
     start = time.perf_counter()
     backbone = open_backbone(setting)
     loading, loaded = time.perf_counter() - start, memory(setting.device)
 
-    def run(side: int, taken: dict[str, float]) -> Outcome:
+    def run(side: int, taken: dict[str, float]) -> Comparison:
         stage = partial(timed_stage, taken, setting.device, setting.batch)
         options = Options(side=side, threshold=THRESHOLD).resolve(backbone.spec)
-        images = [picture(side, number) for number in range(setting.batch)]
+        images = [bench_picture(side, number) for number in range(setting.batch)]
         with stage('vae'):
             latents = [encode(image, backbone, options) for image in images]
         with stage('transformer'):
@@ -122,12 +132,12 @@ def ours(setting: Setting) -> Side:
             merged = [merge(each, options.threshold, options.normalisation) for each in maps]
         with stage('labels'):
             labels = [label_map(each) for each in merged]
-        return Outcome(maps[0].maps.cpu().numpy(), merged[0].members, labels[0].labels)
+        return Comparison(maps[0].maps.cpu().numpy(), merged[0].members, labels[0].labels)
 
     return Side(loading, loaded, *repeated(run, setting))
 
 
-def reference(setting: Setting) -> Side:
+def reference(setting: BenchSetting) -> Side:
     """The whole pipeline on the same pictures, one at a time."""
     from padseg.bench.reference import load_pipeline, segment_obviously
 
@@ -137,16 +147,16 @@ def reference(setting: Setting) -> Side:
     synchronize(setting.device)
     loading, loaded = time.perf_counter() - start, memory(setting.device)
 
-    def run(side: int, taken: dict[str, float]) -> Outcome:
+    def run(side: int, taken: dict[str, float]) -> Comparison:
         stage = partial(timed_stage, taken, setting.device, 1)
         options = Options(side=side, threshold=THRESHOLD).resolve(spec)
-        found = segment_obviously(picture(side, 0), pipeline, options, stage)
-        return Outcome(found.maps.cpu().numpy(), found.groups, in_order(found.labels))
+        found = segment_obviously(bench_picture(side, 0), pipeline, options, stage)
+        return Comparison(found.maps.cpu().numpy(), found.groups, sd3_in_order(found.labels))
 
     return Side(loading, loaded, *repeated(run, setting))
 
 
-def in_order(winners: Array) -> Array:
+def sd3_in_order(winners: Array) -> Array:
     """Regions from 1 in order of first appearance, (H, W) int32."""
     names, places, index = np.unique(winners, return_index=True, return_inverse=True)
     ranks = np.empty(len(names), np.int32)
@@ -154,7 +164,7 @@ def in_order(winners: Array) -> Array:
     return ranks[index].reshape(winners.shape)
 
 
-def repeated(run: Run, setting: Setting) -> tuple[float, dict[str, float], Outcome, dict[str, float]]:
+def repeated(run: TimedRun, setting: BenchSetting) -> tuple[float, dict[str, float], Comparison, dict[str, float]]:
     """After a picture to warm up, small unless on a GPU, so many passes: the last fields of a Side."""
     run(WARM_UP if setting.device == 'cpu' else setting.side, {})
     passes: list[dict[str, float]] = [{} for _ in range(setting.passes)]
@@ -173,12 +183,12 @@ def timed_stage(taken: dict[str, float], device: str, pictures: int, name: str) 
     taken[name] = (time.perf_counter() - start) / pictures
 
 
-def ceiling(setting: Setting) -> dict[str, float]:
+def ceiling(setting: BenchSetting) -> dict[str, float]:
     """Operations a second of a product of square matrices in each type, the quickest of several."""
     return {name: quickest_product(setting, getattr(torch, name)) for name in sorted({'bfloat16', 'float32', setting.dtype})}
 
 
-def quickest_product(setting: Setting, dtype: torch.dtype) -> float:
+def quickest_product(setting: BenchSetting, dtype: torch.dtype) -> float:
     side = setting.product
     factor = torch.rand(side, side, device=setting.device).to(dtype)
     times = []
@@ -191,7 +201,7 @@ def quickest_product(setting: Setting, dtype: torch.dtype) -> float:
     return flops.linear(side, side, side) / min(times)
 
 
-def work(setting: Setting) -> dict[str, dict[str, int]]:
+def operations(setting: BenchSetting) -> dict[str, dict[str, int]]:
     """Operations of a picture: what we need, and what the whole pipeline runs."""
     spec = locate(str(setting.folder)).spec
     transformer, vae = (SimpleNamespace(**read_json(setting.folder / part / 'config.json')) for part in ('transformer', 'vae'))
@@ -205,13 +215,13 @@ def work(setting: Setting) -> dict[str, dict[str, int]]:
     }
 
 
-def summary(setting: Setting, size: str, turns: list[tuple[Side, Side]]) -> dict[str, Any]:
+def lines_of_summary(setting: BenchSetting, size: str, turns: list[tuple[Side, Side]]) -> dict[str, Any]:
     """All that is reported, as JSON has it: of every measure the values of all turns."""
     sides = {'ours': [a for a, _ in turns], 'reference': [b for _, b in turns]}
     best = {name: max(one.ceiling[name] for turn in turns for one in turn) for name in turns[0][0].ceiling}
     seconds = {name: {stage: [one.seconds[stage] for one in each] for stage in STAGES} for name, each in sides.items()}
     total = {name: [sum(one.seconds.values()) for one in each] for name, each in sides.items()}
-    operations = work(setting)
+    needed = operations(setting)
     return {
         'size': size,
         'product': setting.product,
@@ -222,13 +232,13 @@ def summary(setting: Setting, size: str, turns: list[tuple[Side, Side]]) -> dict
         'dtype': setting.dtype,
         **surroundings(setting.device),
         'ceiling': best,
-        'operations': operations,
+        'operations': needed,
         'seconds': seconds,
         'total': total,
         'reference_to_ours': spread([b / a for a, b in zip(total['ours'], total['reference'], strict=True)]),
         'ceiling_share': {
             name: {stage: each[stage] / statistics.median(seconds[name][stage]) / best[setting.dtype] for stage in each}
-            for name, each in operations.items()
+            for name, each in needed.items()
         },
         'rest_share': statistics.median(1 - (a.seconds['vae'] + a.seconds['transformer']) / sum(a.seconds.values()) for a in sides['ours']),
         'peak_mib': {name: [one.peak for one in each] for name, each in sides.items()},
@@ -246,7 +256,7 @@ def refuse_other_maps(measured: dict[str, Any]) -> None:
         raise click.ClickException(f'the maps differ by {alike["of_deviation"]:.2g} standard deviations in the mean')
 
 
-def compare(a: Outcome, b: Outcome) -> dict[str, Any]:
+def compare(a: Comparison, b: Comparison) -> dict[str, Any]:
     """How near the results are. of_greatest: the maps' greatest difference, relative to their greatest value; of_deviation: its root mean
     square, relative to the standard deviation of a map."""
     difference = np.abs(a.maps - b.maps)
@@ -270,15 +280,15 @@ def in_words(measured: dict[str, Any]) -> str:
         f'{"":22}{"ours":>28}{"reference":>28}',
     ]
     for stage in STAGES:
-        lines.append(row(f'{stage}, s', *(seconds[name][stage] for name in seconds)))
+        lines.append(table_row(f'{stage}, s', *(seconds[name][stage] for name in seconds)))
         if stage in share['ours']:
             lines.append(f'{"  TFLOP":22}' + ''.join(f'{operations[name][stage] / 1e12:28.4g}' for name in seconds))
             lines.append(f'{"  share of the product":22}' + ''.join(f'{share[name][stage]:28.1%}' for name in seconds))
     lines += [
-        row('a picture, s', *measured['total'].values()),
-        row('most memory, MiB', *measured['peak_mib'].values(), digits=0),
-        row('loading, s', *measured['loading'].values()),
-        row('  most memory, MiB', *measured['loaded_mib'].values(), digits=0),
+        table_row('a picture, s', *measured['total'].values()),
+        table_row('most memory, MiB', *measured['peak_mib'].values(), digits=0),
+        table_row('loading, s', *measured['loading'].values()),
+        table_row('  most memory, MiB', *measured['loaded_mib'].values(), digits=0),
         f'speed {between(measured["reference_to_ours"])} x the reference; memory {between(measured["memory_ours_to_reference"])} x; '
         f'beside VAE and transformer {measured["rest_share"]:.1%} of the time',
     ]

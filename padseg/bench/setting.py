@@ -20,7 +20,7 @@ from padseg.types import Image
 QUIET = {'TRANSFORMERS_VERBOSITY': 'error', 'DIFFUSERS_VERBOSITY': 'error', 'HF_HUB_DISABLE_PROGRESS_BARS': '1'}
 
 
-class Setting(NamedTuple):
+class BenchSetting(NamedTuple):
     """How one process works. vae: None for the model's own, or a folder; passes: timed batches; compile: whether ours compiles
     blocks; product: side of the matrices whose product is the ceiling."""
 
@@ -35,7 +35,7 @@ class Setting(NamedTuple):
     product: int = 4096
 
 
-def shared(function: Callable[..., None]) -> Callable[..., None]:
+def shared_flags(function: Callable[..., None]) -> Callable[..., None]:
     """The flags of these commands."""
     flags = (
         click.option('--size', type=click.Choice(list(SIZES)), default='full', show_default=True, help="SD3-medium's, or a toy's"),
@@ -64,7 +64,7 @@ def import_libraries() -> None:
     import padseg.backbones.sd3  # noqa: F401
 
 
-def open_backbone(setting: Setting) -> Any:
+def open_backbone(setting: BenchSetting) -> Any:
     other = str(setting.vae) if setting.vae else None
     backbone = load(str(setting.folder), device=setting.device, dtype=setting.dtype, vae=other, compile=setting.compile)
     synchronize(setting.device)
@@ -81,7 +81,7 @@ def memory(device: str) -> float:
     return torch.cuda.max_memory_allocated(device) / 2**20 if device.startswith('cuda') else peak()
 
 
-def picture(side: int, number: int) -> Image:
+def bench_picture(side: int, number: int) -> Image:
     """Smooth shapes in plain colours with noise, (side, side, 3)."""
     rng = np.random.default_rng(number)
     shapes = cv2.resize(surface(rng, 64), (side, side), interpolation=cv2.INTER_CUBIC).argmax(2)

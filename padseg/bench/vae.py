@@ -17,7 +17,7 @@ from diffusers.utils.logging import set_verbosity_error
 from torch import Tensor
 
 from padseg.backbones import Backbone, load
-from padseg.bench.measure import CHECKOUT, finish, in_place, output_flags, surroundings
+from padseg.bench.measure import CHECKOUT, finish_bench, in_place, output_flags, surroundings
 from padseg.evaluation.metrics import region_scores
 from padseg.images import find, read
 from padseg.methods.options import Options
@@ -64,9 +64,9 @@ def command(source: Path, record: bool, as_json: bool) -> None:
     measured = {
         'pictures': len(images),
         **surroundings(),
-        'cases': {name: alike(own, other) for name, other in cases.items()},
+        'cases': {name: alikeness(own, other) for name, other in cases.items()},
     }
-    finish('vae', f'{len(images)}-pictures', measured, record, as_json, in_words)
+    finish_bench('vae', f'{len(images)}-pictures', measured, record, as_json, in_words)
 
 
 def random_vae(folder: Path, backbone: Backbone) -> Path:
@@ -87,7 +87,7 @@ def found(images: Iterable[Image], backbone: Backbone, options: Options) -> list
     return results
 
 
-def alike(own: list[tuple[Array, Array]], other: list[tuple[Array, Array]]) -> dict[str, float]:
+def alikeness(own: list[tuple[Array, Array]], other: list[tuple[Array, Array]]) -> dict[str, float]:
     """Means over pictures. correlation: of the same token's maps; covering: of the own regions by the others."""
     correlations = [np.mean([correlation(a, b) for a, b in zip(one[0], two[0], strict=True)]) for one, two in zip(own, other, strict=True)]
     coverings = [region_scores(one[1], two[1]).covering for one, two in zip(own, other, strict=True)]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from padseg.backbones import DTYPES
-from padseg.backbones.availability import Memory, State, chosen_dtype, model_state, reckon
+from padseg.backbones.availability import Memory, State, chosen_dtype, model_state, reckon_memory
 from padseg.backbones.parts import choose_device
 from padseg.errors import UsageError
 from padseg.system.disk import free_space, human
@@ -17,7 +17,7 @@ from padseg.system.machine import memory_available, memory_in_all, usable_cpus
 from padseg.system.versions import versions
 
 
-class Report(NamedTuple):
+class Diagnosis(NamedTuple):
     """Bytes for sizes; None for what cannot be known here."""
 
     versions: dict[str, str]
@@ -43,7 +43,7 @@ class Report(NamedTuple):
     warnings: list[str]
 
 
-def examine(model: str, revision: str | None, device: str | None, dtype: str | None, out: Path) -> Report:
+def examine(model: str, revision: str | None, device: str | None, dtype: str | None, out: Path) -> Diagnosis:
     """Downloads nothing and reads no weights. Raises UsageError for a model, device or dtype that there is not."""
     from huggingface_hub import constants, get_token, is_offline_mode
 
@@ -52,7 +52,7 @@ def examine(model: str, revision: str | None, device: str | None, dtype: str | N
     place = choose_device(device)
     state, source = model_state(model, revision)
     kind = dtype or (chosen_dtype(place, source) if source or place.type == 'cpu' else None)
-    report = Report(
+    report = Diagnosis(
         versions=versions(),
         platform=platform.platform(),
         cpus=usable_cpus(),
@@ -64,7 +64,7 @@ def examine(model: str, revision: str | None, device: str | None, dtype: str | N
         device_memory=torch.cuda.mem_get_info(place)[0] if place.type == 'cuda' else None,
         memory=memory_in_all(),
         memory_free=memory_available(),
-        needed=reckon(source, place, kind) if source and kind else None,
+        needed=reckon_memory(source, place, kind) if source and kind else None,
         out=str(out),
         disk_free=free_space(out),
         cache=constants.HF_HUB_CACHE,
@@ -78,7 +78,7 @@ def examine(model: str, revision: str | None, device: str | None, dtype: str | N
     return report._replace(warnings=shortages(report))
 
 
-def shortages(report: Report) -> list[str]:
+def shortages(report: Diagnosis) -> list[str]:
     """What is there in smaller amounts than it is needed, a line each."""
     found = []
     if report.needed and report.device_memory is not None and report.device_memory < report.needed.device:
@@ -99,7 +99,7 @@ def shortages(report: Report) -> list[str]:
     return found
 
 
-def as_object(report: Report) -> dict[str, Any]:
+def as_object(report: Diagnosis) -> dict[str, Any]:
     """The report as one JSON object."""
     values = report._asdict()
     values['state'] = report.state._asdict()
@@ -107,7 +107,7 @@ def as_object(report: Report) -> dict[str, Any]:
     return values
 
 
-def as_lines(report: Report) -> list[str]:
+def as_lines(report: Diagnosis) -> list[str]:
     """The report for people."""
     sizes = {
         'memory': f'{known(report.memory)} in all, {known(report.memory_free)} free',

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from padseg.backbones import Backbone
     from padseg.datasets import Dataset, Sample
     from padseg.datasets.check import Check
-    from padseg.evaluation.engine import Job, Report
+    from padseg.evaluation.engine import Evaluation, ScoresRecord
     from padseg.evaluation.predict import NamePredictor, Predictor
     from padseg.evaluation.protocols import Protocol
     from padseg.system.progress import Progress
@@ -81,9 +81,9 @@ def command(ctx: click.Context, /, as_json: bool, quiet: bool, check: bool, **gi
     must_fit_together(given, check)
     if check:
         return show_check(open_named(given), as_json, shown(quiet))
-    from padseg.evaluation.engine import run
+    from padseg.evaluation.engine import run_evaluation
 
-    outcome = run(job_of(ctx, given), shown(quiet))
+    outcome = run_evaluation(job_of(ctx, given), shown(quiet))
     report = outcome.report
     print(json.dumps(report.model_dump()) if as_json else table(report))
     for name, reason in report.failed.items():
@@ -108,18 +108,18 @@ def must_fit_together(given: dict[str, Any], check: bool) -> None:
 
 def open_named(given: dict[str, Any], raw_labels: bool = False) -> Dataset:
     """DATASET below --root; flags can say what a padseg.toml would."""
-    from padseg.datasets import FOLDER as OWN, Settings, open_dataset, open_folder
+    from padseg.datasets import FOLDER as OWN, FolderSettings, open_dataset, open_folder
 
     if given['dataset'] == OWN and (given['num_classes'] or given['regions']):  # in place of padseg.toml
-        own = Settings(num_classes=given['num_classes'], ignore_index=given['ignore'], background=given['background'])
+        own = FolderSettings(num_classes=given['num_classes'], ignore_index=given['ignore'], background=given['background'])
         return open_folder(given['root'], given['split'], own, given['allow_missing'])
     return open_dataset(given['dataset'], given['root'], given['split'], raw_labels, given['allow_missing'])
 
 
-def job_of(ctx: click.Context, given: dict[str, Any]) -> Job:
+def job_of(ctx: click.Context, given: dict[str, Any]) -> Evaluation:
     """The evaluation that the options ask for."""
     from padseg.datasets import label_folder
-    from padseg.evaluation.engine import Job
+    from padseg.evaluation.engine import Evaluation
     from padseg.evaluation.evaluate import Task, paired, stored
     from padseg.evaluation.protocols import DEFAULT, WARNINGS, protocol
 
@@ -143,17 +143,19 @@ def job_of(ctx: click.Context, given: dict[str, Any]) -> Job:
     if given['pred']:
         dataset, preds = paired(dataset, preds, given['allow_missing'])
         task = Task(dataset, rules, preds, given['resize'])
-        return Job(task, name, {'folder': str(given['pred'].resolve())}, missing=dataset.missing + listed - len(dataset.samples), **common)
+        return Evaluation(
+            task, name, {'folder': str(given['pred'].resolve())}, missing=dataset.missing + listed - len(dataset.samples), **common
+        )
     refuse_unused(ctx, name == NAMING)
     if name == NAMING:
         if not dataset.classes:
             raise UsageError(f'{name} is for ground truth with classes')
         namer = namer_of(ctx, given, rules, dataset)
-        return Job(Task(dataset, rules), name, source_of(namer), namer, missing=dataset.missing, **common)
+        return Evaluation(Task(dataset, rules), name, source_of(namer), namer, missing=dataset.missing, **common)
     if rules.matching == 'none':
         raise UsageError(f'{name} scores regions that have names, which {given["model"]} alone does not give: name them with --pred')
     predictor = predictor_of(ctx, given, rules, thresholds)
-    return Job(Task(dataset, rules), name, source_of(predictor), predictor, missing=dataset.missing, **common)
+    return Evaluation(Task(dataset, rules), name, source_of(predictor), predictor, missing=dataset.missing, **common)
 
 
 def refuse_unused(ctx: click.Context, naming: bool) -> None:
@@ -206,7 +208,7 @@ def loaded(given: dict[str, Any], layer: int | None) -> Backbone:
 def source_of(predictor: Predictor | NamePredictor) -> dict[str, Any]:
     """The model and settings behind predictions, as scores.json has them."""
     from padseg.evaluation.predict import NamePredictor
-    from padseg.run.job import plain
+    from padseg.run.job import plain_settings
 
     backbone = predictor.backbone
     dtype = str(backbone.dtype).removeprefix('torch.')
@@ -217,7 +219,7 @@ def source_of(predictor: Predictor | NamePredictor) -> dict[str, Any]:
         'dtype': dtype,
         'compiled': backbone.compiled,
         **named,
-        **plain(predictor.options.resolve(backbone.spec)),
+        **plain_settings(predictor.options.resolve(backbone.spec)),
     }
 
 
@@ -231,7 +233,7 @@ def numbers(text: str | None) -> tuple[float, ...]:
     return values
 
 
-def table(report: Report) -> str:
+def table(report: ScoresRecord) -> str:
     """One measure a line, then one line a class."""
     rows = [f'{name:16} {number}' for name, number in report.counts.items() if number or name == 'pictures']
     rows.insert(0, f'{"protocol":16} {report.protocol}, compared at {report.settings["compare"]}')
@@ -252,10 +254,10 @@ def shown_score(score: float | None) -> str:
 
 def show_check(dataset: Dataset, as_json: bool, progress: Progress) -> int:
     """Print what the data hold; 3 if files cannot be used or values are out of range."""
-    from padseg.datasets.check import check
+    from padseg.datasets.check import check_dataset
 
     with contextlib.closing(progress):
-        found = check(dataset, watched(dataset.samples, progress))
+        found = check_dataset(dataset, watched(dataset.samples, progress))
     print(json.dumps(found.as_dict()) if as_json else '\n'.join(check_lines(found)))
     return 0 if found.good else SOME_FAILED
 
@@ -270,10 +272,10 @@ def watched(samples: Sequence[Sample], progress: Progress) -> Iterator[Sample]:
 
 def check_lines(found: Check) -> list[str]:
     """What the data hold, a line each."""
-    from padseg.evaluation.evaluate import words
+    from padseg.evaluation.evaluate import size_in_words
 
     published = f' of {found.published} published' if found.published else ''
-    sizes = [words(size) for size in (found.smallest, found.largest) if size]
+    sizes = [size_in_words(size) for size in (found.smallest, found.largest) if size]
     lines = [
         f'data set         {found.name}, {found.split}: {found.layout} below {found.root}',
         f'pictures         {found.pictures}{published}, {found.labels} label maps',

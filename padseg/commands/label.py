@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from padseg.commands.flags import job_flags, option_flags, reading_flags
-from padseg.commands.run import as_events, start
+from padseg.commands.run import as_events, start_run
 from padseg.errors import UsageError
 from padseg.methods.options import LabelOptions
 
@@ -32,7 +32,7 @@ def command(classes: str | None, classes_file: Path | None, log_json: bool, **se
         raise click.UsageError('which pictures? --dir FOLDER')
     with as_events() if log_json else contextlib.nullcontext():
         options = LabelOptions(**{field.name: settings.pop(field.name) for field in dataclasses.fields(LabelOptions)})
-        return start(log_json, options=options, classes=names_of(classes, classes_file), **settings)
+        return start_run(log_json, options=options, classes=names_of(classes, classes_file), **settings)
 
 
 def names_of(classes: str | None, file: Path | None) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ MEGABYTE = 1_000_000
 @click.option('--json', 'as_json', is_flag=True, help='print one JSON object')
 def command(as_json: bool) -> int:
     """List the models that have a name: whether they are here, how large, on which terms, and their settings."""
-    rows = {name: row(name) for name in BACKBONES}
+    rows = {name: model_row(name) for name in BACKBONES}
     if as_json:
         print(json.dumps(rows))
         return 0
@@ -31,7 +31,7 @@ def command(as_json: bool) -> int:
     return 0
 
 
-def row(name: str) -> dict[str, Any]:
+def model_row(name: str) -> dict[str, Any]:
     """A named model: repo, family, state, local, folder, bytes on disk, licence, gated, settings. Nothing is downloaded."""
     from padseg.backbones.source import locate
 
@@ -48,12 +48,12 @@ def row(name: str) -> dict[str, Any]:
         'state': state,
         'local': folder is not None,
         'folder': str(folder) if folder else None,
-        'bytes': size(folder) if folder else None,
+        'bytes': folder_size(folder) if folder else None,
         **CARDS[name]._asdict(),
         'settings': settings,
     }
 
 
-def size(folder: Path) -> int:
+def folder_size(folder: Path) -> int:
     """Bytes of all files below."""
     return sum(path.stat().st_size for path in folder.rglob('*') if path.is_file())

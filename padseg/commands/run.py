@@ -46,10 +46,10 @@ def command(folders: tuple[Path, ...], collect: bool, log_json: bool, **settings
         if collect:
             return join(folders, log_json, **settings)
         options = Options(**{field.name: settings.pop(field.name) for field in dataclasses.fields(Options)})
-        return start(log_json, options=options, **settings)
+        return start_run(log_json, options=options, **settings)
 
 
-def start(log_json: bool, as_json: bool, no_progress: bool, quiet: bool, dry_run: bool, **settings: Any) -> int:
+def start_run(log_json: bool, as_json: bool, no_progress: bool, quiet: bool, dry_run: bool, **settings: Any) -> int:
     """Run the job that the flags describe, or with dry_run print what it would work on."""
     from padseg.run.engine import run
     from padseg.run.job import Job
@@ -102,7 +102,7 @@ def report(counts: Counts, out: Path, quiet: bool, as_json: bool, log_json: bool
     if log_json:
         event('end', **counts._asdict(), out=str(out))
     elif not quiet:
-        print(summary(counts, out), file=sys.stderr)
+        print(run_summary(counts, out), file=sys.stderr)
     if as_json:
         print(json.dumps({**counts._asdict(), 'out': str(out)}))
     if counts.signal:
@@ -110,7 +110,7 @@ def report(counts: Counts, out: Path, quiet: bool, as_json: bool, log_json: bool
     return SOME_FAILED if counts.failed else 0
 
 
-def summary(counts: Counts, out: Path) -> str:
+def run_summary(counts: Counts, out: Path) -> str:
     """One line for the end of a run."""
     before = f' ({counts.skipped} by an earlier run)' if counts.skipped else ''
     remaining = counts.images - counts.done - counts.failed

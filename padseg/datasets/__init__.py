@@ -7,9 +7,9 @@ from pathlib import Path
 from padseg.datasets.base import VOID, LayoutError, Sample
 from padseg.datasets.dataset import Dataset
 from padseg.datasets.layouts import find_place, picture_name, samples
-from padseg.datasets.own import DEFAULT_SPLIT, Settings, label_folder, open_folder, read_settings
+from padseg.datasets.own import DEFAULT_SPLIT, FolderSettings, label_folder, open_folder, read_settings
 from padseg.datasets.rows import DATASETS, FOLDER
-from padseg.datasets.tables import background_class, class_names, class_table, facts
+from padseg.datasets.tables import background_class, facts, row_class_names, value_table
 from padseg.errors import UnreadableLabels, UsageError
 
 __all__ = (
@@ -20,7 +20,7 @@ __all__ = (
     'Dataset',
     'LayoutError',
     'Sample',
-    'Settings',
+    'FolderSettings',
     'UnreadableLabels',
     'label_folder',
     'open_dataset',
@@ -53,13 +53,13 @@ def open_dataset(name: str, root: Path, split: str | None = None, raw_labels: bo
     found, missing = samples(place, chosen, allow_missing)
     return Dataset(
         name=name,
-        classes=class_names(row),
+        classes=row_class_names(row),
         background=background_class(row),
         split=split,
         layout=place.layout.name,
         root=root,
         samples=found,
-        table=class_table(row, RAW if raw else place.layout.values),
+        table=value_table(row, RAW if raw else place.layout.values),
         reader=place.layout.reader,
         annotations=place.annotations,
         pictures=chosen.pictures,

@@ -61,7 +61,7 @@ class Layout(NamedTuple):
     splits: tuple[str, ...] = ()
 
 
-class Row(NamedTuple):
+class DatasetRow(NamedTuple):
     """A data set. title: in words; facts: the JSON file of this package with its names and tables, '' = regions without classes.
 
     background: whether it is scored as the 'first' or the 'last' class, or not at all.

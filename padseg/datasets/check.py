@@ -95,7 +95,7 @@ class Look(NamedTuple):
     different: tuple[Problem, ...]
 
 
-def check(dataset: Dataset, samples: Iterable[Sample] | None = None) -> Check:
+def check_dataset(dataset: Dataset, samples: Iterable[Sample] | None = None) -> Check:
     """Read all pictures and labels once. samples: those of the data set, wrapped by whoever wants to see how far it is."""
     looks = [look(dataset, sample) for sample in (dataset.samples if samples is None else samples)]
     sizes = sorted({look.size for look in looks if look.size}, key=lambda size: (size[0] * size[1], size))

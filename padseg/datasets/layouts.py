@@ -23,7 +23,7 @@ class Part(NamedTuple):
     path: Path | None
 
 
-class Place(NamedTuple):
+class FoundLayout(NamedTuple):
     """A layout found. labels, listing, annotations: None where the layout has none."""
 
     layout: Layout
@@ -33,7 +33,7 @@ class Place(NamedTuple):
     annotations: Path | None
 
 
-def find_place(root: Path, layouts: Iterable[Layout], title: str, split: str, folder: str) -> Place:
+def find_place(root: Path, layouts: Iterable[Layout], title: str, split: str, folder: str) -> FoundLayout:
     """The first layout that is complete at or below `root`, for a split and its folder.
 
     Raises LayoutError with the trees that are known and what of them is there.
@@ -48,8 +48,8 @@ def find_place(root: Path, layouts: Iterable[Layout], title: str, split: str, fo
         for found in tried:
             if all(part.path for part in found.values()):
                 paths = {kind: part.path for kind, part in found.items()}
-                return Place(layout, paths['images'] or root, paths.get('labels'), paths.get('listing'), paths.get('annotations'))
-        trees.append(tree(layout, max(tried, key=lambda found: sum(part.path is not None for part in found.values()))))
+                return FoundLayout(layout, paths['images'] or root, paths.get('labels'), paths.get('listing'), paths.get('annotations'))
+        trees.append(folder_tree(layout, max(tried, key=lambda found: sum(part.path is not None for part in found.values()))))
     known = '\n'.join(dict.fromkeys(trees))
     raise LayoutError(f'{root} holds no {title} in a layout that padseg knows; it holds {content(root)}. Expected one of:\n{known}')
 
@@ -82,7 +82,7 @@ def in_split(path: str, folder: str) -> str:
     return path.replace('{split}', folder).rstrip('/')
 
 
-def tree(layout: Layout, found: dict[str, Part]) -> str:
+def folder_tree(layout: Layout, found: dict[str, Part]) -> str:
     """What a layout looks like, each piece marked as found or missing."""
     usual = ' or '.join(filter(None, layout.homes))
     lines = [f'  {layout.name}{f" (there or in {usual})" if usual else ""}:']
@@ -100,14 +100,14 @@ def content(folder: Path) -> str:
     return ', '.join(names[:ENTRIES]) + more or 'nothing'
 
 
-def samples(place: Place, split: Split, allow_missing: bool) -> tuple[tuple[Sample, ...], int]:
+def samples(place: FoundLayout, split: Split, allow_missing: bool) -> tuple[tuple[Sample, ...], int]:
     """The pictures of a split with their files of labels, sorted by name, and how many are missing, which must be allowed.
 
     Raises LayoutError with the names of pictures that lack a file.
     """
-    pictures = unique(files(place.images, (place.layout.image_end,) if place.layout.image_end else images.SUFFIXES))
+    pictures = unique(files_below(place.images, (place.layout.image_end,) if place.layout.image_end else images.SUFFIXES))
     truths = labels_by_picture(place, pictures)
-    names = listed(place, split)
+    names = listed_files(place, split)
     wanted = sorted(pictures.keys() | truths.keys() if names is None else set(names))
     complete = [name for name in wanted if name in pictures and name in truths]
     if not wanted:
@@ -122,7 +122,7 @@ def samples(place: Place, split: Split, allow_missing: bool) -> tuple[tuple[Samp
     return tuple(sorted(found)), max(0, expected - len(complete))
 
 
-def listed(place: Place, split: Split) -> Collection[str] | None:
+def listed_files(place: FoundLayout, split: Split) -> Collection[str] | None:
     """The names that a list gives: the layout's own, or that of this package; None if what is in the folders counts."""
     if place.listing:
         lines = place.listing.read_text(encoding='utf-8', errors='surrogateescape').splitlines()
@@ -132,7 +132,7 @@ def listed(place: Place, split: Split) -> Collection[str] | None:
     return listed_names(split.ids) if split.ids else None
 
 
-def labels_by_picture(place: Place, pictures: Container[str]) -> dict[str, tuple[Path, ...]]:
+def labels_by_picture(place: FoundLayout, pictures: Container[str]) -> dict[str, tuple[Path, ...]]:
     """Files of labels by the name of their picture."""
     if place.labels is None:
         return {name: (place.annotations,) for name in detail_paintings(place.annotations)} if place.annotations else {}
@@ -144,10 +144,10 @@ def label_files(folder: Path, layout: Layout) -> Iterator[tuple[str, Path]]:
     """(name, path) of the files of labels that a layout has in a folder and below; none if there is no folder."""
     if not folder.is_dir():
         return iter(())
-    return ((name, path) for name, path in files(folder, (layout.label_end,)) if not path.name.endswith(layout.beside))
+    return ((name, path) for name, path in files_below(folder, (layout.label_end,)) if not path.name.endswith(layout.beside))
 
 
-def files(folder: Path, ends: Collection[str]) -> Iterator[tuple[str, Path]]:
+def files_below(folder: Path, ends: Collection[str]) -> Iterator[tuple[str, Path]]:
     """(name, path) of the files <name><end> in a folder and below, but for hidden ones; a name is a POSIX path, ends are of any case."""
     for parent, folders, entries in os.walk(folder, onerror=images.refuse):
         folders[:] = sorted(name for name in folders if name[0] != '.')

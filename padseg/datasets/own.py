@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from padseg.datasets.base import VOID, Layout, LayoutError, Sample, Split
 from padseg.datasets.dataset import Dataset
-from padseg.datasets.layouts import by_annotator, files, find_place, in_split, picture_name, samples, unique
+from padseg.datasets.layouts import by_annotator, files_below, find_place, in_split, picture_name, samples, unique
 from padseg.datasets.rows import DATASETS, FOLDER
 from padseg.datasets.tables import DENSE, UNDECLARED, Table
 from padseg.errors import UsageError
@@ -37,7 +37,7 @@ class Suffixes(BaseModel):
     labels: Annotated[str, Field(pattern=r'\.png$')] = '.png'
 
 
-class Settings(BaseModel):
+class FolderSettings(BaseModel):
     """padseg.toml. Without num_classes and classes, labels are regions without classes, and x_0.png, x_1.png belong to one picture x.
 
     classes: their names; ignore_index: a value in the files that does not count; background: name or number of a class;
@@ -56,12 +56,12 @@ class Settings(BaseModel):
     suffixes: Suffixes = Suffixes()
 
 
-def open_folder(root: Path, split: str | None, settings: Settings, allow_missing: bool = False) -> Dataset:
+def open_folder(root: Path, split: str | None, settings: FolderSettings, allow_missing: bool = False) -> Dataset:
     """Pictures and labels below `root`, in its sub-folders `split`; without one in those named val if there are, else in all.
 
     Raises UsageError for settings that contradict each other, LayoutError for files that are not there.
     """
-    names, background = class_names(settings)
+    names, background = folder_class_names(settings)
     layouts = tuple(with_folders(layout, settings) for layout in DATASETS[FOLDER].layouts)
     if split is None:
         holds = any((root / in_split(path, DEFAULT_SPLIT)).is_dir() for layout in layouts for path in layout.images)
@@ -77,11 +77,11 @@ def open_folder(root: Path, split: str | None, settings: Settings, allow_missing
         root=root,
         samples=found,
         missing=missing,
-        table=class_table(settings, len(names)),
+        table=folder_class_table(settings, len(names)),
     )
 
 
-def with_folders(layout: Layout, settings: Settings) -> Layout:
+def with_folders(layout: Layout, settings: FolderSettings) -> Layout:
     """A layout with the folders and suffixes that the settings name in place of its own."""
     return layout._replace(
         images=layout.images if settings.images is None else (with_split(settings.images),),
@@ -96,11 +96,11 @@ def with_split(path: str) -> str:
     return path if '{split}' in path else f'{path}/{{split}}'
 
 
-def read_settings(root: Path) -> Settings:
+def read_settings(root: Path) -> FolderSettings:
     """The settings in padseg.toml. Raises LayoutError if there is none, UsageError for what it must not say."""
     path = root / FILE
     try:
-        return Settings.model_validate(tomllib.loads(path.read_text(encoding='utf-8')))
+        return FolderSettings.model_validate(tomllib.loads(path.read_text(encoding='utf-8')))
     except FileNotFoundError as error:
         raise LayoutError(f'there is no {path}, which says what the labels mean; for example:\n{EXAMPLE}') from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -112,11 +112,12 @@ def read_settings(root: Path) -> Settings:
 def complaint(error: Any) -> str:
     """One thing that is wrong with the settings, in words."""
     if error['type'] == 'extra_forbidden':
-        return f'{error["loc"][-1]} is no setting; there are {", ".join((Settings if len(error["loc"]) == 1 else Suffixes).model_fields)}'
+        known = (FolderSettings if len(error['loc']) == 1 else Suffixes).model_fields
+        return f'{error["loc"][-1]} is no setting; there are {", ".join(known)}'
     return f'{".".join(map(str, error["loc"]))}: {error["msg"][0].lower()}{error["msg"][1:]}; got {error["input"]!r}'
 
 
-def class_names(settings: Settings) -> tuple[tuple[str, ...], int | None]:
+def folder_class_names(settings: FolderSettings) -> tuple[tuple[str, ...], int | None]:
     """Names of the classes, their numbers if they have none, and which is background. UsageError if settings contradict each other."""
     names = tuple(name.strip() for name in settings.classes or map(str, range(settings.num_classes or 0)))
     if settings.num_classes not in (None, len(names)):
@@ -133,7 +134,7 @@ def class_names(settings: Settings) -> tuple[tuple[str, ...], int | None]:
     raise UsageError(f'background is one of the {len(names)} classes, by name or number from 0; got {background!r}')
 
 
-def class_table(settings: Settings, num_classes: int) -> Table | None:
+def folder_class_table(settings: FolderSettings, num_classes: int) -> Table | None:
     """The class of each value in the files; None for regions without classes."""
     if not num_classes:
         return None
@@ -153,13 +154,13 @@ def label_folder(
     there is no PNG, UsageError for a number out of range.
     """
     try:
-        settings = Settings(num_classes=num_classes, ignore_index=ignore, background=background)
+        settings = FolderSettings(num_classes=num_classes, ignore_index=ignore, background=background)
     except ValidationError as error:
         raise UsageError('; '.join(map(complaint, error.errors()))) from error
-    names, background = class_names(settings)
+    names, background = folder_class_names(settings)
     if not labels.is_dir():
         raise LayoutError(f'there is no folder {labels}')
-    found = unique((picture_name(path.relative_to(labels)), path) for _, path in files(labels, ('.png',)))
+    found = unique((picture_name(path.relative_to(labels)), path) for _, path in files_below(labels, ('.png',)))
     if not found:
         raise LayoutError(f'there are no PNG files in {labels}')
     truths = {name: (path,) for name, path in found.items()} if names else by_annotator(found, pictures)
@@ -171,5 +172,5 @@ def label_folder(
         layout='labels',
         root=labels,
         samples=tuple(Sample(name, None, truths[name]) for name in sorted(truths)),
-        table=class_table(settings, len(names)),
+        table=folder_class_table(settings, len(names)),
     )

@@ -32,7 +32,7 @@ class Reader(Protocol):
     def __call__(self, sample: Sample, annotations: Path) -> tuple[Array, ...]: ...
 
 
-def refuse(path: Path, reason: str) -> NoReturn:
+def refuse_labels(path: Path, reason: str) -> NoReturn:
     raise UnreadableLabels(path, reason)
 
 
@@ -54,9 +54,9 @@ def bsds_labels(sample: Sample, annotations: Path) -> tuple[Array, ...]:
     try:
         matrices = [cell['Segmentation'].item() for cell in cells]
     except (AttributeError, IndexError, TypeError, ValueError):
-        refuse(path, 'groundTruth is no cell array of structures with a Segmentation')
+        refuse_labels(path, 'groundTruth is no cell array of structures with a Segmentation')
     if not matrices:
-        refuse(path, 'groundTruth is empty')
+        refuse_labels(path, 'groundTruth is empty')
     return tuple(label_matrix(path, matrix) for matrix in matrices)
 
 
@@ -71,11 +71,11 @@ def mat_variable(path: Path, name: str) -> Array:
             inflate(path.read_bytes())
             variables = loadmat(path, variable_names=[name])
         except NotImplementedError:
-            refuse(path, 'a MATLAB file of version 7.3, which is not read: save it as version 7 or older')
+            refuse_labels(path, 'a MATLAB file of version 7.3, which is not read: save it as version 7 or older')
         except (*DAMAGE, MatReadError) as error:
-            refuse(path, f'no MATLAB file, or a damaged one: {error}')
+            refuse_labels(path, f'no MATLAB file, or a damaged one: {error}')
     if name not in variables:
-        refuse(path, f'holds no {name}')
+        refuse_labels(path, f'holds no {name}')
     return np.asarray(variables[name])
 
 
@@ -98,9 +98,9 @@ def label_matrix(path: Path, values: Any) -> Array:
     """A matrix of whole numbers >= 0 as int32, whatever type it was stored in."""
     matrix = np.asarray(values)
     if matrix.ndim != 2 or not matrix.size or matrix.dtype.kind not in 'iufb':
-        refuse(path, f'labels are a matrix of numbers; this is {matrix.dtype} of shape {matrix.shape}')
+        refuse_labels(path, f'labels are a matrix of numbers; this is {matrix.dtype} of shape {matrix.shape}')
     if not ((matrix >= 0) & (matrix <= np.iinfo(np.int32).max) & (matrix == np.floor(matrix))).all():
-        refuse(path, 'labels are whole numbers from 0 on')
+        refuse_labels(path, 'labels are whole numbers from 0 on')
     return matrix.astype(np.int32)
 
 
@@ -109,14 +109,14 @@ def panoptic_labels(sample: Sample, annotations: Path) -> tuple[Array, ...]:
     path = sample.truths[0]
     segments = panoptic_segments(annotations).get(path.name)
     if segments is None:
-        refuse(path, f'not among the annotations of {annotations}')
+        refuse_labels(path, f'not among the annotations of {annotations}')
     colours, _ = png_pixels(path, ('RGB',), 'a panoptic PNG is RGB')  # (H, W, 3)
     numbers = colours.astype(np.int32) @ np.array([1, 256, 256 * 256], np.int32)  # (H, W)
     known = np.array(sorted({0: 0, **segments}.items()), np.int64)  # (segments, 2): number, category
     places = np.searchsorted(known[:, 0], numbers).clip(max=len(known) - 1)
     strange = numbers[known[places, 0] != numbers]
     if strange.size:
-        refuse(path, f'segment {strange[0]} is not in {annotations}')
+        refuse_labels(path, f'segment {strange[0]} is not in {annotations}')
     return (known[places, 1],)
 
 
@@ -126,10 +126,10 @@ def panoptic_segments(annotations: Path) -> dict[str, dict[int, int]]:
     try:
         return {
             annotation['file_name']: {int(segment['id']): int(segment['category_id']) for segment in annotation['segments_info']}
-            for annotation in read_json(annotations)['annotations']
+            for annotation in read_annotations(annotations)['annotations']
         }
     except (KeyError, TypeError, ValueError) as error:
-        refuse(annotations, f'no panoptic annotations in the form of COCO: {error!r}')
+        refuse_labels(annotations, f'no panoptic annotations in the form of COCO: {error!r}')
 
 
 class Painting(NamedTuple):
@@ -151,9 +151,9 @@ def detail_labels(sample: Sample, annotations: Path) -> tuple[Array, ...]:
         try:
             region = mask.decode(runs)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
-            refuse(annotations, f'damaged region in {sample.name}: {error!r}')
+            refuse_labels(annotations, f'damaged region in {sample.name}: {error!r}')
         if region.shape != labels.shape:
-            refuse(annotations, f'a region of {sample.name} has size {region.shape}, the picture {labels.shape} (height, width)')
+            refuse_labels(annotations, f'a region of {sample.name} has size {region.shape}, the picture {labels.shape} (height, width)')
         labels[region.astype(bool)] = category
     return (labels,)
 
@@ -162,7 +162,7 @@ def detail_labels(sample: Sample, annotations: Path) -> tuple[Array, ...]:
 def detail_paintings(annotations: Path) -> dict[str, Painting]:
     """The pictures of a file in the form of PASCAL in Detail, by name."""
     try:
-        content = read_json(annotations)
+        content = read_annotations(annotations)
         paintings = {
             image['image_id']: (Path(image['file_name']).stem, Painting(image['phase'], int(image['height']), int(image['width']), []))
             for image in content['images']
@@ -170,15 +170,15 @@ def detail_paintings(annotations: Path) -> dict[str, Painting]:
         for region in content['annos_segmentation']:
             paintings[region['image_id']][1].regions.append((int(region['category_id']), region['segmentation']))
     except (KeyError, TypeError, ValueError) as error:
-        refuse(annotations, f'no annotations in the form of PASCAL in Detail: {error!r}')
+        refuse_labels(annotations, f'no annotations in the form of PASCAL in Detail: {error!r}')
     return dict(paintings.values())
 
 
-def read_json(path: Path) -> Any:
+def read_annotations(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        refuse(path, f'no JSON: {error}')
+        refuse_labels(path, f'no JSON: {error}')
 
 
 READERS: dict[str, Reader] = {

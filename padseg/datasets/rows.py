@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from padseg.datasets.base import Layout, Row, Split
+from padseg.datasets.base import DatasetRow, Layout, Split
 
 OTHER_ENCODINGS = ('_labelTrainIds.png', '_instanceTrainIds.png')  # made by tools, beside the original files
 
@@ -110,25 +110,25 @@ BSDS_SPLITS = {'val': Split('val', pictures=100), 'train': Split('train', pictur
 CAMVID_SPLITS = {'val': Split('val', pictures=101), 'train': Split('train', pictures=367), 'test': Split('test', pictures=233)}
 
 FOLDER = 'folder'
-DATASETS: dict[str, Row] = {
-    'voc21': Row(
+DATASETS: dict[str, DatasetRow] = {
+    'voc21': DatasetRow(
         'PASCAL VOC 2012, 20 classes and background',
         'voc',
         VOC_SPLITS,
         (*VOC_LAYOUTS, prepared_voc('annotations_detectron2_bg')),
         background='last',
     ),
-    'voc20': Row(
+    'voc20': DatasetRow(
         'PASCAL VOC 2012, 20 classes, background ignored', 'voc', VOC_SPLITS, (*VOC_LAYOUTS, prepared_voc('annotations_detectron2'))
     ),
-    'context60': Row('PASCAL Context, 59 classes and background', 'context', CONTEXT_SPLITS, CONTEXT_LAYOUTS, background='last'),
-    'context59': Row('PASCAL Context, 59 classes, background ignored', 'context', CONTEXT_SPLITS, CONTEXT_LAYOUTS),
-    'coco-object': Row('COCO, 80 things and background', 'coco_object', COCO_OBJECT_SPLITS, COCO_OBJECT_LAYOUTS, background='first'),
-    'coco-object80': Row('COCO, 80 things, background ignored', 'coco_object', COCO_OBJECT_SPLITS, COCO_OBJECT_LAYOUTS),
-    'coco-stuff27': Row('COCO-Stuff, 27 coarse classes', 'coco_stuff27', COCO_STUFF_SPLITS, COCO_LAYOUTS),
-    'cityscapes27': Row('Cityscapes, 27 classes', 'cityscapes27', CITY_SPLITS, (CITY_IDS,)),
-    'cityscapes19': Row('Cityscapes, 19 classes', 'cityscapes19', CITY_SPLITS, (CITY_IDS, CITY_TRAIN_IDS)),
-    'ade150': Row(
+    'context60': DatasetRow('PASCAL Context, 59 classes and background', 'context', CONTEXT_SPLITS, CONTEXT_LAYOUTS, background='last'),
+    'context59': DatasetRow('PASCAL Context, 59 classes, background ignored', 'context', CONTEXT_SPLITS, CONTEXT_LAYOUTS),
+    'coco-object': DatasetRow('COCO, 80 things and background', 'coco_object', COCO_OBJECT_SPLITS, COCO_OBJECT_LAYOUTS, background='first'),
+    'coco-object80': DatasetRow('COCO, 80 things, background ignored', 'coco_object', COCO_OBJECT_SPLITS, COCO_OBJECT_LAYOUTS),
+    'coco-stuff27': DatasetRow('COCO-Stuff, 27 coarse classes', 'coco_stuff27', COCO_STUFF_SPLITS, COCO_LAYOUTS),
+    'cityscapes27': DatasetRow('Cityscapes, 27 classes', 'cityscapes27', CITY_SPLITS, (CITY_IDS,)),
+    'cityscapes19': DatasetRow('Cityscapes, 19 classes', 'cityscapes19', CITY_SPLITS, (CITY_IDS, CITY_TRAIN_IDS)),
+    'ade150': DatasetRow(
         'ADE20K, 150 classes',
         'ade150',
         {'val': Split('validation', pictures=2000), 'train': Split('training', pictures=20210)},
@@ -137,7 +137,7 @@ DATASETS: dict[str, Row] = {
             Layout('prepared for detectron2', ADE_HOME, ('images/{split}',), ('annotations_detectron2/{split}',), values='classes'),
         ),
     ),
-    'bsds500': Row(
+    'bsds500': DatasetRow(
         'BSDS500, regions without classes of several annotators',
         '',
         BSDS_SPLITS,
@@ -148,7 +148,7 @@ DATASETS: dict[str, Row] = {
             Layout('PNG files', ('bsds500',), ('images/{split}',), ('labels/{split}',), annotators=True),
         ),
     ),
-    'camvid': Row(
+    'camvid': DatasetRow(
         'CamVid, 11 classes',
         'camvid',
         CAMVID_SPLITS,
@@ -157,7 +157,7 @@ DATASETS: dict[str, Row] = {
             Layout('images and labels', ('camvid',), ('images/{split}',), ('labels/{split}',)),
         ),
     ),
-    FOLDER: Row(
+    FOLDER: DatasetRow(
         "one's own, described by padseg.toml beside it",
         '',
         {},

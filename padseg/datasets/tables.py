@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from padseg.datasets.base import VOID, Row
+from padseg.datasets.base import VOID, DatasetRow
 
 if TYPE_CHECKING:
     from padseg.types import Array
@@ -30,18 +30,18 @@ def facts(name: str) -> Any:
     return json.loads((FOLDER / f'{name}.json').read_text(encoding='ascii'))
 
 
-def class_names(row: Row) -> tuple[str, ...]:
+def row_class_names(row: DatasetRow) -> tuple[str, ...]:
     """Names of the classes that a row scores, in order; none for regions without classes."""
     names = tuple(facts(row.facts)['names']) if row.facts else ()
     return {None: names, 'first': ('background', *names), 'last': (*names, 'background')}[row.background]
 
 
-def background_class(row: Row) -> int | None:
+def background_class(row: DatasetRow) -> int | None:
     """The number of the class that is background."""
-    return {None: None, 'first': 0, 'last': len(class_names(row)) - 1}[row.background]
+    return {None: None, 'first': 0, 'last': len(row_class_names(row)) - 1}[row.background]
 
 
-def class_table(row: Row, values: str) -> Table | None:
+def value_table(row: DatasetRow, values: str) -> Table | None:
     """The table of one way of writing a row's classes; None for regions without classes."""
     if not row.facts:
         return None

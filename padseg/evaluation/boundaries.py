@@ -11,7 +11,7 @@ from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from scipy.spatial import KDTree
 from skimage.morphology import thin
 
-from padseg.evaluation.metrics import check
+from padseg.evaluation.metrics import require_same_shape
 from padseg.types import Array
 
 TOLERANCE = 0.0075  # of the picture's diagonal: what BSDS500 allows, 4.3 pixels of its 481 x 321
@@ -54,9 +54,9 @@ class ScoreSweep(NamedTuple):
     ois: float
 
 
-def boundaries(labels: Array) -> Array:
+def region_boundaries(labels: Array) -> Array:
     """(H, W) bool: pixels whose 2 x 2 block down to the right holds several labels, with the last row and column repeated (seg2bdry)."""
-    check(labels, labels)
+    require_same_shape(labels, labels)
     block = np.pad(labels, ((0, 1), (0, 1)), 'edge')  # (H + 1, W + 1)
     several: Array = (block[:-1, 1:] != labels) | (block[1:, :-1] != labels) | (block[1:, 1:] != labels)
     return several
@@ -66,7 +66,7 @@ def thin_boundaries(labels: Array) -> Array:
     """The boundaries reduced to lines one pixel wide, (H, W) bool, as Martin et al. (2004) compare them on both sides."""
     # Drawn boundaries left as they are would keep a fifth to a third of their pixels without a partner: on the validation
     # pictures annotators then reach F 0.68 against each other, and 0.79 with both thinned. Published for the test set: 0.80.
-    return thin(boundaries(labels))
+    return thin(region_boundaries(labels))
 
 
 def boundary_counts(pred: Array, truths: Sequence[Array], tolerance: float = TOLERANCE) -> BoundaryCounts:
@@ -75,7 +75,7 @@ def boundary_counts(pred: Array, truths: Sequence[Array], tolerance: float = TOL
     tolerance: how far apart two pixels may match, as a share of the diagonal. ValueError for another size or no annotator.
     """
     for truth in truths:
-        check(truth, pred)
+        require_same_shape(truth, pred)
     return count_matches(thin_boundaries(pred), [thin_boundaries(truth) for truth in truths], tolerance)
 
 
@@ -88,14 +88,14 @@ def count_matches(pred: Array, truths: Sequence[Array], tolerance: float = TOLER
     found = np.zeros(len(pixels), bool)
     matched = drawn = 0
     for truth in truths:
-        partners, _ = match(pixels, np.argwhere(truth), radius)
+        partners, _ = match_boundaries(pixels, np.argwhere(truth), radius)
         found[partners] = True
         matched += len(partners)
         drawn += int(np.count_nonzero(truth))
     return BoundaryCounts(matched, drawn, int(np.count_nonzero(found)), len(pixels))
 
 
-def match(a: Array, b: Array, radius: float) -> tuple[Array, Array]:
+def match_boundaries(a: Array, b: Array, radius: float) -> tuple[Array, Array]:
     """Pair points (A, 2) and (B, 2) at most `radius` apart, one to one: as many pairs as there can be, then the least total distance.
 
     Returns the pairs' numbers in `a` and in `b`. BSDS's own matcher approximates this: it minimises distance with a cost of 100
@@ -124,7 +124,7 @@ def precision_recall_f(counts: BoundaryCounts) -> PrecisionRecall:
     return PrecisionRecall(precision, recall, 2 * precision * recall / both if both else 0.0)
 
 
-def total(counts: Sequence[BoundaryCounts]) -> BoundaryCounts:
+def total_counts(counts: Sequence[BoundaryCounts]) -> BoundaryCounts:
     """The counts of several pictures as one."""
     return BoundaryCounts(*(sum(column) for column in zip(*counts, strict=True)))
 
@@ -138,9 +138,9 @@ def boundary_sweep(counts: Sequence[Sequence[BoundaryCounts]]) -> BoundarySweep:
     if len(lengths) != 1 or not lengths[0]:
         raise ValueError(f'expected pictures with the same number of thresholds, at least one; got numbers {lengths}')
     table = np.array([[precision_recall_f(one).f for one in picture] for picture in counts])  # (pictures, thresholds)
-    scores = [precision_recall_f(total(column)) for column in zip(*counts, strict=True)]
+    scores = [precision_recall_f(total_counts(column)) for column in zip(*counts, strict=True)]
     best = int(np.argmax([score.f for score in scores]))
-    own = total([picture[place] for picture, place in zip(counts, table.argmax(1).tolist(), strict=True)])
+    own = total_counts([picture[place] for picture, place in zip(counts, table.argmax(1).tolist(), strict=True)])
     return BoundarySweep(best, scores[best], precision_recall_f(own))
 
 

@@ -15,7 +15,7 @@ from padseg.datasets import Sample
 from padseg.errors import OutputConflict
 from padseg.evaluation.evaluate import Task, score_sample, score_stored, stamp_of
 from padseg.evaluation.protocols import rules
-from padseg.evaluation.scores import Name, Picture, Result, Totals, finite
+from padseg.evaluation.scores import Name, PictureScores, Result, ScoreTotals, finite
 from padseg.run.locks import exclusive
 from padseg.run.records import differences
 from padseg.system.files import atomic
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 FAILED_SHOWN = 20
 
 
-class Job(NamedTuple):
+class Evaluation(NamedTuple):
     """What is evaluated. source: where predictions come from, in words; missing: listed pictures that are left out.
 
     out: folder for records and reports, or None; thresholds: those of the predictor, if it has several.
@@ -46,7 +46,7 @@ class Job(NamedTuple):
     overwrite: bool = False
 
 
-class Report(BaseModel):
+class ScoresRecord(BaseModel):
     """scores.json. settings: all that decides the scores; counts: pictures scored, without a pixel that counts, failed, left out."""
 
     status: Literal['running', 'finished'] = 'running'
@@ -65,13 +65,13 @@ class Outcome(NamedTuple):
     """How an evaluation went. report: as in scores.json; failed pictures in it are the first few."""
 
     result: Result
-    report: Report
+    report: ScoresRecord
 
 
-def run(job: Job, progress: Progress = Silent()) -> Outcome:
+def run_evaluation(job: Evaluation, progress: Progress = Silent()) -> Outcome:
     """Score all pictures of the job, those that its output holds already from there. OutputConflict if that is of other settings."""
-    report = Report(protocol=job.protocol, settings=settings(job), versions=versions())
-    totals = Totals(job.task.classes, job.task.rules)
+    report = ScoresRecord(protocol=job.protocol, settings=settings(job), versions=versions())
+    totals = ScoreTotals(job.task.classes, job.task.rules)
     failed: dict[str, str] = {}
     with exclusive(job.out, foreign='run.json') if job.out else contextlib.nullcontext(), contextlib.closing(progress):
         for picture in pictures(job, report, progress):
@@ -87,7 +87,7 @@ def run(job: Job, progress: Progress = Silent()) -> Outcome:
     return Outcome(totals.result(), report)
 
 
-def settings(job: Job) -> dict[str, Any]:
+def settings(job: Evaluation) -> dict[str, Any]:
     """All that decides the scores, every rule in words."""
     dataset = job.task.dataset
     return {
@@ -111,7 +111,7 @@ PARTITIONS = {
 }
 
 
-def pictures(job: Job, report: Report, progress: Progress) -> Iterator[Picture]:
+def pictures(job: Evaluation, report: ScoresRecord, progress: Progress) -> Iterator[PictureScores]:
     """The records of all samples in their order: kept ones, and new ones, which are added to the output at once."""
     kept = earlier(job, report) if job.out else {}
     samples = job.task.dataset.samples
@@ -137,30 +137,30 @@ def pictures(job: Job, report: Report, progress: Progress) -> Iterator[Picture]:
             yield picture
 
 
-def scored(job: Job, samples: list[Sample]) -> Iterator[Picture]:
+def scored(job: Evaluation, samples: list[Sample]) -> Iterator[PictureScores]:
     if job.predictor:
         return (score_sample(job.task, sample, job.predictor) for sample in samples)
     return score_stored(job.task, samples, job.workers)
 
 
-def holds(job: Job, sample: Sample, record: Picture | None) -> bool:
+def holds(job: Evaluation, sample: Sample, record: PictureScores | None) -> bool:
     """Whether a record is of this very picture, ground truth and prediction."""
     if record is None or record.status == 'failed':
         return False
     return record.stamp == stamp_of(*sample.truths, sample.image if job.predictor else job.task.preds[sample.name])
 
 
-def earlier(job: Job, report: Report) -> dict[str, Picture]:
+def earlier(job: Evaluation, report: ScoresRecord) -> dict[str, PictureScores]:
     """The records of an earlier evaluation in the same folder."""
     assert job.out is not None
     path = job.out / 'scores.json'
     if job.overwrite or not path.exists():
         return {}
     try:
-        there = Report.model_validate(json.loads(path.read_bytes()))
+        there = ScoresRecord.model_validate(json.loads(path.read_bytes()))
     except ValueError as error:
         raise OutputConflict(f'{path} is no record of an evaluation: choose another --out, or --overwrite') from error
-    different = differences(flat(there.settings), flat(json.loads(json.dumps(report.settings))))
+    different = differences(flattened(there.settings), flattened(json.loads(json.dumps(report.settings))))
     if different:
         raise OutputConflict(
             f'{job.out} holds an evaluation of other settings ({"; ".join(different)}): choose another --out, or --overwrite'
@@ -168,7 +168,7 @@ def earlier(job: Job, report: Report) -> dict[str, Picture]:
     return {picture.name: picture for picture in read_pictures(job.out / 'pictures.jsonl')}
 
 
-def flat(settings: dict[str, Any]) -> dict[str, Any]:
+def flattened(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings with those inside others among them: rules.void, predictions.layer."""
     plain: dict[str, Any] = {}
     for name, value in settings.items():
@@ -176,31 +176,31 @@ def flat(settings: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def read_pictures(path: Path) -> Iterator[Picture]:
+def read_pictures(path: Path) -> Iterator[PictureScores]:
     """The records in pictures.jsonl; one that a killed run left torn does not count."""
     if path.exists():
         with path.open(encoding='ascii') as file:
             for text in file:
                 with contextlib.suppress(ValueError):  # by way of json, which takes file names that are no UTF-8
-                    yield Picture.model_validate(json.loads(text))
+                    yield PictureScores.model_validate(json.loads(text))
 
 
-def write_pictures(records: Iterable[Picture], path: Path) -> None:
+def write_pictures(records: Iterable[PictureScores], path: Path) -> None:
     with atomic(path) as temporary, temporary.open('w', encoding='ascii') as file:
         file.writelines(map(line, records))
 
 
-def line(picture: Picture) -> str:
+def line(picture: PictureScores) -> str:
     """A picture's record as one line of ASCII."""
     return json.dumps(picture.model_dump(exclude_defaults=True)) + '\n'
 
 
-def write(report: Report, path: Path) -> None:
+def write(report: ScoresRecord, path: Path) -> None:
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(report.model_dump(), indent=1) + '\n', encoding='ascii')
 
 
-def finished(job: Job, report: Report, totals: Totals, failed: dict[str, str]) -> Report:
+def finished(job: Evaluation, report: ScoresRecord, totals: ScoreTotals, failed: dict[str, str]) -> ScoresRecord:
     """The report with the scores of all pictures."""
     values = totals.result()._asdict()
     counts = {name: values.pop(name) for name in ('pictures', 'ignored', 'failed')}

@@ -14,8 +14,8 @@ import numpy as np
 from padseg.datasets import Dataset, Sample, label_folder, picture_name
 from padseg.datasets.base import some
 from padseg.errors import NoImages, UnreadableLabels, UsageError
-from padseg.evaluation.protocols import DEFAULT, Classes, Protocol, nearest, protocol, scored_classes, seen, seen_prediction, view
-from padseg.evaluation.scores import Picture, Result, Totals, score_classes, score_regions
+from padseg.evaluation.protocols import DEFAULT, Classes, Protocol, compared_view, nearest, protocol, scored_classes, seen, seen_prediction
+from padseg.evaluation.scores import PictureScores, Result, ScoreTotals, score_classes, score_regions
 from padseg.exports.png import read_label_map
 from padseg.images import ImageError, read
 
@@ -62,13 +62,13 @@ def evaluate(
     dataset = label_folder(Path(labels), num_classes, ignore, background, pictures=preds)
     dataset, preds = paired(dataset, preds, allow_missing)
     task = Task(dataset, rules, preds, resize)
-    totals = Totals(task.classes, rules)
+    totals = ScoreTotals(task.classes, rules)
     for picture in score_stored(task, dataset.samples):
         totals.add(picture)
     return totals.result()
 
 
-def score_stored(task: Task, samples: Iterable[Sample], workers: int = 1) -> Iterator[Picture]:
+def score_stored(task: Task, samples: Iterable[Sample], workers: int = 1) -> Iterator[PictureScores]:
     """Records of pictures with stored label maps, in their order, by one or several processes."""
     if workers == 1:
         yield from (score_sample(task, sample) for sample in samples)
@@ -81,21 +81,21 @@ def score_stored(task: Task, samples: Iterable[Sample], workers: int = 1) -> Ite
         yield from pool.map(partial(score_pair, light), pairs, chunksize=CHUNK)
 
 
-def score_pair(task: Task, pair: tuple[Sample, dict[str, Path]]) -> Picture:
+def score_pair(task: Task, pair: tuple[Sample, dict[str, Path]]) -> PictureScores:
     sample, preds = pair
     return score_sample(task._replace(preds=preds), sample)
 
 
-def score_sample(task: Task, sample: Sample, predictor: Predictor | NamePredictor | None = None) -> Picture:
+def score_sample(task: Task, sample: Sample, predictor: Predictor | NamePredictor | None = None) -> PictureScores:
     """The record of one picture, from its stored label map or from the predictor; a file that cannot be read makes it a failed one."""
     stamp = stamp_of(*sample.truths, sample.image if predictor else task.preds[sample.name])
     try:
         truths = task.dataset.read(sample)  # (H, W) each
         size = size_of(sample, truths)
-        source = picture(sample, size) if predictor else stored_map(task, sample, size)
+        source = read_picture(sample, size) if predictor else stored_map(task, sample, size)
     except (ImageError, UnreadableLabels, OSError) as error:
-        return Picture(name=sample.name, stamp=stamp, status='failed', reason=str(error))
-    where = view(size, task.rules.compare)
+        return PictureScores(name=sample.name, stamp=stamp, status='failed', reason=str(error))
+    where = compared_view(size, task.rules.compare)
     preds = predictor(sample.name, source, where, present(task, sample, truths)) if predictor else [seen_prediction(source, where)]
     if task.dataset.classes:
         record = score_classes(sample.name, preds[0], seen(classes_of(task, sample, truths[0]), where), task.classes, task.rules)
@@ -109,7 +109,7 @@ def present(task: Task, sample: Sample, truths: Sequence[Array]) -> list[int]:
     if not task.dataset.classes:
         return []
     classes = classes_of(task, sample, truths[0])
-    reduced = seen(classes, view(classes.shape, 'short-640'))
+    reduced = seen(classes, compared_view(classes.shape, 'short-640'))
     return [number for number in np.unique(reduced).tolist() if number >= 0]
 
 
@@ -133,13 +133,15 @@ def stamp_of(*paths: Path | None) -> str:
     return ' '.join(marks)
 
 
-def picture(sample: Sample, size: tuple[int, int]) -> Image:
+def read_picture(sample: Sample, size: tuple[int, int]) -> Image:
     """The sample's picture (H, W, 3). UsageError if the ground truth is of another size."""
     if sample.image is None:
         raise UsageError(f'there is no picture for {sample.name}: give label maps with --pred')
     image = read(sample.image)
     if image.shape[:2] != size:
-        raise UsageError(f'{sample.image} is {words(image.shape)}, but its ground truth {sample.truths[0]} is {words(size)}')
+        raise UsageError(
+            f'{sample.image} is {size_in_words(image.shape)}, but its ground truth {sample.truths[0]} is {size_in_words(size)}'
+        )
     return image
 
 
@@ -148,7 +150,7 @@ def size_of(sample: Sample, truths: Sequence[Array]) -> tuple[int, int]:
     first, *others = (truth.shape for truth in truths)
     for other in others:
         if other != first:
-            raise UsageError(f'the ground truths of {sample.name} are {words(first)} and {words(other)}')
+            raise UsageError(f'the ground truths of {sample.name} are {size_in_words(first)} and {size_in_words(other)}')
     return first
 
 
@@ -162,11 +164,11 @@ def fitting(pred: Array, size: tuple[int, int], path: Path, resize: bool) -> Arr
     if pred.shape == size:
         return pred
     if not resize:
-        raise UsageError(f'{path} is {words(pred.shape)}, its ground truth {words(size)}: --resize brings it to that size')
+        raise UsageError(f'{path} is {size_in_words(pred.shape)}, its ground truth {size_in_words(size)}: --resize brings it to that size')
     return pred[nearest(pred.shape[0], size[0])[:, None], nearest(pred.shape[1], size[1])]
 
 
-def words(size: tuple[int, ...]) -> str:
+def size_in_words(size: tuple[int, ...]) -> str:
     return f'{size[1]} x {size[0]} (width x height)'
 
 

@@ -69,7 +69,7 @@ class RegionScores(NamedTuple):
 
 def contingency(a: Array, b: Array) -> Array:
     """Pixels that have the i-th id of `a` and the j-th id of `b`, ids in order of first appearance: (ids of a, ids of b) int64."""
-    check(a, b)
+    require_same_shape(a, b)
     a, b = numbered(a), numbered(b)
     return tally(a, b, int(a.max()) + 1, int(b.max()) + 1)
 
@@ -80,7 +80,7 @@ def class_table(truth: Array, pred: Array, num_classes: int, compacted: bool = T
     Columns are regions in order of first appearance, or, not compacted, the ids 0..max themselves. Raises ValueError for label maps
     that are of different sizes, no integers, or predictions below 0.
     """
-    check(pred, truth)
+    require_same_shape(pred, truth)
     if pred.min() < 0:
         raise ValueError(f'regions are numbers >= 0; got {pred.min()}')
     if truth.min() < -1 or truth.max() >= num_classes:
@@ -103,7 +103,7 @@ def tally(rows: Array, columns: Array, height: int, width: int, low: int = 0) ->
     return counts.reshape(height - low, width)
 
 
-def runs(flat: Array) -> Array:
+def run_starts(flat: Array) -> Array:
     """Where runs of one id start, the only places where an id can appear first: (N,) -> (R,)."""
     return np.append(0, np.flatnonzero(flat[1:] != flat[:-1]) + 1)
 
@@ -111,7 +111,7 @@ def runs(flat: Array) -> Array:
 def count_ids(labels: Array) -> int:
     """How many different ids there are."""
     flat = labels.ravel()
-    return len(np.unique(flat[runs(flat)]))
+    return len(np.unique(flat[run_starts(flat)]))
 
 
 def compact(labels: Array) -> Array:
@@ -122,7 +122,7 @@ def compact(labels: Array) -> Array:
 def numbered(labels: Array) -> Array:
     """As compact, in the smallest type that holds the numbers."""
     flat = labels.ravel()
-    starts = runs(flat)
+    starts = run_starts(flat)
     ids, first, of_run = np.unique(flat[starts], return_index=True, return_inverse=True)
     number = first.argsort().argsort().astype(np.min_scalar_type(len(ids)))  # of each id, ascending
     if ids[0] < 0 or ids[-1] >= DENSE:
@@ -132,7 +132,7 @@ def numbered(labels: Array) -> Array:
     return table.take(flat).reshape(labels.shape)
 
 
-def match(table: Array) -> Array:
+def match_regions(table: Array) -> Array:
     """The column that each row gets so that one-to-one matches hold the most pixels: (rows, columns >= rows) -> (rows,) (SciPy)."""
     return np.asarray(linear_sum_assignment(table, maximize=True)[1])
 
@@ -156,7 +156,7 @@ def hungarian_counts(pred: Array, truth: Array, num_classes: int, compacted: boo
     be charged to them; which one is a tie that depends on numbering, hence regions are compacted first unless told otherwise.
     """
     table = widened(class_table(truth, pred, num_classes, compacted))
-    return counts_of(table, match(table))
+    return counts_of(table, match_regions(table))
 
 
 def merge_background(table: Array, background: int) -> Array:
@@ -166,7 +166,7 @@ def merge_background(table: Array, background: int) -> Array:
     has a pixel of it; the regions of kept classes stay, all others are merged. The truth takes part, so this is an oracle.
     """
     objects = widened(np.delete(table, background, 0))
-    column = match(objects)
+    column = match_regions(objects)
     kept = column[objects[:, column].any(1)]
     rest = np.setdiff1d(np.arange(table.shape[1]), kept)
     merged = np.hstack([table, table[:, rest].sum(1, keepdims=True)])
@@ -234,7 +234,7 @@ def entropy(share: Array) -> float:
     return float(-(share * np.log2(share)).sum())
 
 
-def check(a: Array, b: Array) -> None:
+def require_same_shape(a: Array, b: Array) -> None:
     if a.shape != b.shape or a.ndim != 2 or not a.size:
         raise ValueError(f'expected two label maps (H, W) of the same size; got shapes {a.shape} and {b.shape}')
     if a.dtype.kind not in 'iu' or b.dtype.kind not in 'iu':

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from padseg.errors import UsageError
-from padseg.evaluation.metrics import ClassCounts, class_table, counts_of, match, merge_background, widened
+from padseg.evaluation.metrics import ClassCounts, class_table, counts_of, match_regions, merge_background, widened
 
 if TYPE_CHECKING:
     from padseg.types import Array
@@ -181,9 +181,9 @@ def assignment(table: Array, classes: Classes, rules: Protocol) -> Array:
     if rules.background == 'many-to-one' and classes.background is not None:
         # DiffCut numbers background last, and how ties fall depends on the order
         order = np.argsort(column == classes.background, kind='stable')
-        column[order] = match(table[order])
+        column[order] = match_regions(table[order])
         return column
-    return match(table)
+    return match_regions(table)
 
 
 class View(NamedTuple):
@@ -196,7 +196,7 @@ class View(NamedTuple):
     size: tuple[int, int]
 
 
-def view(size: tuple[int, int], compare: str) -> View:
+def compared_view(size: tuple[int, int], compare: str) -> View:
     """The pixels that are compared in a picture of size (height, width)."""
     if compare == '128':
         short = max(1, min(size) - 1)

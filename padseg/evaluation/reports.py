@@ -12,8 +12,8 @@ import numpy as np
 
 from padseg.evaluation.boundaries import BoundaryCounts, precision_recall_f
 from padseg.evaluation.evaluate import Task
-from padseg.evaluation.scores import Picture
-from padseg.evaluation.sheet import cut, rating, write_sheet
+from padseg.evaluation.scores import PictureScores
+from padseg.evaluation.sheet import rating, shortened, write_sheet
 from padseg.system.files import atomic
 
 MEASURES = {
@@ -39,7 +39,7 @@ NAME_LENGTH = 32  # letters of a class on the chart
 BINS = 20
 
 
-class Report(Protocol):
+class ReportedScores(Protocol):
     """What scores.json holds."""
 
     padseg: str
@@ -53,11 +53,11 @@ class Report(Protocol):
     versions: dict[str, str]
 
 
-def write_reports(out: Path, report: Report, task: Task, pictures: Callable[[], Iterable[Picture]]) -> None:
+def write_reports(out: Path, report: ReportedScores, task: Task, pictures: Callable[[], Iterable[PictureScores]]) -> None:
     """Write per_image.csv, scores.md, sheet.jpg and classes.png, or without classes covering.png. pictures: gives the records anew."""
     write_table(pictures(), bool(task.classes.names), out / 'per_image.csv')
     with atomic(out / 'scores.md') as temporary:
-        temporary.write_text(words(report), encoding='utf-8', errors='backslashreplace')
+        temporary.write_text(scores_in_words(report), encoding='utf-8', errors='backslashreplace')
     if task.classes.names:
         write_class_chart(report.iou, report.scores['miou'], out / 'classes.png')
     else:
@@ -65,7 +65,7 @@ def write_reports(out: Path, report: Report, task: Task, pictures: Callable[[], 
     write_sheet(task, pictures(), out)
 
 
-def write_table(pictures: Iterable[Picture], with_classes: bool, path: Path) -> None:
+def write_table(pictures: Iterable[PictureScores], with_classes: bool, path: Path) -> None:
     """One line a picture, by name; a score that there is not is left empty."""
     rows = sorted(table_row(each, with_classes) for each in pictures)
     with atomic(path) as temporary, temporary.open('w', newline='', encoding='utf-8', errors='backslashreplace') as file:
@@ -74,12 +74,12 @@ def write_table(pictures: Iterable[Picture], with_classes: bool, path: Path) -> 
         table.writerows(rows)
 
 
-def table_row(picture: Picture, with_classes: bool) -> tuple[str, ...]:
+def table_row(picture: PictureScores, with_classes: bool) -> tuple[str, ...]:
     known = (picture.name, picture.status, picture.reason or '', str(picture.pixels), str(picture.found))
     return known + tuple('' if value is None or math.isnan(value) else repr(value) for value in scores_of(picture, with_classes))
 
 
-def scores_of(picture: Picture, with_classes: bool) -> tuple[float | None, ...]:
+def scores_of(picture: PictureScores, with_classes: bool) -> tuple[float | None, ...]:
     """Values of OF_CLASSES or OF_PARTITIONS, the latter for the first threshold."""
     if with_classes:
         return picture.accuracy, picture.miou
@@ -89,23 +89,23 @@ def scores_of(picture: Picture, with_classes: bool) -> tuple[float | None, ...]:
     return (first.covering, first.pri, first.vi, *precision_recall_f(BoundaryCounts(*first.boundary)))
 
 
-def words(report: Report) -> str:
+def scores_in_words(report: ReportedScores) -> str:
     """scores.md: what was evaluated and how, with all scores as shares with 4 decimals."""
     settings = dict(report.settings)
     rules = settings.pop('rules')
     counts = {f'pictures {word}': report.counts[name] for name, word in COUNTS.items()}
     parts = [
-        f'# {plain(settings["dataset"])} {plain(settings["split"])}, protocol {plain(report.protocol)}',
+        f'# {cell_text(settings["dataset"])} {cell_text(settings["split"])}, protocol {cell_text(report.protocol)}',
         listing(('evaluated', ''), [*((name, settings.pop(name)) for name in ('dataset', 'split', 'layout', 'root')), *counts.items()]),
         '## Scores',
-        listing(('measure', 'value'), ((MEASURES.get(name, name), share(value)) for name, value in report.scores.items())),
+        listing(('measure', 'value'), ((MEASURES.get(name, name), four_decimals(value)) for name, value in report.scores.items())),
     ]
     if report.sweep:
         parts += ['## Sweep over thresholds', sweep_table(report.sweep)]
     if report.iou:
-        parts += ['## Classes', listing(('class', 'IoU'), ((name, share(value)) for name, value in report.iou.items()))]
-    parts += ['## Rules of the protocol', '\n'.join(f'- **{name}**: {plain(text)}' for name, text in rules.items())]
-    parts += ['## Settings and versions', listing(('', ''), [*flat(settings), ('padseg', report.padseg), *report.versions.items()])]
+        parts += ['## Classes', listing(('class', 'IoU'), ((name, four_decimals(value)) for name, value in report.iou.items()))]
+    parts += ['## Rules of the protocol', '\n'.join(f'- **{name}**: {cell_text(text)}' for name, text in rules.items())]
+    parts += ['## Settings and versions', listing(('', ''), [*setting_rows(settings), ('padseg', report.padseg), *report.versions.items()])]
     if report.failed:
         more = report.counts['failed'] - len(report.failed)
         parts += ['## Failed pictures', listing(('picture', 'reason'), report.failed.items())]
@@ -118,30 +118,30 @@ def sweep_table(sweep: Mapping[str, Any]) -> str:
     heads = ('threshold', *OF_PARTITIONS)
     ends = [(f'ODS, F at {sweep["ods"]["threshold"]}', sweep['ods']), ('OIS', sweep['ois'])]
     rows = [*((row['threshold'], row) for row in sweep['rows']), *ends]
-    return listing(heads, ((name, *(share(row.get(measure)) for measure in OF_PARTITIONS)) for name, row in rows))
+    return listing(heads, ((name, *(four_decimals(row.get(measure)) for measure in OF_PARTITIONS)) for name, row in rows))
 
 
 def listing(heads: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
     """A table in Markdown."""
-    lines = [heads, ('---',) * len(heads), *(tuple(map(plain, row)) for row in rows)]
+    lines = [heads, ('---',) * len(heads), *(tuple(map(cell_text, row)) for row in rows)]
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
-def plain(value: object) -> str:
+def cell_text(value: object) -> str:
     """Text that stays in its cell and is shown as it is."""
     text = ' '.join(str(value).split())
     return ''.join(f'\\{letter}' if letter in '\\|*_`<[' else letter for letter in text)
 
 
-def share(value: float | None) -> str:
+def four_decimals(value: float | None) -> str:
     return NONE if value is None else f'{value:.4f}'
 
 
-def flat(settings: Mapping[str, Any], before: str = '') -> Iterator[tuple[str, Any]]:
+def setting_rows(settings: Mapping[str, Any], before: str = '') -> Iterator[tuple[str, Any]]:
     """Settings within settings as lines of their own."""
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            yield from flat(value, f'{before}{name} ')
+            yield from setting_rows(value, f'{before}{name} ')
         elif isinstance(value, list):
             yield f'{before}{name}', ', '.join(map(str, value)) or NONE
         else:
@@ -158,12 +158,12 @@ def write_class_chart(iou: Mapping[str, float | None], mean: float | None, path:
     axes = figure.add_subplot()
     axes.barh(range(len(ranked)), [value for value, _ in ranked], color='#4477aa')
     # class names may hold dollar signs, which are no formulas
-    axes.set_yticks(range(len(ranked)), [cut(name, NAME_LENGTH) for _, name in ranked], fontsize=8, parse_math=False)
+    axes.set_yticks(range(len(ranked)), [shortened(name, NAME_LENGTH) for _, name in ranked], fontsize=8, parse_math=False)
     for place, (value, _) in enumerate(ranked):
-        axes.text(value + 0.005, place, share(value), va='center', fontsize=7)
+        axes.text(value + 0.005, place, four_decimals(value), va='center', fontsize=7)
     axes.set(xlim=(0, 1.08), ylim=(len(ranked) - 0.4, -0.6), xlabel='IoU')
     mark_mean(axes, 'mIoU', mean)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def write_covering_chart(covering: list[float], path: Path) -> None:
@@ -175,15 +175,15 @@ def write_covering_chart(covering: list[float], path: Path) -> None:
     axes.hist(covering, BINS, range=(0, 1), color='#4477aa')
     axes.set(xlim=(0, 1), xlabel='covering', ylabel='pictures')
     mark_mean(axes, 'mean', float(np.mean(covering)) if covering else None)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def mark_mean(axes: Any, name: str, mean: float | None) -> None:
     if mean is not None:
-        axes.axvline(mean, color='#cc3311', label=f'{name} {share(mean)}')
+        axes.axvline(mean, color='#cc3311', label=f'{name} {four_decimals(mean)}')
         axes.legend(fontsize=8)
 
 
-def save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
     with atomic(path) as temporary:
         figure.savefig(temporary, format='png')

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, SkipValidation
 
-from padseg.evaluation.boundaries import BoundaryCounts, boundary_counts, boundary_sweep, precision_recall_f, score_sweep, total
+from padseg.evaluation.boundaries import BoundaryCounts, boundary_counts, boundary_sweep, precision_recall_f, score_sweep, total_counts
 from padseg.evaluation.metrics import ClassCounts, class_scores, count_ids, region_scores
 from padseg.evaluation.protocols import Classes, Protocol, class_counts
 
@@ -28,7 +28,7 @@ class Regions(BaseModel):
     boundary: BoundaryCounts
 
 
-class Picture(BaseModel):
+class PictureScores(BaseModel):
     """One picture's scores. stamp: what its files were, so that a later run knows whether they changed.
 
     counts: true positives, false positives, false negatives and spilled pixels of each class that has any; regions: one for each
@@ -84,15 +84,15 @@ class RegionResult(NamedTuple):
 Result = ClassResult | RegionResult
 
 
-def score_classes(name: str, pred: Array, truth: Array, classes: Classes, rules: Protocol) -> Picture:
+def score_classes(name: str, pred: Array, truth: Array, classes: Classes, rules: Protocol) -> PictureScores:
     """The record of one picture with classes: prediction and ground truth (H, W) at the compared pixels."""
     counts = class_counts(pred, truth, classes, rules)
     if not counts.total:
-        return Picture(name=name, status='ignored', found=count_ids(pred))
+        return PictureScores(name=name, status='ignored', found=count_ids(pred))
     scores = class_scores(counts, rules.absent)
     rows = np.stack(counts[:4], 1)  # (classes, 4)
     some = np.flatnonzero(rows.any(1))
-    return Picture(
+    return PictureScores(
         name=name,
         pixels=counts.total,
         found=count_ids(pred),
@@ -102,16 +102,16 @@ def score_classes(name: str, pred: Array, truth: Array, classes: Classes, rules:
     )
 
 
-def score_regions(name: str, preds: Sequence[Array], truths: Sequence[Array]) -> Picture:
+def score_regions(name: str, preds: Sequence[Array], truths: Sequence[Array]) -> PictureScores:
     """The record of one picture without classes: one prediction a threshold, and the ground truths of its annotators, all (H, W)."""
     rows = []
     for pred in preds:
         covering, pri, vi, _ = np.mean([region_scores(truth, pred) for truth in truths], axis=0).tolist()
         rows.append(Regions(covering=covering, pri=pri, vi=vi, boundary=boundary_counts(pred, truths)))
-    return Picture(name=name, pixels=preds[0].size, found=count_ids(preds[0]), regions=tuple(rows))
+    return PictureScores(name=name, pixels=preds[0].size, found=count_ids(preds[0]), regions=tuple(rows))
 
 
-class Totals:
+class ScoreTotals:
     """The sum over pictures; the pictures themselves are not kept."""
 
     def __init__(self, classes: Classes, rules: Protocol) -> None:
@@ -122,7 +122,7 @@ class Totals:
         self.found = 0
         self.number = {'done': 0, 'ignored': 0, 'failed': 0}
 
-    def add(self, picture: Picture) -> None:
+    def add(self, picture: PictureScores) -> None:
         self.number[picture.status] += 1
         if picture.status != 'done':
             return
@@ -142,7 +142,7 @@ class Totals:
             return ClassResult(*numbers, *scores[:4], dict(zip(self.classes.names, scores.iou, strict=True)))
         first = [rows[0] for rows in self.tried]
         covering, pri, vi = np.mean([(row.covering, row.pri, row.vi) for row in first], axis=0).tolist() if first else [float('nan')] * 3
-        boundary = total([row.boundary for row in first]) if first else BoundaryCounts(0, 0, 0, 0)
+        boundary = total_counts([row.boundary for row in first]) if first else BoundaryCounts(0, 0, 0, 0)
         return RegionResult(*numbers, covering, pri, vi, *precision_recall_f(boundary), self.found / max(1, numbers[0]))
 
     def sweep(self, thresholds: Sequence[float]) -> dict[str, Any]:
@@ -155,7 +155,7 @@ class Totals:
         covering, pri, vi = (score_sweep(means[..., number]) for number in range(3))
         rows = []
         for number, threshold in enumerate(thresholds):
-            scores = precision_recall_f(total([picture[number] for picture in boundary]))
+            scores = precision_recall_f(total_counts([picture[number] for picture in boundary]))
             mean = means[:, number].mean(0).tolist()
             rows.append({'threshold': threshold, 'covering': mean[0], 'pri': mean[1], 'vi': -mean[2], **scores._asdict()})
         return {

@@ -14,12 +14,24 @@ from PIL import ImageDraw, ImageFont
 
 from padseg.datasets import Sample
 from padseg.errors import PadsegError
-from padseg.evaluation.evaluate import Task, fitting, picture
+from padseg.evaluation.evaluate import Task, fitting, read_picture
 from padseg.evaluation.metrics import compact
-from padseg.evaluation.protocols import VOID, Classes, Protocol, View, assignment, class_map, nearest, seen, seen_prediction, table_of, view
-from padseg.evaluation.scores import Picture
+from padseg.evaluation.protocols import (
+    VOID,
+    Classes,
+    Protocol,
+    View,
+    assignment,
+    class_map,
+    compared_view,
+    nearest,
+    seen,
+    seen_prediction,
+    table_of,
+)
+from padseg.evaluation.scores import PictureScores
 from padseg.exports.colours import voc_colours
-from padseg.exports.overlay import boundaries
+from padseg.exports.overlay import inner_boundaries
 from padseg.exports.png import read_label_map
 from padseg.system.files import atomic
 
@@ -37,31 +49,31 @@ STRIPES = np.array([(255, 255, 255), (112, 112, 112)], np.uint8)  # of regions t
 STRIPE = 4  # pixels
 
 
-def rating(picture: Picture) -> float | None:
+def rating(picture: PictureScores) -> float | None:
     """What pictures are ranked by: mIoU, or covering without classes; None for one without a score."""
     return picture.regions[0].covering if picture.regions else picture.miou
 
 
-class Row(NamedTuple):
+class SheetRow(NamedTuple):
     """A picture on the sheet: cells are thumbnails (h, w, 3), at most HEIGHT x WIDTH."""
 
     title: str
     cells: list[Image]
 
 
-def write_sheet(task: Task, pictures: Iterable[Picture], out: Path) -> None:
+def write_sheet(task: Task, pictures: Iterable[PictureScores], out: Path) -> None:
     """sheet.jpg: the best pictures, then the worst, each with its ground truth and its prediction."""
     samples = {sample.name: sample for sample in task.dataset.samples}
-    rows = [row(task, samples[each.name], title, out) for title, each in ranked(pictures)]
+    rows = [sheet_row(task, samples[each.name], title, out) for title, each in ranked(pictures)]
     drawn = sheet(rows, 3 if any(sample.image for sample in samples.values()) else 2)
     with atomic(out / 'sheet.jpg') as temporary:
         drawn.save(temporary, 'JPEG', quality=QUALITY)
 
 
-def ranked(pictures: Iterable[Picture]) -> list[tuple[str, Picture]]:
+def ranked(pictures: Iterable[PictureScores]) -> list[tuple[str, PictureScores]]:
     """The best and the worst pictures, none twice, from the best down, each with what is written above it."""
-    top: list[tuple[float, str, Picture]] = []
-    bottom: list[tuple[float, str, Picture]] = []
+    top: list[tuple[float, str, PictureScores]] = []
+    bottom: list[tuple[float, str, PictureScores]] = []
     for each in pictures:
         value = rating(each)
         if value is not None:
@@ -73,23 +85,23 @@ def ranked(pictures: Iterable[Picture]) -> list[tuple[str, Picture]]:
     return [(f'{end}, {measure[bool(each.regions)]} {value:.4f}: {ascii(name)[1:-1]}', each) for end, (value, name, each) in chosen]
 
 
-def row(task: Task, sample: Sample, title: str, out: Path) -> Row:
+def sheet_row(task: Task, sample: Sample, title: str, out: Path) -> SheetRow:
     """A picture's row; one whose files cannot be read any more has the reason in its title and no cells."""
     try:
         truth = task.dataset.read(sample)[0]  # (H, W)
-        where = view(truth.shape, task.rules.compare)
+        where = compared_view(truth.shape, task.rules.compare)
         pred = prediction(task, sample, truth.shape, where, out)
     except (PadsegError, OSError) as error:
-        return Row(f'{title}: {ascii(str(error))[1:-1]}', [])
+        return SheetRow(f'{title}: {ascii(str(error))[1:-1]}', [])
     image = cropped(task, sample, truth.shape, where)
     truth = seen(truth, where)
     if task.classes.names:
         truth = class_map(task.dataset.to_classes(truth), task.classes, task.rules)
         pred = matched(pred, truth, task.classes, task.rules)
-        cells = [painted(labels, len(task.classes.names)) for labels in (truth, pred)]
+        cells = [coloured(labels, len(task.classes.names)) for labels in (truth, pred)]
     else:
         cells = [outlined(labels, image) for labels in (truth, pred)]
-    return Row(title, cells if sample.image is None else [blank() if image is None else image, *cells])
+    return SheetRow(title, cells if sample.image is None else [blank() if image is None else image, *cells])
 
 
 def prediction(task: Task, sample: Sample, size: tuple[int, int], where: View, out: Path) -> Array:
@@ -104,7 +116,7 @@ def prediction(task: Task, sample: Sample, size: tuple[int, int], where: View, o
 def cropped(task: Task, sample: Sample, size: tuple[int, int], where: View) -> Image | None:
     """Thumbnail of what is compared of the picture; None if there is no picture that can be read and fits."""
     try:
-        image = picture(sample, size)
+        image = read_picture(sample, size)
     except (PadsegError, OSError):
         return None
     top, left, height, width = where.box
@@ -134,7 +146,7 @@ def matched_block(pred: Array, truth: Array, classes: Classes, rules: Protocol) 
     return of_region[regions]
 
 
-def painted(labels: Array, count: int) -> Image:
+def coloured(labels: Array, count: int) -> Image:
     """Thumbnail of classes 0..count-1 in their colours, VOID black, UNMATCHED striped."""
     labels = small(labels)
     colours = voc_colours(count + 1)[1:]
@@ -148,7 +160,7 @@ def outlined(labels: Array, image: Image | None) -> Image:
     """Thumbnail of the picture, or of regions in colours, with their boundaries in white."""
     labels = small(labels)
     drawn = voc_colours()[compact(labels) % 255 + 1] if image is None else image.copy()
-    drawn[boundaries(labels)] = 255
+    drawn[inner_boundaries(labels)] = 255
     return drawn
 
 
@@ -169,7 +181,7 @@ def small(labels: Array) -> Array:
     return labels[nearest(labels.shape[0], height)[:, None], nearest(labels.shape[1], width)]
 
 
-def sheet(rows: list[Row], columns: int) -> PIL.Image.Image:
+def sheet(rows: list[SheetRow], columns: int) -> PIL.Image.Image:
     """Rows below each other, each with its title above it."""
     line = LETTERS + GAP
     width = GAP + columns * (WIDTH + GAP)
@@ -188,14 +200,14 @@ def sheet(rows: list[Row], columns: int) -> PIL.Image.Image:
 
 def within(text: str, font: Any, width: int) -> str:
     """The text, or as much of it as has room in `width` pixels."""
-    text = cut(text, LONGEST)
+    text = shortened(text, LONGEST)
     length = len(text)
-    while font.getlength(cut(text, length)) > width:
+    while font.getlength(shortened(text, length)) > width:
         length -= 1
-    return cut(text, length)
+    return shortened(text, length)
 
 
-def cut(text: str, length: int) -> str:
+def shortened(text: str, length: int) -> str:
     """The text, or its first and last letters, `length` in all."""
     if len(text) <= length:
         return text

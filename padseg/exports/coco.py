@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask
 
-from padseg.exports.regions import Add, Picture, Place, Region, regions
+from padseg.exports.regions import Add, LabelledPicture, Place, Region, each_region
 from padseg.system.files import atomic
 
 FOLDER = 'coco'
@@ -27,7 +27,7 @@ def writer(place: Place) -> Iterator[Add]:
     numbers = itertools.count(1)
     with annotated(place.folder / FILE, place, categories(place)) as add:
         yield lambda picture: add(
-            picture, (annotation(region, place.category(region), picture, next(numbers)) for region in regions(picture.labels))
+            picture, (annotation(region, place.category(region), picture, next(numbers)) for region in each_region(picture.labels))
         )
 
 
@@ -36,7 +36,7 @@ def categories(place: Place) -> list[dict[str, Any]]:
     return [{'id': number, 'name': name, 'supercategory': ''} for number, name in enumerate(place.categories, start=1)]
 
 
-def annotation(region: Region, category: int, picture: Picture, number: int) -> dict[str, Any]:
+def annotation(region: Region, category: int, picture: LabelledPicture, number: int) -> dict[str, Any]:
     """A region as COCO has it: its mask as run lengths down the columns, in pycocotools' letters."""
     runs = mask.encode(region.mask.astype(np.uint8, order='F'))
     return {
@@ -51,7 +51,9 @@ def annotation(region: Region, category: int, picture: Picture, number: int) -> 
 
 
 @contextlib.contextmanager
-def annotated(path: Path, place: Place, categories: list[dict[str, Any]]) -> Iterator[Callable[[Picture, Iterable[dict[str, Any]]], None]]:
+def annotated(
+    path: Path, place: Place, categories: list[dict[str, Any]]
+) -> Iterator[Callable[[LabelledPicture, Iterable[dict[str, Any]]], None]]:
     """Write a file of COCO's outline, complete or not at all, with the annotations as they come; what is yielded adds a picture's."""
     images: list[str] = []
     head = {'info': {'description': 'regions found by padseg', **place.made_by}, 'licenses': [], 'categories': categories}
@@ -59,7 +61,7 @@ def annotated(path: Path, place: Place, categories: list[dict[str, Any]]) -> Ite
         file.write(json.dumps(head)[:-1] + ', "annotations": [')
         separators = itertools.chain(['\n'], itertools.repeat(',\n'))
 
-        def add(picture: Picture, annotations: Iterable[dict[str, Any]]) -> None:
+        def add(picture: LabelledPicture, annotations: Iterable[dict[str, Any]]) -> None:
             height, width = picture.labels.shape
             images.append(json.dumps({'id': picture.number, 'file_name': picture.name, 'width': width, 'height': height}))
             for each in annotations:

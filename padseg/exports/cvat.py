@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 
-from padseg.exports.regions import Add, Picture, Place, Region, regions
+from padseg.exports.regions import Add, LabelledPicture, Place, Region, each_region
 from padseg.images import ImageError
 from padseg.system.files import atomic
 
@@ -49,12 +49,12 @@ def writer(place: Place) -> Iterator[Add]:
     with atomic(place.folder / FILE) as temporary, temporary.open('w', encoding='utf-8') as file:
         file.write(HEAD + ''.join(LABEL.format(name=escape(in_xml(name))) for name in place.categories) + TAIL)
 
-        def add(picture: Picture) -> None:
+        def add(picture: LabelledPicture) -> None:
             if NOT_IN_XML.search(picture.name):
                 raise ImageError('its name holds a control character or is no UTF-8, which cannot be in XML')
             height, width = picture.labels.shape
             file.write(f'  <image id="{picture.number - 1}" name={quoteattr(picture.name)} width="{width}" height="{height}">\n')
-            file.writelines(element(region, in_xml(place.name(region))) for region in regions(picture.labels))
+            file.writelines(element(region, in_xml(place.name(region))) for region in each_region(picture.labels))
             file.write('  </image>\n')
 
         yield add

@@ -13,7 +13,7 @@ import cv2
 
 from padseg.errors import UnreadableLabels
 from padseg.exports.png import write_label_map
-from padseg.exports.regions import Add, Picture, Place
+from padseg.exports.regions import Add, LabelledPicture, Place
 from padseg.images import ImageError, contents, decode, file_and_frame
 from padseg.system.files import atomic
 from padseg.types import Image, LabelMap
@@ -42,7 +42,7 @@ def writer(place: Place) -> Iterator[Add]:
         table = csv.writer(file, lineterminator='\n')
         table.writerow(COLUMNS)
 
-        def add(picture: Picture) -> None:
+        def add(picture: LabelledPicture) -> None:
             if '\\' in picture.name or not is_utf8(picture.name):
                 raise ImageError('its name holds a backslash or is no UTF-8, which the datasets library cannot open')
             image = source(place, picture)
@@ -66,7 +66,7 @@ def write_legend(classes: Sequence[str], path: Path) -> None:
         temporary.write_text(json.dumps(dict(enumerate((UNLABELED, *classes))), indent=2) + '\n', encoding='ascii')
 
 
-def source(place: Place, picture: Picture) -> Image:
+def source(place: Place, picture: LabelledPicture) -> Image:
     """The picture that was segmented, upright and without what its file says about camera and place."""
     file, frame = file_and_frame(picture.name)
     path = place.images / file

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from padseg.errors import UnreadableLabels
-from padseg.exports.regions import Add, Picture, Place, Region, regions
+from padseg.exports.regions import Add, LabelledPicture, Place, Region, each_region
 from padseg.system.files import atomic
 
 FOLDER = 'labelme'
@@ -29,7 +29,7 @@ def writer(place: Place) -> Iterator[Add]:
     """Write <name>.json, where labelme looks for it. What a person may have written outside the run's own folder stays."""
     paths = {name: place.folder / file for name, file in file_names(place.names).items()}
 
-    def add(picture: Picture) -> None:
+    def add(picture: LabelledPicture) -> None:
         path = paths[picture.name]
         shown = os.path.relpath(place.images.resolve() / picture.name, path.parent.resolve())
         data = (json.dumps(described(picture, shown, place), indent=2) + '\n').encode('ascii')
@@ -49,13 +49,13 @@ def file_names(names: Sequence[str]) -> dict[str, str]:
     return {name: f'{stem if taken[stem.casefold()] == 1 else name}.json' for name, stem in stems.items()}
 
 
-def described(picture: Picture, shown: str, place: Place) -> dict[str, Any]:
+def described(picture: LabelledPicture, shown: str, place: Place) -> dict[str, Any]:
     """The file's content; shown: path of the picture as seen from the file."""
     height, width = picture.labels.shape
     return {
         'version': VERSION,
         'flags': {},
-        'shapes': [shape(region, place.name(region)) for region in regions(picture.labels)],
+        'shapes': [shape(region, place.name(region)) for region in each_region(picture.labels)],
         'imagePath': shown,
         'imageData': None,
         'imageHeight': height,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import quoteattr
 
 from padseg.exports.cvat import in_xml, run_lengths
-from padseg.exports.regions import Add, Picture, Place, Region, regions
+from padseg.exports.regions import Add, LabelledPicture, Place, Region, each_region
 from padseg.images import ImageError
 from padseg.system.files import atomic
 
@@ -45,7 +45,7 @@ def writer(place: Place) -> Iterator[Add]:
         file.write('[')
         separators = itertools.chain(['\n'], itertools.repeat(',\n'))
 
-        def add(picture: Picture) -> None:
+        def add(picture: LabelledPicture) -> None:
             url = f'/data/local-files/?d={quoted(f"{folder}/{picture.name}")}'
             file.write(next(separators) + json.dumps(task(picture, url, model, place)))
 
@@ -63,10 +63,10 @@ def quoted(path: str) -> str:
         raise ImageError('its name is no UTF-8, which Label Studio cannot address') from error
 
 
-def task(picture: Picture, url: str, model: str, place: Place) -> dict[str, Any]:
+def task(picture: LabelledPicture, url: str, model: str, place: Place) -> dict[str, Any]:
     """A picture with its regions as a prediction, from which annotations can start."""
     shape: tuple[int, int] = picture.labels.shape
-    result = [brush(region, shape, in_xml(place.name(region))) for region in regions(picture.labels)]
+    result = [brush(region, shape, in_xml(place.name(region))) for region in each_region(picture.labels)]
     return {'data': {'image': url}, 'predictions': [{'model_version': model, 'result': result}]}
 
 
@@ -80,18 +80,18 @@ def brush(region: Region, shape: tuple[int, int], name: str) -> dict[str, Any]:
         'original_width': width,
         'original_height': height,
         'image_rotation': 0,
-        'value': {'format': 'rle', 'rle': encode(region.mask), 'brushlabels': [name]},
+        'value': {'format': 'rle', 'rle': brush_bytes(region.mask), 'brushlabels': [name]},
     }
 
 
-def encode(mask: Array) -> list[int]:
+def brush_bytes(mask: Array) -> list[int]:
     """A bool mask (H, W) as the bytes of Label Studio's bit stream, which is not COCO's run-length code.
 
     Head: the number of values (32 bits), the bits of one value less 1 (5) and of the four kinds of length less 1 (4 each).
     """
     head = f'{CHANNELS * mask.size:032b}{WORD - 1:05b}' + ''.join(f'{size - 1:04b}' for size in SIZES)
     alternating = zip(run_lengths(mask), itertools.cycle((0, 255)))
-    bits = head + ''.join(run(length, value) for pixels, value in alternating for length in pieces(CHANNELS * pixels))
+    bits = head + ''.join(run_bits(length, value) for pixels, value in alternating for length in pieces(CHANNELS * pixels))
     bits += '0' * (-len(bits) % 8)
     return list(int(bits, 2).to_bytes(len(bits) // 8, 'big'))
 
@@ -104,7 +104,7 @@ def pieces(length: int) -> Iterator[int]:
         yield length % longest
 
 
-def run(length: int, value: int) -> str:
+def run_bits(length: int, value: int) -> str:
     """The bits of a value that repeats: 1 for a run, which of SIZES, the length less 1, the value."""
     kind = next(kind for kind, size in enumerate(SIZES) if length <= 1 << size)
     return f'1{kind:02b}{length - 1:0{SIZES[kind]}b}{value:0{WORD}b}'

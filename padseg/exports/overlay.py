@@ -47,7 +47,7 @@ def overlay(image: Image, labels: Array) -> Array:
     colours = voc_colours()[np.where(labels > 0, (labels - 1) % 255 + 1, 0)]  # (H, W, 3)
     drawn = cv2.addWeighted(image, 0.5, colours, 0.5, 0)
     drawn[labels == 0] = image[labels == 0]
-    drawn[boundaries(labels)] = 255
+    drawn[inner_boundaries(labels)] = 255
     return drawn
 
 
@@ -68,7 +68,7 @@ def with_legend(drawn: Array, labels: LabelMap) -> Array:
     return np.asarray(picture)
 
 
-def boundaries(labels: Array) -> Array:
+def inner_boundaries(labels: Array) -> Array:
     """(H, W) bool, true within about a line's width of where the label changes to the right or below."""
     edges = np.zeros(labels.shape, np.uint8)
     edges[:, :-1] |= labels[:, :-1] != labels[:, 1:]

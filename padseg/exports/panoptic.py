@@ -11,7 +11,7 @@ import numpy as np
 
 from padseg.exports.coco import annotated, categories
 from padseg.exports.colours import voc_colours
-from padseg.exports.regions import Add, Picture, Place, Region, regions
+from padseg.exports.regions import Add, LabelledPicture, Place, Region, each_region
 from padseg.system.files import atomic
 
 if TYPE_CHECKING:
@@ -29,9 +29,9 @@ def writer(place: Place) -> Iterator[Add]:
     """Write panoptic.json and panoptic/<name>.png."""
     with annotated(place.folder / FILE, place, coloured(place)) as annotate:
 
-        def add(picture: Picture) -> None:
+        def add(picture: LabelledPicture) -> None:
             name = f'{picture.name}.png'
-            segments = [segment(region, place.category(region)) for region in regions(picture.labels)]
+            segments = [segment_info(region, place.category(region)) for region in each_region(picture.labels)]
             with atomic(place.folder / PARTS[0] / name) as temporary:
                 temporary.write_bytes(cv2.imencode('.png', coded(picture.labels))[1].tobytes())
             annotate(picture, [{'image_id': picture.number, 'file_name': name, 'segments_info': segments}])
@@ -45,7 +45,7 @@ def coloured(place: Place) -> list[dict[str, Any]]:
     return [{**each, 'isthing': 1, 'color': colour} for each, colour in zip(categories(place), colours, strict=True)]
 
 
-def segment(region: Region, category: int) -> dict[str, Any]:
+def segment_info(region: Region, category: int) -> dict[str, Any]:
     """A region's row in segments_info; its id is its number in the label map."""
     return {'id': region.number, 'category_id': category, 'area': region.area, 'bbox': list(region.box), 'iscrowd': 0}
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 REGION = 'region'  # the name of all that have none
 
 
-class Picture(NamedTuple):
+class LabelledPicture(NamedTuple):
     """A done picture. number: its place in name order, from 1; name: its POSIX path below the pictures; labels: (H, W), 0 = unassigned."""
 
     number: int
@@ -51,7 +51,7 @@ class Place(NamedTuple):
         return self.categories[self.category(region) - 1]
 
 
-Add = Callable[[Picture], None]
+Add = Callable[[LabelledPicture], None]
 
 
 class Region(NamedTuple):
@@ -69,7 +69,7 @@ class Region(NamedTuple):
         return self.mask[top : top + height, left : left + width]
 
 
-def regions(labels: Array) -> Iterator[Region]:
+def each_region(labels: Array) -> Iterator[Region]:
     """The regions of a label map (H, W) by number, one mask in memory at a time; unassigned pixels, 0, are no region."""
     for number in np.unique(labels[labels > 0]).tolist():
         mask = labels == number  # (H, W)

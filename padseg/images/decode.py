@@ -25,7 +25,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from padseg.errors import PadsegError
-from padseg.images.pixels import CONVENTIONS, TURNS, Colours, Profile, factor, fits, is_deep, own_bounds, profile_of, to_rgb, to_void
+from padseg.images.pixels import CONVENTIONS, TURNS, Colours, Profile, factor, fits_range, is_deep, own_bounds, profile_of, to_rgb, to_void
 from padseg.types import Array, Image
 
 
@@ -231,7 +231,7 @@ def profile_for(picture: ImageFile) -> tuple[Profile, tuple[str, ...]]:
     if not data:
         return Profile(), plainly
     profile = profile_of(data)
-    if not fits(profile, picture):
+    if not fits_range(profile, picture):
         return Profile(), (*plainly, 'colour profile not used')
     return profile, ('converted by its colour profile',) if profile.transform else ()
 

@@ -156,7 +156,7 @@ def is_srgb(transform: Transform, mode: str) -> bool:
     return int(np.abs(difference).max()) <= SAME
 
 
-def fits(profile: Profile, picture: PIL.Image.Image) -> bool:
+def fits_range(profile: Profile, picture: PIL.Image.Image) -> bool:
     """Whether the profile is for pixels like the picture's. Grey pictures with a profile for RGB are common."""
     if profile.mode == 'RGB':
         return picture.mode not in CONVENTIONS

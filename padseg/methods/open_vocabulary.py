@@ -51,7 +51,7 @@ def label(image: Readable, backbone: Backbone, classes: Sequence[str], options: 
     return classified(image, class_maps([image], naming)[0], naming.classes, naming.options)
 
 
-def class_scores(image: Readable, backbone: Backbone, classes: Sequence[str], options: LabelOptions = LabelOptions()) -> TokenMaps:
+def score_maps(image: Readable, backbone: Backbone, classes: Sequence[str], options: LabelOptions = LabelOptions()) -> TokenMaps:
     """The scores that `label` decides by, (C, h, w) with the classes' names."""
     return class_maps([as_image(image)], naming_of(backbone, classes, dataclasses.replace(options, on='words')))[0]
 
@@ -86,7 +86,7 @@ def class_maps(images: Sequence[Image], naming: Naming) -> list[TokenMaps]:
         for own, several in zip(found, zip(*by_step, strict=True), strict=True):
             own.append(means(torch.stack(several).mean(0), prompt, options.scores))
     names = naming.classes + ((BACKGROUND,) if options.background_words else ())
-    scored = [scaled(torch.cat(own), len(naming.classes), options.scores) for own in found]
+    scored = [scale_scores(torch.cat(own), len(naming.classes), options.scores) for own in found]
     results = [TokenMaps(maps, names, frames[0].frame) for maps, frames in zip(scored, latents, strict=True)]
     if options.proposals:
         noised = [each[steps.index(options.proposals.step)] for each in latents]
@@ -106,7 +106,7 @@ def means(maps: Tensor, prompt: Prompt, scores: str) -> Tensor:
     return torch.stack([weighted[torch.from_numpy(names == name)].sum(0) for name in dict.fromkeys(prompt.names)])
 
 
-def scaled(maps: Tensor, classes: int, scores: str) -> Tensor:
+def scale_scores(maps: Tensor, classes: int, scores: str) -> Tensor:
     """The maps of classes and background words as scores: (C + B, h, w) -> (C, h, w), or (C + 1, h, w) with the best background word."""
     if scores == 'minmax':
         maps = minmax(maps)
@@ -128,7 +128,7 @@ def classified(image: Image, maps: TokenMaps, classes: tuple[str, ...], options:
     scores = TokenMaps(maps.maps[:count], maps.names[:count], maps.frame)
     if options.proposals:
         pads = TokenMaps(maps.maps[count:], maps.names[count:], maps.frame)
-        return named(regions(image, pads, options.proposals), scores, classes, options.background_below)
+        return name_regions(regions(image, pads, options.proposals), scores, classes, options.background_below)
     values = scores.maps.double()
     if options.background_below is not None:  # wins where nothing is above it
         values = torch.cat((values, torch.full_like(values[:1], options.background_below)))
@@ -138,16 +138,16 @@ def classified(image: Image, maps: TokenMaps, classes: tuple[str, ...], options:
     return as_classes(found.labels, [number for (number,) in found.tokens], classes)
 
 
-def named(found: LabelMap, scores: TokenMaps, classes: tuple[str, ...], below: float | None = None) -> LabelMap:
+def name_regions(found: LabelMap, scores: TokenMaps, classes: tuple[str, ...], below: float | None = None) -> LabelMap:
     """Regions named by the highest mean score inside them: the class of every pixel. below: mean score of what is background."""
-    means = region_scores(found, scores)  # (K, C)
+    means = mean_scores(found, scores)  # (K, C)
     best = means.argmax(1)
     if below is not None:
         best[means.max(1, initial=-np.inf) < below] = len(classes)
     return as_classes(found.labels, best.tolist(), classes)
 
 
-def region_scores(found: LabelMap, scores: TokenMaps) -> Array:
+def mean_scores(found: LabelMap, scores: TokenMaps) -> Array:
     """Mean of every score over the pixels of every region: (K, C)."""
     top, left, height, width = scores.frame.box
     runs = runs_of(found.labels[top : top + height, left : left + width])

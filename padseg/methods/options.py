@@ -146,7 +146,7 @@ class LabelOptions:
         for name, (values, first) in numbers.items():
             require(
                 values is None or (len(set(values)) == len(values) > 0 and min(values) >= first),
-                f'{name} are different numbers from {first} on; got {listed(values)}',
+                f'{name} are different numbers from {first} on; got {in_list(values)}',
             )
         require(self.head is None or self.head >= 0, f'head is counted from 0; got {self.head}')
         choices = {'prompt': PROMPTS, 'encoders': ENCODERS, 'unused': UNUSED, 'columns': COLUMNS, 'scores': SCORES, 'on': NAMED}
@@ -179,8 +179,8 @@ class LabelOptions:
         given = {name: getattr(self, name) for name in self.__dataclass_fields__}
         filled = {name: own[name] if value is None and name in own else value for name, value in given.items()}
         resolved = ResolvedLabels(**filled, proposals=self.of_proposals().resolve(spec) if self.on == 'proposals' else None)
-        require(max(resolved.layers) < spec.layers, f'layers are of 0..{spec.layers - 1} for {spec.repo}; got {listed(resolved.layers)}')
-        require(max(resolved.steps) <= spec.steps, f'steps are of 1..{spec.steps} for {spec.repo}; got {listed(resolved.steps)}')
+        require(max(resolved.layers) < spec.layers, f'layers are of 0..{spec.layers - 1} for {spec.repo}; got {in_list(resolved.layers)}')
+        require(max(resolved.steps) <= spec.steps, f'steps are of 1..{spec.steps} for {spec.repo}; got {in_list(resolved.steps)}')
         require(used in ('both', resolved.columns), f'columns of {resolved.columns} need its encoder; encoders are {encoders}')
         require(
             not (encoders in ('t5', 'l+g+t5') and self.unused == 'dropped'),
@@ -220,7 +220,7 @@ class ResolvedLabels:
     proposals: Resolved | None
 
 
-def listed(values: Iterable[object] | None) -> str:
+def in_list(values: Iterable[object] | None) -> str:
     return ', '.join(map(str, values or ()))
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import ray.data
 
 # Ray moves blocks of rows. A row is a picture, as pickled bytes: Arrow's text cannot hold all file names, nor its tensors all shapes.
-Row = dict[str, bytes]
+RayRow = dict[str, bytes]
 BLOCK_PICTURES = 64  # that a task reads
 BLOCK_BYTES = 1 << 20  # between stages, for each picture of a batch: records come soon, and little is done again after a loss
 
@@ -58,7 +58,7 @@ def results_on_ray(job: Job, record: Run, pending: list[Found], stop: Stop, addr
 
         job = job._replace(out=job.out.absolute(), model=model_from_anywhere(job.model))
         try:
-            for row in dataset(job, record, pending, share(job, record, ray.nodes())).iter_rows():
+            for row in dataset(job, record, pending, cluster_share(job, record, ray.nodes())).iter_rows():
                 yield Entry.model_validate(json.loads(row['entry']))
                 if stop.asked:
                     return
@@ -130,7 +130,7 @@ def model_from_anywhere(model: str) -> str:
     return str(Path(model).absolute()) if model not in BACKBONES and Path(model).is_dir() else model
 
 
-def share(job: Job, record: Run, nodes: list[dict[str, Any]]) -> Share:
+def cluster_share(job: Job, record: Run, nodes: list[dict[str, Any]]) -> Share:
     """A GPU for each copy of the model if the cluster has any and the job may use them; otherwise the cores that torch uses."""
     there = [node['Resources'] for node in nodes if node['Alive']]
     gpus = sum(int(resources.get('GPU', 0)) for resources in there)
@@ -164,9 +164,9 @@ def dataset(job: Job, record: Run, pending: list[Found], share: Share) -> ray.da
     pool = ray.data.ActorPoolStrategy(min_size=share.copies, max_size=None if share.gpus else share.copies)
     with ray.data.DataContext.current(context):
         found = ray.data.from_items(rows, override_num_blocks=math.ceil(len(rows) / BLOCK_PICTURES))
-        taken = found.flat_map(read, fn_args=(job,), num_cpus=1)  # Ray would move a map into the actors, whose model would wait for it
+        taken = found.flat_map(read_row, fn_args=(job,), num_cpus=1)  # Ray would move a map into the actors, whose model would wait for it
         labelled = taken.map_batches(
-            Model,
+            Actor,
             fn_constructor_args=(job, record, share.device),
             batch_size=job.batch,
             batch_format='pyarrow',
@@ -174,18 +174,18 @@ def dataset(job: Job, record: Run, pending: list[Found], share: Share) -> ray.da
             num_cpus=share.cpus,
             num_gpus=share.gpus,
         )
-        return labelled.map(write, fn_args=(job,), num_cpus=1)
+        return labelled.map(write_row, fn_args=(job,), num_cpus=1)
 
 
-def read(row: Row, job: Job) -> list[Row]:
+def read_row(row: RayRow, job: Job) -> list[RayRow]:
     return [{'taken': pickle.dumps(take(job, pickle.loads(row['found'])))}]
 
 
-def write(row: Row, job: Job) -> dict[str, str]:
+def write_row(row: RayRow, job: Job) -> dict[str, str]:
     return {'entry': line(save(job, pickle.loads(row['taken'])))}
 
 
-class Model:
+class Actor:
     """An actor's copy of the model."""
 
     def __init__(self, job: Job, record: Run, device: str) -> None:

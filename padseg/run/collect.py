@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from padseg.errors import NoImages, OutputConflict
 from padseg.run.convert import write_coco
-from padseg.run.engine import Counts, agree, finish
+from padseg.run.engine import Counts, agree, finish_records
 from padseg.run.locks import all_records, exclusive, forget_shards, shard_homes, unfinished
 from padseg.run.records import Entry, Recorded, Run, entry_of, read_run
 from padseg.system.files import atomic, full_disk, sweep
@@ -45,12 +45,12 @@ def collect(folders: Sequence[Path], out: Path, coco: bool = False) -> Collected
         found = all_records(out)
         for folder in others:
             for name, record in all_records(folder).items():
-                if wanted(record, found.get(name), folder, out):
+                if to_be_copied(record, found.get(name), folder, out):
                     bring(entry_of(record), folder, out)
                     found[name] = record
-        seconds = sum(run.seconds or 0.0 for folder in {out, *others} for run in runs(folder))
-        counts = total(found.values(), seconds)
-        finish(out, there or known[0], found, counts, worked=True)
+        seconds = sum(run.seconds or 0.0 for folder in {out, *others} for run in recorded_runs(folder))
+        counts = counts_of_records(found.values(), seconds)
+        finish_records(out, there or known[0], found, counts, worked=True)
         if not missing:
             forget_shards(out)
         if coco and counts.done:
@@ -58,12 +58,12 @@ def collect(folders: Sequence[Path], out: Path, coco: bool = False) -> Collected
     return Collected(counts, missing)
 
 
-def runs(folder: Path) -> list[Run]:
+def recorded_runs(folder: Path) -> list[Run]:
     """The runs that have records in an output folder: those of its shards, or the one."""
     return [run for home in shard_homes(folder).values() or [folder] if (run := read_run(home / 'run.json'))]
 
 
-def wanted(record: Recorded, here: Recorded | None, folder: Path, out: Path) -> bool:
+def to_be_copied(record: Recorded, here: Recorded | None, folder: Path, out: Path) -> bool:
     """Whether a picture's results are to be copied from `folder`. OutputConflict if those here are of another picture."""
     if here is None or here.status == 'failed':
         return True
@@ -86,7 +86,7 @@ def bring(entry: Entry, folder: Path, out: Path) -> None:
                 shutil.copyfile(folder / path, temporary)
 
 
-def total(records: Collection[Recorded], seconds: float) -> Counts:
+def counts_of_records(records: Collection[Recorded], seconds: float) -> Counts:
     regions = [record.regions or 0 for record in records if record.status == 'done']
     mean = sum(regions) / len(regions) if regions else 0.0
     return Counts(len(records), len(regions), len(regions), len(records) - len(regions), mean, seconds)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from padseg.errors import NoImages, UnreadableLabels, UsageError
 from padseg.exports import CONVERTERS, read_label_map
-from padseg.exports.regions import Picture, Place
+from padseg.exports.regions import LabelledPicture, Place
 from padseg.images import ImageError, file_and_frame
 from padseg.run.job import classes_from, reading_from
 from padseg.run.locks import all_records
@@ -51,7 +51,7 @@ def convert(out: Path, format: str, folder: Path | None = None, images: Path | N
             try:
                 if converter.BESIDE:
                     refuse_other_size(entry, place)
-                add(Picture(number, entry.input, entry.sha256, label_map(out, entry)))
+                add(LabelledPicture(number, entry.input, entry.sha256, stored_label_map(out, entry)))
             except (UnreadableLabels, ImageError) as error:
                 failed[entry.input] = str(error)
             except OSError as error:
@@ -93,7 +93,7 @@ def refuse_other_size(entry: Entry, place: Place) -> None:
         raise ImageError('it is a frame of a file')
 
 
-def label_map(out: Path, entry: Entry) -> Array:
+def stored_label_map(out: Path, entry: Entry) -> Array:
     """The label map (H, W) of a done picture. UnreadableLabels if it is missing, damaged or of another size than the picture."""
     path = out / entry.outputs['labels']
     if not path.is_file():

@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
-import platform
 import time
 from collections.abc import Iterable, Iterator
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from padseg.errors import NoImages, OutputConflict, ResourceExhausted, UsageError
+from padseg.errors import OutputConflict, ResourceExhausted
 from padseg.exports.classes import write_classes
 from padseg.images import Found
-from padseg.methods.options import LATER
 from padseg.run.cluster import results_on_ray
 from padseg.run.convert import write_coco
-from padseg.run.job import Job, classes_from, last_layer, naming_settings, outputs, plain, reading_settings, requested, resolved_from
-from padseg.run.locks import all_records, briefly, exclusive, forget_shards, home, shard_homes, shared
-from padseg.run.picture import Method, OutOfMemory, Taken, by_maps, labelled, mapped, method_of, save, take
+from padseg.run.job import (
+    Job,
+    outputs,
+    requested,
+)
+from padseg.run.locks import briefly, exclusive, forget_shards, home, shard_homes, shared
+from padseg.run.picture import Method, OutOfMemory, Taken, labelled, mapped, save, take
 from padseg.run.plan import choose, plan, refuse_collisions
+from padseg.run.prepare import from_maps, from_model, now
 from padseg.run.records import (
     Entry,
-    Model,
     Recorded,
     Run,
-    Setting,
-    Totals,
+    RunTotals,
     differences,
-    entry_of,
     line,
     read_run,
     recorded,
@@ -44,8 +41,6 @@ from padseg.system.files import full_disk, sweep
 from padseg.system.progress import Progress, Silent
 from padseg.system.signals import Stop
 from padseg.system.threads import ahead, batches, threads
-from padseg.system.versions import versions
-from padseg.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +83,7 @@ def run(job: Job, progress: Progress = Silent()) -> Counts:
             assert earlier is not None
             record = earlier
         counts = count(pictures, records, skipped, time.perf_counter() - began, stop.signal)
-        finish(own, record, records, counts, worked)
+        finish_records(own, record, records, counts, worked)
         if not shard:
             forget_shards(job.out)
         if job.coco and counts.done and not counts.signal:
@@ -138,69 +133,6 @@ def agree(out: Path, earlier: Run | None, record: Run, remedy: str) -> None:
             f'{out} holds results of other settings ({"; ".join(differences(earlier.settings, record.settings))}): '
             f'choose another --out{remedy}'
         )
-
-
-def from_model(job: Job) -> tuple[Method, Run]:
-    """The method by a loaded model."""
-    # torch takes seconds to import: a run that has nothing to do, or nothing to do it with, need not wait.
-    import torch
-
-    from padseg.backbones import load
-
-    layer = last_layer(job.options, job.model, job.revision)
-    backbone = load(job.model, revision=job.revision, device=job.device, dtype=job.dtype, layer=layer, vae=job.vae, compile=job.compile)
-    dtype = str(backbone.dtype).removeprefix('torch.')
-    settings: dict[str, Setting] = {'weights': backbone.identity.weights, 'dtype': dtype, 'compile': job.compile}
-    settings |= plain(job.options.resolve(backbone.spec)) | naming_settings(job) | reading_settings(job.reading)
-    record = Run(
-        padseg=__version__,
-        source=str(job.source.resolve()),
-        requested=requested(job),
-        settings=settings,
-        key=key_of(settings),
-        model=Model(**backbone.identity._asdict()),
-        device=str(backbone.device),
-        dtype=dtype,
-        threads=torch.get_num_threads(),
-        platform=platform.platform(),
-        versions=versions(),
-        batch=job.batch,
-        started=now(),
-    )
-    return method_of(backbone, job), record
-
-
-def from_maps(job: Job) -> tuple[Method, Run]:
-    """The method by token maps that an earlier run kept. NoImages if there are none."""
-    from padseg.methods.seg4diff import regions
-
-    assert job.maps is not None
-    made = read_run(job.maps / 'run.json')
-    if made is None or not (job.maps / 'maps').is_dir():
-        raise NoImages(f'{job.maps} holds no token maps: make them by `padseg run --save-maps --out {job.maps}`')
-    if classes_from(made.settings):
-        raise UsageError(f'{job.maps} holds maps of classes: `padseg label` makes them into other label maps')
-    settings = {**made.settings, **{name: value for name, value in plain(job.options).items() if name in LATER and value is not None}}
-    known = {name: entry_of(record).sha256 for name, record in all_records(job.maps).items()}
-    resolved = resolved_from(settings)
-    record = made.model_copy(
-        update={
-            'status': 'running',
-            'padseg': __version__,
-            'source': str(job.source.resolve()),
-            'requested': requested(job),
-            'settings': settings,
-            'key': key_of(settings),
-            'versions': versions(),
-            'started': now(),
-            'ended': None,
-        }
-    )
-    return Method(partial(by_maps, job.maps / 'maps', known), partial(regions, options=resolved)), record
-
-
-def key_of(settings: dict[str, Setting]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def work(job: Job, made: Iterable[Entry], pending: list[Found], kept: Iterable[Recorded], stop: Stop) -> Iterator[Entry]:
@@ -260,20 +192,15 @@ def count(pictures: list[Found], records: dict[str, Recorded], skipped: int, sec
     return Counts(len(pictures), len(regions), skipped, len(present) - len(regions), mean, seconds, signal)
 
 
-def finish(out: Path, run: Run, records: dict[str, Recorded], counts: Counts, worked: bool) -> None:
+def finish_records(out: Path, run: Run, records: dict[str, Recorded], counts: Counts, worked: bool) -> None:
     """Bring the records into their last form: one line a picture, sorted by name."""
     ordered = [records[name] for name in sorted(records)]
     write_records(ordered, out / 'manifest.jsonl')
     write_records([record for record in ordered if record.status == 'failed'], out / 'failures.jsonl')
     last = {
         'status': 'finished' if counts.done + counts.failed == counts.images else 'interrupted',
-        'counts': Totals(**{name: getattr(counts, name) for name in Totals.model_fields}),
+        'counts': RunTotals(**{name: getattr(counts, name) for name in RunTotals.model_fields}),
         'ended': now() if worked else run.ended,
         'seconds': round(counts.seconds, 3) if worked else run.seconds,
     }
     write_run(run.model_copy(update=last), out / 'run.json')
-
-
-def now() -> str:
-    """The time in UTC, to the second."""
-    return datetime.now(timezone.utc).isoformat(timespec='seconds')

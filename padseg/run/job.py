@@ -71,7 +71,7 @@ def requested(job: Job) -> dict[str, Setting]:
         'dtype': job.dtype,
         'vae': job.vae,
         'compile': job.compile,
-        **plain(job.options),
+        **plain_settings(job.options),
         **naming_settings(job),
         **reading_settings(job.reading),
     }
@@ -133,7 +133,7 @@ def rgb(text: str) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def plain(options: Options | Resolved | LabelOptions | ResolvedLabels) -> dict[str, Setting]:
+def plain_settings(options: Options | Resolved | LabelOptions | ResolvedLabels) -> dict[str, Setting]:
     """The options as JSON can hold them: inf as a word, several values as one text, options inside others with both names."""
     fields: dict[str, Setting] = {}
     for name, value in dataclasses.asdict(options).items():

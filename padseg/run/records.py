@@ -41,7 +41,7 @@ class Entry(BaseModel):
     outputs: dict[str, Name] = {}
 
 
-class Model(BaseModel):
+class ModelRecord(BaseModel):
     """The model that made the results; weights: sha256 of its files."""
 
     model: str
@@ -50,7 +50,7 @@ class Model(BaseModel):
     weights: str
 
 
-class Totals(BaseModel):
+class RunTotals(BaseModel):
     """Pictures of the last run over OUT. skipped: those of `done` that earlier runs had done; regions: mean of a done picture."""
 
     images: int = 0
@@ -69,7 +69,7 @@ class Run(BaseModel):
     requested: dict[str, Setting]
     settings: dict[str, Setting]
     key: str
-    model: Model
+    model: ModelRecord
     device: str
     dtype: str
     threads: int
@@ -79,7 +79,7 @@ class Run(BaseModel):
     started: str
     ended: str | None = None
     seconds: float | None = None
-    counts: Totals = Totals()
+    counts: RunTotals = RunTotals()
 
 
 def write_run(run: Run, path: Path) -> None:

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 def warn_if_short(job: Job, pending: list[Found], side: int) -> None:
     """Log a warning if the results of these pictures will hardly fit; side: of the model's view, in pixels."""
-    there, needed = free_space(job.out), reckon(job, pending, side)
+    there, needed = free_space(job.out), reckon_space(job, pending, side)
     if needed > there:
         log.warning(
             '%s has %s free; the results of %d pictures take about %s. A full disk ends the run and loses nothing',
@@ -31,7 +31,7 @@ def warn_if_short(job: Job, pending: list[Found], side: int) -> None:
         )
 
 
-def reckon(job: Job, pending: list[Found], side: int) -> int:
+def reckon_space(job: Job, pending: list[Found], side: int) -> int:
     """Bytes on disk that the results take, from the sizes of some of the pictures."""
     names = {*outputs('', job)} | ({'coco'} if job.coco else set())
     per_pixel = sum(PER_PIXEL.get(name, 0.0) for name in names)

@@ -143,14 +143,14 @@ def read_pair(rng: np.random.Generator, folders: Sequence[Photographs]) -> tuple
     weights = np.array([folder.weight for folder in folders])
     folder = folders[rng.choice(len(folders), p=weights / weights.sum())]
     path, maps = folder.pairs[rng.integers(len(folder.pairs))]
-    image = cv2.cvtColor(decode(path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
-    labels = decode(maps[rng.integers(len(maps))], cv2.IMREAD_UNCHANGED).astype(np.int32)
+    image = cv2.cvtColor(decode_array(path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+    labels = decode_array(maps[rng.integers(len(maps))], cv2.IMREAD_UNCHANGED).astype(np.int32)
     if folder.void is not None:
         labels[labels == folder.void] = -1
     return image, labels
 
 
-def decode(path: pathlib.Path, flag: int) -> Array:
+def decode_array(path: pathlib.Path, flag: int) -> Array:
     decoded = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), flag)
     if decoded is None:
         raise NoImages(f'{path} cannot be decoded')

@@ -76,7 +76,7 @@ def finish_step(
     with stage.file('.csv').open('a', newline='') as file:
         csv.DictWriter(file, ('step', 'time', *stage.columns)).writerow(row)
     if (step + 1) % SHOWN == 0:
-        click.echo(summary(stage, read_rows(stage)[-SHOWN:]), err=True)
+        click.echo(training_summary(stage, read_rows(stage)[-SHOWN:]), err=True)
     if stage.saves_after(step):
         state = {
             'step': step + 1,
@@ -110,7 +110,7 @@ def write_checkpoint(stage: Stage, state: Mapping[str, Any]) -> None:
         shutil.rmtree(old)
 
 
-def summary(stage: Stage, rows: Sequence[Mapping[str, str]]) -> str:
+def training_summary(stage: Stage, rows: Sequence[Mapping[str, str]]) -> str:
     """One line: the mean of each loss over some steps, and pictures a second."""
     seconds = float(rows[-1]['time']) - float(rows[0]['time'])
     rate = f'{(len(rows) - 1) * stage.pictures / seconds:.1f} pictures/s' if seconds > 0 else ''

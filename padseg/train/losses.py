@@ -9,7 +9,7 @@ from torch import Tensor
 EPS = 1e-6
 
 
-def share(maps: Tensor) -> Tensor:
+def share_over_tokens(maps: Tensor) -> Tensor:
     """Each pixel's attention to text, divided by its sum over tokens: (..., T, h, w) -> the same."""
     return maps / maps.sum(-3, keepdim=True).clamp_min(EPS)
 
@@ -26,7 +26,7 @@ def cross_entropy(maps: Tensor, masks: Tensor) -> Tensor:
     return -(maps.clamp_min(EPS).log() @ masks.transpose(1, 2)) / area
 
 
-def match(cost: Tensor, counts: Tensor) -> Tensor:
+def match_masks(cost: Tensor, counts: Tensor) -> Tensor:
     """Token of each mask by bipartite matching, one assignment a picture.
 
     cost: (B, T, M); counts: (B,) masks of each picture, the rest is padding. Returns (B, M) int64, -1 for padding.
@@ -45,7 +45,7 @@ def mask_loss(maps: Tensor, masks: Tensor, counts: Tensor) -> Tensor:
     counts: (B,) masks of each picture. The cross-entropy weighs masks by area, Dice weighs them alike.
     """
     cost = pair_costs(maps.flatten(2), masks.flatten(2), counts)  # (B, T, M)
-    tokens = match(cost, counts)[:, None, :]  # (B, 1, M)
+    tokens = match_masks(cost, counts)[:, None, :]  # (B, 1, M)
     matched = cost.gather(1, tokens.clamp_min(0)) * (tokens >= 0)
     return matched.sum((1, 2)).mean()
 

@@ -34,7 +34,7 @@ class Scene(NamedTuple):
 # ---- light
 
 
-def flat(rng: Random, mask: Array) -> Array:
+def flat_ground(rng: Random, mask: Array) -> Array:
     return np.ones(mask.shape, np.float32)
 
 
@@ -61,7 +61,7 @@ def cushion(rng: Random, mask: Array) -> Array:
     return 1 + rng.uniform(0.15, 0.6) * slope / (np.abs(slope).max() + 1e-6)
 
 
-SHADINGS = (flat, slanted, round_, cushion)
+SHADINGS = (flat_ground, slanted, round_, cushion)
 
 
 def cast_shadow(rng: Random, image: Array, mask: Array) -> Array:
@@ -210,14 +210,14 @@ def describe(names: Sequence[str]) -> str:
     """A caption that names each class once: objects, then the surfaces they are on."""
     things = [f'{"an" if name[0] in "aeiou" else "a"} {name}' for name in dict.fromkeys(names) if name in SHAPES]
     surfaces = [name for name in dict.fromkeys(names) if name in TEXTURES]
-    return ' on '.join(listed(words) for words in (things, surfaces) if words)
+    return ' on '.join(enumeration(words) for words in (things, surfaces) if words)
 
 
-def listed(words: Sequence[str]) -> str:
+def enumeration(words: Sequence[str]) -> str:
     return ' and '.join(part for part in (', '.join(words[:-1]), words[-1]) if part)
 
 
-def compact(labels: Array, names: Sequence[str]) -> tuple[Array, tuple[str, ...]]:
+def renumbered(labels: Array, names: Sequence[str]) -> tuple[Array, tuple[str, ...]]:
     """Labels and names without the regions that no pixel shows."""
     shown = np.bincount(labels.ravel(), minlength=len(names)) > 0
     numbers = np.cumsum(shown) - 1
@@ -230,7 +230,7 @@ def scene(rng: np.random.Generator, height: int, width: int) -> Scene:
         raise ValueError(f'height and width must be at least {SMALLEST_SIDE} pixels; got {height} and {width}')
     image, labels, names = background(rng, height, width)
     herd = rng.random() < 0.2
-    shape, style, shading = '', Style('', np.empty((0, 3))), flat
+    shape, style, shading = '', Style('', np.empty((0, 3))), flat_ground
     for size in object_sizes(rng):
         if not (herd and shape):
             shape = tuple(SHAPES)[rng.integers(len(SHAPES))]
@@ -248,5 +248,5 @@ def scene(rng: np.random.Generator, height: int, width: int) -> Scene:
         image = place(rng, image, mask, contours, style, shading)
         labels[inside] = len(names)
         names.append(shape)
-    labels, shown = compact(labels, names)
+    labels, shown = renumbered(labels, names)
     return Scene(develop(rng, image), labels, shown, describe(shown))

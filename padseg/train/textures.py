@@ -65,7 +65,7 @@ def periods(rng: Random, height: int, width: int, turn: float = math.tau) -> tup
     return u, v
 
 
-def plain(rng: Random, height: int, width: int) -> Array:
+def plain_surface(rng: Random, height: int, width: int) -> Array:
     return 0.5 + rng.uniform(0, 0.25) * (octaves(rng, height, width, 2.0, 1.5) - 0.5)
 
 
@@ -148,7 +148,7 @@ def sand(rng: Random, height: int, width: int) -> Array:
 
 
 TEXTURES: dict[str, Callable[[Random, int, int], Array]] = {
-    'plain': plain,
+    'plain': plain_surface,
     'gradient': gradient,
     'stripes': stripes,
     'checker': checker,

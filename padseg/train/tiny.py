@@ -29,7 +29,7 @@ from padseg.methods.stages.attention import token_attention
 from padseg.train import tiny_model as tiny
 from padseg.train.data import CELL, Batch, Mixture, batch, photographs
 from padseg.train.loop import Stage, cosine, finish_step, follow_average, resume, set_rate, trapezoid
-from padseg.train.losses import affinity_loss, mask_loss, named_mask_loss, share
+from padseg.train.losses import affinity_loss, mask_loss, named_mask_loss, share_over_tokens
 from padseg.train.scenes import CLASSES, Scene, scene
 from padseg.types import Array
 
@@ -51,7 +51,7 @@ class Course:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class TrainingSettings:
     """Everything that decides the result, apart from the data; written beside the weights."""
 
     seed: int = 0
@@ -107,11 +107,13 @@ ROW = {
 @click.command(context_settings={'show_default': True})
 @click.option('--out', type=click.Path(path_type=pathlib.Path), default=pathlib.Path('runs/tiny'), help='checkpoints, curves and the model')
 @click.option('--data', multiple=True, metavar='FOLDER[=WEIGHT[=VOID]]', help='annotated photographs: FOLDER/images and FOLDER/labels')
-@click.option('--vae-steps', type=click.IntRange(1), default=Settings.vae_steps, help='steps of the autoencoder alone')
-@click.option('--steps', type=click.IntRange(1), default=Settings.together.steps, help='steps of all parts together')
-@click.option('--transformer-steps', type=click.IntRange(0), default=Settings.transformer.steps, help='then, without the autoencoder')
+@click.option('--vae-steps', type=click.IntRange(1), default=TrainingSettings.vae_steps, help='steps of the autoencoder alone')
+@click.option('--steps', type=click.IntRange(1), default=TrainingSettings.together.steps, help='steps of all parts together')
+@click.option(
+    '--transformer-steps', type=click.IntRange(0), default=TrainingSettings.transformer.steps, help='then, without the autoencoder'
+)
 @click.option('--start', type=click.Path(exists=True, path_type=pathlib.Path), help='a model of this program, for the last stage alone')
-@click.option('--seed', type=int, default=Settings.seed)
+@click.option('--seed', type=int, default=TrainingSettings.seed)
 @click.option('--masks/--no-masks', default=True, help='without: flow matching at every step and no mask losses, a twin to compare with')
 @click.option('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
 @click.option('--workers', type=click.IntRange(0), default=1, help='processes that make examples')
@@ -130,22 +132,22 @@ def main(
     save_every: int,
 ) -> None:
     """Train the embedded model; the same command again goes on where a stopped one was."""
-    settings = Settings(
+    settings = TrainingSettings(
         seed=seed,
         vae_steps=vae_steps,
-        together=dataclasses.replace(Settings.together, steps=steps),
-        transformer=dataclasses.replace(Settings.transformer, steps=transformer_steps),
+        together=dataclasses.replace(TrainingSettings.together, steps=steps),
+        transformer=dataclasses.replace(TrainingSettings.transformer, steps=transformer_steps),
     )
     if not masks:
         settings = dataclasses.replace(settings, supervised=(), flow_every=1)
     out.mkdir(parents=True, exist_ok=True)
     leave_cores(0)  # here too: a worker that is forked from a process with OpenCV's threads hangs when it ends them
     torch.manual_seed(settings.seed)
-    run = Run(out, settings, data, str(start) if start else None, torch.device(device), workers, save_every)
+    run = Training(out, settings, data, str(start) if start else None, torch.device(device), workers, save_every)
     if start:
-        learner = learner_of(tiny.read(start, WORDS), run)
+        learner = learner_of(tiny.read_tiny(start, WORDS), run)
     else:
-        parts = tiny.build(WORDS)
+        parts = tiny.build_tiny(WORDS)
         train_autoencoder(parts, run)
         learner = learner_of(parts, run)
         train(learner, run, 'together')
@@ -155,11 +157,11 @@ def main(
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Training:
     """Where a training run reads and writes."""
 
     out: pathlib.Path
-    settings: Settings
+    settings: TrainingSettings
     data: tuple[str, ...]
     start: str | None
     device: torch.device
@@ -200,7 +202,7 @@ def leave_cores(worker: int) -> None:
 class Examples(torch.utils.data.Dataset[Batch]):
     """Batch number i of one stage."""
 
-    def __init__(self, settings: Settings, data: tuple[str, ...], stage: str, size: int) -> None:
+    def __init__(self, settings: TrainingSettings, data: tuple[str, ...], stage: str, size: int) -> None:
         self.folders = [photographs(argument) for argument in data]
         self.settings, self.stage, self.size = settings, stage, size
 
@@ -211,7 +213,7 @@ class Examples(torch.utils.data.Dataset[Batch]):
         return batch(settings.seed * len(STAGES) + STAGES.index(self.stage), index, self.size, self.folders, mixture)
 
 
-def train_autoencoder(parts: tiny.Parts, run: Run) -> None:
+def train_autoencoder(parts: tiny.Parts, run: Training) -> None:
     """Reconstruction with a slight KL term."""
     settings, vae = run.settings, parts.vae.to(run.device, memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW([{'params': list(vae.parameters()), 'rate': settings.vae_rate}], weight_decay=0.0)
@@ -263,7 +265,7 @@ def reconstruction(decoded: Tensor, pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def latent_statistics(vae: Any, run: Run) -> Tensor:
+def latent_statistics(vae: Any, run: Training) -> Tensor:
     """Mean and standard deviation of the latents of 8 batches that the autoencoder's training has not seen: (2,)."""
     steps = run.settings.vae_steps
     latents = [
@@ -273,7 +275,7 @@ def latent_statistics(vae: Any, run: Run) -> Tensor:
     return torch.stack([values.mean(), values.std()])
 
 
-def learner_of(parts: tiny.Parts, run: Run) -> nn.ModuleDict:
+def learner_of(parts: tiny.Parts, run: Training) -> nn.ModuleDict:
     """The parts on the device, with a buffer for mean and deviation of the latents."""
     learner = nn.ModuleDict({name: part.to(run.device) for name, part in parts._asdict().items()})
     config = parts.vae.config
@@ -282,7 +284,7 @@ def learner_of(parts: tiny.Parts, run: Run) -> nn.ModuleDict:
     return learner
 
 
-def train(learner: nn.ModuleDict, run: Run, name: str) -> None:
+def train(learner: nn.ModuleDict, run: Training, name: str) -> None:
     """Mask loss on the token maps at every step, through the transformer into the autoencoder; flow-matching loss now and then.
 
     The autoencoder learns on with its own loss, so its latents stay a picture's code and become features too (as in REPA-E, Leng et al.
@@ -290,7 +292,7 @@ def train(learner: nn.ModuleDict, run: Run, name: str) -> None:
     course has no rate for the autoencoder, it stays as it is.
     """
     settings, course, device = run.settings, run.settings.course(name), run.device
-    tokenizers = tiny.tokenizers(WORDS)
+    tokenizers = tiny.make_tokenizers(WORDS)
     vae: Any = learner['vae']
     transformer: Any = learner['transformer']
     statistics = learner.get_buffer('statistics')
@@ -323,23 +325,25 @@ def train(learner: nn.ModuleDict, run: Run, name: str) -> None:
         if layers:
             sigma = torch.rand(len(z), generator=generator).to(device) * settings.noise  # (B,)
             with autocast(device):
-                embeds, pooled = encode(learner, tokenizers, examples.prompts)
+                embeds, pooled = encode_batch(learner, tokenizers, examples.prompts)
                 with watch(layers) as recorded:
                     transformer(noised(z, sigma, generator), embeds, pooled, sigma * 1000)
             words = examples.words.to(device)  # (B, M, 77)
             named = words.any(dim=(1, 2))  # (B,)
-            maps = [token_maps(recorded[layer], z.shape) for layer in layers]  # (B, 77, h, w) each
+            maps = [training_maps(recorded[layer], z.shape) for layer in layers]  # (B, 77, h, w) each
             if not named.all():
-                losses |= grouping_losses([share(each[~named]) for each in maps], masks[~named], examples.counts.to(device)[~named])
+                losses |= grouping_losses(
+                    [share_over_tokens(each[~named]) for each in maps], masks[~named], examples.counts.to(device)[~named]
+                )
             if named.any():
-                by_name = [share(torch.einsum('bmt,bthw->bmhw', words[named], each[named])) for each in maps]
+                by_name = [share_over_tokens(torch.einsum('bmt,bthw->bmhw', words[named], each[named])) for each in maps]
                 losses['words'] = torch.stack([named_mask_loss(each, masks[named]) for each in by_name]).mean() * named.float().mean()
 
         # flow matching: captions or the null prompt, every noise level, whole forward; the latents are given
         if step % settings.flow_every == 0:
             dropped = torch.rand(len(z), generator=generator) < settings.caption_dropout
             captions = ['' if drop else text for text, drop in zip(examples.captions, dropped, strict=True)]
-            losses['flow'] = flow_loss(transformer, z.detach(), *encode(learner, tokenizers, captions), generator)
+            losses['flow'] = flow_loss(transformer, z.detach(), *encode_batch(learner, tokenizers, captions), generator)
 
         weights = {'mask': settings.mask_weight, 'affinity': settings.affinity_weight, 'words': settings.words_weight}
         loss = torch.stack([value * weights.get(name, 1.0) for name, value in losses.items()]).sum()
@@ -360,7 +364,7 @@ def train(learner: nn.ModuleDict, run: Run, name: str) -> None:
 
 
 @torch.no_grad()
-def write_model(learner: nn.ModuleDict, averaged: list[Tensor], run: Run) -> None:
+def write_model(learner: nn.ModuleDict, averaged: list[Tensor], run: Training) -> None:
     """OUT/model: the averaged weights, as a folder that padseg loads, with the row they are run with."""
     kept = copy.deepcopy(learner)
     for weight, average in zip(kept.parameters(), averaged, strict=True):
@@ -369,10 +373,10 @@ def write_model(learner: nn.ModuleDict, averaged: list[Tensor], run: Run) -> Non
     mean, deviation = kept.get_buffer('statistics').tolist()
     parts.vae.register_to_config(shift_factor=mean, scaling_factor=1 / deviation)
     row = {'layers': tiny.TRANSFORMER['num_layers'], 'layer': run.settings.layer, **ROW}
-    tiny.save(parts, WORDS, run.out / 'model', row)
+    tiny.save_tiny(parts, WORDS, run.out / 'model', row)
 
 
-def make_optimisers(learner: nn.ModuleDict, settings: Settings, course: Course) -> list[torch.optim.Optimizer]:
+def make_optimisers(learner: nn.ModuleDict, settings: TrainingSettings, course: Course) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al. 2024) for the matrices of attention and MLP, AdamW for the rest; `rate` of each group is its rate at full."""
     named = dict(learner.named_parameters())
     inner = {
@@ -434,24 +438,24 @@ def draw_rebuilt(vae: Any, stage: Stage) -> None:
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().to(stage.device) / 127.5 - 1
     decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample
     rebuilt = ((decoded + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-    write_sheet(images, rebuilt, stage)
+    write_training_sheet(images, rebuilt, stage)
 
 
 def draw_regions(stage: Stage) -> None:
     """OUT/<stage>.sheet.png: held-out scenes and, below each, the regions that the model written so far finds in it."""
     backbone = load(str(stage.out / 'model'), device=stage.device.type)
     images = [each.image for each in held_out()]
-    write_sheet(images, [overlay(image, segment(image, backbone).labels) for image in images], stage)
+    write_training_sheet(images, [overlay(image, segment(image, backbone).labels) for image in images], stage)
 
 
-def write_sheet(above: Sequence[Array], below: Sequence[Array], stage: Stage) -> None:
+def write_training_sheet(above: Sequence[Array], below: Sequence[Array], stage: Stage) -> None:
     """Pictures of one size, four in a row, each over its partner."""
     columns = [np.concatenate(pair) for pair in zip(above, below, strict=True)]
     rows = [np.concatenate(columns[start : start + 4], axis=1) for start in range(0, len(columns), 4)]
     PIL.Image.fromarray(np.concatenate(rows)).save(stage.file('.sheet.png'))
 
 
-def encode(learner: nn.ModuleDict, tokenizers: tuple[Any, Any], captions: list[str]) -> tuple[Tensor, Tensor]:
+def encode_batch(learner: nn.ModuleDict, tokenizers: tuple[Any, Any], captions: list[str]) -> tuple[Tensor, Tensor]:
     """Captions as SD3 takes them without T5: (B, 2 x 77, D) embeddings whose second half is zero, (B, D) pooled."""
     device = next(learner.parameters()).device
     outputs = []
@@ -467,7 +471,7 @@ def noised(z: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
     return z + sigma[:, None, None, None] * (noise - z)
 
 
-def token_maps(recorded: Any, shape: torch.Size) -> Tensor:
+def training_maps(recorded: Any, shape: torch.Size) -> Tensor:
     """The 77 maps of a layer at twice the token grid, where the masks are: (B, 77, 2h, 2w)."""
     h, w = shape[2] // 2, shape[3] // 2
     maps = token_attention(recorded, h * w, text_columns(range(tiny.SLOTS), h * w), chunk=h * w)  # (B, h w, 77)

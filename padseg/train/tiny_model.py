@@ -31,7 +31,7 @@ class Parts(NamedTuple):
     text_encoder_2: CLIPTextModelWithProjection
 
 
-def build(words: list[str], transformer: dict[str, Any] = TRANSFORMER, vae: dict[str, Any] = VAE) -> Parts:
+def build_tiny(words: list[str], transformer: dict[str, Any] = TRANSFORMER, vae: dict[str, Any] = VAE) -> Parts:
     """Untrained models with random weights from torch's global generator; words are those the tokenizers know whole."""
     vocabulary = len(vocabulary_and_merges(words)[0])
     width = transformer['num_attention_heads'] * transformer['attention_head_dim']
@@ -56,7 +56,7 @@ def build(words: list[str], transformer: dict[str, Any] = TRANSFORMER, vae: dict
         **{'scaling_factor': 1.0, 'shift_factor': 0.0, **vae},
     )
     clear_path(autoencoder)
-    encoders = (text_encoder(vocabulary, size, heads) for size, heads in zip(TEXT['hidden_size'], TEXT['heads'], strict=True))
+    encoders = (make_text_encoder(vocabulary, size, heads) for size, heads in zip(TEXT['hidden_size'], TEXT['heads'], strict=True))
     return Parts(denoiser, autoencoder, *encoders)
 
 
@@ -84,7 +84,7 @@ def clear_path(vae: AutoencoderKL) -> None:
             module.weight.mul_(0.1)
 
 
-def text_encoder(vocabulary: int, size: int, heads: int) -> CLIPTextModelWithProjection:
+def make_text_encoder(vocabulary: int, size: int, heads: int) -> CLIPTextModelWithProjection:
     config = CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=size,
@@ -133,7 +133,7 @@ def merged(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
     return pieces
 
 
-def tokenizers(words: list[str]) -> tuple[CLIPTokenizer, CLIPTokenizer]:
+def make_tokenizers(words: list[str]) -> tuple[CLIPTokenizer, CLIPTokenizer]:
     """The two tokenizers of SD3: the first pads with the end token, the second with '!' (id 0)."""
     vocabulary, merges = vocabulary_and_merges(words)
     return tuple(
@@ -144,11 +144,11 @@ def tokenizers(words: list[str]) -> tuple[CLIPTokenizer, CLIPTokenizer]:
 
 def pipeline(parts: Parts, words: list[str]) -> StableDiffusion3Pipeline:
     """The parts as diffusers' own pipeline, without T5."""
-    first, second = tokenizers(words)
+    first, second = make_tokenizers(words)
     return StableDiffusion3Pipeline(
         transformer=parts.transformer,
         vae=parts.vae,
-        text_encoder=parts.text_encoder,
+        make_text_encoder=parts.text_encoder,
         text_encoder_2=parts.text_encoder_2,
         text_encoder_3=None,
         tokenizer=first,
@@ -158,12 +158,12 @@ def pipeline(parts: Parts, words: list[str]) -> StableDiffusion3Pipeline:
     )
 
 
-def read(folder: pathlib.Path, words: list[str]) -> Parts:
+def read_tiny(folder: pathlib.Path, words: list[str]) -> Parts:
     """The parts that `save` wrote, in float32. ModelUnavailable for a folder without them, or whose text encoders know other words."""
     try:
         parts = Parts(
-            read_part(SD3Transformer2DModel, folder / 'transformer'),
-            read_part(AutoencoderKL, folder / 'vae'),
+            read_tiny_part(SD3Transformer2DModel, folder / 'transformer'),
+            read_tiny_part(AutoencoderKL, folder / 'vae'),
             CLIPTextModelWithProjection.from_pretrained(folder / 'text_encoder').float(),
             CLIPTextModelWithProjection.from_pretrained(folder / 'text_encoder_2').float(),
         )
@@ -175,14 +175,14 @@ def read(folder: pathlib.Path, words: list[str]) -> Parts:
     return parts
 
 
-def read_part(kind: Any, folder: pathlib.Path) -> Any:
+def read_tiny_part(kind: Any, folder: pathlib.Path) -> Any:
     """As diffusers' from_pretrained, which would write the folder's name into the next model's configuration."""
     model = kind.from_config(kind.load_config(folder))
     model.load_state_dict(load_file(folder / 'diffusion_pytorch_model.safetensors'))  # into float32
     return model
 
 
-def save(parts: Parts, words: list[str], folder: pathlib.Path, row: dict[str, Any], dtype: torch.dtype = torch.float16) -> None:
+def save_tiny(parts: Parts, words: list[str], folder: pathlib.Path, row: dict[str, Any], dtype: torch.dtype = torch.float16) -> None:
     """Write the pipeline as safetensors of the given type in diffusers' layout, with the backbone's row in `padseg.json`."""
     pipeline(parts, words).to(dtype=dtype).save_pretrained(folder, safe_serialization=True)
     (folder / 'padseg.json').write_text(json.dumps(row, indent=2) + '\n')

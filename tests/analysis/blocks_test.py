@@ -30,7 +30,7 @@ from padseg.analysis.blocks import (
     word_counts,
 )
 from padseg.errors import UsageError
-from padseg.methods.open_vocabulary import class_scores
+from padseg.methods.open_vocabulary import score_maps
 from padseg.methods.stages.label_map import upsample
 from padseg.methods.stages.latents import encode
 from padseg.methods.stages.token_maps import attention_maps
@@ -167,7 +167,7 @@ def test_words_are_read_in_all_blocks_by_one_forward(name, picture, request):
     found = named_maps(picture, counted, names, options)
     assert len(calls) == 1 and len(found) == model.spec.layers * 3
     for (_, layer, head), maps in found.items():
-        expected = class_scores(picture, model, names, dataclasses.replace(options, layers=(layer,), head=head))
+        expected = score_maps(picture, model, names, dataclasses.replace(options, layers=(layer,), head=head))
         torch.testing.assert_close(maps, expected.maps)
 
 
@@ -177,7 +177,7 @@ def test_words_are_counted_for_the_classes_of_the_picture(backbone, picture):
     names, options = ['cat', 'dog', 'grass'], LabelOptions(side=32)
     counts = word_counts(picture, truth, backbone, names, options)
     cell = Cell(LabelOptions().resolve(backbone.spec).steps[0], 2, None)
-    scores = class_scores(picture, backbone, ['cat', 'grass'], options).maps.numpy()
+    scores = score_maps(picture, backbone, ['cat', 'grass'], options).maps.numpy()
     pred = np.array([0, 2])[np.stack([upsample(values, truth.shape) for values in scores]).argmax(0)]
     for number in range(3):
         true, said = truth == number, (pred == number) & (truth != 255)

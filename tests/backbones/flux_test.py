@@ -22,13 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from padseg.backbones import load
-from padseg.backbones.availability import model_state, reckon
+from padseg.backbones.availability import model_state, reckon_memory
 from padseg.backbones.recorder import watch
 from padseg.backbones.spec import BACKBONES
 from padseg.backbones.texts import texts_of
 from padseg.commands import main
 from padseg.errors import ModelUnavailable, UsageError
-from padseg.methods.open_vocabulary import class_scores, label
+from padseg.methods.open_vocabulary import label, score_maps
 from padseg.methods.options import LabelOptions, Options
 from padseg.methods.seg4diff import segment
 from padseg.methods.stages.attention import token_attention
@@ -312,7 +312,7 @@ def test_a_text_is_encoded_as_by_the_pipeline(flux, flux_folder, empty_cache):
 def test_scores_of_names_are_means_of_columns(flux, pipeline, picture, layers):
     """Beside the explicit softmax with the same prompt, over double and single blocks."""
     names = ['cat', 'grasses']
-    scores = class_scores(picture, flux, names, LabelOptions(layers=layers))
+    scores = score_maps(picture, flux, names, LabelOptions(layers=layers))
     options = LabelOptions(layers=layers).resolve(flux.spec)
     (prompt,) = prompts_of(names, texts_of(flux), options)
     latent = encode(picture, flux, Options().resolve(flux.spec))
@@ -441,7 +441,7 @@ def test_names_for_the_pictures_of_a_folder(flux_folder, flux, tmp_path, picture
     assert np.array_equal(np.asarray(Image.open(tmp_path / 'out' / 'labels' / 'wide.png.png')), expected)
     assert np.unique(expected).tolist() == [1, 2]
     kept = read_maps(tmp_path / 'out' / 'maps' / 'wide.png.npz')
-    assert kept.names == names and torch.equal(kept.maps, class_scores(picture, flux, names, options).maps)
+    assert kept.names == names and torch.equal(kept.maps, score_maps(picture, flux, names, options).maps)
     assert [row['name'] for row in json.loads((tmp_path / 'out' / 'classes.json').read_text())] == list(names)
     settings = json.loads((tmp_path / 'out' / 'run.json').read_text())['settings']
     assert (settings['encoders'], settings['columns'], settings['layers']) == ('t5', 't5', '2, 3')
@@ -450,9 +450,9 @@ def test_names_for_the_pictures_of_a_folder(flux_folder, flux, tmp_path, picture
 def test_doctor_says_whether_it_loads(folder, empty_cache):
     state, source = model_state(str(folder))
     assert state.usable and source is not None
-    bare = reckon(source, torch.device('cpu'), 'float32')
+    bare = reckon_memory(source, torch.device('cpu'), 'float32')
     load(str(folder), device='cpu')  # which caches the empty prompt
-    cached = reckon(source, torch.device('cpu'), 'float32')
+    cached = reckon_memory(source, torch.device('cpu'), 'float32')
     text = [load_file(folder / part / WEIGHTS[part]) for part in ('text_encoder', 'text_encoder_2')]
     assert bare.host - cached.host == 2 * sum(tensor.numel() for tensors in text for tensor in tensors.values())
     path = folder / 'transformer' / WEIGHTS['transformer']

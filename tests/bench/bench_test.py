@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from padseg.backbones import load as load_backbone
 from padseg.bench import engine, eval as scoring, flops, load, measure, model, reference, scale, sd3, vae
-from padseg.bench.setting import Setting, open_backbone, picture
-from padseg.evaluation.metrics import hungarian_counts, match, widened
+from padseg.bench.setting import BenchSetting, bench_picture, open_backbone
+from padseg.evaluation.metrics import hungarian_counts, match_regions, widened
 from padseg.exports import read_label_map
 from padseg.methods.options import Options
 from padseg.methods.stages.latents import encode
@@ -93,7 +93,7 @@ def test_pairs_are_palette_pngs_with_all_that_is_asked_for(tmp_path):
             labels, regions = np.asarray(truth), np.asarray(pred)
         assert (labels[:2] == scoring.IGNORE).all() and labels[2:].max() < 27
         assert regions[0, 0] == 1 and set(np.unique(regions)) == set(range(1, regions.max() + 1))
-        counts = scoring.matched(scoring.loop_table(regions, labels, 27))
+        counts = scoring.matched_loop(scoring.loop_table(regions, labels, 27))
         assert 0.3 < counts.true_positive.sum() / counts.total < 1
 
 
@@ -101,11 +101,11 @@ def test_the_simpler_ways_by_hand():
     truth, pred = np.array([[0, 0, 2, 2, 255]]), np.array([[1, 2, 2, 2, 3]])
     expected = [[1, 1, 0], [0, 0, 0], [0, 2, 0]]
     assert scoring.loop_table(pred, truth, 3).tolist() == scoring.skimage_table(pred, truth, 3).tolist() == expected
-    column = match(widened(np.array(expected)))
+    column = match_regions(widened(np.array(expected)))
     assert column.tolist() == [0, 2, 1]
     classes = np.where(truth == 255, -1, truth)
-    assert scoring.same(scoring.matched(np.array(expected)), hungarian_counts(pred, classes, 3))
-    assert not scoring.same(scoring.matched(np.array(expected) * 2), hungarian_counts(pred, classes, 3))
+    assert scoring.same_counts(scoring.matched_loop(np.array(expected)), hungarian_counts(pred, classes, 3))
+    assert not scoring.same_counts(scoring.matched_loop(np.array(expected) * 2), hungarian_counts(pred, classes, 3))
 
 
 def test_runs_too_short_to_tell_have_no_rate():
@@ -130,9 +130,9 @@ def test_a_small_run_of_the_engine(tmp_path):
 def test_the_engines_work_is_that_of_a_run(tmp_path):
     """The pictures that are timed have their label maps and masks, as after a run."""
     folder = engine.make_pictures(tmp_path / 'in', (48, 64), 30)
-    cost = engine.work(folder, tmp_path / 'out', 28)
+    cost = engine.run_stages(folder, tmp_path / 'out', 28)
     assert cost.wall > 0 and cost.peak > 20
-    expected = engine.label_map((48, 64)).labels
+    expected = engine.made_labels((48, 64)).labels
     names = sorted(path.name for path in (tmp_path / 'out/labels').iterdir())
     assert names == [f'{number:06}.jpg.png' for number in range(28)]
     assert all(np.array_equal(read_label_map(tmp_path / 'out/labels' / name), expected) for name in names)
@@ -146,13 +146,13 @@ def architecture(tmp_path_factory):
 
 
 def setting_of(folder, **changes):
-    return Setting(folder, 128, dtype='float32', product=64)._replace(**changes)
+    return BenchSetting(folder, 128, dtype='float32', product=64)._replace(**changes)
 
 
 def test_the_full_model_has_the_published_configuration():
     """Its parameters are counted without memory for them: 2028 million of the transformer, 84 of the VAE, 124 and 695 of the encoders."""
     with torch.device('meta'):
-        parts = model.build(model.SIZES['full'])
+        parts = model.build_random(model.SIZES['full'])
     millions = [round(sum(weight.numel() for weight in part.parameters()) / 1e6) for part in parts]
     assert millions == [2028, 84, 124, 695]
     assert parts.transformer.config.caption_projection_dim == 1536 and parts.transformer.pos_embed.pos_embed.shape == (1, 192**2, 1536)
@@ -197,8 +197,8 @@ def test_a_batch_gives_the_first_picture_the_same(architecture):
 def test_what_differs_is_seen():
     maps = np.zeros((2, 2, 2), np.float32)
     maps[0], maps[1] = [[0.5, 1.5], [0.5, 1.5]], [[2.5, 2.5], [1.5, 1.5]]  # standard deviations of 0.5
-    one = sd3.Outcome(maps, ((0,), (1,)), np.array([[1, 2], [1, 1]]))
-    other = sd3.Outcome(maps - 0.5, ((0, 1),), np.array([[1, 2], [1, 2]]))
+    one = sd3.Comparison(maps, ((0,), (1,)), np.array([[1, 2], [1, 1]]))
+    other = sd3.Comparison(maps - 0.5, ((0, 1),), np.array([[1, 2], [1, 2]]))
     assert sd3.compare(one, one) == {'of_greatest': 0, 'of_deviation': 0, 'groups': [2, 2], 'same_groups': True, 'same_pixels': 1}
     assert sd3.compare(one, other) == {
         'of_greatest': 0.25,
@@ -219,7 +219,7 @@ def test_merging_by_the_loop_is_the_release_by_hand():
 
 
 def test_regions_are_numbered_in_reading_order():
-    assert sd3.in_order(np.array([[7, 7, 0], [3, 0, 7]])).tolist() == [[1, 1, 2], [3, 2, 1]]
+    assert sd3.sd3_in_order(np.array([[7, 7, 0], [3, 0, 7]])).tolist() == [[1, 1, 2], [3, 2, 1]]
 
 
 def counted(function, *arguments, **options):
@@ -253,8 +253,8 @@ def test_we_run_no_more_than_is_needed(architecture):
     setting = setting_of(architecture)
     backbone = open_backbone(setting)
     options = Options(side=setting.side).resolve(backbone.spec)
-    image = picture(setting.side, 0)
-    needed = sd3.work(setting)['ours']
+    image = bench_picture(setting.side, 0)
+    needed = sd3.operations(setting)['ours']
     assert counted(encode, image, backbone, options) == needed['vae']
     latent = encode(image, backbone, options)
     more = flops.linear(154, 32, 32) + flops.linear(1, 32, 8 * 32)
@@ -265,7 +265,7 @@ def test_operations_of_the_full_model():
     """Of a picture of 1024 x 1024, in units of 10^12: the encoder, its small rival, all blocks, and what the ninth block's maps need."""
     settings = model.SIZES['full']
     with torch.device('meta'):
-        parts = model.build(settings)
+        parts = model.build_random(settings)
         smaller = AutoencoderTiny(latent_channels=16, **settings.tiny_vae)
     config = parts.transformer.config
     operations = (
@@ -305,7 +305,7 @@ def test_a_summary_of_two_turns(architecture):
     slower = side._replace(seconds=dict(zip(sd3.STAGES, (1.0, 2.0, 3.0, 0.5, 1.5))), peak=600.0, ceiling={'float32': 4e9})
     quicker = side._replace(seconds=dict(zip(sd3.STAGES, (0.0, 1.0, 2.5, 0.25, 0.25))), peak=300.0, ceiling={'float32': 2e9})
     middle = slower._replace(seconds=dict(zip(sd3.STAGES, (0.0, 2.0, 1.5, 0.25, 0.25))), peak=450.0)
-    measured = sd3.summary(setting, 'small', [(quicker, slower), (middle, slower)])
+    measured = sd3.lines_of_summary(setting, 'small', [(quicker, slower), (middle, slower)])
     assert measured['total'] == {'ours': [4.0, 4.0], 'reference': [8.0, 8.0]}
     assert measured['reference_to_ours'] == {'median': 2.0, 'least': 2.0, 'most': 2.0}
     assert measured['memory_ours_to_reference'] == {'median': 0.625, 'least': 0.5, 'most': 0.75}
@@ -346,14 +346,14 @@ def test_a_small_run_of_load(tmp_path):
 def test_records_are_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, 'RECORDS', tmp_path / 'benchmarks')
     measured = {'processor': 'Some CPU (R) 7', 'processors': 2, 'device': 'cpu', 'dtype': 'float32'}
-    measure.finish('sd3', 'full-exact', measured, True, True, str)
-    measure.finish('eval', '', measured | {'device': 'Some GPU'}, True, False, lambda each: each['dtype'])
+    measure.finish_bench('sd3', 'full-exact', measured, True, True, str)
+    measure.finish_bench('eval', '', measured | {'device': 'Some GPU'}, True, False, lambda each: each['dtype'])
     names = ['some-cpu-r-7-2-sd3-full-exact.json', 'some-gpu-2-eval.json']
     assert sorted(path.name for path in (tmp_path / 'benchmarks').iterdir()) == names
     assert json.loads((tmp_path / 'benchmarks' / names[0]).read_text()) == measured
     printed, words = capsys.readouterr().out.splitlines()
     assert json.loads(printed) == measured and words == 'float32'
-    measure.finish('merge', '', measured, False, True, str)
+    measure.finish_bench('merge', '', measured, False, True, str)
     assert len(list((tmp_path / 'benchmarks').iterdir())) == 2
 
 
@@ -369,7 +369,7 @@ def test_every_record_says_where_it_was_measured():
 @pytest.mark.parametrize('difference', [2e-4, float('nan')])
 def test_other_maps_are_refused(difference):
     measured = {'dtype': 'float32', 'alike': {'of_deviation': difference}}
-    with pytest.raises(click.ClickException, match=f'the maps differ by {difference} standard deviations'):
+    with pytest.raises(click.ClickException, match_regions=f'the maps differ by {difference} standard deviations'):
         sd3.refuse_other_maps(measured)
     sd3.refuse_other_maps({'dtype': 'bfloat16', 'alike': {'of_deviation': 0.02}})
     sd3.refuse_other_maps({'dtype': 'float32', 'alike': None})
@@ -447,9 +447,9 @@ def test_how_alike_maps_are_by_hand():
     maps = np.array([[[0.0, 1.0], [2.0, 3.0]], [[1.0, 1.0], [1.0, 1.0]]])
     labels, halves = np.array([[1, 1], [1, 1]]), np.array([[1, 1], [2, 2]])
     assert vae.correlation(maps[0], 5 - 2 * maps[0]) == pytest.approx(-1) and vae.correlation(maps[0], maps[1]) == 0
-    same = vae.alike([(maps, labels)], [(maps * 3 + 1, labels)])
+    same = vae.alikeness([(maps, labels)], [(maps * 3 + 1, labels)])
     assert same == pytest.approx({'correlation': 0.5, 'covering': 1})  # the second map is flat
-    assert vae.alike([(maps, labels)], [(maps, halves)])['covering'] == 0.5
+    assert vae.alikeness([(maps, labels)], [(maps, halves)])['covering'] == 0.5
 
 
 def test_latents_are_off_by_as_much_as_is_asked_for(architecture):

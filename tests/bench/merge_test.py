@@ -50,7 +50,7 @@ def test_a_small_run():
 
 
 def test_the_maps_make_as_many_proposals_as_there_are_kinds():
-    tokens = steps.token_maps(77, (30, 40))
+    tokens = steps.random_maps(77, (30, 40))
     assert tokens.maps.shape == (77, steps.SIDE, steps.SIDE) and tokens.maps.dtype == torch.float32
     proposals = merge(tokens, steps.THRESHOLD, steps.NORMALISATION)
     assert proposals.members == tuple(tuple(range(kind, 77, 25)) for kind in range(25))
@@ -73,7 +73,7 @@ def test_the_plain_ways_by_hand():
 def test_the_plain_label_map_by_hand():
     maps = torch.tensor([[[1.0, 0, 0.4, 0]], [[0, 1, 0, 0.5]]], dtype=torch.float64)
     proposals = Proposals(maps, ((4,), (7,)), Frame((1, 4), (0, 0, 1, 4)))
-    assert steps.same(steps.plain_label_map(proposals), LabelMap(np.array([[1, 2, 1, 2]]), ((4,), (7,))))
+    assert steps.same_maps(steps.plain_label_map(proposals), LabelMap(np.array([[1, 2, 1, 2]]), ((4,), (7,))))
     inside = np.array([[0, 0, 1, 1]])
     refined = steps.plain_refined(proposals, inside, components=True, min_area=0.0)
     assert refined.labels.tolist() == [[1, 1, 2, 2]] and refined.tokens == ((4,), (7,))
@@ -86,5 +86,5 @@ def test_another_result_is_no_comparison():
     with pytest.raises(click.ClickException, match='another result'):
         steps.compared(lambda: quick, lambda: slow)
     labels = LabelMap(np.array([[1]]), ((0,),))
-    assert steps.same(labels, labels) and not steps.same(labels, labels._replace(tokens=((1,),)))
-    assert not steps.same(labels, quick)
+    assert steps.same_maps(labels, labels) and not steps.same_maps(labels, labels._replace(tokens=((1,),)))
+    assert not steps.same_maps(labels, quick)

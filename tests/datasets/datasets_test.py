@@ -20,9 +20,20 @@ import scipy.io
 from hypothesis import given, strategies as st
 from pycocotools import mask as coco_mask
 
-from padseg.datasets import DATASETS, VOID, LayoutError, Sample, Settings, UnreadableLabels, label_folder, open_dataset, open_folder, tables
+from padseg.datasets import (
+    DATASETS,
+    VOID,
+    FolderSettings,
+    LayoutError,
+    Sample,
+    UnreadableLabels,
+    label_folder,
+    open_dataset,
+    open_folder,
+    tables,
+)
 from padseg.datasets.base import Layout
-from padseg.datasets.check import Problem, check
+from padseg.datasets.check import Problem, check_dataset
 from padseg.datasets.dataset import Dataset
 from padseg.datasets.layouts import homes, picture_name
 from padseg.errors import UsageError
@@ -107,7 +118,7 @@ def names(dataset):
 def table(name, values, size=256):
     """The class of every raw value of a row, by its own look-up, one value at a time."""
     row = DATASETS[name]
-    numbers = tables.class_table(row, values)
+    numbers = tables.value_table(row, values)
     found = [tables.look_up(np.full((1, 1), value, np.int32), numbers) for value in range(size)]
     return [NONE if classes is None else int(classes[0, 0]) for classes in found]
 
@@ -148,8 +159,8 @@ def test_every_byte_of_a_simple_table(name, values, expected):
 def test_every_byte_of_cityscapes_with_19_classes():
     expected = [CITY_19.index(value) if value in CITY_19 else VOID if value < 34 or value == 255 else NONE for value in range(256)]
     assert table('cityscapes19', 'ids') == expected
-    classes = tables.class_names(DATASETS['cityscapes19'])
-    wide = tables.class_names(DATASETS['cityscapes27'])
+    classes = tables.row_class_names(DATASETS['cityscapes19'])
+    wide = tables.row_class_names(DATASETS['cityscapes27'])
     assert [wide[value - 7] for value in CITY_19] == list(classes)
     assert set(wide) - set(classes) == {'parking', 'rail track', 'guard rail', 'bridge', 'tunnel', 'polegroup', 'caravan', 'trailer'}
 
@@ -163,7 +174,7 @@ def test_every_byte_of_the_objects_of_coco(name, first, rest):
 
 
 def test_every_id_of_context():
-    classes = tables.class_names(DATASETS['context60'])
+    classes = tables.row_class_names(DATASETS['context60'])
     found = table('context60', 'ids', 470)
     assert [found.count(number) for number in range(59)] == [1] * 59
     assert [number for number in found if number not in (59, NONE)] == list(range(59))  # in the order of the ids
@@ -186,7 +197,7 @@ def test_every_byte_of_the_coarse_classes():
     # ceiling floor food furniture raw textile wall window building ground plant sky solid structural water
     assert [found[91:].count(number) for number in range(12, 27)] == [2, 6, 4, 11, 4, 11, 7, 2, 6, 11, 9, 2, 6, 5, 5]
     named = {91: 'textile', 105: 'sky', 123: 'plant', 148: 'ground', 154: 'water', 156: 'sky', 168: 'plant', 176: 'wall', 180: 'window'}
-    classes = tables.class_names(DATASETS['coco-stuff27'])
+    classes = tables.row_class_names(DATASETS['coco-stuff27'])
     assert {value: classes[found[value]].removesuffix('-stuff') for value in named} == named
 
 
@@ -212,16 +223,16 @@ def test_each_table_reaches_each_class(name):
 def test_each_layout_of_a_row_has_a_table(name):
     row = DATASETS[name]
     for layout in row.layouts:
-        numbers = set(tables.class_table(row, layout.values))
-        assert numbers - {VOID, NONE} <= set(range(len(tables.class_names(row))))
+        numbers = set(tables.value_table(row, layout.values))
+        assert numbers - {VOID, NONE} <= set(range(len(tables.row_class_names(row))))
 
 
 def test_where_background_stands():
-    ends = {name: (tables.class_names(row)[:1], tables.class_names(row)[-1:]) for name, row in DATASETS.items()}
+    ends = {name: (tables.row_class_names(row)[:1], tables.row_class_names(row)[-1:]) for name, row in DATASETS.items()}
     assert ends['voc21'] == (('aeroplane',), ('background',))
     assert ends['context60'] == (('aeroplane',), ('background',))
     assert ends['coco-object'] == (('background',), ('toothbrush',))
-    sizes = {name: (len(tables.class_names(row)), tables.background_class(row)) for name, row in DATASETS.items()}
+    sizes = {name: (len(tables.row_class_names(row)), tables.background_class(row)) for name, row in DATASETS.items()}
     assert sizes == {
         'voc21': (21, 20),
         'voc20': (20, None),
@@ -884,7 +895,7 @@ def test_own_folders_without_classes_are_regions_of_annotators(tmp_path):
     dataset = open_dataset('folder', tmp_path)
     assert [labels.tolist() for labels in dataset.read(dataset.samples[0])] == [[[0, 7, 7]], [[1, 7, 7]]]
     with pytest.raises(LayoutError, match='no picture in .* for 2 of the split: a_0, a_1'):
-        open_folder(tmp_path, None, Settings(num_classes=8))
+        open_folder(tmp_path, None, FolderSettings(num_classes=8))
 
 
 @pytest.mark.parametrize(
@@ -935,7 +946,7 @@ def test_a_check_finds_everything_wrong(tmp_path):
     (tmp_path / 'labels' / 'val' / 'c.png').write_bytes(b'nothing')
     grey(tmp_path / 'labels' / 'val' / 'd.png', [[3, 3], [3, 3], [3, 3]])
     (tmp_path / 'images' / 'val' / 'f.jpg').write_bytes(b'nothing')
-    report = check(open_dataset('camvid', tmp_path))
+    report = check_dataset(open_dataset('camvid', tmp_path))
     assert (report.name, report.split, report.layout, report.classes) == ('camvid', 'val', 'images and labels', 11)
     assert (report.pictures, report.published, report.labels) == (6, 101, 5)
     assert (report.smallest, report.largest, report.sizes) == ((2, 3), (4, 4), 3)
@@ -961,7 +972,7 @@ def test_a_check_of_a_good_data_set(tmp_path):
     voc(tmp_path)
     dataset = open_dataset('voc20', tmp_path)
     seen = []
-    report = check(dataset, (seen.append(sample) or sample for sample in dataset.samples))
+    report = check_dataset(dataset, (seen.append(sample) or sample for sample in dataset.samples))
     assert report.good
     assert tuple(seen) == dataset.samples
     assert [(value.value, value.name) for value in report.values] == [
@@ -977,7 +988,7 @@ def test_a_check_of_a_good_data_set(tmp_path):
 def test_a_check_of_several_annotators_in_one_file(tmp_path):
     picture(tmp_path / 'images' / 'val' / 'a.jpg')
     mat(tmp_path / 'groundTruth' / 'val' / 'a.mat', groundTruth=groundtruth([[1, 1, 2], [1, 1, 1]], [[1, 1]]))
-    report = check(open_dataset('bsds500', tmp_path))
+    report = check_dataset(open_dataset('bsds500', tmp_path))
     assert (report.labels, report.empty, [tuple(value) for value in report.values]) == (
         2,
         (),
@@ -989,5 +1000,5 @@ def test_a_check_of_several_annotators_in_one_file(tmp_path):
 def test_a_check_of_labels_alone(tmp_path):
     grey(tmp_path / 'a.png', [[0, 1]])
     grey(tmp_path / 'b.png', [[2, 2, 2]])
-    report = check(label_folder(tmp_path, 2))
+    report = check_dataset(label_folder(tmp_path, 2))
     assert (report.smallest, report.largest, [value.value for value in report.out_of_range]) == ((1, 2), (1, 3), [2])

@@ -11,15 +11,15 @@ from skimage.morphology import thin
 
 from padseg.evaluation.boundaries import (
     BoundaryCounts,
-    boundaries,
     boundary_counts,
     boundary_sweep,
     count_matches,
-    match,
+    match_boundaries,
     precision_recall_f,
+    region_boundaries,
     score_sweep,
     thin_boundaries,
-    total,
+    total_counts,
 )
 
 HEIGHT, WIDTH = 30, 40  # diagonal: 50
@@ -58,11 +58,11 @@ def counts(f_up, f_down=10):
 
 
 def test_boundaries_by_hand():
-    drawn = boundaries(grid('0011', '0011', '2222', '2222'))
+    drawn = region_boundaries(grid('0011', '0011', '2222', '2222'))
     assert drawn.astype(int).tolist() == grid('0100', '1111', '0000', '0000').tolist()
     # A corner counts for its block alone; along the last column and row only the edge in it does.
-    assert boundaries(grid('000', '000', '001')).astype(int).tolist() == grid('000', '011', '010').tolist()
-    assert not boundaries(grid('77', '77')).any()
+    assert region_boundaries(grid('000', '000', '001')).astype(int).tolist() == grid('000', '011', '010').tolist()
+    assert not region_boundaries(grid('77', '77')).any()
 
 
 @given(maps)
@@ -77,22 +77,22 @@ def test_boundaries_against_loops(labels):
                 labels[i, j] != labels[below, j],
                 labels[i, right] != labels[below, right],
             )
-            assert boundaries(labels)[i, j] == any(edges)
+            assert region_boundaries(labels)[i, j] == any(edges)
 
 
 @given(maps)
 def test_boundaries_turn_with_the_map_and_know_no_numbers(labels):
-    assert np.array_equal(boundaries(labels.T), boundaries(labels).T)
-    assert np.array_equal(boundaries(np.array([7, 0, 65535])[labels]), boundaries(labels))
+    assert np.array_equal(region_boundaries(labels.T), region_boundaries(labels).T)
+    assert np.array_equal(region_boundaries(np.array([7, 0, 65535])[labels]), region_boundaries(labels))
 
 
 def test_eight_bit_labels_do_not_overflow():
-    assert boundaries(np.array([[255, 0]], np.uint8)).tolist() == [[True, False]]
+    assert region_boundaries(np.array([[255, 0]], np.uint8)).tolist() == [[True, False]]
 
 
 def test_a_staircase_becomes_a_diagonal():
     labels = np.tri(8, dtype=int)
-    assert boundaries(labels).sum() == 14  # every step is two pixels wide
+    assert region_boundaries(labels).sum() == 14  # every step is two pixels wide
     assert np.argwhere(thin_boundaries(labels)).tolist() == [*([step, step] for step in range(7)), [6, 7]]
 
 
@@ -132,14 +132,14 @@ def test_no_boundary_on_either_side():
 def test_a_chain_is_matched_along_its_whole_length():
     # Each point of `a` stands beside two of `b`, but for the last, which has only the one that the nearest choice would have taken away.
     a, b = np.array([[0, 0], [0, 3], [0, 6]]), np.array([[0, 2], [0, 5], [0, 8]])
-    first, second = match(a, b, 2)
+    first, second = match_boundaries(a, b, 2)
     assert dict(zip(first.tolist(), second.tolist(), strict=True)) == {0: 0, 1: 1, 2: 2}
-    first, second = match(a, np.array([[0, 2], [0, 5]]), 2)
+    first, second = match_boundaries(a, np.array([[0, 2], [0, 5]]), 2)
     assert sorted(zip(first.tolist(), second.tolist(), strict=True)) == [(1, 0), (2, 1)]
 
 
 def test_the_nearer_line_is_the_partner():
-    first, second = match(np.argwhere(boundaries(bars(18, 21))), np.argwhere(boundaries(bars(20))), 3)
+    first, second = match_boundaries(np.argwhere(region_boundaries(bars(18, 21))), np.argwhere(region_boundaries(bars(20))), 3)
     assert set(first.tolist()) == set(range(1, 2 * HEIGHT, 2))
     assert (first // 2).tolist() == second.tolist()
 
@@ -148,7 +148,7 @@ def test_more_pairs_go_before_nearer_ones():
     # Leaving out (0, 0) would cost nothing in distance; a chain of 400 points has to move aside for it.
     a = np.array([[0, 0], *([0, column] for column in range(1, 401))])
     b = np.array([[0, column] for column in range(1, 402)])
-    first, second = match(a, b, 1)
+    first, second = match_boundaries(a, b, 1)
     assert first[second.argsort()].tolist() == list(range(401))
 
 
@@ -158,7 +158,7 @@ def test_matching_against_a_dense_assignment(clouds):
     distance = np.hypot(*(a[:, None] - b[None]).transpose(2, 0, 1))  # (A, B)
     gain = np.where(distance <= radius, 1000 - distance, 0)
     best = linear_sum_assignment(gain, maximize=True)
-    first, second = match(a, b, radius)
+    first, second = match_boundaries(a, b, radius)
     assert len(set(first.tolist())) == len(set(second.tolist())) == len(first) == len(second)
     assert (distance[first, second] <= radius).all()
     assert len(first) == np.count_nonzero(gain[best])
@@ -171,8 +171,8 @@ def test_counts_against_each_annotator_alone(two, other, tolerance):
     second = np.resize(other, truth.shape)
     alone = [boundary_counts(pred, [one], tolerance) for one in (truth, second)]
     both = boundary_counts(pred, [truth, second], tolerance)
-    assert both[:2] == total(alone)[:2]
-    assert both.pred == alone[0].pred == alone[1].pred == thin(boundaries(pred)).sum()
+    assert both[:2] == total_counts(alone)[:2]
+    assert both.pred == alone[0].pred == alone[1].pred == thin(region_boundaries(pred)).sum()
     assert max(one.matched_pred for one in alone) <= both.matched_pred <= sum(one.matched_pred for one in alone)
     for one in alone:
         assert 0 <= one.matched_truth == one.matched_pred <= min(one.truth, one.pred)
@@ -243,20 +243,20 @@ def test_each_pictures_own_best_scores_no_less(scores):
 
 
 def test_total_adds_each_count():
-    assert total([BoundaryCounts(1, 2, 3, 4), BoundaryCounts(10, 20, 30, 40)]) == (11, 22, 33, 44)
+    assert total_counts([BoundaryCounts(1, 2, 3, 4), BoundaryCounts(10, 20, 30, 40)]) == (11, 22, 33, 44)
 
 
 def test_unusable_input_is_refused():
-    with pytest.raises(ValueError, match=r'\(30, 40\) and \(2, 2\)|\(2, 2\) and \(30, 40\)'):
+    with pytest.raises(ValueError, match_boundaries=r'\(30, 40\) and \(2, 2\)|\(2, 2\) and \(30, 40\)'):
         boundary_counts(grid('01', '01'), [bars(3)])
-    with pytest.raises(ValueError, match='float64'):
-        boundaries(np.zeros((2, 2)))
-    with pytest.raises(ValueError, match='at least one annotator'):
+    with pytest.raises(ValueError, match_boundaries='float64'):
+        region_boundaries(np.zeros((2, 2)))
+    with pytest.raises(ValueError, match_boundaries='at least one annotator'):
         boundary_counts(bars(3), [])
-    with pytest.raises(ValueError, match='got 1 and -0.1'):
+    with pytest.raises(ValueError, match_boundaries='got 1 and -0.1'):
         boundary_counts(bars(3), [bars(3)], -0.1)
-    with pytest.raises(ValueError, match=r'got shape \(0,\)'):
+    with pytest.raises(ValueError, match_boundaries=r'got shape \(0,\)'):
         score_sweep(np.zeros(0))
     for nothing in ([], [[]], [[counts(1)], [counts(1), counts(2)]]):
-        with pytest.raises(ValueError, match='same number of thresholds, at least one'):
+        with pytest.raises(ValueError, match_boundaries='same number of thresholds, at least one'):
             boundary_sweep(nothing)

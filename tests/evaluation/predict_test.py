@@ -16,11 +16,11 @@ import pytest
 from padseg.commands import main
 from padseg.datasets import label_folder
 from padseg.datasets.rows import DATASETS
-from padseg.datasets.tables import class_names
+from padseg.datasets.tables import row_class_names
 from padseg.errors import UsageError
 from padseg.evaluation.evaluate import Task, evaluate, present
 from padseg.evaluation.predict import NamePredictor, Predictor
-from padseg.evaluation.protocols import protocol, view
+from padseg.evaluation.protocols import compared_view, protocol
 from padseg.exports import read_label_map
 from padseg.images import read
 from padseg.methods.open_vocabulary import label, naming_of
@@ -92,7 +92,7 @@ def test_options_of_names_reach_the_model(root, texts_folder, capsys):
 
 def test_pixels_without_a_class_are_background_if_there_is_one(root, speller, picture):
     options = LabelOptions(geometry='stretch', background_below=9.0)
-    where = view(picture.shape[:2], 'native')
+    where = compared_view(picture.shape[:2], 'native')
     (found,) = NamePredictor(speller, options, CLASSES, 0, 'all', None)('a', picture, where)
     assert found.shape == picture.shape[:2] and not found.any()
     with pytest.raises(UsageError, match='no class for pixels without class'):
@@ -112,7 +112,7 @@ def test_a_class_that_is_lost_at_640_pixels_is_not_named(tmp_path):
 
 @pytest.mark.parametrize('name', ['voc20', 'coco-object', 'context59', 'ade150', 'cityscapes19'])
 def test_names_of_data_sets_can_stand_in_a_prompt(name):
-    names = class_names(DATASETS[name])
+    names = row_class_names(DATASETS[name])
     assert checked(names) == names and not any('-' in each for each in names)
 
 
@@ -186,7 +186,7 @@ def test_a_model_with_names_on_a_data_set(name, names, texts_folder, speller, pi
     model = ['--model', str(texts_folder), '--device', 'cpu', '--allow-missing', '--out', str(out)]
     assert main(['eval', name, '--root', str(root), '--protocol', 'seg4diff-ovss', '--names', names, *model, '--json', '-q']) == 0
     report = json.loads(capsys.readouterr().out)
-    classes = class_names(DATASETS[name])
+    classes = row_class_names(DATASETS[name])
     pairs = Counter()  # (found, true): pixels
     for (each, truth), stored in zip(truths.items(), sorted((out / 'labels').rglob('*.png')), strict=True):
         shown = [one for one in classes if (truth == one).any()]
@@ -225,7 +225,7 @@ def test_scenes_for_an_evaluation(tmp_path):
 @pytest.mark.parametrize('refined', [{'refine': 'guided'}, {'superpixels': 20.0, 'join': 0.2}, {'superpixels': 20.0, 'min_area': 0.05}])
 def test_regions_that_are_scored_are_refined_as_those_of_a_run(refined, backbone, picture):
     options = Options(**{'refine': 'none', 'superpixels': 0.0, 'join': 0.0, 'min_area': 0.0, 'components': False, **refined})
-    (found,) = Predictor(backbone, options)('a', picture, view(picture.shape[:2], 'native'))
+    (found,) = Predictor(backbone, options)('a', picture, compared_view(picture.shape[:2], 'native'))
     expected = segment(picture, backbone, options).labels
     assert np.array_equal(found, expected)
     plain = Options(refine='none', superpixels=0.0, join=0.0, min_area=0.0, components=False)

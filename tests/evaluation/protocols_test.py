@@ -19,12 +19,12 @@ from padseg.evaluation.protocols import (
     WORDS,
     Classes,
     class_counts,
+    compared_view,
     protocol,
     rules,
     scored_classes,
     seen,
     seen_prediction,
-    view,
 )
 from padseg.methods.options import GEOMETRIES
 
@@ -221,13 +221,13 @@ def test_predictions_of_classes_must_be_classes():
 
 def test_compared_pixels():
     picture = np.arange(5 * 8).reshape(5, 8)
-    assert np.array_equal(seen(picture, view((5, 8), 'native')), picture)
-    crop = view((5, 8), 'crop')
+    assert np.array_equal(seen(picture, compared_view((5, 8), 'native')), picture)
+    crop = compared_view((5, 8), 'crop')
     assert crop.box == (0, 1, 5, 5) and crop.size == (5, 5)
     assert np.array_equal(seen(picture, crop), picture[:, 1:6]) and np.array_equal(seen_prediction(picture, crop), picture[:, 1:6])
-    assert view((300, 400), '512').box == (0, 50, 300, 300) and view((300, 400), '512').size == (512, 512)
-    assert view((300, 400), 'short-640').size == (640, 853)
-    assert view((100, 1000), 'short-640').size == (256, 2560)
+    assert compared_view((300, 400), '512').box == (0, 50, 300, 300) and compared_view((300, 400), '512').size == (512, 512)
+    assert compared_view((300, 400), 'short-640').size == (640, 853)
+    assert compared_view((100, 1000), 'short-640').size == (256, 2560)
 
 
 def test_enlarged_and_reduced_views_take_the_pixels_that_the_libraries_take():
@@ -239,14 +239,14 @@ def test_enlarged_and_reduced_views_take_the_pixels_that_the_libraries_take():
     tensor = torch.from_numpy(picture)[None, None].float()
     square = tensor[..., 83:416]
     exact = torch.nn.functional.interpolate(square, (512, 512), mode='nearest-exact')[0, 0].numpy()
-    assert np.array_equal(seen(picture, view((333, 500), '512')), exact)
+    assert np.array_equal(seen(picture, compared_view((333, 500), '512')), exact)
     pillow = PIL.Image.fromarray(picture).resize((961, 640), PIL.Image.Resampling.NEAREST)
-    assert np.array_equal(seen(picture, view((333, 500), 'short-640')), np.asarray(pillow))
+    assert np.array_equal(seen(picture, compared_view((333, 500), 'short-640')), np.asarray(pillow))
     # DiffCut: centre square one pixel smaller, nearest-exact to 1024, nearest to 128
     square = tensor[..., 0:332, 84:416]
     large = torch.nn.functional.interpolate(square, (1024, 1024), mode='nearest-exact')
     small = torch.nn.functional.interpolate(large, (128, 128), mode='nearest')[0, 0].numpy()
-    where = view((333, 500), '128')
+    where = compared_view((333, 500), '128')
     assert where.box == (0, 84, 332, 332)
     assert np.array_equal(seen(picture, where), small)
 
@@ -255,7 +255,7 @@ def test_enlarged_and_reduced_views_take_the_pixels_that_the_libraries_take():
 @given(strategies.integers(1, 90), strategies.integers(1, 90))
 @settings(deadline=None, max_examples=30)
 def test_views_stay_inside_the_picture(compare, height, width):
-    where = view((height, width), compare)
+    where = compared_view((height, width), compare)
     picture = np.arange(height * width).reshape(height, width)
     assert seen(picture, where).shape == where.size == seen_prediction(picture, where).shape
     assert where.rows.min() >= 0 and where.columns.min() >= 0

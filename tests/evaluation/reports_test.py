@@ -14,10 +14,10 @@ from hypothesis.extra.numpy import arrays
 
 from padseg.datasets import label_folder, open_dataset
 from padseg.evaluation import reports, sheet
-from padseg.evaluation.engine import Job, Report, read_pictures, run
+from padseg.evaluation.engine import Evaluation, ScoresRecord, read_pictures, run_evaluation
 from padseg.evaluation.evaluate import Task, score_stored, stored
 from padseg.evaluation.protocols import PROTOCOLS, VOID, Classes, class_counts, class_map, protocol, rules
-from padseg.evaluation.scores import Picture, Regions
+from padseg.evaluation.scores import PictureScores, Regions
 from padseg.exports.colours import voc_colours
 
 NATIVE = protocol('seg4diff-paper', compare='native')
@@ -37,7 +37,7 @@ def put(path, *rows):
 def evaluated(tmp_path, num_classes, chosen=NATIVE):
     """The evaluation of tmp_path/pred against tmp_path/truth."""
     task = Task(label_folder(tmp_path / 'truth', num_classes), chosen, stored(tmp_path / 'pred'))
-    return run(Job(task, 'seg4diff-paper', {'folder': 'pred', 'seed': 7}, out=tmp_path / 'out')).report
+    return run_evaluation(Evaluation(task, 'seg4diff-paper', {'folder': 'pred', 'seed': 7}, out=tmp_path / 'out')).report
 
 
 def csv_rows(path):
@@ -71,7 +71,7 @@ def test_the_table_has_each_picture_by_name(four):
 
 
 def test_the_table_is_sorted_whatever_the_order_of_the_records(tmp_path):
-    records = [Picture(name=name, accuracy=0.5, miou=1 / 3) for name in 'cab']
+    records = [PictureScores(name=name, accuracy=0.5, miou=1 / 3) for name in 'cab']
     reports.write_table(records, True, tmp_path / 'table.csv')
     assert (tmp_path / 'table.csv').read_text().splitlines()[1:] == [f'{name},done,,0,0,0.5,0.3333333333333333' for name in 'abc']
 
@@ -114,14 +114,14 @@ def test_the_words_hold_scores_rules_and_settings(four):
 
 
 def test_only_so_many_failed_pictures_are_named(tmp_path):
-    report = Report(
+    report = ScoresRecord(
         protocol='diffseg',
         settings={'dataset': 'd', 'split': 's', 'layout': 'l', 'root': '/r', 'rules': {}},
         counts={'pictures': 0, 'ignored': 0, 'failed': 9, 'missing': 0},
         failed={'a': 'torn', 'b': 'torn'},
         versions={},
     )
-    assert reports.words(report).endswith('| b | torn |\n\nAnd 7 more: per_image.csv lists all.\n')
+    assert reports.scores_in_words(report).endswith('| b | torn |\n\nAnd 7 more: per_image.csv lists all.\n')
 
 
 def test_text_stays_in_its_cell():
@@ -207,7 +207,7 @@ def test_a_region_has_the_colour_of_its_class_by_hand():
 
 def test_classes_are_painted_void_is_black_and_the_unmatched_are_striped():
     labels = np.repeat(np.array([[VOID, 0, 2, sheet.UNMATCHED]]), 4, 0)
-    drawn = sheet.painted(labels, 3)
+    drawn = sheet.coloured(labels, 3)
     assert drawn.shape == (240, 240, 3) and drawn.dtype == np.uint8
     assert {tuple(colour) for colour in drawn[:, :60].reshape(-1, 3).tolist()} == {(0, 0, 0)}
     assert {tuple(colour) for colour in drawn[:, 60:120].reshape(-1, 3).tolist()} == {tuple(voc_colours()[1].tolist())}
@@ -218,7 +218,7 @@ def test_classes_are_painted_void_is_black_and_the_unmatched_are_striped():
 
 
 def test_more_classes_than_a_byte_has_have_colours():
-    colours = sheet.painted(np.arange(300).reshape(15, 20), 300)[6::12, 6::12].reshape(-1, 3)
+    colours = sheet.coloured(np.arange(300).reshape(15, 20), 300)[6::12, 6::12].reshape(-1, 3)
     assert len({tuple(colour) for colour in colours.tolist()}) == 300
 
 
@@ -271,7 +271,7 @@ def test_the_sheet_shows_picture_truth_and_matched_prediction(tmp_path):
         (tmp_path / 'pred').mkdir(exist_ok=True)
         PIL.Image.fromarray(np.append(values, [0] * 253).astype(np.uint8)[truth % 255]).save(tmp_path / 'pred' / f'{name}.png')
     dataset = open_dataset('folder', tmp_path / 'set')
-    run(Job(Task(dataset, NATIVE, stored(tmp_path / 'pred')), 'seg4diff-paper', {}, out=tmp_path / 'out'))
+    run_evaluation(Evaluation(Task(dataset, NATIVE, stored(tmp_path / 'pred')), 'seg4diff-paper', {}, out=tmp_path / 'out'))
     drawn = PIL.Image.open(tmp_path / 'out' / 'sheet.jpg')
     assert drawn.format == 'JPEG' and drawn.size == (752, 21 + 2 * (21 + 160 + 8))
     colours = voc_colours().astype(int)
@@ -304,7 +304,7 @@ def test_a_model_prediction_is_read_from_the_output(tmp_path):
     (tmp_path / 'out' / 'labels').mkdir(parents=True)
     (tmp_path / 'a.png').rename(tmp_path / 'out' / 'labels' / 'a.png')
     task = Task(open_dataset('folder', tmp_path / 'set'), PROTOCOLS['seg4diff-paper'])
-    image, true, shown = sheet.row(task, task.dataset.samples[0], 'title', tmp_path / 'out').cells
+    image, true, shown = sheet.sheet_row(task, task.dataset.samples[0], 'title', tmp_path / 'out').cells
     assert image.shape == true.shape == shown.shape == (240, 240, 3)
     assert np.array_equal(true[10:], shown[10:])
     assert [true[100, column].tolist() for column in (30, 120, 210)] == voc_colours()[1:4].tolist()
@@ -315,17 +315,17 @@ def test_a_picture_that_cannot_be_shown_is_grey_and_one_that_is_gone_has_no_cell
     (sample,) = open_dataset('folder', tmp_path / 'set').samples
     task = Task(open_dataset('folder', tmp_path / 'set'), NATIVE, {'a': sample.truths[0]})
     PIL.Image.new('RGB', (5, 5)).save(sample.image)  # of another size than its labels
-    cells = sheet.row(task, sample, 'title', tmp_path).cells
+    cells = sheet.sheet_row(task, sample, 'title', tmp_path).cells
     assert len(cells) == 3 and (cells[0] == 224).all()
     sample.truths[0].unlink()
-    gone = sheet.row(task, sample, 'title', tmp_path)
+    gone = sheet.sheet_row(task, sample, 'title', tmp_path)
     assert gone.cells == [] and gone.title.startswith('title: ') and 'a.png' in gone.title
     assert sheet.sheet([gone], 3).size == (752, 21 + 21 + 8)
 
 
 def test_the_best_and_the_worst_are_chosen_once_each():
     def pictures(number):
-        return [Picture(name=f'p{place}', miou=(place * 7 % number) / number) for place in range(number)]
+        return [PictureScores(name=f'p{place}', miou=(place * 7 % number) / number) for place in range(number)]
 
     def ranks(number):
         return [round(each.miou * number) for _, each in sheet.ranked(pictures(number))]
@@ -335,8 +335,8 @@ def test_the_best_and_the_worst_are_chosen_once_each():
     assert ranks(1) == [0]
     titles = [title for title, _ in sheet.ranked(pictures(6))]
     assert titles[0].startswith('best, mIoU 0.8333: p') and titles[-1].startswith('worst, mIoU 0.0000: p')
-    partition = Picture(name='x', regions=(Regions(covering=0.5, pri=1, vi=0, boundary=(0, 0, 0, 0)),))
-    unscored = [Picture(name='y', status='failed'), Picture(name='z', status='ignored')]
+    partition = PictureScores(name='x', regions=(Regions(covering=0.5, pri=1, vi=0, boundary=(0, 0, 0, 0)),))
+    unscored = [PictureScores(name='y', status='failed'), PictureScores(name='z', status='ignored')]
     assert sheet.ranked([partition, *unscored]) == [('best, covering 0.5000: x', partition)]
 
 
@@ -364,7 +364,7 @@ def test_a_long_title_fits_and_keeps_both_ends():
     assert 400 < font.getlength(short) <= 488
     assert short.startswith('best, mIoU 0.5000: W') and short.endswith('W.end') and '...' in short
     assert sheet.within('short', font, 488) == 'short'
-    assert [sheet.cut('abcdefghij', length) for length in (10, 9, 8)] == ['abcdefghij', 'abc...hij', 'ab...hij']
+    assert [sheet.shortened('abcdefghij', length) for length in (10, 9, 8)] == ['abcdefghij', 'abc...hij', 'ab...hij']
 
 
 def test_all_failed_still_gives_reports(tmp_path):

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as arrays
 from padseg.errors import UnreadableLabels, UsageError
 from padseg.exports import export, read_label_map, read_masks, write_label_map, write_masks
 from padseg.exports.colours import voc_colours
-from padseg.exports.overlay import boundaries, overlay
+from padseg.exports.overlay import inner_boundaries, overlay
 from padseg.images import ImageError
 from padseg.system.files import atomic, sweep
 from padseg.types import LabelMap
@@ -149,7 +149,7 @@ def test_overlay_blends_regions_and_leaves_the_rest(tmp_path):
 
 
 def test_boundaries():
-    edges = boundaries(np.array([[1, 1, 2], [1, 1, 2], [3, 3, 3]]))
+    edges = inner_boundaries(np.array([[1, 1, 2], [1, 1, 2], [3, 3, 3]]))
     assert edges.astype(int).tolist() == [[0, 1, 0], [1, 1, 1], [0, 0, 0]]
 
 

@@ -27,14 +27,14 @@ from padseg.images import read
 from padseg.methods.open_vocabulary import (
     Naming,
     class_maps,
-    class_scores,
     classified,
     label,
+    mean_scores,
     means,
-    named,
+    name_regions,
     naming_of,
-    region_scores,
-    scaled,
+    scale_scores,
+    score_maps,
 )
 from padseg.methods.options import ENCODERS, NAMED, PROMPTS, LabelOptions, Options, Resolved
 from padseg.methods.seg4diff import segment
@@ -93,8 +93,8 @@ def test_proposals_are_those_of_run(family, picture, request):
     assert regions.labels.max() > 9 and len(np.unique(found.labels)) > 1
     for number in range(1, regions.labels.max() + 1):  # no proposal has two names
         assert len(np.unique(found.labels[regions.labels == number])) == 1
-    scores = class_scores(picture, backbone, NAMES, dataclasses.replace(naming_options, on='words'))
-    assert np.array_equal(named(regions, scores, NAMES).labels, found.labels)
+    scores = score_maps(picture, backbone, NAMES, dataclasses.replace(naming_options, on='words'))
+    assert np.array_equal(name_regions(regions, scores, NAMES).labels, found.labels)
 
 
 # maps
@@ -120,7 +120,7 @@ def test_scores_equal_the_explicit_softmax(family, encoders, unused, picture, re
     for name in NAMES:
         maps = [attention[:count, [count + column for column in half[name]]].mean(1) for half in read]
         expected.append(torch.stack(maps).mean(0).reshape(8, 8))
-    scores = class_scores(picture, backbone, NAMES, options)
+    scores = score_maps(picture, backbone, NAMES, options)
     torch.testing.assert_close(scores.maps, torch.stack(expected), atol=1e-6, rtol=1e-4)
     assert scores.names == NAMES and scores.maps.flatten(1).std(1).min() > 1e-6
 
@@ -138,7 +138,7 @@ def test_layers_steps_and_heads(family, picture, request):
         h, w = (length // 2 for length in latent.z.shape[2:])
         attention = whole_attention(reading, latent.z, latent.timestep)
         expected += [attention[layer][0, 1, : h * w, h * w + 1].reshape(h, w) for layer in (0, 3)]
-    found = class_scores(picture, backbone, NAMES, options).maps[0]
+    found = score_maps(picture, backbone, NAMES, options).maps[0]
     torch.testing.assert_close(found, torch.stack(expected).mean(0), atol=1e-6, rtol=1e-4)
 
 
@@ -155,9 +155,9 @@ def test_several_layers_come_from_one_forward(speller, picture):
             return family.denoise(*arguments)
 
     counted = dataclasses.replace(speller, family=Counted())
-    class_scores(picture, counted, NAMES, LabelOptions(layers=(0, 1, 2, 3)))
+    score_maps(picture, counted, NAMES, LabelOptions(layers=(0, 1, 2, 3)))
     assert len(calls) == 1
-    class_scores(picture, counted, NAMES, LabelOptions(steps=(1, 2), prompt='per-class'))
+    score_maps(picture, counted, NAMES, LabelOptions(steps=(1, 2), prompt='per-class'))
     assert len(calls) == 1 + 2 * 3
 
 
@@ -170,13 +170,13 @@ def test_scores_before_the_softmax(speller, picture):
     shares = attention_maps(z, 100.0, reading, 2, head=0)[0]
     ratio = shares.log() - raw  # minus the logarithm of a pixel's sum over all keys, the same for all columns
     torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), atol=1e-4, rtol=0)
-    assert class_scores(picture, speller, NAMES, options).maps.max() > 1
+    assert score_maps(picture, speller, NAMES, options).maps.max() > 1
 
 
 def test_only_the_blocks_asked_for_are_read(texts_folder, speller, picture):
     part = load(str(texts_folder), device='cpu', layer=1)
     options = LabelOptions(layers=(0, 1))
-    assert torch.equal(class_scores(picture, part, NAMES, options).maps, class_scores(picture, speller, NAMES, options).maps)
+    assert torch.equal(score_maps(picture, part, NAMES, options).maps, score_maps(picture, speller, NAMES, options).maps)
     for wrong in (LabelOptions(), LabelOptions(layers=(1,), on='proposals')):
         with pytest.raises(UsageError, match='was read up to block 1'):
             label(picture, part, NAMES, wrong)
@@ -198,10 +198,12 @@ def test_maps_of_names_are_weighted_sums():
 
 
 def test_scores_of_every_kind():
-    assert torch.equal(scaled(MAPS, 3, 'raw'), MAPS)
-    assert torch.equal(scaled(MAPS, 3, 'minmax'), torch.stack([MAPS[0] / 4, torch.zeros(2, 2), MAPS[2] / 3]))
-    torch.testing.assert_close(scaled(MAPS, 3, 'share').sum(0), torch.ones(2, 2))
-    assert torch.equal(scaled(MAPS, 1, 'raw'), torch.stack([MAPS[0], torch.tensor([[3.0, 1.0], [1.0, 1.0]])]))  # the best background word
+    assert torch.equal(scale_scores(MAPS, 3, 'raw'), MAPS)
+    assert torch.equal(scale_scores(MAPS, 3, 'minmax'), torch.stack([MAPS[0] / 4, torch.zeros(2, 2), MAPS[2] / 3]))
+    torch.testing.assert_close(scale_scores(MAPS, 3, 'share').sum(0), torch.ones(2, 2))
+    assert torch.equal(
+        scale_scores(MAPS, 1, 'raw'), torch.stack([MAPS[0], torch.tensor([[3.0, 1.0], [1.0, 1.0]])])
+    )  # the best background word
 
 
 def image_of(pixels: int):
@@ -258,16 +260,16 @@ def test_regions_are_named_by_their_mean_score():
     regions = LabelMap(np.array([[1, 1, 2], [1, 0, 2]], np.int32), ((0,), (1,)))
     frame = Frame((2, 3), (0, 0, 2, 3))
     scores = TokenMaps(torch.tensor([[[6.0, 0.0, 1.0], [0.0, 50.0, 2.0]], [[1.0, 1.0, 1.0], [1.0, 1.0, 4.0]]]), ('a', 'b'), frame)
-    assert np.allclose(region_scores(regions, scores), [[2, 1], [1.5, 2.5]])
-    assert named(regions, scores, ('a', 'b')).labels.tolist() == [[1, 1, 2], [1, 0, 2]]
-    assert named(regions, scores, ('a', 'b'), below=2.2).labels.tolist() == [[0, 0, 2], [0, 0, 2]]
-    assert named(regions, scores, ('a',)).labels.tolist() == [[1, 1, 0], [1, 0, 0]]  # b is background
+    assert np.allclose(mean_scores(regions, scores), [[2, 1], [1.5, 2.5]])
+    assert name_regions(regions, scores, ('a', 'b')).labels.tolist() == [[1, 1, 2], [1, 0, 2]]
+    assert name_regions(regions, scores, ('a', 'b'), below=2.2).labels.tolist() == [[0, 0, 2], [0, 0, 2]]
+    assert name_regions(regions, scores, ('a',)).labels.tolist() == [[1, 1, 0], [1, 0, 0]]  # b is background
 
 
 def test_scores_count_only_where_the_model_looked():
     regions = LabelMap(np.array([[0, 1, 2, 0], [0, 1, 1, 0]], np.int32), ((0,), (1,)))
     scores = TokenMaps(torch.tensor([[[2.0, 7.0], [4.0, 3.0]]]), ('a',), Frame((2, 4), (0, 1, 2, 2)))
-    assert np.allclose(region_scores(regions, scores), [[3], [7]])
+    assert np.allclose(mean_scores(regions, scores), [[3], [7]])
 
 
 # whole pictures
@@ -287,7 +289,7 @@ def test_a_batch_gives_what_single_pictures_give(mode, on, speller, picture):
 
 def test_two_hundred_classes(speller, picture):
     names = [f'thing{number}' for number in range(200)]
-    scores = class_scores(picture, speller, names)
+    scores = score_maps(picture, speller, names)
     assert scores.names == tuple(names) and torch.isfinite(scores.maps).all()
     found = label(picture, speller, names, LabelOptions(geometry='stretch'))
     assert found.names == tuple(names) and found.labels.min() >= 1
@@ -305,7 +307,7 @@ def test_no_names_and_names_twice(speller, picture):
 def test_the_order_of_names_only_numbers_them_with_per_class(speller, picture):
     """Each name has a prompt of its own, so the scores do not depend on the others."""
     options = LabelOptions(prompt='per-class')
-    first, second = (class_scores(picture, speller, names, options) for names in (NAMES, NAMES[::-1]))
+    first, second = (score_maps(picture, speller, names, options) for names in (NAMES, NAMES[::-1]))
     assert torch.equal(first.maps, second.maps.flip(0))
     assert first.maps.amin((1, 2)).eq(0).all() and first.maps.amax((1, 2)).eq(1).all()
 
@@ -392,7 +394,7 @@ def test_what_the_command_writes(folder, tmp_path, texts_folder, speller, capsys
         rows = list(csv.DictReader((out / 'masks' / name / 'metadata.csv').open()))
         assert [(row['id'], row['name']) for row in rows] == [(str(number - 1), NAMES[number - 1]) for number in np.unique(stored)]
         maps = read_maps(out / 'maps' / f'{name}.npz')
-        assert maps.names == NAMES and torch.equal(maps.maps, class_scores(image, speller, NAMES).maps)
+        assert maps.names == NAMES and torch.equal(maps.maps, score_maps(image, speller, NAMES).maps)
         assert (out / 'overlays' / f'{name}.jpg').exists()
     settings = json.loads((out / 'run.json').read_text())['settings']
     assert json.loads(settings['classes']) == list(NAMES) and (settings['layers'], settings['encoders']) == ('2', 'l+g')

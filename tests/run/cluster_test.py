@@ -24,8 +24,8 @@ import yaml
 
 from padseg.errors import OutputConflict, ResourceExhausted, UsageError
 from padseg.images import Found
-from padseg.run import engine
-from padseg.run.cluster import Share, knock, model_from_anywhere, on_cpu, results_on_ray, share
+from padseg.run import engine, prepare
+from padseg.run.cluster import Share, cluster_share, knock, model_from_anywhere, on_cpu, results_on_ray
 from padseg.run.collect import collect
 from padseg.run.job import Job
 from padseg.run.picture import Taken
@@ -111,7 +111,7 @@ def plain(folder: Path, tmp_path_factory: pytest.TempPathFactory, sd3_folder: Pa
 
 
 def prepared(job: Job) -> tuple[Run, list[Found]]:
-    return engine.from_model(job)[1], choose(job)[1]
+    return prepare.from_model(job)[1], choose(job)[1]
 
 
 def digests(out: Path) -> dict[str, str]:
@@ -273,7 +273,7 @@ def test_how_a_cluster_is_used(device, nodes, expected, job, record):
     """By a driver whose torch uses four threads."""
     there = [{'Alive': True, 'Resources': each} for each in nodes]
     gone = {'Alive': False, 'Resources': {'CPU': 64.0, 'GPU': 8.0}}
-    assert share(job._replace(device=device), record, [*there, gone]) == expected
+    assert cluster_share(job._replace(device=device), record, [*there, gone]) == expected
 
 
 @pytest.mark.parametrize(
@@ -282,12 +282,12 @@ def test_how_a_cluster_is_used(device, nodes, expected, job, record):
 )
 def test_a_cluster_that_cannot_do_the_job_is_a_mistake(job, record, device, cpus, words):
     with pytest.raises(UsageError, match=words):
-        share(job._replace(device=device), record, [{'Alive': True, 'Resources': {'CPU': cpus}}])
+        cluster_share(job._replace(device=device), record, [{'Alive': True, 'Resources': {'CPU': cpus}}])
 
 
 @pytest.fixture
 def record(job: Job) -> Run:
-    return engine.from_model(job)[1].model_copy(update={'threads': 4})
+    return prepare.from_model(job)[1].model_copy(update={'threads': 4})
 
 
 def test_a_models_folder_is_found_from_anywhere_and_names_stay(tmp_path, monkeypatch):

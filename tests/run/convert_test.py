@@ -24,7 +24,7 @@ from padseg.errors import NoImages, UsageError
 from padseg.exports import CONVERTERS, read_label_map, write_label_map
 from padseg.exports.labelme import file_names
 from padseg.exports.panoptic import coded
-from padseg.exports.regions import regions
+from padseg.exports.regions import each_region
 from padseg.run.convert import convert, write_coco
 from padseg.run.records import Entry, recorded, write_records
 from padseg.types import LabelMap
@@ -60,14 +60,14 @@ def of_panoptic(path: Path) -> np.ndarray:
 
 
 def test_regions_by_hand():
-    found = list(regions(HAND_MADE))
+    found = list(each_region(HAND_MADE))
     assert [(region.number, region.box, region.area) for region in found] == [
         (1, (1, 0, 2, 2), 3),
         (2, (2, 0, 2, 2), 3),
         (3, (0, 1, 1, 1), 1),
     ]
     assert found[1].patch.tolist() == [[False, True], [True, True]]
-    assert list(regions(np.zeros((2, 2), np.uint8))) == []
+    assert list(each_region(np.zeros((2, 2), np.uint8))) == []
 
 
 def test_coco_by_hand(tmp_path):

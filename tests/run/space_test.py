@@ -12,7 +12,7 @@ import pytest
 from padseg.images import Reading, find
 from padseg.run import engine
 from padseg.run.job import Job
-from padseg.run.space import reckon, warn_if_short
+from padseg.run.space import reckon_space, warn_if_short
 from padseg.system.disk import free_space
 
 ROOT = Path(__file__).parents[2]
@@ -38,11 +38,11 @@ def test_results_take_about_what_was_reckoned(pictures, tmp_path, more):
     (pictures / 'bad.jpg').write_bytes(b'')
     engine.run(job)
     taken = blocks(job.out)
-    assert 0.7 * taken < reckon(job, found, 256) < 4 * taken
-    assert reckon(job, found * 50, 256) == pytest.approx(50 * reckon(job, found, 256), rel=0.2)
+    assert 0.7 * taken < reckon_space(job, found, 256) < 4 * taken
+    assert reckon_space(job, found * 50, 256) == pytest.approx(50 * reckon_space(job, found, 256), rel=0.2)
     small = job._replace(reading=Reading(shrink=1000))
-    assert reckon(small._replace(save_maps=False), found, 256) < 10_000
-    assert reckon(job, find(pictures), 256) <= reckon(job, found, 256) * 5 / 4
+    assert reckon_space(small._replace(save_maps=False), found, 256) < 10_000
+    assert reckon_space(job, find(pictures), 256) <= reckon_space(job, found, 256) * 5 / 4
 
 
 def test_a_warning_where_there_is_less(pictures, tmp_path, caplog):
@@ -50,7 +50,7 @@ def test_a_warning_where_there_is_less(pictures, tmp_path, caplog):
     found = find(pictures)
     warn_if_short(job, found, 256)
     assert caplog.text == ''
-    enough = free_space(tmp_path) // reckon(job, found, 256) + 1
+    enough = free_space(tmp_path) // reckon_space(job, found, 256) + 1
     warn_if_short(job, Many(found, enough * 3), 256)
     assert 'A full disk ends the run and loses nothing' in caplog.text
 

@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 
 from padseg.exports import write_label_map
-from padseg.run.records import Entry, Model, Run, recorded, write_records, write_run
+from padseg.run.records import Entry, ModelRecord, Run, recorded, write_records, write_run
 from padseg.types import LabelMap
 
 HAND_MADE = np.array([[0, 1, 1, 2], [3, 1, 2, 2]], np.int32)
@@ -43,7 +43,7 @@ def put_run(folder: Path, maps: dict[str, np.ndarray], source: Path | None = Non
         requested={},
         settings={},
         key='',
-        model=Model(model='tiny', folder='', revision='abc', weights='f00'),
+        model=ModelRecord(model='tiny', folder='', revision='abc', weights='f00'),
         device='cpu',
         dtype='float32',
         threads=1,

@@ -199,6 +199,6 @@ def test_every_word_is_one_token_where_its_weight_says():
     from padseg.train import tiny_model as tiny
     from padseg.train.tiny import WORDS
 
-    for tokenizer in tiny.tokenizers(WORDS):
+    for tokenizer in tiny.make_tokenizers(WORDS):
         for name in CLASSES:
             assert len(tokenizer(name).input_ids) == 2 + len(name.split())

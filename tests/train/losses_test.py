@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from padseg.train.losses import mask_loss, match, named_mask_loss, share
+from padseg.train.losses import mask_loss, match_masks, named_mask_loss, share_over_tokens
 
 
 def loss_by_loop(maps, masks, counts):
@@ -32,7 +32,7 @@ def loss_by_loop(maps, masks, counts):
 
 def random_case(seed, tokens=5, masks=3):
     generator = torch.Generator().manual_seed(seed)
-    maps = share(torch.rand((2, tokens, 4, 5), generator=generator) ** 2 + 0.01)
+    maps = share_over_tokens(torch.rand((2, tokens, 4, 5), generator=generator) ** 2 + 0.01)
     owner = torch.randint(0, masks + 1, (2, 1, 4, 5), generator=generator)  # the last number is ignored
     truth = torch.zeros(2, masks + 1, 4, 5).scatter_(1, owner, 1)[:, :masks]
     counts = torch.tensor([masks, masks - 1])
@@ -72,7 +72,7 @@ def test_a_picture_without_masks_adds_nothing():
 
 def test_match_leaves_padding_out():
     cost = torch.tensor([[[0.0, 5, 9], [1, 0, 9], [2, 2, 9]]])
-    assert match(cost, torch.tensor([2])).tolist() == [[0, 1, -1]]
+    assert match_masks(cost, torch.tensor([2])).tolist() == [[0, 1, -1]]
 
 
 def test_gradient_reaches_only_matched_tokens_and_their_rivals():

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from support.digests import digest
 
-from padseg.train.scenes import CLASSES, SHADINGS, Scene, compact, cover, describe, flat, object_contours, place, scene
+from padseg.train.scenes import CLASSES, SHADINGS, Scene, cover, describe, flat_ground, object_contours, place, renumbered, scene
 from padseg.train.shapes import SHAPES, fill
 from padseg.train.textures import TEXTURES, Style
 
@@ -95,7 +95,7 @@ def test_outside_its_mask_an_object_only_casts_shadow():
         before = np.full((64, 80, 3), 200, np.float32)
         contours = object_contours(rng, 'blob', 0.5, 64, 80)
         mask = fill(contours, 64, 80)
-        after = place(rng, before, mask, contours, GREY, flat)
+        after = place(rng, before, mask, contours, GREY, flat_ground)
         assert np.all(before == 200)
         assert np.all(after[mask == 0] <= 200.001)
         assert np.any(after[mask == 255] != 200)
@@ -113,7 +113,7 @@ def test_light_is_finite_and_not_negative(shading):
 
 
 def test_hidden_regions_are_removed():
-    labels, names = compact(np.array([[0, 3], [3, 5]]), ('rock', 'star', 'ring', 'disk', 'bar', 'disk'))
+    labels, names = renumbered(np.array([[0, 3], [3, 5]]), ('rock', 'star', 'ring', 'disk', 'bar', 'disk'))
     assert labels.tolist() == [[0, 1], [1, 2]]
     assert names == ('rock', 'disk', 'disk')
 

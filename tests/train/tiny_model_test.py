@@ -22,7 +22,7 @@ WORDS = ['a', 'cat', 'on', 'grass', 'striped']
 
 
 def test_known_words_are_one_token_and_any_text_can_be_written():
-    first, second = tiny.tokenizers(WORDS)
+    first, second = tiny.make_tokenizers(WORDS)
     assert first.convert_ids_to_tokens(first('a striped cat').input_ids) == [tiny.START, 'a</w>', 'striped</w>', 'cat</w>', tiny.END]
     assert len(first('zebra').input_ids) > 3 and first.unk_token_id not in first('zebra').input_ids[1:-1]
     assert first('A CAT').input_ids == first('a cat').input_ids
@@ -30,7 +30,7 @@ def test_known_words_are_one_token_and_any_text_can_be_written():
 
 @given(strategies.lists(strategies.text('abc', min_size=1, max_size=7), min_size=1, max_size=20))
 def test_any_words_are_one_token_each(words):
-    for tokenizer in tiny.tokenizers(words):
+    for tokenizer in tiny.make_tokenizers(words):
         assert [tokenizer.tokenize(word) for word in words] == [[f'{word}</w>'] for word in words]
 
 
@@ -45,7 +45,7 @@ def test_the_vocabulary_is_the_same_in_every_process():
 
 
 def test_the_tokenizers_pad_as_sd3s_do():
-    first, second = tiny.tokenizers(WORDS)
+    first, second = tiny.make_tokenizers(WORDS)
     rows = [tokenizer('', padding='max_length', max_length=5).input_ids for tokenizer in (first, second)]
     end = first.eos_token_id
     assert rows == [[first.bos_token_id, end, end, end, end], [first.bos_token_id, end, 0, 0, 0]]
@@ -53,7 +53,7 @@ def test_the_tokenizers_pad_as_sd3s_do():
 
 def test_the_clear_path_carries_colours_from_the_start():
     torch.manual_seed(0)
-    vae = tiny.build(WORDS).vae
+    vae = tiny.build_tiny(WORDS).vae
     colours = torch.tensor([[0.8, -0.5, -0.5], [-0.5, 0.8, -0.5], [-0.5, -0.5, 0.8]])
     with torch.no_grad():
         means = vae.encode(colours[:, :, None, None].expand(3, 3, 64, 64)).latent_dist.mean.mean((2, 3))

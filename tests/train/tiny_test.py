@@ -46,13 +46,13 @@ def test_the_loss_sees_the_maps_that_inference_reads(backbone):
 
     from padseg.backbones.recorder import watch
     from padseg.methods.stages.token_maps import attention_maps
-    from padseg.train.tiny import token_maps
+    from padseg.train.tiny import training_maps
 
     z = torch.randn((2, 4, 12, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), watch({2: backbone.attention_module(2)}) as seen:
         backbone.denoise(z, 50.0)
     expected = torch.nn.functional.interpolate(attention_maps(z, 50.0, backbone, 2), scale_factor=2, mode='bilinear')
-    torch.testing.assert_close(token_maps(seen[2], z.shape), expected)
+    torch.testing.assert_close(training_maps(seen[2], z.shape), expected)
 
 
 def test_what_is_written(trained):
@@ -121,7 +121,7 @@ def test_the_averaged_weights_are_written(trained):
     from padseg.train.tiny import WORDS
 
     state = newest_state(trained, 'transformer')
-    names = [name for name, _ in nn.ModuleDict(tiny.build(WORDS)._asdict()).named_parameters()]
+    names = [name for name, _ in nn.ModuleDict(tiny.build_tiny(WORDS)._asdict()).named_parameters()]
     averaged = dict(zip(names, state['averaged'], strict=True))
     written = load_file(trained / 'model/transformer/diffusion_pytorch_model.safetensors')
     learnt = {name: averaged[f'transformer.{name}'].half() for name in written if f'transformer.{name}' in averaged}
@@ -168,9 +168,9 @@ def test_a_folder_without_a_model_of_this_kind_is_refused(trained, tmp_path):
     from padseg.train.tiny import WORDS
 
     with pytest.raises(ModelUnavailable, match='no model to start with'):
-        tiny.read(tmp_path, WORDS)
+        tiny.read_tiny(tmp_path, WORDS)
     with pytest.raises(ModelUnavailable, match='another vocabulary'):
-        tiny.read(trained / 'model', [*WORDS, 'unheard'])
+        tiny.read_tiny(trained / 'model', [*WORDS, 'unheard'])
 
 
 def test_latents_of_a_growing_spread_stay_normal():
@@ -190,10 +190,10 @@ def test_muon_has_the_matrices_of_the_blocks_and_every_weight_is_learnt_once():
     from torch import nn
 
     from padseg.train import tiny_model as tiny
-    from padseg.train.tiny import WORDS, Settings, make_optimisers
+    from padseg.train.tiny import WORDS, TrainingSettings, make_optimisers
 
-    learner = nn.ModuleDict(tiny.build(WORDS)._asdict())
-    muon, adam = make_optimisers(learner, Settings(), Settings.together)
+    learner = nn.ModuleDict(tiny.build_tiny(WORDS)._asdict())
+    muon, adam = make_optimisers(learner, TrainingSettings(), TrainingSettings.together)
     of_muon, of_adam = ([id(weight) for group in each.param_groups for weight in group['params']] for each in (muon, adam))
     assert sorted(of_muon + of_adam) == sorted(id(weight) for weight in learner.parameters())
     block = learner['transformer'].transformer_blocks[2]

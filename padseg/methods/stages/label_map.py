@@ -44,7 +44,7 @@ def label_map(
     if superpixels is None:
         winner = argmax(proposals, enlarge)
     elif join:
-        winner, strongest = joined(proposals, superpixels[box], enlarge, pictured(image)[box], join)
+        winner, strongest = joined_regions(proposals, superpixels[box], enlarge, pictured(image)[box], join)
     else:
         winner = argmax_inside(proposals, superpixels[box], enlarge)
     labels = np.zeros(proposals.frame.size, np.promote_types(winner.dtype, np.min_scalar_type(len(strongest))))
@@ -66,7 +66,7 @@ def argmax(proposals: Proposals, enlarge: Callable[[Array], Array]) -> Array:
 
     enlarge: (h, w) -> (H, W).
     """
-    first, *rest = scaled(proposals)
+    first, *rest = scaled_proposals(proposals)
     best = enlarge(first)  # (H, W)
     winner = np.zeros(best.shape, np.min_scalar_type(len(proposals.maps)))
     stronger = np.empty(best.shape, bool)
@@ -81,16 +81,16 @@ def argmax(proposals: Proposals, enlarge: Callable[[Array], Array]) -> Array:
 def argmax_inside(proposals: Proposals, superpixels: Array, enlarge: Callable[[Array], Array]) -> Array:
     """As argmax, with every proposal averaged inside each superpixel: (M, h, w), (H, W) -> (H, W)."""
     runs = runs_of(superpixels)
-    means = [mean_inside(runs, enlarge(values)) for values in scaled(proposals)]  # M times (K,)
+    means = [mean_inside(runs, enlarge(values)) for values in scaled_proposals(proposals)]  # M times (K,)
     return painted(runs, np.argmax(means, 0).astype(np.min_scalar_type(len(means))))
 
 
-def joined(
+def joined_regions(
     proposals: Proposals, superpixels: Array, enlarge: Callable[[Array], Array], image: Image, threshold: float
 ) -> tuple[Array, Array]:
     """Superpixels joined where proposals and picture agree: region 0..R-1 of each pixel (H, W), strongest proposal of each region (R,)."""
     runs = runs_of(superpixels)
-    means = np.stack([mean_inside(runs, enlarge(values)) for values in scaled(proposals)], 1)  # (K, M)
+    means = np.stack([mean_inside(runs, enlarge(values)) for values in scaled_proposals(proposals)], 1)  # (K, M)
     owner = joined_superpixels(graph_of(painted(runs, np.arange(len(runs.names))), means, image), threshold)  # (K,)
     _, regions = np.unique(owner, return_inverse=True)  # (K,)
     totals = np.zeros((regions.max() + 1, means.shape[1]))
@@ -98,7 +98,7 @@ def joined(
     return painted(runs, regions), totals.argmax(1)
 
 
-def scaled(proposals: Proposals) -> Array:
+def scaled_proposals(proposals: Proposals) -> Array:
     """The maps with the greatest value 1: a softmax over 4096 places leaves differences that float32 would lose. (M, h, w) float32."""
     maps = proposals.maps.cpu().numpy()
     offset = maps.min()

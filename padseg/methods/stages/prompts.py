@@ -65,17 +65,17 @@ def split(names: Sequence[str], texts: Texts, options: ResolvedLabels) -> list[W
     for name in names:
         alone = worded([name], options.prompt)
         length, room = max((len(tokens.spans), tokens.slots) for tokens in texts.tokens(alone.text, options.encoders).values())
-        if not fits(alone, texts, options):
+        if not fits_prompt(alone, texts, options):
             raise UsageError(f'the name {name!r} is too long: its prompt takes {length} tokens, start and end included, of {room}')
         longer = worded([*wordings[-1].names, name], options.prompt) if wordings and options.prompt != 'per-class' else None
-        if longer and fits(longer, texts, options):
+        if longer and fits_prompt(longer, texts, options):
             wordings[-1] = longer
         else:
             wordings.append(alone)
     return wordings
 
 
-def fits(wording: Wording, texts: Texts, options: ResolvedLabels) -> bool:
+def fits_prompt(wording: Wording, texts: Texts, options: ResolvedLabels) -> bool:
     """Whether every tokenizer has room for the text: what they cut off would leave names without maps."""
     return all(len(tokens.spans) <= tokens.slots for tokens in texts.tokens(wording.text, options.encoders).values())
 

@@ -15,7 +15,7 @@ from skimage.measure import label as connected_components
 from torch.nn import functional as F
 
 from padseg.images import read
-from padseg.methods.stages.label_map import absorb, common_borders, label_map, relabel, scaled, unassign
+from padseg.methods.stages.label_map import absorb, common_borders, label_map, relabel, scaled_proposals, unassign
 from padseg.methods.stages.runs import mean_inside, painted, runs_of
 from padseg.methods.stages.superpixels import superpixels
 from padseg.types import Frame, LabelMap, Proposals
@@ -161,7 +161,7 @@ def slow_label_map(proposals, inside=None, components=False, min_area=0.0):
     """All proposals enlarged at once; passes over all pixels for every region."""
     (height, width), (top, left, tall, wide) = proposals.frame
     box = np.s_[top : top + tall, left : left + wide]
-    values = np.stack([cv2.resize(each, (wide, tall), interpolation=cv2.INTER_LINEAR) for each in scaled(proposals)])
+    values = np.stack([cv2.resize(each, (wide, tall), interpolation=cv2.INTER_LINEAR) for each in scaled_proposals(proposals)])
     if inside is not None:
         index = np.unique(inside[box], return_inverse=True)[1].ravel()
         means = [np.bincount(index, each.ravel()) / np.bincount(index) for each in values]
