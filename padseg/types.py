@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -52,11 +53,15 @@ class QueryKey(NamedTuple):
 
 
 class TokenMaps(NamedTuple):
-    """maps: (T, h, w) float32, the share of an image token's attention that goes to text token t; names: T words."""
+    """maps: (T, h, w) float32, the share of an image token's attention that goes to text token t; names: T words.
+
+    settings: those that the method has for the model that made the maps, for options that are left open later.
+    """
 
     maps: Tensor
     names: tuple[str, ...]
     frame: Frame
+    settings: Mapping[str, Any] = {}
 
 
 class Proposals(NamedTuple):
@@ -89,3 +94,33 @@ class LabelMap(NamedTuple):
     labels: Array
     tokens: tuple[tuple[int, ...], ...]
     names: tuple[str, ...] = ()
+
+    def masks(self) -> list[dict[str, Any]]:
+        """The regions, or the classes that are shown, as Segment Anything's automatic mask generator gives masks.
+
+        Keys: segmentation (H, W) bool; area in pixels; bbox [x, y, width, height] in pixels; crop_box, the whole picture in the same
+        form; predicted_iou, point_coords and stability_score are None, as only a prompted mask has them. And two of our own: region,
+        its number in `labels`; name, of its class, or None.
+        """
+        height, width = self.labels.shape
+        return [
+            {
+                'segmentation': mask,
+                'area': int(np.count_nonzero(mask)),
+                'bbox': box_of(mask),
+                'predicted_iou': None,
+                'point_coords': None,
+                'stability_score': None,
+                'crop_box': [0, 0, width, height],
+                'region': number,
+                'name': self.names[number - 1] if self.names else None,
+            }
+            for number, mask in ((number, self.labels == number) for number in np.unique(self.labels[self.labels > 0]).tolist())
+        ]
+
+
+def box_of(mask: Array) -> list[int]:
+    """The bounding box of a mask (H, W) that is not empty: [x, y, width, height] in pixels."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    left, top = int(columns[0]), int(rows[0])
+    return [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1]

@@ -16,12 +16,13 @@ from padseg.backbones import Backbone
 from padseg.backbones.recorder import watch
 from padseg.errors import UsageError
 from padseg.evaluation.metrics import ClassCounts, class_scores, class_table, counts_of, region_scores, widened
-from padseg.methods.open_vocabulary import means, naming_of, scale_scores
-from padseg.methods.options import LabelOptions, Options
+from padseg.methods.open_vocabulary import LabelOptions, prepare
+from padseg.methods.seg4diff import Options
 from padseg.methods.stages.attention import token_attention
-from padseg.methods.stages.label_map import label_map, upsample
+from padseg.methods.stages.labels import label_map, upsample
 from padseg.methods.stages.latents import encode_steps
 from padseg.methods.stages.proposals import merge
+from padseg.methods.stages.scores import means, scale_scores
 from padseg.types import Array, Frame, Image, Latent, QueryKey, TokenMaps
 
 ENLARGED = 4  # pixels a side that an image token has when label maps are compared
@@ -182,7 +183,7 @@ def word_counts(image: Image, truth: Array, backbone: Backbone, classes: Sequenc
 
 def named_maps(image: Image, backbone: Backbone, classes: Sequence[str], options: LabelOptions) -> dict[Cell, Tensor]:
     """The scores of classes in every block, by each head and by their mean: (C, h, w) each. One forward for each prompt."""
-    naming = naming_of(backbone, classes, options)
+    naming = prepare(backbone, options, classes)
     resolved = naming.options
     step = resolved.steps[0]
     (latent,) = encode_steps(image, backbone, resolved, (step,))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from padseg.backbones.spec import Spec
@@ -27,7 +29,7 @@ class Identity(NamedTuple):
     weights: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Backbone:
     """A loaded model. layers: transformer blocks that were read, of the last of which only queries and keys, unless these are all.
 
@@ -117,3 +119,25 @@ def family_of(spec: Spec) -> Family:
 
     families: dict[str, Family] = {'sd3': sd3, 'flux': flux}
     return families[spec.family]
+
+
+def opened(model: Backbone | str, deepest: Callable[[Spec], int | None]) -> Backbone:
+    """A loaded model as it is; one that is named is loaded, up to the block that `deepest` says (None: whole), and kept by the process."""
+    if isinstance(model, Backbone):
+        return model
+    if not isinstance(model, str):
+        raise UsageError(f'a model is a loaded one or the name of one (tiny, sd3, a hub id, a folder); got {type(model).__name__}')
+    return kept(model, deepest(spec_of(model)))
+
+
+@cache
+def spec_of(model: str) -> Spec:
+    """The facts of a model that is named."""
+    from padseg.backbones.source import locate
+
+    return locate(model).spec
+
+
+@lru_cache(maxsize=2)
+def kept(model: str, layer: int | None) -> Backbone:
+    return load(model, layer=layer, whole=layer is None)

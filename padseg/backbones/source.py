@@ -14,7 +14,6 @@ import pydantic
 
 from padseg.backbones.spec import BACKBONES, DEPTHS, FAMILIES, Spec
 from padseg.errors import ModelUnavailable, PadsegError, UsageError
-from padseg.methods.options import Options
 
 MAIN_PARTS = ('transformer', 'vae', 'scheduler')
 TEXT_PARTS = ('text_encoder', 'text_encoder_2', 'tokenizer', 'tokenizer_2')
@@ -38,6 +37,8 @@ WEIGHTS = {  # without their suffix, since a large model's are several files
     '.': 'diffusion_pytorch_model',  # a VAE that comes by itself
 }
 VAES = {'tiny': {'sd3': 'madebyollin/taesd3', 'flux': 'madebyollin/taef1'}}
+# what `padseg.json` of version 0.1 stated beside the facts: settings of Seg4Diff
+BESIDE_FACTS = ('step', 'normalisation', 'threshold', 'refine', 'superpixels', 'join', 'components', 'min_area')
 HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
 BLOCK = 1 << 24
 
@@ -257,21 +258,32 @@ def block_count(values: dict[str, Any], name: str, config: pathlib.Path) -> int:
 
 
 def own_row(spec: Spec, path: pathlib.Path) -> Spec:
-    """The row with the settings of a `padseg.json`. Raises ModelUnavailable, naming the key, for one that is not known or not allowed."""
-    settings = read_json(path)
-    strange = sorted(set(settings) - set(Spec._fields) | set(settings) & {'repo', 'family'})
+    """The row with what a `padseg.json` states: facts of the model, and under the name of a method settings for it.
+
+    ModelUnavailable, naming the key, for one that is not known or not allowed.
+    """
+    stated = read_json(path)
+    own = {name: value for name, value in stated.items() if isinstance(value, dict)}
+    beside = {name: stated[name] for name in BESIDE_FACTS if name in stated}
+    facts = {name: value for name, value in stated.items() if name not in own and name not in beside}
+    strange = sorted(facts.keys() - set(Spec._fields) | facts.keys() & {'repo', 'family', 'own'})
     if strange:
         raise ModelUnavailable(f'{path} has keys that are not settings of a model: {", ".join(strange)}')
+    if beside:
+        own = {'seg4diff': beside, **own}
     try:
-        row = pydantic.TypeAdapter(Spec).validate_python({**spec._asdict(), **settings}, strict=True)
-        Options().resolve(row)
+        row = pydantic.TypeAdapter(Spec).validate_python({**spec._asdict(), **facts, 'own': own}, strict=True)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise ModelUnavailable(f'{path}: {first["loc"][0]}: {first["msg"]}; got {first["input"]!r}') from error
-    except UsageError as error:
-        raise ModelUnavailable(f'{path}: {error}') from error
     if row.layers != spec.layers:
         raise ModelUnavailable(f'{path}: layers is {row.layers}, but the transformer has {spec.layers}')
+    for name, low, high in (('layer', 0, row.layers - 1), ('steps', 1, None), ('side', 1, None), ('sequence', 1, None)):
+        value = getattr(row, name)
+        if value < low or (high is not None and value > high):
+            raise ModelUnavailable(
+                f'{path}: {name} is {f"one of {low}..{high}" if high is not None else f"a number >= {low}"}; got {value}'
+            )
     return row
 
 

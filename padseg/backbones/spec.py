@@ -1,32 +1,29 @@
-"""A backbone as data: where its files are and which settings its maps are best read with."""
+"""A model as data: where its files are, and facts of it."""
 
 from __future__ import annotations
 
 import pathlib
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 TINY = pathlib.Path(__file__).parent.parent / 'models' / 'tiny'
 
 
 class Spec(NamedTuple):
-    """One row. The defaults are those of Seg4Diff's released code for SD3-medium; a model folder may carry its own in `padseg.json`."""
+    """One row, by default that of SD3-medium. A model's folder may state facts of its own in `padseg.json`.
+
+    own: settings of methods for this model, by the method's name, as `padseg.json` states them; what they mean is the methods' matter.
+    """
 
     repo: str  # hub id, or a local folder in diffusers' layout
     family: str = 'sd3'  # key of DEPTHS
     layers: int = 24  # transformer blocks; Flux's double ones are followed by its single ones
-    layer: int = 9  # expert block, from 0
+    layer: int = 9  # expert block, from 0: where attention from image to text groups the picture best
     steps: int = 28  # length of the noise schedule
-    step: int = 8  # steps from its end
     side: int = 1024  # pixels of the square picture the model was trained on
-    normalisation: str = 'minmax-softmax'
-    threshold: float = 0.1
-    refine: str = 'none'
-    superpixels: float = 0.0
-    join: float = 0.0
-    components: bool = False
-    min_area: float = 0.0
     sequence: int = 77  # slots of the text: of each half, CLIP's and T5's, of SD3; of T5's of Flux
     encoders: str = 'l+g'  # text encoders that names of classes go through, unless others are asked for
+    own: Mapping[str, Mapping[str, Any]] = {}
 
 
 FAMILIES = {'SD3Transformer2DModel': 'sd3', 'FluxTransformer2DModel': 'flux'}  # by diffusers' class of the transformer

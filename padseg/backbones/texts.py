@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,8 +24,9 @@ class Texts(Protocol):
         """Embeddings (1, L, D) and pooled (1, E) of a text that fits, in the transformer's type and place."""
 
 
+@lru_cache(maxsize=4)
 def texts_of(backbone: Backbone, keep: bool = True) -> Texts:
-    """What reads texts for a model. keep: whether embeddings are kept in padseg's cache."""
+    """What reads texts for a model, made once. keep: whether embeddings are kept in padseg's cache."""
     readers: dict[str, Callable[[Source, Any, bool], Texts]] = {'sd3': sd3_text.SD3Texts, 'flux': flux_text.FluxTexts}
     identity = backbone.identity
     source = Source(backbone.spec, identity.model, Path(identity.folder), identity.revision)

@@ -20,7 +20,7 @@ from padseg.exports import write_label_map, write_masks
 from padseg.images import find, read
 from padseg.run import engine
 from padseg.run.job import Job
-from padseg.run.picture import Method
+from padseg.run.picture import Stages
 from padseg.run.plan import plan
 from padseg.run.records import recorded
 from padseg.system.signals import Stop
@@ -103,13 +103,13 @@ def run_stages(folder: Path, out: Path, count: int) -> Cost:
     height, width = read(pictures[0].path).shape[:2]
     labels = made_labels((height, width))
 
-    method = Method(lambda taken: [each._replace(maps=MAPS) for each in taken], lambda image, maps: labels)
+    stages = Stages(lambda taken: [each._replace(maps=MAPS) for each in taken], lambda image, maps: labels)
     job = Job(folder, out)
     out.mkdir()
     with Stop() as stop:
         began = os.times()
         pending, records, _ = plan(job, pictures, pictures)
-        for entry in engine.work(job, engine.results(job, method, pending, stop), pending, records.values(), stop):
+        for entry in engine.work(job, engine.results(job, stages, pending, stop), pending, records.values(), stop):
             records[entry.input] = recorded(entry)
         ended = os.times()
     cost = Cost(ended.user - began.user, ended.system - began.system, ended.elapsed - began.elapsed, peak())

@@ -16,9 +16,9 @@ import click
 from padseg.bench.measure import between, finish_bench, fresh, in_place, spread, surroundings
 from padseg.bench.model import make_model
 from padseg.bench.setting import QUIET, BenchSetting, bench_picture, open_backbone, own_side, shared_flags, synchronize
-from padseg.methods.open_vocabulary import class_maps, classified, naming_of
-from padseg.methods.options import LabelOptions, Options
-from padseg.methods.seg4diff import segment_batch
+from padseg.methods import open_vocabulary
+from padseg.methods.open_vocabulary import LabelOptions
+from padseg.methods.seg4diff import Options, segment
 
 COUNTS = (1, 10, 37, 38, 75, 150)  # of classes; 37 names of two tokens fill one prompt
 NAMES = [''.join(pair) for pair in itertools.product(string.ascii_lowercase, repeat=2)]
@@ -71,20 +71,20 @@ def turn(setting: BenchSetting, counts: tuple[int, ...]) -> Turn:
     """All in one process; embeddings go to a cache of its own."""
     backbone = open_backbone(setting)
     image = bench_picture(setting.side, 0)
-    segment_batch([image], backbone, Options(side=setting.side // 4))  # for libraries to start
-    run = seconds(setting, lambda: segment_batch([image], backbone, Options(side=setting.side)))
+    segment(image, backbone, Options(side=setting.side // 4))  # for libraries to start
+    run = seconds(setting, lambda: segment(image, backbone, Options(side=setting.side)))
     named = {}
     with tempfile.TemporaryDirectory(prefix='padseg-bench-') as cache:
         os.environ['PADSEG_CACHE'] = cache
         options = LabelOptions(side=setting.side)
         for count in counts:
-            words, again = (seconds(setting, lambda: naming_of(backbone, NAMES[:count], options)) for _ in range(2))
-            naming = naming_of(backbone, NAMES[:count], options)
+            words, again = (seconds(setting, lambda: open_vocabulary.prepare(backbone, options, NAMES[:count])) for _ in range(2))
+            prepared = open_vocabulary.prepare(backbone, options, NAMES[:count])
 
             def whole() -> None:
-                classified(image, class_maps([image], naming)[0], naming.classes, naming.options)
+                open_vocabulary.labels(image, open_vocabulary.maps([image], prepared)[0], prepared)
 
-            named[count] = Named(words, again, seconds(setting, whole), len(naming.prompts))
+            named[count] = Named(words, again, seconds(setting, whole), len(prepared.prompts))
     return Turn(run, named)
 
 

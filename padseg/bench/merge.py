@@ -14,9 +14,9 @@ from skimage.measure import label as connected_components
 
 from padseg.bench.measure import finish_bench, fresh, in_place, output_flags, peak, surface, surroundings
 from padseg.methods.stages.attention import token_attention
-from padseg.methods.stages.label_map import label_map, scaled_proposals, upsample
+from padseg.methods.stages.labels import label_map, scaled_proposals, upsample
 from padseg.methods.stages.proposals import EPS, merge, normalise, spatial, symmetric_kl
-from padseg.methods.stages.superpixels import superpixels
+from padseg.methods.stages.superpixels import superpixels_of
 from padseg.types import Frame, LabelMap, Proposals, QueryKey, TokenMaps
 
 if TYPE_CHECKING:
@@ -74,13 +74,13 @@ def merge_steps(maps: int, size: tuple[int, int]) -> dict[str, dict[str, float]]
     """For each step its milliseconds, those of the plain way and their ratio; both have to give the same."""
     one_core()
     tokens, picture = random_maps(maps, size), noisy_picture(size)
-    inside = superpixels(picture, SCALE)
+    inside = superpixels_of(picture, SCALE)
     normalised = normalise(tokens.maps, NORMALISATION).flatten(1)
     proposals = merge(tokens, THRESHOLD, NORMALISATION)
     shares = spatial(normalised)
     return {
         'label_map': compared(lambda: label_map(proposals), lambda: plain_label_map(proposals)),
-        'superpixels': {'ours': least(lambda: superpixels(picture, SCALE))[0]},
+        'superpixels': {'ours': least(lambda: superpixels_of(picture, SCALE))[0]},
         'refined': compared(lambda: label_map(proposals, inside, **REFINED), lambda: plain_refined(proposals, inside, **REFINED)),
         'distances': compared(lambda: symmetric_kl(shares), lambda: plain_distances(shares)),
         'merge': compared(lambda: merge(tokens, THRESHOLD, NORMALISATION), lambda: plain_merge(tokens)),

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from padseg.methods.options import Resolved
+from padseg.methods.seg4diff import Options
 from padseg.methods.stages.latents import content_noise
 from padseg.types import Array, Image
 
@@ -87,7 +87,7 @@ def load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype) -> Sta
 
 
 @torch.no_grad()
-def segment_obviously(image: Image, pipeline: StableDiffusion3Pipeline, options: Resolved, stage: TimedStage) -> ObviousResult:
+def segment_obviously(image: Image, pipeline: StableDiffusion3Pipeline, options: Options, stage: TimedStage) -> ObviousResult:
     """Maps, groups and label map of a picture (H, W, 3) whose sides the model takes as they are."""
     transformer, vae = pipeline.transformer, pipeline.vae
     with stage('text'):

@@ -18,7 +18,7 @@ from padseg.bench.engine import make_pictures
 from padseg.bench.measure import between, finish_bench, fresh, in_place, peak, spread, surroundings
 from padseg.bench.model import TINY_VAE, make_model
 from padseg.bench.setting import QUIET, BenchSetting, bench_picture, memory, open_backbone, own_side, shared_flags, synchronize
-from padseg.methods.options import Options
+from padseg.methods.seg4diff import Options
 from padseg.methods.stages.latents import encode
 from padseg.methods.stages.token_maps import latent_token_maps
 from padseg.run import engine

@@ -31,9 +31,9 @@ from padseg.bench.setting import (
     shared_flags,
     synchronize,
 )
-from padseg.methods.options import Options
-from padseg.methods.seg4diff import batched
-from padseg.methods.stages.label_map import label_map
+from padseg.methods.seg4diff import Options
+from padseg.methods.stages.forwards import batched
+from padseg.methods.stages.labels import label_map
 from padseg.methods.stages.latents import encode
 from padseg.methods.stages.proposals import merge
 from padseg.methods.stages.token_maps import latent_token_maps

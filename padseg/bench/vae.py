@@ -20,9 +20,7 @@ from padseg.backbones import Backbone, load
 from padseg.bench.measure import CHECKOUT, finish_bench, in_place, output_flags, surroundings
 from padseg.evaluation.metrics import region_scores
 from padseg.images import find, read
-from padseg.methods.options import Options
-from padseg.methods.seg4diff import regions
-from padseg.methods.stages.token_maps import token_maps
+from padseg.methods.seg4diff import Options, regions, token_maps
 from padseg.types import Array, Image
 
 ERRORS = (0.05, 0.1, 0.2, 0.5, 1.0)  # standard deviations, in those of the latents
@@ -83,7 +81,7 @@ def found(images: Iterable[Image], backbone: Backbone, options: Options) -> list
     results = []
     for image in images:
         maps = token_maps(image, backbone, options)
-        results.append((maps.maps.numpy(), regions(image, maps, options.resolve(backbone.spec)).labels))
+        results.append((maps.maps.numpy(), regions(image, maps, options).labels))
     return results
 
 

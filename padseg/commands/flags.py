@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from padseg.images import EXIF, FRAMES, MAX_BYTES, MAX_PIXELS, Reading
-from padseg.methods.options import Options
+from padseg.methods import DEFAULTS, METHODS
+from padseg.methods.options import MethodOptions, kind_of
 from padseg.run.job import ENGINES
 
 POSITIVE = click.IntRange(min=1)
+METHOD = 'padseg.method'  # where a context keeps the method's name
 compile_flag = click.option(
     '--compile', is_flag=True, help='let torch compile the transformer, at the first picture; needs a C++ compiler; for many pictures'
 )
@@ -112,30 +113,74 @@ class Several(click.ParamType[tuple[Any, ...]]):
             self.fail(f'{value!r} is not a list such as 8,9', param, ctx)
 
 
-def option_flags(function: Callable[..., Any], only: Collection[str] | None = None, of: type = Options) -> Callable[..., Any]:
-    """A flag for each field of Options, or of another such class, or for some."""
-    types = typing.get_type_hints(of)
-    for field in reversed([field for field in dataclasses.fields(of) if only is None or field.name in only]):
-        kind = kind_of(types[field.name])
-        name = field.name.replace('_', '-')
-        flag = f'--{name}/--no-{name}' if kind is bool else f'--{name}'
-        choices = field.metadata.get('choices')
-        text = f'{field.metadata["help"]} (default: {shown_default(field)})'
-        function = click.option(flag, type=click.Choice(choices) if choices else kind, default=field.default, help=text)(function)
-    return function
+def option_flags(options: type[MethodOptions], only: Collection[str] | None = None) -> list[click.Option]:
+    """A flag for each field of a method's options, or for some of them."""
+    return [option_flag(options, field) for field in dataclasses.fields(options) if only is None or field.name in only]
 
 
-def kind_of(hint: Any) -> Any:
-    """What click makes a value of a field of, by the field's type, which may also allow None."""
-    kinds = (hint, *typing.get_args(hint))
-    several = next((kind for kind in kinds if typing.get_origin(kind) is tuple), None)
-    return Several(typing.get_args(several)[0]) if several else next(kind for kind in (bool, int, float, str) if kind in kinds)
+def option_flag(options: type[MethodOptions], field: dataclasses.Field[Any]) -> click.Option:
+    kind, several = kind_of(options, field.name)
+    name, choices = field.name.replace('_', '-'), field.metadata.get('choices')
+    accepted = Several(kind) if several else click.Choice(choices) if choices else kind
+    flag = f'--{name}/--no-{name}' if kind is bool else f'--{name}'
+    text = f'{field.metadata["help"]} (default: {shown_default(field)})'
+    return click.Option([flag], type=accepted, default=field.default, help=text)
 
 
 def shown_default(field: dataclasses.Field[Any]) -> str:
     """The value, or what stands for it."""
     own = "the model's own" if field.default is None else str(field.default)
     return str(field.metadata.get('default', own))
+
+
+class MethodCommand(click.Command):
+    """A command that takes --method, and the options of the method that it names."""
+
+    task: str  # key of DEFAULTS
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[METHOD] = self.method_of(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            owners = [
+                name for name in self.methods() if error.option_name[2:].replace('-', '_') in METHODS[name].Options.__dataclass_fields__
+            ]
+            if owners:
+                raise click.UsageError(f'{error.option_name} is an option of --method {" and ".join(owners)}.', ctx) from error
+            raise
+
+    def methods(self) -> list[str]:
+        return [name for name, method in METHODS.items() if method.TASK == self.task]
+
+    def method_of(self, args: Sequence[str]) -> str:
+        """The method that the arguments name; the default where they name none, or one that click will refuse."""
+        return named_in(args, '--method', self.methods()) or DEFAULTS[self.task]
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        *own, help_flag = super().get_params(ctx)
+        name = ctx.meta.get(METHOD, DEFAULTS[self.task])
+        choice = click.Option(
+            ['--method'],
+            type=click.Choice(self.methods()),
+            default=DEFAULTS[self.task],
+            show_default=True,
+            help='how pictures are segmented; its options are below, those of another: --method NAME --help',
+        )
+        return [*own, choice, *option_flags(METHODS[name].Options), help_flag]
+
+
+def named_in(args: Sequence[str], flag: str, values: Collection[str]) -> str | None:
+    """The last value that a flag has among arguments, if it is one of these."""
+    given = [value for name, value in zip(args, args[1:], strict=False) if name == flag]
+    given += [arg.removeprefix(f'{flag}=') for arg in args if arg.startswith(f'{flag}=')]
+    return next((value for value in reversed(given) if value in values), None)
+
+
+def options_given(method: str, settings: dict[str, Any]) -> MethodOptions:
+    """Takes the method's options out of a command's settings."""
+    kind = METHODS[method].Options
+    return kind(**{field.name: settings.pop(field.name) for field in dataclasses.fields(kind)})
 
 
 def job_flags(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from padseg.commands.flags import job_flags, option_flags, reading_flags
+from padseg.commands.flags import MethodCommand, job_flags, options_given, reading_flags
 from padseg.commands.run import as_events, start_run
 from padseg.errors import UsageError
-from padseg.methods.options import LabelOptions
 
 
-@click.command('label')
+class ClassesCommand(MethodCommand):
+    task = 'classes'
+
+
+@click.command('label', cls=ClassesCommand)
 @click.option('--classes', help='names of the classes, separated by commas: "cat, grass, sky"')
 @click.option('--classes-file', type=click.Path(path_type=Path), help='a text file with one name a line, in place of --classes')
 @job_flags
 @reading_flags
-@partial(option_flags, of=LabelOptions)
-def command(classes: str | None, classes_file: Path | None, log_json: bool, **settings: Any) -> int:
+def command(classes: str | None, classes_file: Path | None, log_json: bool, method: str, **settings: Any) -> int:
     """Find named classes in every picture of a folder.
 
     As `padseg run`, with label maps whose values are classes, 1 the first name: OUT/classes.json is the legend. 0 is background, where
@@ -31,8 +31,8 @@ def command(classes: str | None, classes_file: Path | None, log_json: bool, **se
     if not settings['source']:
         raise click.UsageError('which pictures? --dir FOLDER')
     with as_events() if log_json else contextlib.nullcontext():
-        options = LabelOptions(**{field.name: settings.pop(field.name) for field in dataclasses.fields(LabelOptions)})
-        return start_run(log_json, options=options, classes=names_of(classes, classes_file), **settings)
+        names = names_of(classes, classes_file)
+        return start_run(log_json, method=method, options=options_given(method, settings), classes=names, **settings)
 
 
 def names_of(classes: str | None, file: Path | None) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,18 @@ import click
 
 from padseg.commands.flags import option_flags
 from padseg.commands.run import report
-from padseg.methods.options import LATER, Options
+from padseg.methods.seg4diff import LATER, Options
 
 
-@click.command('merge')
+class LaterCommand(click.Command):
+    """A command with the options that come after the token maps."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        *own, help_flag = super().get_params(ctx)
+        return [*own, *option_flags(Options, LATER), help_flag]
+
+
+@click.command('merge', cls=LaterCommand)
 @click.argument('made', metavar='OUT', type=click.Path(path_type=Path))
 @click.option('--out', type=click.Path(path_type=Path), required=True, help='folder for the new results')
 @click.option('--dir', 'source', type=click.Path(path_type=Path), help='the pictures (default: where the run found them)')
@@ -22,7 +29,6 @@ from padseg.methods.options import LATER, Options
 @click.option('--workers', type=click.IntRange(min=1), default=1, show_default=True, help='threads that read, and as many that write')
 @click.option('--json', 'as_json', is_flag=True, help='print the counts as one JSON object on stdout')
 @click.option('-q', '--quiet', is_flag=True, help='nothing on stderr but errors')
-@partial(option_flags, only=LATER)
 def command(made: Path, source: Path | None, as_json: bool, quiet: bool, **settings: Any) -> int:
     """Merge the token maps of `padseg run --save-maps --out OUT` again, into another folder.
 
@@ -32,7 +38,7 @@ def command(made: Path, source: Path | None, as_json: bool, quiet: bool, **setti
 
     from padseg.errors import NoImages, UsageError
     from padseg.run.engine import run
-    from padseg.run.job import Job, reading_from
+    from padseg.run.job import Job, settings_from
     from padseg.run.records import read_run
     from padseg.system.progress import shown
 
@@ -41,7 +47,14 @@ def command(made: Path, source: Path | None, as_json: bool, quiet: bool, **setti
         raise NoImages(f'{made} holds no results of `padseg run`')
     if settings['out'].resolve() == made.resolve():
         raise UsageError(f'--out is another folder than {made}, whose results stay')
-    reading = reading_from(earlier.settings)
-    job = Job(source or Path(earlier.source), options=options, maps=made, model=earlier.model.model, reading=reading, **settings)
+    reading = settings_from(earlier.settings).reading
+    job = Job(
+        source or Path(earlier.source),
+        options=options,
+        maps=made,
+        model=earlier.model.model if earlier.model else 'tiny',
+        reading=reading,
+        **settings,
+    )
     counts = run(job, shown(quiet))
     return report(counts, job.out, quiet, as_json)

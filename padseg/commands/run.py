@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import logging
 import sys
@@ -13,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from padseg.commands.flags import job_flags, option_flags, reading, reading_flags
+from padseg.commands.flags import MethodCommand, job_flags, options_given, reading, reading_flags
 from padseg.errors import PadsegError
-from padseg.methods.options import Options
 from padseg.system.progress import EventHandler, Events, event, shown
 
 if TYPE_CHECKING:
@@ -26,13 +24,16 @@ SIGNALLED = 128  # plus the number of the signal, as shells have it
 log = logging.getLogger(__name__)
 
 
-@click.command('run')
+class RegionsCommand(MethodCommand):
+    task = 'regions'
+
+
+@click.command('run', cls=RegionsCommand)
 @click.argument('folders', nargs=-1, metavar='', type=click.Path(path_type=Path))
 @job_flags
 @click.option('--collect', is_flag=True, help='join what shards did: `padseg run --collect OUT`, or --collect OUT1 OUT2 … --out OUT')
 @reading_flags
-@option_flags
-def command(folders: tuple[Path, ...], collect: bool, log_json: bool, **settings: Any) -> int:
+def command(folders: tuple[Path, ...], collect: bool, log_json: bool, method: str, **settings: Any) -> int:
     """Segment every picture of a folder, without labels.
 
     Running it again continues: pictures that are done are skipped, failed ones tried again. Results: OUT/labels (one indexed
@@ -45,8 +46,7 @@ def command(folders: tuple[Path, ...], collect: bool, log_json: bool, **settings
     with as_events() if log_json else contextlib.nullcontext():
         if collect:
             return join(folders, log_json, **settings)
-        options = Options(**{field.name: settings.pop(field.name) for field in dataclasses.fields(Options)})
-        return start_run(log_json, options=options, **settings)
+        return start_run(log_json, method=method, options=options_given(method, settings), **settings)
 
 
 def start_run(log_json: bool, as_json: bool, no_progress: bool, quiet: bool, dry_run: bool, **settings: Any) -> int:

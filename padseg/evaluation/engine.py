@@ -24,7 +24,7 @@ from padseg.system.versions import versions
 from padseg.version import __version__
 
 if TYPE_CHECKING:
-    from padseg.evaluation.predict import NamePredictor, Predictor
+    from padseg.evaluation.predict import Predict
 
 FAILED_SHOWN = 20
 
@@ -38,7 +38,7 @@ class Evaluation(NamedTuple):
     task: Task
     protocol: str
     source: dict[str, Any]
-    predictor: Predictor | NamePredictor | None = None
+    predictor: Predict | None = None
     thresholds: tuple[float, ...] = ()
     missing: int = 0
     out: Path | None = None

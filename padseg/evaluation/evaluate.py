@@ -20,7 +20,7 @@ from padseg.exports.png import read_label_map
 from padseg.images import ImageError, read
 
 if TYPE_CHECKING:
-    from padseg.evaluation.predict import NamePredictor, Predictor
+    from padseg.evaluation.predict import Predict
     from padseg.types import Array, Image
 
 CHUNK = 8  # pictures that a worker takes at once
@@ -86,7 +86,7 @@ def score_pair(task: Task, pair: tuple[Sample, dict[str, Path]]) -> PictureScore
     return score_sample(task._replace(preds=preds), sample)
 
 
-def score_sample(task: Task, sample: Sample, predictor: Predictor | NamePredictor | None = None) -> PictureScores:
+def score_sample(task: Task, sample: Sample, predictor: Predict | None = None) -> PictureScores:
     """The record of one picture, from its stored label map or from the predictor; a file that cannot be read makes it a failed one."""
     stamp = stamp_of(*sample.truths, sample.image if predictor else task.preds[sample.name])
     try:

@@ -1,110 +1,99 @@
-"""A model's predictions at the compared pixels, and the token maps they came from, kept so that another threshold needs no forward."""
+"""A method's predictions at the compared pixels, and the token maps they came from, kept so that another threshold needs no forward."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
 from padseg.backbones import Backbone
-from padseg.backbones.texts import texts_of
 from padseg.errors import UsageError
 from padseg.evaluation.protocols import View, seen_prediction
 from padseg.exports.png import write_label_map
-from padseg.methods.open_vocabulary import Naming, class_maps, classified, naming_of
-from padseg.methods.options import LabelOptions, Options, Resolved
-from padseg.methods.stages.label_map import label_map
-from padseg.methods.stages.proposals import merge
+from padseg.methods import Method
 from padseg.methods.stages.saved_maps import forward_settings, read_maps, write_maps
-from padseg.methods.stages.superpixels import superpixels
-from padseg.methods.stages.token_maps import token_maps
-from padseg.types import Array, Frame, Image, LabelMap, TokenMaps
+from padseg.types import Array, Frame, Image, LabelMap
 
 PROMPTS_KEPT = 64  # in memory: many pictures show the same classes
+NAMES = ('present', 'all')
+
+# From a picture's name, its pixels (H, W, 3), what is compared of it and the classes that its truth shows: one prediction (h, w) a setting.
+Predict = Callable[[str, Image, View, Sequence[int]], list[Array]]
 
 
-class Predictor(NamedTuple):
-    """Label maps of pictures. thresholds: one prediction each. out: folder for labels/ and, with keep_maps, maps/; None keeps nothing."""
+def predict_regions(
+    method: Method, prepared: Any, thresholds: Sequence[float] = (), out: Path | None = None, keep_maps: bool = False
+) -> Predict:
+    """Regions, 0 = unassigned, one prediction for each threshold. out: folder for labels/ and, with keep_maps, maps/; None keeps nothing."""
+    settings = [prepared._replace(options=dataclasses.replace(prepared.options, threshold=value)) for value in thresholds] or [prepared]
 
-    backbone: Backbone
-    options: Options
-    thresholds: tuple[float, ...] = ()
-    out: Path | None = None
-    keep_maps: bool = False
+    def predict(name: str, image: Image, where: View, present: Sequence[int] = ()) -> list[Array]:
+        maps = kept_maps(method, prepared, image, out / 'maps' / f'{name}.npz') if out and keep_maps else method.maps([image], prepared)[0]
+        predictions = [compared_labels(method, each, image, maps, where) for each in settings]
+        if out:
+            write_label_map(LabelMap(predictions[0], ()), out / 'labels' / f'{name}.png')
+        return predictions
 
-    def __call__(self, name: str, image: Image, where: View, present: Sequence[int] = ()) -> list[Array]:
-        """Label maps of a picture (H, W, 3) at the compared pixels, 0 = unassigned: (h, w) for each threshold, whatever is present."""
-        options = self.options.resolve(self.backbone.spec)
-        maps = self.maps(name, image, options)
-        inside = superpixels(image, options.superpixels) if options.superpixels else None  # (H, W)
-        found = [predicted(image, maps, inside, where, options, threshold) for threshold in self.thresholds or (options.threshold,)]
-        if self.out:
-            write_label_map(LabelMap(found[0], ()), self.out / 'labels' / f'{name}.png')
-        return found
-
-    def maps(self, name: str, image: Image, options: Resolved) -> TokenMaps:
-        """The picture's token maps: those kept by an earlier run with the same settings, or new ones."""
-        if not (self.out and self.keep_maps):
-            return token_maps(image, self.backbone, self.options)
-        path = self.out / 'maps' / f'{name}.npz'
-        made_by = forward_settings(self.backbone, options)
-        kept = read_maps(path, made_by)
-        if kept is None:
-            kept = token_maps(image, self.backbone, self.options)
-            write_maps(kept, path, made_by)
-        return kept
+    return predict
 
 
-class NamePredictor:
-    """The classes of pixels by their names. classes: of the data set, the number of one is its place; background: which of them it is.
+def kept_maps(method: Method, prepared: Any, image: Image, path: Path) -> Any:
+    """The picture's token maps: those kept by an earlier run with the same settings, or new ones."""
+    made_by = forward_settings(prepared.backbone, prepared.options)
+    maps = read_maps(path, made_by)
+    if maps is None:
+        maps = method.maps([image], prepared)[0]
+        write_maps(maps, path, made_by)
+    return maps
+
+
+def compared_labels(method: Method, prepared: Any, image: Image, maps: Any, where: View) -> Array:
+    """The label map at the compared pixels. Where the model saw just what is compared, maps are enlarged straight to that size."""
+    if maps is not None and maps.frame.box == where.box:
+        direct = maps._replace(frame=Frame(where.size, (0, 0, *where.size)))
+        return method.labels(np.ascontiguousarray(seen_prediction(image, where)), direct, prepared).labels
+    return seen_prediction(method.labels(image, maps, prepared).labels, where)
+
+
+def predict_classes(
+    method: Method,
+    backbone: Backbone | None,
+    options: Any,
+    classes: Sequence[str],
+    background: int | None,
+    names: str = NAMES[0],
+    out: Path | None = None,
+) -> Predict:
+    """The class of every compared pixel, as a number from 0. classes: of the data set; background: which of them it is.
 
     names: 'present', only those that the ground truth of a picture has are looked for in it, as Seg4Diff does; 'all': all of them.
     """
+    keep = names == 'all'  # prompts of single pictures would fill the cache
 
-    def __init__(
-        self, backbone: Backbone, options: LabelOptions, classes: Sequence[str], background: int | None, names: str, out: Path | None
-    ) -> None:
-        self.backbone, self.options, self.classes, self.background, self.names, self.out = (
-            backbone,
-            options,
-            classes,
-            background,
-            names,
-            out,
-        )
-        texts = texts_of(backbone, keep=names == 'all')  # prompts of single pictures would fill the cache
-        wanted = lru_cache(PROMPTS_KEPT)(lambda chosen: naming_of(backbone, [classes[number] for number in chosen], options, texts))
-        self.naming: Callable[[tuple[int, ...]], Naming] = wanted
+    @lru_cache(PROMPTS_KEPT)
+    def prepared_for(chosen: tuple[int, ...]) -> Any:
+        return method.prepare(backbone, options, [classes[number] for number in chosen], keep)
 
-    def __call__(self, name: str, image: Image, where: View, present: Sequence[int] = ()) -> list[Array]:
-        """The class of every compared pixel of a picture (H, W, 3), as a number from 0: one (h, w). present: its classes."""
-        chosen = tuple(present) if self.names == 'present' else tuple(range(len(self.classes)))
-        found = np.zeros(where.size, np.int32)
+    def predict(name: str, image: Image, where: View, present: Sequence[int] = ()) -> list[Array]:
+        chosen = tuple(present) if names == 'present' else tuple(range(len(classes)))
+        numbers = np.zeros(where.size, np.int32)
         if chosen:
-            naming = self.naming(chosen)
-            labels = classified(image, class_maps([image], naming)[0], naming.classes, naming.options).labels
-            found = np.array([self.otherwise(labels), *chosen], np.int32)[seen_prediction(labels, where)]
-        if self.out:
-            write_label_map(LabelMap(found, ()), self.out / 'labels' / f'{name}.png')
-        return [found]
+            prepared = prepared_for(chosen)
+            labels = method.labels(image, method.maps([image], prepared)[0], prepared).labels
+            numbers = np.array([otherwise(labels, background), *chosen], np.int32)[seen_prediction(labels, where)]
+        if out:
+            write_label_map(LabelMap(numbers, ()), out / 'labels' / f'{name}.png')
+        return [numbers]
 
-    def otherwise(self, labels: Array) -> int:
-        """The class of pixels that were given none. UsageError if there are such and it is not to be had."""
-        if self.background is None and not labels.all():
-            raise UsageError('the data set has no class for pixels without class, which --background-below and some geometries leave')
-        return self.background or 0
+    return predict
 
 
-def predicted(image: Image, maps: TokenMaps, inside: Array | None, where: View, options: Resolved, threshold: float) -> Array:
-    """The label map at the compared pixels. Where the model saw just what is compared, maps are enlarged straight to that size."""
-    proposals = merge(maps, threshold, options.normalisation)
-    direct = maps.frame.box == where.box
-    if direct:
-        proposals = proposals._replace(frame=Frame(where.size, (0, 0, *where.size)))
-        image = np.ascontiguousarray(seen_prediction(image, where))
-        inside = None if inside is None else seen_prediction(inside, where)
-    labels = label_map(proposals, inside, options.components, options.min_area, image, options.refine, options.join).labels
-    return labels if direct else seen_prediction(labels, where)
+def otherwise(labels: Array, background: int | None) -> int:
+    """The class of pixels that were given none. UsageError if there are such pixels and the data set has no class for them."""
+    if background is None and not labels.all():
+        raise UsageError('the data set has no class for pixels without class, which --background-below and some geometries leave')
+    return background or 0

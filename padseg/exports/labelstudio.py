@@ -40,7 +40,7 @@ SIZES = (3, 4, 8, 16)  # bits of a run's length; a run is written with the first
 def writer(place: Place) -> Iterator[Add]:
     """Write tasks.json and interface.xml; pictures are addressed as files of a local storage, seen from the folder above theirs."""
     folder = Path(os.path.abspath(place.images)).name
-    model = ' '.join(filter(None, ('padseg', place.made_by['version'], place.made_by['model'])))
+    model = ' '.join(filter(None, ('padseg', place.made_by['version'], place.made_by.get('model') or place.made_by.get('method'))))
     with atomic(place.folder / TASKS) as temporary, temporary.open('w', encoding='ascii') as file:
         file.write('[')
         separators = itertools.chain(['\n'], itertools.repeat(',\n'))

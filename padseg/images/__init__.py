@@ -9,11 +9,12 @@ import tempfile
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn
 
 import numpy as np
+import PIL.Image
 
-from padseg.errors import NoImages
+from padseg.errors import NoImages, UsageError
 from padseg.images.decode import (
     DAMAGE,
     DECODERS,
@@ -27,10 +28,11 @@ from padseg.images.decode import (
     Reading,
     count_frames,
     decode,
+    decode_pillow,
     decode_with_notes,
     reasons,
 )
-from padseg.types import Image
+from padseg.types import Array, Image
 
 # The rest of the package has all that is about pictures from here.
 __all__ = [
@@ -47,7 +49,9 @@ __all__ = [
     'ImageError',
     'Readable',
     'Reading',
+    'WrongPicture',
     'as_image',
+    'as_images',
     'collisions',
     'contents',
     'decode',
@@ -59,9 +63,14 @@ __all__ = [
     'read',
 ]
 
-Readable = Image | str | Path  # a picture, or where its file is
+Readable = Image | PIL.Image.Image | str | Path | IO[bytes]  # a picture, or where its file is
+KINDS = 'a picture is a path, a file opened for reading bytes, a PIL image, or a uint8 array (H, W), (H, W, 3) RGB or (H, W, 4) RGBA'
 FRAME = re.compile(r'(.+)\.f(\d{4})', re.DOTALL)
 SUFFIXES = frozenset('.jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .tif .tiff .gif .ppm .pgm .pbm .pnm'.split())
+
+
+class WrongPicture(UsageError, ValueError):
+    """An argument that is no picture; the message names what is."""
 
 
 class Found(NamedTuple):
@@ -144,13 +153,46 @@ def ignores_case(folder: Path) -> bool:
         return path.with_name(path.name.swapcase()).exists()
 
 
+def as_images(image: Any) -> list[Image]:
+    """The pictures of a list or a tuple, or the one that this is."""
+    return [as_image(each) for each in image] if isinstance(image, (list, tuple)) else [as_image(image)]
+
+
 def as_image(image: Readable) -> Image:
-    """The picture itself, or the one that a path leads to. ValueError for an array that is no (H, W, 3) uint8 picture."""
+    """A picture, from whatever a person has of it, as (H, W, 3) uint8 RGB.
+
+    A path, an open file or a PIL image is read as `read` does: upright, transparent parts on white. An array is (H, W) grey, (H, W, 3)
+    RGB or (H, W, 4) RGBA of uint8. Raises WrongPicture for anything else, ImageError for a file that is no picture, OSError.
+    """
     if isinstance(image, (str, Path)):
         return read(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise ValueError(f'expected a picture (H, W, 3) uint8; got shape {image.shape}, {image.dtype}')
-    return image
+    if isinstance(image, PIL.Image.Image):
+        return decode_pillow(image)
+    if isinstance(image, np.ndarray):
+        return from_array(image)
+    if hasattr(image, 'read'):
+        return from_file(image)
+    raise WrongPicture(f'{KINDS}; got {type(image).__name__}')
+
+
+def from_array(array: Array) -> Image:
+    """A picture from an array of samples."""
+    form = f'{array.dtype} of shape {array.shape}'
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or not array.size or (array.ndim == 3 and array.shape[2] not in (3, 4)):
+        raise WrongPicture(f'{KINDS}; got an array of {form}')
+    if array.ndim == 3 and array.shape[2] == 3:
+        return np.ascontiguousarray(array)
+    return decode_pillow(PIL.Image.fromarray(np.ascontiguousarray(array)))
+
+
+def from_file(file: Any) -> Image:
+    """A picture from a file that is open for reading bytes, from where it stands."""
+    data = file.read(MAX_BYTES + 1)
+    if not isinstance(data, bytes):
+        raise WrongPicture(f'{KINDS}; got a file opened as text: open it with "rb"')
+    if len(data) > MAX_BYTES:
+        raise ImageError(f'file of more than {MAX_BYTES} bytes')
+    return decode(data, Reading())
 
 
 def read(path: str | Path, reading: Reading = Reading()) -> Image:

@@ -98,6 +98,13 @@ def decode(data: bytes, reading: Reading = Reading(), frame: int = 0) -> Image:
     return decode_with_notes(data, reading, frame).image
 
 
+def decode_pillow(picture: PIL.Image.Image) -> Image:
+    """The picture in a Pillow image, (H, W, 3) uint8 RGB, by the rules for files: upright, transparent parts on white. Raises ImageError."""
+    with reasons():
+        check_size(picture, Reading())
+        return unpacked(picture, Reading(), ()).image
+
+
 def decode_with_notes(data: bytes, reading: Reading = Reading(), frame: int = 0) -> Decoded:
     """The picture in a file's bytes with what there is to say of it. Raises ImageError with the reason.
 
@@ -141,7 +148,7 @@ def opened(file: IO[bytes], reading: Reading) -> ImageFile:
     return picture
 
 
-def check_size(picture: ImageFile, reading: Reading) -> None:
+def check_size(picture: PIL.Image.Image, reading: Reading) -> None:
     if picture.width * picture.height > reading.max_pixels:
         raise ImageError(f'size {picture.width}x{picture.height} exceeds {reading.max_pixels} pixels')
 
@@ -180,7 +187,7 @@ def frame_notes(data: bytes, picture: ImageFile, reading: Reading) -> tuple[str,
     return (f'first of {many} frames',) if reading.frames == 'first' and number > 1 else ()
 
 
-def unpacked(picture: ImageFile, reading: Reading, notes: tuple[str, ...]) -> Decoded:
+def unpacked(picture: PIL.Image.Image, reading: Reading, notes: tuple[str, ...]) -> Decoded:
     """A frame whose size was checked, decoded. Raises ImageError for samples of no known range, and what Pillow raises on damage."""
     bounds = None
     if is_deep(picture):
@@ -208,7 +215,7 @@ def unpacked(picture: ImageFile, reading: Reading, notes: tuple[str, ...]) -> De
     return Decoded(np.ascontiguousarray(image), void, (height, width), notes + turn_notes + profile_notes)
 
 
-def turning(picture: ImageFile, reading: Reading) -> tuple[int, tuple[str, ...]]:
+def turning(picture: PIL.Image.Image, reading: Reading) -> tuple[int, tuple[str, ...]]:
     """The key in TURNS for what is to be done with a picture after it was loaded, and a note if that cannot be known."""
     try:
         exif = picture.getexif()
@@ -224,7 +231,7 @@ def turning(picture: ImageFile, reading: Reading) -> tuple[int, tuple[str, ...]]
     return orientation if reading.exif == 'apply' else 1, ()
 
 
-def profile_for(picture: ImageFile) -> tuple[Profile, tuple[str, ...]]:
+def profile_for(picture: PIL.Image.Image) -> tuple[Profile, tuple[str, ...]]:
     """The colour profile that is embedded in a picture, if it can be used, and notes on how colours are converted."""
     plainly = (f'converted from {picture.mode}',) if picture.mode in CONVENTIONS else ()
     data = picture.info.get('icc_profile')

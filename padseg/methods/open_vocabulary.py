@@ -1,162 +1,274 @@
-"""Names for masks: which of several classes each part of a picture is, from the attention to their names in the prompt.
+"""Open vocabulary: which of several named classes each part of a picture is, from the attention to their names in the prompt.
 
-Words and padding tokens go one way: a prompt differs from the empty one in its text and in the columns that are read of it.
+Seg4Diff, Sec. 4.3; Yamaguchi and Yanai. Words and pad tokens go one way: a prompt differs from the empty one in its text and in the
+columns that are read of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from padseg.backbones import Backbone
-from padseg.backbones.texts import Texts, texts_of
+from padseg.backbones import opened
 from padseg.errors import UsageError
-from padseg.images import Readable, as_image
-from padseg.methods.options import LabelOptions, ResolvedLabels
-from padseg.methods.seg4diff import batched, regions
-from padseg.methods.stages.label_map import label_map, upsample
-from padseg.methods.stages.latents import encode_steps
-from padseg.methods.stages.prompts import checked, prompts_of
-from padseg.methods.stages.proposals import EPS
-from padseg.methods.stages.runs import mean_inside, painted, runs_of
-from padseg.methods.stages.superpixels import superpixels
-from padseg.methods.stages.token_maps import latent_token_maps, maps_of_layers
-from padseg.types import Array, Image, LabelMap, Prompt, Proposals, TokenMaps
+from padseg.images import Readable, as_images
+from padseg.methods import seg4diff, stages
+from padseg.methods.options import (
+    REFINEMENTS,
+    SHARE,
+    Range,
+    check_options,
+    filled,
+    geometry_option,
+    in_list,
+    model_settings,
+    option,
+    own,
+    plain_settings,
+    require,
+    require_family,
+    seed_option,
+    side_option,
+)
+from padseg.types import LabelMap, Proposals, TokenMaps
 
+if TYPE_CHECKING:
+    from padseg.backbones import Backbone
+    from padseg.backbones.spec import Spec
+    from padseg.methods.options import Setting
+    from padseg.types import Array, Image, Latent, Prompt
+
+TASK = 'classes'
+FAMILIES = frozenset({'sd3', 'flux'})
+PROMPTS = ('joined', 'template', 'per-class')
+ENCODERS = ('l', 'g', 'l+g', 't5', 'l+g+t5')
+COLUMNS = ('clip', 't5', 'both')
+UNUSED = ('zeros', 'dropped')
+SCORES = ('raw', 'minmax', 'minmax-token', 'share')
+NAMED = ('words', 'proposals')
+COLUMNS_OF = {'l': 'clip', 'g': 'clip', 'l+g': 'clip', 't5': 't5', 'l+g+t5': 'both'}  # whose tokens have columns, by encoders
 BACKGROUND = '(background)'  # the name of the map of all background words
 
 
-class Naming(NamedTuple):
-    """A model with the classes that it is to find."""
+@dataclasses.dataclass(frozen=True)
+class LabelOptions:
+    """Options of names for masks; what is left open is the model's own, or what the other options imply: `resolve` fills it in.
 
-    backbone: Backbone
+    Raises UsageError for a value outside its range, with the range in the message.
+    """
+
+    layers: tuple[int, ...] = own(
+        'blocks whose maps are averaged, from one forward, counted from 0', range=Range('different numbers from 0 on', 0)
+    )
+    steps: tuple[int, ...] = own('noise levels whose maps are averaged, a forward each', range=Range('different numbers from 1 on', 1))
+    head: int | None = option(None, 'one attention head, counted from 0', default='the mean of all', range=Range('counted from 0', 0))
+    prompt: str = option(
+        'joined', 'how names become a prompt: joined by spaces, "a photo of a …, …", or one prompt a class', choices=PROMPTS
+    )
+    encoders: str = own('text encoders that are used: CLIP-L, CLIP-G, T5', choices=ENCODERS)
+    unused: str = option('zeros', "what stands in T5's places where T5 is not used", choices=UNUSED)
+    columns: str = own("whose tokens' attention is read", choices=COLUMNS, default="the encoders' own")
+    softmax: bool = option(True, 'read shares of the attention, not the scores before the softmax')
+    scores: str = own(
+        'scores of classes as they are, from 0 to 1 over the picture (by class or by token), or as shares over classes',
+        choices=SCORES,
+        default='raw; minmax with per-class',
+    )
+    background_words: tuple[str, ...] = option((), 'further names: what scores highest for one of them is background', default='none')
+    background_below: float | None = option(
+        None,
+        'pixels whose best score is below this are background',
+        default='none',
+        range=Range('a finite number', -math.nextafter(math.inf, 0), math.inf),
+    )
+    on: str = option(
+        'words', 'what is named: every pixel by its words, or the proposals of `padseg run` by the mean score inside', choices=NAMED
+    )
+    geometry: str = geometry_option()
+    side: int = side_option()
+    refine: str = own('how maps are enlarged, as for `padseg run`', choices=REFINEMENTS)
+    superpixels: float = own(
+        'superpixels inside which maps are averaged, as for `padseg run`', range=Range('a finite scale >= 0', 0, math.inf)
+    )
+    min_area: float = own('parts below this share of the picture go to the neighbour with the longest common border', range=SHARE)
+    seed: int = seed_option()
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        require(self.softmax or self.scores != 'share', 'scores before the softmax have no shares: softmax with share')
+
+    def resolve(self, spec: Spec) -> LabelOptions:
+        """These options on a model, with nothing left open. UsageError for what the model does not have, or what contradicts itself."""
+        resolved = filled(self, settings_of(spec) | (seg4diff.UNREFINED if self.geometry != 'whole' else {}))
+        used = COLUMNS_OF[resolved.encoders]
+        resolved = filled(resolved, {'columns': used, 'scores': 'minmax' if self.prompt == 'per-class' else 'raw'})
+        layers, steps, encoders = resolved.layers, resolved.steps, resolved.encoders
+        require(max(layers) < spec.layers, f'layers are of 0..{spec.layers - 1} for {spec.repo}; got {in_list(layers)}')
+        require(max(steps) <= spec.steps, f'steps are of 1..{spec.steps} for {spec.repo}; got {in_list(steps)}')
+        require(used in ('both', resolved.columns), f'columns of {resolved.columns} need its encoder; encoders are {encoders}')
+        require(
+            not (encoders in ('t5', 'l+g+t5') and self.unused == 'dropped'),
+            f'T5 is dropped only where it is not used; encoders are {encoders}',
+        )
+        return resolved
+
+
+Options = LabelOptions
+
+
+def settings_of(spec: Spec) -> dict[str, Any]:
+    """The method's settings for a model: noise level and refinements of Seg4Diff's, and over them what the model's folder states."""
+    regions = seg4diff.settings_of(spec)
+    shared = {name: regions[name] for name in ('side', 'refine', 'superpixels', 'min_area')}
+    row = {'layers': (spec.layer,), 'steps': (regions['step'],), 'encoders': spec.encoders, **shared}
+    return model_settings(LabelOptions, 'open-vocabulary', spec, row)
+
+
+class Prepared(NamedTuple):
+    """A model with the classes that it is to find. proposals: how the regions are made that are named; None where words name pixels."""
+
+    options: LabelOptions
     classes: tuple[str, ...]
     prompts: tuple[Prompt, ...]
-    options: ResolvedLabels
+    proposals: seg4diff.Prepared | None
+    backbone: Backbone
 
 
-def label(image: Readable, backbone: Backbone, classes: Sequence[str], options: LabelOptions = LabelOptions()) -> LabelMap:
-    """The class of every pixel of a picture, (H, W, 3) uint8 RGB or a path: 1..C by their order, 0 = background or not looked at.
+def deepest(options: LabelOptions, spec: Spec) -> int | None:
+    """The last block that is read: what comes after it need not be loaded."""
+    layers = options.layers or (spec.layer,)
+    return max(*layers, spec.layer) if options.on == 'proposals' else max(layers)
 
-    Seg4Diff, Sec. 4.3; Yamaguchi and Yanai. UsageError for names that are none, there twice, too long, or unknown to the tokenizers.
+
+def prepare(backbone: Backbone, options: LabelOptions, classes: Sequence[str] = (), keep: bool = True) -> Prepared:
+    """The prompts of all names, encoded once; keep: also in padseg's cache.
+
+    UsageError for options that the model cannot take, and for names that are none, twice the same, too long, or unknown to the tokenizers.
     """
-    naming = naming_of(backbone, classes, options)
-    image = as_image(image)
-    return classified(image, class_maps([image], naming)[0], naming.classes, naming.options)
+    from padseg.backbones.texts import texts_of
 
-
-def score_maps(image: Readable, backbone: Backbone, classes: Sequence[str], options: LabelOptions = LabelOptions()) -> TokenMaps:
-    """The scores that `label` decides by, (C, h, w) with the classes' names."""
-    return class_maps([as_image(image)], naming_of(backbone, classes, dataclasses.replace(options, on='words')))[0]
-
-
-def naming_of(backbone: Backbone, classes: Sequence[str], options: LabelOptions, texts: Texts | None = None) -> Naming:
-    """The prompts of all names, encoded once. texts: the model's reader, if there is one already."""
+    require_family('open-vocabulary', FAMILIES, backbone)
+    if isinstance(classes, (str, set, frozenset)):
+        raise UsageError(f'classes are a list of names in their order, such as ["cat", "grass"]; got {type(classes).__name__}')
     resolved = options.resolve(backbone.spec)
-    for layer in (*resolved.layers, *((resolved.proposals.layer,) if resolved.proposals else ())):
+    for layer in resolved.layers:
         backbone.attention_module(layer)  # refused now if it was not read
     heads = backbone.transformer.config.num_attention_heads
     if resolved.head is not None and resolved.head >= heads:
         raise UsageError(f'head is one of 0..{heads - 1} for {backbone.identity.model}; got {resolved.head}')
-    names = checked(classes)
-    everything = checked([*names, *resolved.background_words])
-    return Naming(backbone, names, tuple(prompts_of(everything, texts or texts_of(backbone), resolved)), resolved)
+    names = stages.checked_names(classes)
+    everything = stages.checked_names([*names, *resolved.background_words])
+    prompts = tuple(stages.prompts_of(everything, texts_of(backbone, keep), resolved))
+    proposals = seg4diff.prepare(backbone, proposal_options(options)) if options.on == 'proposals' else None
+    return Prepared(resolved, names, prompts, proposals, backbone)
 
 
-def class_maps(images: Sequence[Image], naming: Naming) -> list[TokenMaps]:
+def proposal_options(options: LabelOptions) -> seg4diff.Options:
+    """What `padseg run` would do with the same picture."""
+    return seg4diff.Options(**{name: getattr(options, name) for name in ('geometry', 'side', 'refine', 'superpixels', 'min_area', 'seed')})
+
+
+def maps(images: Sequence[Image], prepared: Prepared) -> list[TokenMaps]:
     """Scores of the classes in several pictures, (C, h, w) each; after them that of the background's words, if there are any, and for
     proposals the 77 token maps of the empty prompt."""
-    options, backbone = naming.options, naming.backbone
-    steps = list(dict.fromkeys((*options.steps, *((options.proposals.step,) if options.proposals else ()))))
-    latents = [encode_steps(image, backbone, options, steps) for image in images]  # one a step
-    found: list[list[Tensor]] = [[] for _ in images]
-    for prompt in naming.prompts:
-        reading = dataclasses.replace(backbone, prompt=prompt)
-        by_step = []
-        for number in range(len(options.steps)):
-            read = partial(maps_of_layers, backbone=reading, layers=options.layers, head=options.head, softmax=options.softmax)
-            maps = batched([each[number] for each in latents], backbone, read)
-            by_step.append([each.maps for each in maps])  # (T, h, w) each
-        for own, several in zip(found, zip(*by_step, strict=True), strict=True):
-            own.append(means(torch.stack(several).mean(0), prompt, options.scores))
-    names = naming.classes + ((BACKGROUND,) if options.background_words else ())
-    scored = [scale_scores(torch.cat(own), len(naming.classes), options.scores) for own in found]
-    results = [TokenMaps(maps, names, frames[0].frame) for maps, frames in zip(scored, latents, strict=True)]
-    if options.proposals:
-        noised = [each[steps.index(options.proposals.step)] for each in latents]
-        pads = batched(noised, backbone, partial(latent_token_maps, backbone=backbone, options=options.proposals))
-        results = [
-            TokenMaps(torch.cat((own.maps, pad.maps)), own.names + pad.names, own.frame) for own, pad in zip(results, pads, strict=True)
-        ]
-    return results
+    options, classes, prompts, proposals, backbone = prepared
+    steps = list(dict.fromkeys((*options.steps, *((proposals.options.step,) if proposals else ()))))
+    latents = [stages.encode_steps(image, backbone, options, steps) for image in images]  # one a step
+    scores: list[list[Any]] = [[] for _ in images]
+    for prompt in prompts:
+        read = partial(reading, prompt=prompt, prepared=prepared)
+        by_step = [stages.batched([each[number] for each in latents], backbone, read) for number in range(len(options.steps))]
+        for own_scores, several in zip(scores, zip(*by_step, strict=True), strict=True):
+            own_scores.append(stages.means(stages.mean_of_steps([each.maps for each in several]), prompt, options.scores))
+    names = classes + ((BACKGROUND,) if options.background_words else ())
+    scaled = [stages.scale_scores(stages.joined_maps(own_scores), len(classes), options.scores) for own_scores in scores]
+    results = [TokenMaps(each, names, of_steps[0].frame) for each, of_steps in zip(scaled, latents, strict=True)]
+    if not proposals:
+        return results
+    noised = [each[steps.index(proposals.options.step)] for each in latents]
+    pads = stages.batched(noised, backbone, partial(stages.latent_token_maps, backbone=backbone, options=proposals.options))
+    return [
+        TokenMaps(stages.joined_maps([words.maps, pad.maps]), words.names + pad.names, words.frame)
+        for words, pad in zip(results, pads, strict=True)
+    ]
 
 
-def means(maps: Tensor, prompt: Prompt, scores: str) -> Tensor:
-    """The map of each name of a prompt from those of its tokens: (T, h, w) -> (C, h, w)."""
-    if scores == 'minmax-token':
-        maps = minmax(maps)
-    weighted = maps * torch.tensor(prompt.weights, device=maps.device)[:, None, None]
-    names = np.array(prompt.names)
-    return torch.stack([weighted[torch.from_numpy(names == name)].sum(0) for name in dict.fromkeys(prompt.names)])
-
-
-def scale_scores(maps: Tensor, classes: int, scores: str) -> Tensor:
-    """The maps of classes and background words as scores: (C + B, h, w) -> (C, h, w), or (C + 1, h, w) with the best background word."""
-    if scores == 'minmax':
-        maps = minmax(maps)
-    if scores == 'share':
-        maps = maps / maps.sum(0, keepdim=True).clamp_min(EPS)
-    background = maps[classes:]
-    return torch.cat((maps[:classes], background.amax(0, keepdim=True))) if len(background) else maps
-
-
-def minmax(maps: Tensor) -> Tensor:
-    """Each map from 0 to 1 over space; a flat one is 0."""
-    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    return (maps - low) / (high - low).clamp_min(EPS)
-
-
-def classified(image: Image, maps: TokenMaps, classes: tuple[str, ...], options: ResolvedLabels) -> LabelMap:
-    """The class of every pixel from what `class_maps` gave: no forward is needed."""
+def labels(image: Image, maps: TokenMaps, prepared: Prepared) -> LabelMap:
+    """The class of every pixel, 1..C by their order, 0 = background or not looked at: no forward is needed."""
+    options, classes, _, proposals, _ = prepared
     count = len(classes) + bool(options.background_words)
     scores = TokenMaps(maps.maps[:count], maps.names[:count], maps.frame)
-    if options.proposals:
+    if proposals:
         pads = TokenMaps(maps.maps[count:], maps.names[count:], maps.frame)
-        return name_regions(regions(image, pads, options.proposals), scores, classes, options.background_below)
-    values = scores.maps.double()
-    if options.background_below is not None:  # wins where nothing is above it
-        values = torch.cat((values, torch.full_like(values[:1], options.background_below)))
-    inside = superpixels(image, options.superpixels) if options.superpixels else None  # (H, W)
-    proposals = Proposals(values, tuple((number,) for number in range(len(values))), maps.frame)
-    found = label_map(proposals, inside, options.min_area > 0, options.min_area, image, options.refine)
-    return as_classes(found.labels, [number for (number,) in found.tokens], classes)
+        return name_regions(seg4diff.labels(image, pads, proposals), scores, classes, options.background_below)
+    values = stages.with_floor(scores.maps, options.background_below)  # what is below it everywhere else wins nowhere
+    inside = stages.superpixels_of(image, options.superpixels) if options.superpixels else None  # (H, W)
+    strongest = Proposals(values, tuple((number,) for number in range(len(values))), maps.frame)
+    regions = stages.label_map(strongest, inside, options.min_area > 0, options.min_area, image, options.refine)
+    return as_classes(regions.labels, [number for (number,) in regions.tokens], classes)
 
 
-def name_regions(found: LabelMap, scores: TokenMaps, classes: tuple[str, ...], below: float | None = None) -> LabelMap:
+def reading(latents: list[Latent], prompt: Prompt, prepared: Prepared) -> list[TokenMaps]:
+    """The maps of a prompt's picked tokens in latents of one shape, means over the layers that are read, (T, h, w) each."""
+    options, backbone = prepared.options, dataclasses.replace(prepared.backbone, prompt=prompt)
+    return stages.maps_of_layers(latents, backbone, options.layers, options.head, options.softmax)
+
+
+def recorded(options: LabelOptions, spec: Spec) -> dict[str, Setting]:
+    """What decides the results, for a record: the options, and those of the proposals that are named."""
+    proposals: dict[str, Setting] = {'proposals': None}
+    if options.on == 'proposals':
+        proposals = {f'proposals_{name}': value for name, value in seg4diff.recorded(proposal_options(options), spec).items()}
+    return {**plain_settings(options.resolve(spec)), **proposals}
+
+
+def name_regions(regions: LabelMap, scores: TokenMaps, classes: tuple[str, ...], below: float | None = None) -> LabelMap:
     """Regions named by the highest mean score inside them: the class of every pixel. below: mean score of what is background."""
-    means = mean_scores(found, scores)  # (K, C)
+    means = mean_scores(regions, scores)  # (K, C)
     best = means.argmax(1)
     if below is not None:
         best[means.max(1, initial=-np.inf) < below] = len(classes)
-    return as_classes(found.labels, best.tolist(), classes)
+    return as_classes(regions.labels, best.tolist(), classes)
 
 
-def mean_scores(found: LabelMap, scores: TokenMaps) -> Array:
+def mean_scores(regions: LabelMap, scores: TokenMaps) -> Array:
     """Mean of every score over the pixels of every region: (K, C)."""
     top, left, height, width = scores.frame.box
-    runs = runs_of(found.labels[top : top + height, left : left + width])
-    enlarged = (upsample(values, (height, width)) for values in scores.maps.cpu().numpy())
-    return np.stack([mean_inside(runs, values) for values in enlarged], 1)[runs.names > 0]
+    runs = stages.runs_of(regions.labels[top : top + height, left : left + width])
+    enlarged = (stages.upsample(values, (height, width)) for values in scores.maps.cpu().numpy())
+    return np.stack([stages.mean_inside(runs, values) for values in enlarged], 1)[runs.names > 0]
 
 
 def as_classes(labels: Array, numbers: Sequence[int], classes: tuple[str, ...]) -> LabelMap:
     """Regions 1..K as the classes of these numbers, from 0; what is no class, and region 0, becomes 0."""
     table = np.array([0, *(number + 1 if number < len(classes) else 0 for number in numbers)], np.int32)
-    runs = runs_of(labels)
-    return LabelMap(painted(runs, table[runs.names]), (), classes)
+    runs = stages.runs_of(labels)
+    return LabelMap(stages.painted(runs, table[runs.names]), (), classes)
+
+
+@overload
+def label(image: Readable, backbone: Backbone | str, classes: Sequence[str], options: LabelOptions = ...) -> LabelMap: ...
+@overload
+def label(image: list[Any], backbone: Backbone | str, classes: Sequence[str], options: LabelOptions = ...) -> list[LabelMap]: ...
+def label(
+    image: Any, backbone: Backbone | str, classes: Sequence[str], options: LabelOptions = LabelOptions()
+) -> LabelMap | list[LabelMap]:
+    """The class of every pixel of a picture: 1..C by their order, 0 = background or not looked at. Several pictures give a list.
+
+    image, backbone: as for `padseg.segment`. classes: names in a list or a tuple.
+    """
+    pictures = as_images(image)
+    prepared = prepare(opened(backbone, partial(deepest, options)), options, classes)
+    results = [labels(picture, each, prepared) for picture, each in zip(pictures, maps(pictures, prepared), strict=True)]
+    return results if isinstance(image, (list, tuple)) else results[0]
+
+
+def score_maps(image: Readable, backbone: Backbone | str, classes: Sequence[str], options: LabelOptions = LabelOptions()) -> TokenMaps:
+    """The scores that `label` decides by, (C, h, w) with the classes' names."""
+    words = dataclasses.replace(options, on='words')
+    return maps(as_images(image), prepare(opened(backbone, partial(deepest, words)), words, classes))[0]

@@ -1,62 +1,173 @@
-"""The method from picture to label map, as the papers tell it."""
+"""Seg4Diff: regions from the attention of image tokens to the pad tokens of an empty prompt (Kim et al., 2025). Start reading here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
-from padseg.backbones import Backbone
-from padseg.images import Readable, as_image
-from padseg.methods.options import Options, Resolved
-from padseg.methods.stages.label_map import label_map
-from padseg.methods.stages.latents import encode
-from padseg.methods.stages.proposals import merge
-from padseg.methods.stages.superpixels import superpixels
-from padseg.methods.stages.token_maps import latent_token_maps
-from padseg.types import Image, LabelMap, Latent, TokenMaps
+from padseg.backbones import opened
+from padseg.errors import UsageError
+from padseg.images import Readable, as_image, as_images
+from padseg.methods import stages
+from padseg.methods.options import (
+    NORMALISATIONS,
+    REFINEMENTS,
+    SHARE,
+    Range,
+    check_options,
+    filled,
+    geometry_option,
+    model_settings,
+    own,
+    plain_settings,
+    require,
+    require_family,
+    seed_option,
+    side_option,
+)
 
-T = TypeVar('T')
+if TYPE_CHECKING:
+    from padseg.backbones import Backbone
+    from padseg.backbones.spec import Spec
+    from padseg.methods.options import Setting
+    from padseg.types import Image, LabelMap, TokenMaps
 
-
-def segment(image: Readable, backbone: Backbone, options: Options = Options()) -> LabelMap:
-    """Label map (H, W) of a picture, (H, W, 3) uint8 RGB or a path (Seg4Diff, Sec. 4.2)."""
-    return segment_batch([as_image(image)], backbone, options)[0]
-
-
-def segment_batch(images: Sequence[Image], backbone: Backbone, options: Options = Options()) -> list[LabelMap]:
-    """Label maps of several pictures, the same as one by one."""
-    resolved = options.resolve(backbone.spec)
-    maps = token_maps_batch(images, backbone, resolved)  # (T, h, w) each
-    return [regions(image, each, resolved) for image, each in zip(images, maps, strict=True)]  # (H, W) each
-
-
-def token_maps_batch(images: Sequence[Image], backbone: Backbone, options: Resolved) -> list[TokenMaps]:
-    """Token maps of several pictures, (T, h, w) each."""
-    latents = [encode(image, backbone, options) for image in images]  # (1, C, H', W') each
-    return batched(latents, backbone, partial(latent_token_maps, backbone=backbone, options=options))
-
-
-def regions(image: Image, maps: TokenMaps, options: Resolved) -> LabelMap:
-    """Label map (H, W) from the token maps (T, h, w) of a picture: no forward is needed to try another threshold."""
-    proposals = merge(maps, options.threshold, options.normalisation)  # (M, h, w)
-    inside = superpixels(image, options.superpixels) if options.superpixels else None  # (H, W)
-    return label_map(proposals, inside, options.components, options.min_area, image, options.refine, options.join)  # (H, W)
+TASK = 'regions'
+FAMILIES = frozenset({'sd3', 'flux'})
+LATER = ('normalisation', 'threshold', 'refine', 'superpixels', 'join', 'components', 'min_area')  # options that come after the token maps
+UNREFINED = {'refine': 'none', 'superpixels': 0.0, 'join': 0.0, 'components': False, 'min_area': 0.0}  # the papers end with the argmax
+RELEASED = {'step': 8, 'normalisation': 'minmax-softmax', 'threshold': 0.1, **UNREFINED}  # of the released code, for SD3-medium
 
 
-def batched(latents: Sequence[Latent], backbone: Backbone, read: Callable[[list[Latent]], list[T]]) -> list[T]:
-    """What `read` gives for every latent, in their order; on a GPU those of one shape share a forward.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of the method; what is left open is the model's own, which `resolve` fills in.
 
-    On a CPU a batch saves nothing and would let matrix products round otherwise; a result must not depend on its neighbours.
+    Raises UsageError for a value outside its range, with the range in the message.
     """
-    groups = [[number] for number in range(len(latents))] if backbone.device.type == 'cpu' else alike([each.z.shape for each in latents])
-    found = {number: result for group in groups for number, result in zip(group, read([latents[i] for i in group]), strict=True)}
-    return [found[number] for number in range(len(latents))]
+
+    layer: int = own('expert block whose attention is read, counted from 0', range=Range('counted from 0', 0))
+    step: int = own(
+        'noise level: the n-th step from the end of the schedule, from 1', range=Range('counted from the end of the schedule, from 1', 1)
+    )
+    normalisation: str = own('how token maps are normalised before merging', choices=NORMALISATIONS)
+    threshold: float = own(
+        'merge maps whose symmetric KL divergence / 2 is below this; 0 merges none, inf all', range=Range('a number >= 0 or inf', 0)
+    )
+    geometry: str = geometry_option()
+    side: int = side_option()
+    refine: str = own('how maps are enlarged: bilinear, or guided by the edges of the picture (guided filter)', choices=REFINEMENTS)
+    superpixels: float = own(
+        'average maps inside Felzenszwalb superpixels of this scale before the argmax; 0 = off',
+        range=Range('a finite scale >= 0', 0, float('inf')),
+    )
+    join: float = own(
+        'join neighbouring superpixels whose proposals, colours and border differ by less than this, instead of the argmax; 0 = off',
+        range=Range('a finite distance >= 0', 0, float('inf')),
+    )
+    components: bool = own('split regions into connected components')
+    min_area: float = own('regions below this share of the picture go to the neighbour with the longest common border', range=SHARE)
+    seed: int = seed_option()
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def resolve(self, spec: Spec) -> Options:
+        """These options on a model, with nothing left open. UsageError for a block or a step that the model does not have."""
+        resolved = self.with_settings(settings_of(spec))
+        require(resolved.layer < spec.layers, f'layer is one of 0..{spec.layers - 1} for {spec.repo}; got {resolved.layer}')
+        require(resolved.step <= spec.steps, f'step is one of 1..{spec.steps} for {spec.repo}; got {resolved.step}')
+        return resolved
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Options:
+        """These options with a model's settings where they are left open; a paper's preset has no refinement that is not asked for."""
+        return filled(self, {**settings, **(UNREFINED if self.geometry != 'whole' else {})})
 
 
-def alike(shapes: Sequence[Hashable]) -> list[list[int]]:
-    """The places of equal shapes, in order of first appearance."""
-    groups: dict[Hashable, list[int]] = {}
-    for number, shape in enumerate(shapes):
-        groups.setdefault(shape, []).append(number)
-    return list(groups.values())
+def settings_of(spec: Spec) -> dict[str, Any]:
+    """The method's settings for a model: those of the released code, and over them what the model's folder states."""
+    return {'layer': spec.layer, 'side': spec.side, **model_settings(Options, 'seg4diff', spec, RELEASED)}
+
+
+class Prepared(NamedTuple):
+    """The method on a model. options: resolved; settings: the model's own; backbone: None where kept maps take its place."""
+
+    options: Options
+    settings: Mapping[str, Any]
+    backbone: Backbone | None
+
+
+def deepest(options: Options, spec: Spec) -> int | None:
+    """The last block that is read: what comes after it need not be loaded."""
+    return spec.layer if options.layer is None else options.layer
+
+
+def prepare(backbone: Backbone, options: Options, classes: Sequence[str] = (), keep: bool = True) -> Prepared:
+    """UsageError for options that the model cannot take."""
+    require_family('seg4diff', FAMILIES, backbone)
+    resolved = options.resolve(backbone.spec)
+    backbone.attention_module(resolved.layer)  # refused now if it was not read
+    return Prepared(resolved, settings_of(backbone.spec), backbone)
+
+
+def maps(images: Sequence[Image], prepared: Prepared) -> list[TokenMaps]:
+    """The 77 maps of the empty prompt in the expert block, (T, h, w) for each picture (Seg4Diff, Eq. 10)."""
+    options, settings, backbone = prepared
+    assert backbone is not None
+    latents = [stages.encode(image, backbone, options) for image in images]  # (1, C, H', W') each
+    token_maps = stages.batched(latents, backbone, partial(stages.latent_token_maps, backbone=backbone, options=options))
+    return [each._replace(settings=settings) for each in token_maps]
+
+
+def labels(image: Image, maps: TokenMaps, prepared: Prepared) -> LabelMap:
+    """Token maps merged to proposals, and the picture cut into regions by them, (H, W) (Seg4Diff, Sec. 4.2): no forward is needed."""
+    options = prepared.options
+    proposals = stages.merge(maps, options.threshold, options.normalisation)  # (M, h, w)
+    inside = stages.superpixels_of(image, options.superpixels) if options.superpixels else None  # (H, W)
+    return stages.label_map(proposals, inside, options.components, options.min_area, image, options.refine, options.join)  # (H, W)
+
+
+def recorded(options: Options, spec: Spec) -> dict[str, Setting]:
+    """What decides the results, for a record."""
+    return plain_settings(options.resolve(spec))
+
+
+@overload
+def segment(image: Readable, backbone: Backbone | str = ..., options: Options = ...) -> LabelMap: ...
+@overload
+def segment(image: list[Any], backbone: Backbone | str = ..., options: Options = ...) -> list[LabelMap]: ...
+def segment(image: Any, backbone: Backbone | str = 'tiny', options: Options = Options()) -> LabelMap | list[LabelMap]:
+    """The regions of a picture as a label map (H, W), or of several pictures as a list of them.
+
+    image: a path, a file object, a PIL image, an array (H, W), (H, W, 3) or (H, W, 4) uint8, or a list of these.
+    backbone: a loaded model, or the name of one, which is loaded once per process.
+    """
+    pictures = as_images(image)
+    prepared = prepare(opened(backbone, partial(deepest, options)), options)
+    results = [labels(picture, each, prepared) for picture, each in zip(pictures, maps(pictures, prepared), strict=True)]
+    return results if isinstance(image, (list, tuple)) else results[0]
+
+
+@overload
+def token_maps(image: Readable, backbone: Backbone | str = ..., options: Options = ...) -> TokenMaps: ...
+@overload
+def token_maps(image: list[Any], backbone: Backbone | str = ..., options: Options = ...) -> list[TokenMaps]: ...
+def token_maps(image: Any, backbone: Backbone | str = 'tiny', options: Options = Options()) -> TokenMaps | list[TokenMaps]:
+    """The token maps (T, h, w) behind `segment`, whose arguments it takes; `regions` makes them a label map."""
+    results = maps(as_images(image), prepare(opened(backbone, partial(deepest, options)), options))
+    return results if isinstance(image, (list, tuple)) else results[0]
+
+
+def regions(image: Readable, maps: TokenMaps, options: Options = Options()) -> LabelMap:
+    """The label map (H, W) that `segment` gives with these options, from the picture's token maps and without the model.
+
+    Options that decide the token maps themselves change nothing here. UsageError if an option is left open and the maps do not say
+    which model's setting is meant.
+    """
+    resolved = options.with_settings(maps.settings)
+    missing = [name for name in LATER if getattr(resolved, name) is None]
+    if missing:
+        raise UsageError(f'these token maps do not say what the model has for {", ".join(missing)}: give these options')
+    return labels(as_image(image), maps, Prepared(resolved, maps.settings, None))

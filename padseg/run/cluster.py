@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from padseg.backbones.spec import BACKBONES
 from padseg.errors import OutputConflict, ResourceExhausted, UsageError
 from padseg.images import Found
-from padseg.run.job import Job, last_layer
-from padseg.run.picture import Method, Taken, labelled, mapped, method_of, save, take
+from padseg.methods import method_named
+from padseg.run.job import Job
+from padseg.run.picture import Stages, Taken, labelled, mapped, save, take
+from padseg.run.prepare import model_settings, prepared_for, stages_of
 from padseg.run.records import Entry, Run, differences, line
 from padseg.system.signals import Stop
 
@@ -194,27 +196,25 @@ class Actor:
         self.device = device
 
     @cached_property
-    def method(self) -> Method:
+    def stages(self) -> Stages:
         """Loaded for the first batch: of an error in an actor's constructor Ray keeps only the words. OutputConflict for other weights."""
         import torch
 
-        from padseg.backbones import load
-
-        torch.set_num_threads(self.record.threads)  # sums may be rounded otherwise with another number
-        there = self.record.settings
         job, record = self.job, self.record
-        revision, layer = record.model.revision, last_layer(job.options, job.model, record.model.revision)
-        backbone = load(job.model, revision=revision, device=self.device, dtype=record.dtype, layer=layer, vae=job.vae, compile=job.compile)
-        here = {**there, 'weights': backbone.identity.weights, 'dtype': str(backbone.dtype).removeprefix('torch.')}
-        if here != there:
-            raise OutputConflict(f'{os.uname().nodename} has another {self.job.model} ({"; ".join(differences(there, here))})')
-        return method_of(backbone, job)
+        torch.set_num_threads(record.threads)  # sums may be rounded otherwise with another number
+        method = method_named(job.method)
+        revision = record.model.revision if record.model else None
+        prepared = prepared_for(job, method, revision, device=self.device, dtype=record.dtype)
+        here = {**record.settings, **model_settings(job, prepared.backbone)}
+        if here != record.settings:
+            raise OutputConflict(f'{os.uname().nodename} has another {job.model} ({"; ".join(differences(record.settings, here))})')
+        return stages_of(method, prepared)
 
     def __call__(self, rows: pyarrow.Table) -> pyarrow.Table:
         import pyarrow
 
         batch = [pickle.loads(row) for row in rows['taken'].to_pylist()]
-        done = [pickle.dumps(on_cpu(labelled(self.method, taken))) for taken in mapped(self.method, batch)]
+        done = [pickle.dumps(on_cpu(labelled(self.stages, taken))) for taken in mapped(self.stages, batch)]
         return pyarrow.table({'taken': pyarrow.array(done, pyarrow.large_binary())})  # more than 2 GB may be large pictures
 
 

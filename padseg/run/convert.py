@@ -10,7 +10,7 @@ from padseg.errors import NoImages, UnreadableLabels, UsageError
 from padseg.exports import CONVERTERS, read_label_map
 from padseg.exports.regions import LabelledPicture, Place
 from padseg.images import ImageError, file_and_frame
-from padseg.run.job import classes_from, reading_from
+from padseg.run.job import settings_from
 from padseg.run.locks import all_records
 from padseg.run.records import Entry, Run, entry_of, read_run
 from padseg.system.files import NAME_FAULTS, full_disk, sweep
@@ -72,15 +72,23 @@ def place_of(out: Path, run: Run, done: Collection[str], folder: Path, images: P
     if images and not images.exists():
         raise NoImages(f'there is no folder {images}')
     source = images or Path(run.source)
+    settings = settings_from(run.settings)
     return Place(
         folder=folder,
         own=folder.resolve().is_relative_to(out.resolve()),
         images=source.parent if source.is_file() else source,
-        reading=reading_from(run.settings),
+        reading=settings.reading,
         names=tuple(done),
-        classes=classes_from(run.settings),
-        made_by={'version': run.padseg, 'model': run.model.model, 'revision': run.model.revision, 'weights': run.model.weights},
+        classes=settings.classes,
+        made_by=made_by(run, settings.method_name),
     )
+
+
+def made_by(run: Run, method: str) -> dict[str, str | None]:
+    """What made the label maps: the model, or the method that needs none."""
+    if run.model is None:
+        return {'version': run.padseg, 'method': method}
+    return {'version': run.padseg, 'model': run.model.model, 'revision': run.model.revision, 'weights': run.model.weights}
 
 
 def refuse_other_size(entry: Entry, place: Place) -> None:

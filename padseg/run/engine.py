@@ -21,7 +21,7 @@ from padseg.run.job import (
     requested,
 )
 from padseg.run.locks import briefly, exclusive, forget_shards, home, shard_homes, shared
-from padseg.run.picture import Method, OutOfMemory, Taken, labelled, mapped, save, take
+from padseg.run.picture import OutOfMemory, Stages, Taken, labelled, mapped, save, take
 from padseg.run.plan import choose, plan, refuse_collisions
 from padseg.run.prepare import from_maps, from_model, now
 from padseg.run.records import (
@@ -102,29 +102,29 @@ def held(job: Job) -> contextlib.AbstractContextManager[None]:
 
 def start(job: Job, pending: list[Found], earlier: Run | None, stop: Stop) -> tuple[Run, Iterator[Entry]]:
     """The run in words, and the records of its pictures, which are made when they are asked for."""
-    method, record = prepare(job, earlier)
+    stages, record = prepare(job, earlier)
     write_run(record, home(job.out, job.selection.shard) / 'run.json')
     if job.classes:
         write_classes(job.classes, job.out / 'classes.json')
-    warn_if_short(job, pending, int(str(record.settings['side'])))
+    warn_if_short(job, pending, int(str(record.settings.get('side', 0))))
     if job.engine == 'ray':  # whose actors load the model: the one here is let go
         return record, results_on_ray(job, record, pending, stop, job.address)
-    return record, results(job, method, pending, stop)
+    return record, results(job, stages, pending, stop)
 
 
-def prepare(job: Job, earlier: Run | None) -> tuple[Method, Run]:
-    """The method, and the run in words. OutputConflict if the earlier results in the same place came from other settings."""
-    method, record = from_maps(job) if job.maps else from_model(job)
+def prepare(job: Job, earlier: Run | None) -> tuple[Stages, Run]:
+    """What is done with pictures, and the run in words. OutputConflict if the earlier results in the same place came from other settings."""
+    stages, record = from_maps(job) if job.maps else from_model(job)
     if not job.selection.shard:
         agree(job.out, earlier, record, ', or --overwrite')
-        return method, record
+        return stages, record
     with briefly(job.out):  # the first of several shards that begin at a time says what the settings are
         others = shard_homes(job.out).keys() - {job.selection.shard}
         there = read_run(job.out / 'run.json') if earlier or others else None
         agree(job.out, there, record, '')
         if there is None:
             write_run(record, job.out / 'run.json')
-    return method, record
+    return stages, record
 
 
 def agree(out: Path, earlier: Run | None, record: Run, remedy: str) -> None:
@@ -163,25 +163,25 @@ def clean(job: Job, pending: list[Found]) -> None:
         sweep(folder, mine if job.selection.shard else None)
 
 
-def results(job: Job, method: Method, pending: list[Found], stop: Stop) -> Iterator[Entry]:
+def results(job: Job, stages: Stages, pending: list[Found], stop: Stop) -> Iterator[Entry]:
     """Read pictures ahead of the model, make label maps and write results behind it, each in threads of its own; records, in order."""
     with threads(job.workers) as readers, threads(job.workers) as writers:
         depth = job.batch + job.workers
         taken = ahead(readers, partial(take, job), pending, depth)
-        yield from ahead(writers, partial(complete, job, method), map_all(job, method, taken, stop), depth)
+        yield from ahead(writers, partial(complete, job, stages), map_all(job, stages, taken, stop), depth)
 
 
-def map_all(job: Job, method: Method, taken: Iterable[Taken], stop: Stop) -> Iterator[Taken]:
+def map_all(job: Job, stages: Stages, taken: Iterable[Taken], stop: Stop) -> Iterator[Taken]:
     """The pictures with their token maps. A batch that was asked to stop before its forward is dropped."""
     for some in batches(taken, job.batch):
         if stop.asked:
             return
-        yield from mapped(method, some)
+        yield from mapped(stages, some)
 
 
-def complete(job: Job, method: Method, taken: Taken) -> Entry:
+def complete(job: Job, stages: Stages, taken: Taken) -> Entry:
     """What is left to do for a picture when the model is done with it."""
-    return save(job, labelled(method, taken))
+    return save(job, labelled(stages, taken))
 
 
 def count(pictures: list[Found], records: dict[str, Recorded], skipped: int, seconds: float, signal: int | None) -> Counts:

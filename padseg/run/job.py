@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 import PIL.ImageColor
+import pydantic
 
-from padseg.errors import UsageError
+from padseg.errors import OutputConflict, UsageError
 from padseg.exports import FORMATS
 from padseg.images import Reading
-from padseg.methods.options import LabelOptions, Options, Resolved, ResolvedLabels
-from padseg.run.records import Setting
+from padseg.methods import DEFAULTS
+from padseg.methods.options import MethodOptions, Setting, plain_settings
+from padseg.methods.seg4diff import Options
 from padseg.run.selection import Selection
 
 ENGINES = ('local', 'ray')
+O = TypeVar('O', bound=MethodOptions)
 
 
 class Job(NamedTuple):
-    """What `padseg run` or `padseg label` is asked to do: source, a folder or one picture; out, where results go; model … compile as for
-    `load`. classes: names that are looked for, with LabelOptions; none for regions without names.
+    """What `padseg run` or `padseg label` is asked to do: source, a folder or one picture; out, where results go; method, a key of
+    METHODS, with its options; model … compile as for `load`. classes: names that are looked for, by a method whose task that is.
 
     workers: threads that read pictures ahead, and as many that write results behind the model. checksum: a picture is unchanged if its
     content is, not if size and time of change are. retry_failed: whether pictures that failed are tried again though they are unchanged.
@@ -33,7 +36,7 @@ class Job(NamedTuple):
 
     source: Path
     out: Path
-    options: Options | LabelOptions = Options()
+    options: MethodOptions = Options()
     classes: tuple[str, ...] = ()
     model: str = 'tiny'
     revision: str | None = None
@@ -55,6 +58,7 @@ class Job(NamedTuple):
     maps: Path | None = None
     engine: str = 'local'
     address: str | None = None
+    method: str = DEFAULTS['regions']
 
 
 def outputs(name: str, job: Job) -> dict[str, str]:
@@ -66,6 +70,7 @@ def outputs(name: str, job: Job) -> dict[str, str]:
 def requested(job: Job) -> dict[str, Setting]:
     """The settings as the user gave them."""
     return {
+        **method_settings(job),
         'model': job.model,
         'revision': job.revision,
         'dtype': job.dtype,
@@ -77,22 +82,13 @@ def requested(job: Job) -> dict[str, Setting]:
     }
 
 
+def method_settings(job: Job) -> dict[str, Setting]:
+    """The method's name, if it is not the one that is meant where none is named."""
+    return {} if job.method in DEFAULTS.values() else {'method': job.method}
+
+
 def naming_settings(job: Job) -> dict[str, Setting]:
     return {'classes': json.dumps(job.classes, ensure_ascii=False)} if job.classes else {}
-
-
-def classes_from(settings: dict[str, Setting]) -> tuple[str, ...]:
-    """The names that a run looked for, back from its record; none if it found regions without names."""
-    return tuple(json.loads(str(settings.get('classes', '[]'))))
-
-
-def last_layer(options: Options | LabelOptions, model: str, revision: str | None) -> int | None:
-    """The deepest block that is read, None for the model's own."""
-    if not (isinstance(options, LabelOptions) and options.on == 'proposals' and options.layers):
-        return options.layer
-    from padseg.backbones.source import locate
-
-    return max(*options.layers, locate(model, revision).spec.layer)
 
 
 def reading_settings(reading: Reading) -> dict[str, Setting]:
@@ -107,23 +103,6 @@ def reading_settings(reading: Reading) -> dict[str, Setting]:
     }
 
 
-def reading_from(settings: dict[str, Setting]) -> Reading:
-    """The same back from a record; limits are not in it."""
-    settings = {**reading_settings(Reading()), **settings}
-    bounds = settings['value_range']
-    low, high = map(float, str(bounds).split()) if bounds else (0.0, 0.0)
-    return Reading(
-        max_pixels=sys.maxsize,
-        max_bytes=sys.maxsize,
-        exif=str(settings['exif']),
-        frames=str(settings['frames']),
-        value_range=(low, high) if bounds else None,
-        background=rgb(str(settings['background'])),
-        void=bool(settings['void']),
-        shrink=int(str(settings['shrink'])) if settings['shrink'] else None,
-    )
-
-
 def rgb(text: str) -> tuple[int, int, int]:
     """A colour such as #ffffff or white. UsageError for what is none."""
     try:
@@ -133,24 +112,56 @@ def rgb(text: str) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def plain_settings(options: Options | Resolved | LabelOptions | ResolvedLabels) -> dict[str, Setting]:
-    """The options as JSON can hold them: inf as a word, several values as one text, options inside others with both names."""
-    fields: dict[str, Setting] = {}
-    for name, value in dataclasses.asdict(options).items():
-        if isinstance(value, dict):
-            fields |= {f'{name}_{key}': scalar(each) for key, each in value.items()}
-        else:
-            fields[name] = ', '.join(map(str, value)) if isinstance(value, tuple) else scalar(value)
-    return fields
+class RunSettings(pydantic.BaseModel):
+    """Settings as a record holds them, read back: the method, the names that were looked for, and how files became pictures."""
+
+    method: str | None = None
+    classes: pydantic.Json[tuple[str, ...]] = ()
+    exif: Literal['apply', 'ignore'] = 'apply'
+    frames: Literal['first', 'all'] = 'first'
+    value_range: Annotated[tuple[float, float] | None, pydantic.BeforeValidator(lambda text: text.split() if text else None)] = None
+    background: Annotated[tuple[int, int, int], pydantic.BeforeValidator(lambda text: rgb(str(text)))] = (255, 255, 255)
+    void: bool = False
+    shrink: int | None = None
+
+    @property
+    def method_name(self) -> str:
+        return self.method or DEFAULTS['classes' if self.classes else 'regions']
+
+    @property
+    def reading(self) -> Reading:
+        """How files became pictures; limits are not recorded."""
+        return Reading(
+            max_pixels=sys.maxsize,
+            max_bytes=sys.maxsize,
+            exif=self.exif,
+            frames=self.frames,
+            value_range=self.value_range,
+            background=self.background,
+            void=self.void,
+            shrink=self.shrink,
+        )
 
 
-def scalar(value: Setting) -> Setting:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+def settings_from(settings: Mapping[str, Setting]) -> RunSettings:
+    """OutputConflict for what no run would have recorded."""
+    try:
+        return RunSettings.model_validate(settings)
+    except pydantic.ValidationError as error:
+        raise OutputConflict(f'the recorded settings are not those of a run: {complaint(error)}') from error
 
 
-def resolved_from(settings: dict[str, Setting]) -> Resolved:
-    """Options as a record holds them. UsageError for a value that is not allowed."""
-    values = {field.name: settings[field.name] for field in dataclasses.fields(Resolved)}
-    values['threshold'] = float(str(values['threshold']))  # inf is a word there
-    Options(**values)  # type: ignore[arg-type]
-    return Resolved(**values)  # type: ignore[arg-type]
+def options_from(kind: type[O], settings: Mapping[str, Setting]) -> O:
+    """The options of a method as a record holds them, nothing left open. OutputConflict for what no run would have recorded."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    try:
+        return pydantic.TypeAdapter(kind).validate_python({name: settings[name] for name in names})
+    except KeyError as error:
+        raise OutputConflict(f'the recorded settings lack {error.args[0]}') from error
+    except pydantic.ValidationError as error:
+        raise OutputConflict(f'the recorded settings are not those of a run: {complaint(error)}') from error
+
+
+def complaint(error: pydantic.ValidationError) -> str:
+    first = error.errors()[0]
+    return f'{".".join(map(str, first["loc"]))}: {first["msg"]}; got {first["input"]!r}'

@@ -6,20 +6,17 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from padseg.errors import NotFinite
 from padseg.exports import FORMATS
 from padseg.images import Found, ImageError, contents, decode_with_notes
-from padseg.methods.options import LabelOptions
 from padseg.run.job import Job, outputs
 from padseg.run.records import Entry
 from padseg.system.files import NAME_FAULTS
 
 if TYPE_CHECKING:
-    from padseg.backbones import Backbone
     from padseg.types import Array, Image, LabelMap, TokenMaps
 
 log = logging.getLogger(__name__)
@@ -40,13 +37,13 @@ class OutOfMemory(ImageError):
     """A picture that is too much for the device's memory, by itself."""
 
 
-class Method(NamedTuple):
-    """What a job does with pictures. maps: finds the token maps of a batch, none of which has failed; a picture that fails now is
+class Stages(NamedTuple):
+    """What a job does with pictures. maps: makes the token maps of a batch, none of which has failed; a picture that fails now is
     marked so. labels: makes the maps of one picture a label map, for which the model is not needed.
     """
 
     maps: Callable[[list[Taken]], list[Taken]]
-    labels: Callable[[Image, TokenMaps], LabelMap]
+    labels: Callable[[Image, Any], LabelMap]
 
 
 def take(job: Job, picture: Found) -> Taken:
@@ -72,64 +69,56 @@ def take(job: Job, picture: Found) -> Taken:
     return Taken(entry, image, void)
 
 
-def mapped(method: Method, taken: list[Taken]) -> Iterator[Taken]:
+def mapped(stages: Stages, taken: list[Taken]) -> Iterator[Taken]:
     """A batch with its token maps."""
     good = [each for each in taken if each.image is not None]
     began = time.perf_counter()
-    found = iter(method.maps(good) if good else ())
+    made = iter(stages.maps(good) if good else ())
     share = round((time.perf_counter() - began) / max(1, len(good)), 4)
     for each in taken:
         if each.image is not None:
             each.entry.stages['segment'] = share
-        yield each if each.image is None else next(found)
+        yield each if each.image is None else next(made)
 
 
-def labelled(method: Method, taken: Taken) -> Taken:
+def labelled(stages: Stages, taken: Taken) -> Taken:
     """A picture with its label map; a failed one as it is."""
-    if taken.image is None or taken.maps is None:
+    if taken.image is None:
         return taken
-    from padseg.methods.stages.label_map import unassign
+    from padseg.methods.stages.labels import unassign
 
     began = time.perf_counter()
-    labels = method.labels(taken.image, taken.maps)
+    labels = stages.labels(taken.image, taken.maps)
     taken.entry.stages['labels'] = round(time.perf_counter() - began, 4)
     return taken._replace(labels=labels if taken.void is None else unassign(labels, taken.void))
 
 
-def method_of(backbone: Backbone, job: Job) -> Method:
-    """What the job does with pictures: regions, or classes. UsageError for names of classes that the model cannot take."""
-    if isinstance(job.options, LabelOptions):
-        from padseg.methods.open_vocabulary import class_maps, classified, naming_of
-
-        naming = naming_of(backbone, job.classes, job.options)
-        forward = partial(class_maps, naming=naming)
-        return Method(partial(by_model, forward), partial(classified, classes=naming.classes, options=naming.options))
-    from padseg.methods.seg4diff import regions, token_maps_batch
-
-    resolved = job.options.resolve(backbone.spec)
-    forward = partial(token_maps_batch, backbone=backbone, options=resolved)
-    return Method(partial(by_model, forward), partial(regions, options=resolved))
-
-
-def by_model(forward: Callable[[Sequence[Image]], list[TokenMaps]], taken: list[Taken]) -> list[Taken]:
+def by_method(forward: Callable[[Sequence[Image]], Sequence[Any]], taken: list[Taken]) -> list[Taken]:
     """Token maps of a batch by a forward; where memory runs out or the attention is not finite, by halves of the batch.
 
     Alone, such a picture fails.
     """
-    import torch
-
     images = [each.image for each in taken if each.image is not None]
     try:
         maps = forward(images)
-    except (torch.OutOfMemoryError, NotFinite) as error:
-        memory = isinstance(error, torch.OutOfMemoryError)
+    except RuntimeError as error:
+        memory = of_memory(error)
+        if not memory and not isinstance(error, NotFinite):
+            raise
         if len(taken) == 1:
             fail(taken[0].entry, OutOfMemory('out of memory, alone in its batch: try a smaller --side') if memory else error)
-            return taken
+            return [taken[0]._replace(image=None)]
         log.warning('%s with %d pictures at once: trying half as many', 'out of memory' if memory else error, len(taken))
         half = len(taken) // 2
-        return by_model(forward, taken[:half]) + by_model(forward, taken[half:])
+        return by_method(forward, taken[:half]) + by_method(forward, taken[half:])
     return [each._replace(maps=own) for each, own in zip(taken, maps, strict=True)]
+
+
+def of_memory(error: Exception) -> bool:
+    """Whether this is torch's word that the device's memory is full."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)
 
 
 def by_maps(folder: Path, known: dict[str, str | None], taken: list[Taken]) -> list[Taken]:
@@ -141,7 +130,7 @@ def by_maps(folder: Path, known: dict[str, str | None], taken: list[Taken]) -> l
         maps = read_maps(folder / f'{each.entry.input}.npz')
         if maps is None or known.get(each.entry.input) != each.entry.sha256:
             fail(each.entry, ImageError('there are no token maps of this picture: run the model with --save-maps'))
-            found.append(each)
+            found.append(each._replace(image=None))
         else:
             found.append(each._replace(maps=maps))
     return found
@@ -150,7 +139,7 @@ def by_maps(folder: Path, known: dict[str, str | None], taken: list[Taken]) -> l
 def save(job: Job, taken: Taken) -> Entry:
     """Write a picture's results; its complete record. OSError if the trouble is not of this picture alone."""
     entry, image, _, maps, labels = taken
-    if image is not None and labels is not None and maps is not None:
+    if image is not None and labels is not None:
         began = time.perf_counter()
         try:
             write_results(job, entry, image, maps, labels)
@@ -163,13 +152,15 @@ def save(job: Job, taken: Taken) -> Entry:
     return entry
 
 
-def write_results(job: Job, entry: Entry, image: Image, maps: TokenMaps, labels: LabelMap) -> None:
+def write_results(job: Job, entry: Entry, image: Image, maps: TokenMaps | None, labels: LabelMap) -> None:
     from padseg.methods.stages.saved_maps import write_maps
 
     places = outputs(entry.input, job)
     for name, path in places.items():
-        write = partial(write_maps, maps) if name == 'maps' else partial(FORMATS[name].write, image, labels)
-        write(job.out / path)
+        if name != 'maps':
+            FORMATS[name].write(image, labels, job.out / path)
+        elif maps is not None:
+            write_maps(maps, job.out / path)
     entry.regions = count_regions(labels)
     entry.outputs = places
     entry.status = 'done'

@@ -7,78 +7,98 @@ import json
 import platform
 from datetime import datetime, timezone
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from padseg.errors import NoImages, UsageError
-from padseg.methods.options import LATER
-from padseg.run.job import (
-    Job,
-    classes_from,
-    last_layer,
-    naming_settings,
-    plain_settings,
-    reading_settings,
-    requested,
-    resolved_from,
-)
+from padseg.methods import Method, method_named, open_backbone, seg4diff
+from padseg.methods.options import Setting, plain_settings
+from padseg.run.job import Job, method_settings, naming_settings, options_from, reading_settings, requested, settings_from
 from padseg.run.locks import all_records
-from padseg.run.picture import Method, by_maps, method_of
-from padseg.run.records import (
-    ModelRecord,
-    Run,
-    Setting,
-    entry_of,
-    read_run,
-)
+from padseg.run.picture import Stages, by_maps, by_method
+from padseg.run.records import ModelRecord, Run, entry_of, read_run
 from padseg.system.versions import versions
 from padseg.version import __version__
 
+if TYPE_CHECKING:
+    from padseg.backbones import Backbone
 
-def from_model(job: Job) -> tuple[Method, Run]:
-    """The method by a loaded model."""
-    # torch takes seconds to import: a run that has nothing to do, or nothing to do it with, need not wait.
-    import torch
 
-    from padseg.backbones import load
+def from_model(job: Job) -> tuple[Stages, Run]:
+    """The method by the model that it needs, if it needs one. UsageError for what does not fit together."""
+    method = method_named(job.method, 'classes' if job.classes else 'regions')
+    if job.save_maps and not method.FAMILIES:
+        raise UsageError(f'{job.method} has no maps to keep: leave --save-maps out')
+    prepared = prepared_for(job, method, device=job.device, dtype=job.dtype)
+    return stages_of(method, prepared), record_of(job, method, prepared)
 
-    layer = last_layer(job.options, job.model, job.revision)
-    backbone = load(job.model, revision=job.revision, device=job.device, dtype=job.dtype, layer=layer, vae=job.vae, compile=job.compile)
-    dtype = str(backbone.dtype).removeprefix('torch.')
-    settings: dict[str, Setting] = {'weights': backbone.identity.weights, 'dtype': dtype, 'compile': job.compile}
-    settings |= plain_settings(job.options.resolve(backbone.spec)) | naming_settings(job) | reading_settings(job.reading)
-    record = Run(
+
+def prepared_for(job: Job, method: Method, revision: str | None = None, **how: Any) -> Any:
+    """What the method works with; its model is loaded by the job's settings."""
+    backbone = open_backbone(method, job.options, job.model, revision or job.revision, vae=job.vae, compile=job.compile, **how)
+    return method.prepare(backbone, job.options, job.classes)
+
+
+def stages_of(method: Method, prepared: Any) -> Stages:
+    forward = partial(method.maps, prepared=prepared)
+    return Stages(partial(by_method, forward), partial(method.labels, prepared=prepared))
+
+
+def record_of(job: Job, method: Method, prepared: Any) -> Run:
+    """The run in words."""
+    backbone: Backbone | None = prepared.backbone
+    settings = {
+        **method_settings(job),
+        **model_settings(job, backbone),
+        **method.recorded(job.options, backbone.spec if backbone else None),
+    }
+    settings |= naming_settings(job) | reading_settings(job.reading)
+    return Run(
         padseg=__version__,
         source=str(job.source.resolve()),
         requested=requested(job),
         settings=settings,
         key=settings_key(settings),
-        model=ModelRecord(**backbone.identity._asdict()),
-        device=str(backbone.device),
-        dtype=dtype,
-        threads=torch.get_num_threads(),
+        model=ModelRecord(**backbone.identity._asdict()) if backbone else None,
+        device=str(backbone.device) if backbone else 'cpu',
+        dtype=dtype_of(backbone) if backbone else None,
+        threads=threads() if backbone else 1,
         platform=platform.platform(),
         versions=versions(),
         batch=job.batch,
         started=now(),
     )
-    return method_of(backbone, job), record
 
 
-def from_maps(job: Job) -> tuple[Method, Run]:
-    """The method by token maps that an earlier run kept. NoImages if there are none."""
-    from padseg.methods.seg4diff import regions
+def model_settings(job: Job, backbone: Backbone | None) -> dict[str, Setting]:
+    """What of the model decides the results."""
+    if backbone is None:
+        return {}
+    return {'weights': backbone.identity.weights, 'dtype': dtype_of(backbone), 'compile': job.compile}
 
+
+def dtype_of(backbone: Backbone) -> str:
+    return str(backbone.dtype).removeprefix('torch.')
+
+
+def threads() -> int:
+    """That torch uses, by whose number sums may round differently."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+def from_maps(job: Job) -> tuple[Stages, Run]:
+    """Seg4Diff by token maps that an earlier run kept. NoImages if there are none."""
     assert job.maps is not None
     made = read_run(job.maps / 'run.json')
     if made is None or not (job.maps / 'maps').is_dir():
         raise NoImages(f'{job.maps} holds no token maps: make them by `padseg run --save-maps --out {job.maps}`')
-    if classes_from(made.settings):
+    if settings_from(made.settings).method_name != job.method:
         raise UsageError(f'{job.maps} holds maps of classes: `padseg label` makes them into other label maps')
-    settings = {
-        **made.settings,
-        **{name: value for name, value in plain_settings(job.options).items() if name in LATER and value is not None},
-    }
+    changes = {name: value for name, value in plain_settings(job.options).items() if name in seg4diff.LATER and value is not None}
+    settings = {**made.settings, **changes}
     known = {name: entry_of(record).sha256 for name, record in all_records(job.maps).items()}
-    resolved = resolved_from(settings)
+    prepared = seg4diff.Prepared(options_from(seg4diff.Options, settings), {}, None)
     record = made.model_copy(
         update={
             'status': 'running',
@@ -92,7 +112,7 @@ def from_maps(job: Job) -> tuple[Method, Run]:
             'ended': None,
         }
     )
-    return Method(partial(by_maps, job.maps / 'maps', known), partial(regions, options=resolved)), record
+    return Stages(partial(by_maps, job.maps / 'maps', known), partial(seg4diff.labels, prepared=prepared)), record
 
 
 def settings_key(settings: dict[str, Setting]) -> str:

@@ -61,7 +61,7 @@ class RunTotals(BaseModel):
 
 
 class Run(BaseModel):
-    """run.json. requested: settings as asked for; settings: as used, all that decides the results; key: their sha256."""
+    """run.json. model, dtype: None for a method that needs no model. requested: settings as asked for; settings: as used, all that decides the results; key: their sha256."""
 
     status: Literal['running', 'finished', 'interrupted'] = 'running'
     padseg: str
@@ -69,9 +69,9 @@ class Run(BaseModel):
     requested: dict[str, Setting]
     settings: dict[str, Setting]
     key: str
-    model: ModelRecord
+    model: ModelRecord | None
     device: str
-    dtype: str
+    dtype: str | None
     threads: int
     platform: str
     versions: dict[str, str]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from padseg.bench import merge as steps
-from padseg.methods.stages.label_map import label_map
+from padseg.methods.stages.labels import label_map
 from padseg.methods.stages.proposals import merge
 from padseg.types import Frame, LabelMap, Proposals, TokenMaps
 

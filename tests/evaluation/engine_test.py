@@ -91,7 +91,7 @@ def test_the_protocol_decides_what_the_model_sees(camvid, sd3_folder, tmp_path, 
 
 def test_maps_are_enlarged_straight_to_the_compared_size(camvid, backbone, sd3_folder, tmp_path, capsys):
     """DiffSeg compares at 512 x 512: the same as segmenting the cut square with the maps of the centre."""
-    from padseg.methods.stages.label_map import label_map
+    from padseg.methods.stages.labels import label_map
     from padseg.methods.stages.proposals import merge
     from padseg.methods.stages.token_maps import token_maps
     from padseg.types import Frame

@@ -26,7 +26,7 @@ from padseg.images import read
 from padseg.methods.open_vocabulary import label, naming_of
 from padseg.methods.options import LabelOptions, Options
 from padseg.methods.seg4diff import segment
-from padseg.methods.stages.prompts import checked
+from padseg.methods.stages.prompts import checked_names
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ('background', 'cat', 'traffic light', 'tra', 'photo')
@@ -113,7 +113,7 @@ def test_a_class_that_is_lost_at_640_pixels_is_not_named(tmp_path):
 @pytest.mark.parametrize('name', ['voc20', 'coco-object', 'context59', 'ade150', 'cityscapes19'])
 def test_names_of_data_sets_can_stand_in_a_prompt(name):
     names = row_class_names(DATASETS[name])
-    assert checked(names) == names and not any('-' in each for each in names)
+    assert checked_names(names) == names and not any('-' in each for each in names)
 
 
 class Small(NamedTuple):

@@ -16,10 +16,10 @@ import padseg
 from padseg.errors import UsageError
 from padseg.methods.options import GEOMETRIES, NORMALISATIONS, Options
 from padseg.methods.seg4diff import batched, regions, segment, segment_batch
-from padseg.methods.stages.label_map import label_map
+from padseg.methods.stages.labels import label_map
 from padseg.methods.stages.latents import encode
 from padseg.methods.stages.proposals import merge
-from padseg.methods.stages.superpixels import superpixels
+from padseg.methods.stages.superpixels import superpixels_of
 from padseg.methods.stages.token_maps import token_maps
 
 SIZES = [(48, 80), (80, 48), (64, 64), (48, 80), (33, 47), (64, 64), (1, 40)]
@@ -139,7 +139,7 @@ def test_split_regions_are_connected_parts_of_the_regions(backbone, picture):
 def test_superpixels_are_never_cut(backbone, picture, geometry):
     options = dataclasses.replace(SPLITTING, superpixels=40.0, geometry=geometry)
     found = segment(picture, backbone, options)
-    inside = superpixels(picture, 40.0)
+    inside = superpixels_of(picture, 40.0)
     seen = found.labels > 0
     assert len(np.unique(inside[seen])) > 1
     for number in np.unique(inside[seen]):

@@ -11,17 +11,17 @@ from torch import Tensor
 
 from padseg.backbones import Backbone
 from padseg.backbones.cpu_attention import by_rows
-from padseg.methods.options import Resolved, ResolvedLabels
+from padseg.methods.options import ForwardOptions, ViewOptions
 from padseg.methods.stages.geometry import view
 from padseg.types import Image, Latent
 
 
-def encode(image: Image, backbone: Backbone, options: Resolved) -> Latent:
+def encode(image: Image, backbone: Backbone, options: ForwardOptions) -> Latent:
     """Noised latent of an RGB picture (H, W, 3) uint8: posterior mean, shifted and scaled, mixed with noise at the chosen step."""
     return encode_steps(image, backbone, options, (options.step,))[0]
 
 
-def encode_steps(image: Image, backbone: Backbone, options: Resolved | ResolvedLabels, steps: Sequence[int]) -> list[Latent]:
+def encode_steps(image: Image, backbone: Backbone, options: ViewOptions, steps: Sequence[int]) -> list[Latent]:
     """The same at several steps with one noise, for which the VAE works once."""
     pixels, frame = view(image, options.geometry, options.side, backbone.multiple, backbone.limit)
     clean = encode_pixels(pixels, backbone)  # (1, C, H', W')

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from padseg.backbones.texts import Texts
 from padseg.errors import UsageError
-from padseg.methods.options import PROMPTS, ResolvedLabels
 from padseg.types import Prompt, Tokens
 
 TEMPLATE = 'a photo of a '
 JOINTS = {'joined': ('', ' '), 'template': (TEMPLATE, ', '), 'per-class': (TEMPLATE, ', ')}  # what stands before names, and between them
+
+
+class PromptOptions(Protocol):
+    """prompt: a key of JOINTS; encoders: that read it; unused: what stands in the places of others; columns: whose are read."""
+
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def encoders(self) -> str: ...
+    @property
+    def unused(self) -> str: ...
+    @property
+    def columns(self) -> str: ...
 
 
 class Wording(NamedTuple):
@@ -23,7 +35,7 @@ class Wording(NamedTuple):
     spans: tuple[tuple[int, int], ...]
 
 
-def checked(names: Sequence[str]) -> tuple[str, ...]:
+def checked_names(names: Sequence[str]) -> tuple[str, ...]:
     """Names with single spaces. UsageError if there are none, or one that is empty or there twice."""
     tidy = tuple(' '.join(name.split()) for name in names)
     if not tidy:
@@ -50,17 +62,16 @@ def worded(names: Sequence[str], mode: str) -> Wording:
     return Wording(text, tuple(names), tuple(spans))
 
 
-def prompts_of(names: Sequence[str], texts: Texts, options: ResolvedLabels) -> list[Prompt]:
+def prompts_of(names: Sequence[str], texts: Texts, options: PromptOptions) -> list[Prompt]:
     """The prompts that hold all names, as few as there is room for, with the columns of every name.
 
     UsageError for a name that fits into no prompt or that the tokenizers have no words for.
     """
-    return [prompt_of(wording, texts, options) for wording in split(checked(names), texts, options)]
+    return [prompt_of(wording, texts, options) for wording in split(checked_names(names), texts, options)]
 
 
-def split(names: Sequence[str], texts: Texts, options: ResolvedLabels) -> list[Wording]:
+def split(names: Sequence[str], texts: Texts, options: PromptOptions) -> list[Wording]:
     """The names in their order, each in the prompt of the one before it if it fits there too; one a prompt with `per-class`."""
-    assert options.prompt in PROMPTS
     wordings: list[Wording] = []
     for name in names:
         alone = worded([name], options.prompt)
@@ -75,12 +86,12 @@ def split(names: Sequence[str], texts: Texts, options: ResolvedLabels) -> list[W
     return wordings
 
 
-def fits_prompt(wording: Wording, texts: Texts, options: ResolvedLabels) -> bool:
+def fits_prompt(wording: Wording, texts: Texts, options: PromptOptions) -> bool:
     """Whether every tokenizer has room for the text: what they cut off would leave names without maps."""
     return all(len(tokens.spans) <= tokens.slots for tokens in texts.tokens(wording.text, options.encoders).values())
 
 
-def prompt_of(wording: Wording, texts: Texts, options: ResolvedLabels) -> Prompt:
+def prompt_of(wording: Wording, texts: Texts, options: PromptOptions) -> Prompt:
     """The prompt whose picked columns are those of its names, name by name.
 
     A name's map is the mean over its tokens; where the columns of CLIP and T5 are both read, the mean of both.

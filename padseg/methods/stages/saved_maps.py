@@ -9,14 +9,14 @@ import numpy as np
 import torch
 
 from padseg.backbones import Backbone
-from padseg.methods.options import Resolved
+from padseg.methods.options import ForwardOptions
 from padseg.system.files import atomic
 from padseg.types import Frame, TokenMaps
 
 SUFFIX = '.npz'
 
 
-def forward_settings(backbone: Backbone, options: Resolved) -> str:
+def forward_settings(backbone: Backbone, options: ForwardOptions) -> str:
     """All that decides token maps, in words."""
     return (
         f'weights {backbone.identity.weights} dtype {backbone.dtype} layer {options.layer} step {options.step} '

@@ -12,7 +12,7 @@ from padseg.types import Array, Image
 SUPERPIXEL_AREA = 1_000_000  # pixels; on larger pictures superpixels are found on a reduced copy
 
 
-def superpixels(image: Image, scale: float) -> Array:
+def superpixels_of(image: Image, scale: float) -> Array:
     """Felzenszwalb and Huttenlocher's graph-based superpixels: (H, W, 3) uint8 -> (H, W) int."""
     small = at_most(image, SUPERPIXEL_AREA)
     found = felzenszwalb(small, scale=scale, sigma=0.8, min_size=max(1, round(scale / 2)))

@@ -11,20 +11,12 @@ from padseg.backbones import Backbone
 from padseg.backbones.cpu_attention import by_rows
 from padseg.backbones.recorder import watch
 from padseg.errors import NotFinite
-from padseg.images import Readable, as_image
-from padseg.methods.options import Options, Resolved
+from padseg.methods.options import ForwardOptions
 from padseg.methods.stages.attention import token_attention
-from padseg.methods.stages.latents import encode
 from padseg.types import Latent, TokenMaps
 
 
-def token_maps(image: Readable, backbone: Backbone, options: Options = Options()) -> TokenMaps:
-    """Token maps of one picture, (H, W, 3) uint8 RGB or a path: the 77 maps of the null prompt in the expert block (Seg4Diff, Eq. 10)."""
-    resolved = options.resolve(backbone.spec)
-    return latent_token_maps([encode(as_image(image), backbone, resolved)], backbone, resolved)[0]
-
-
-def latent_token_maps(latents: Sequence[Latent], backbone: Backbone, options: Resolved) -> list[TokenMaps]:
+def latent_token_maps(latents: Sequence[Latent], backbone: Backbone, options: ForwardOptions) -> list[TokenMaps]:
     """Token maps of latents that share one shape and one noise level, from one forward."""
     return maps_of_layers(latents, backbone, (options.layer,))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from padseg.methods.stages.guided_filter import AREA, EPSILON, guide_of, guided, window_mean
-from padseg.methods.stages.label_map import label_map
+from padseg.methods.stages.labels import label_map
 from padseg.types import Frame, Proposals
 
 

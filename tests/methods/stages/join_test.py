@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from padseg.errors import UsageError
 from padseg.methods.stages.join import AREA, BORDER, COLOUR, UNIT, Graph, contrasts, graph_of, joined
-from padseg.methods.stages.label_map import label_map
+from padseg.methods.stages.labels import label_map
 from padseg.types import Frame, Proposals
 
 

@@ -14,7 +14,7 @@ from padseg.backbones import load
 from padseg.backbones.texts import texts_of
 from padseg.errors import ModelUnavailable, UsageError
 from padseg.methods.options import ENCODERS, PROMPTS, LabelOptions
-from padseg.methods.stages.prompts import checked, columns_of, prompts_of, split, worded
+from padseg.methods.stages.prompts import checked_names, columns_of, prompts_of, split, worded
 
 SLOTS = 77
 
@@ -187,7 +187,7 @@ def test_names_that_are_no_words(texts, speller, name):
 )
 def test_names_that_are_refused(names, words):
     with pytest.raises(UsageError, match=f'^{words}') as caught:
-        checked(names)
+        checked_names(names)
     assert caught.value.exit_code == 2
 
 

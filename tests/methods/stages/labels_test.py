@@ -15,9 +15,9 @@ from skimage.measure import label as connected_components
 from torch.nn import functional as F
 
 from padseg.images import read
-from padseg.methods.stages.label_map import absorb, common_borders, label_map, relabel, scaled_proposals, unassign
+from padseg.methods.stages.labels import absorb, common_borders, label_map, relabel, scaled_proposals, unassign
 from padseg.methods.stages.runs import mean_inside, painted, runs_of
-from padseg.methods.stages.superpixels import superpixels
+from padseg.methods.stages.superpixels import superpixels_of
 from padseg.types import Frame, LabelMap, Proposals
 
 IMAGES = Path(__file__).parents[3] / 'data/images'
@@ -199,7 +199,7 @@ def test_label_map_equals_the_slow_way(seed):
 def test_refinements_of_a_picture_equal_the_slow_way(name):
     image = np.ascontiguousarray(read(IMAGES / name)[::2, ::2])
     many = smooth_proposals(25, (30, 30), image.shape[:2], None, np.random.default_rng(0))
-    inside = superpixels(image, 100.0)
+    inside = superpixels_of(image, 100.0)
     result, expected = (way(many, inside, True, 0.002) for way in (label_map, slow_label_map))
     assert np.array_equal(result.labels, expected.labels) and result.tokens == expected.tokens and len(result.tokens) > 10
 
@@ -242,7 +242,7 @@ def test_memory_is_a_few_maps_whatever_their_number():
 def test_superpixels_follow_colours_and_large_pictures_are_reduced():
     image = np.zeros((40, 60, 3), np.uint8)
     image[:, 30:] = 200
-    found = superpixels(image, 100.0)
+    found = superpixels_of(image, 100.0)
     assert found.shape == (40, 60) and (found[:, :28] == found[0, 0]).all() and found[0, 0] != found[0, 59]
-    large = superpixels(np.repeat(np.repeat(image, 40, 0), 40, 1), 100.0)
+    large = superpixels_of(np.repeat(np.repeat(image, 40, 0), 40, 1), 100.0)
     assert large.shape == (1600, 2400) and (large[:, :1150] == large[0, 0]).all() and large[0, 0] != large[0, 2399]

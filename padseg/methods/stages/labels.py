@@ -32,7 +32,7 @@ def label_map(
     superpixels: (H, W) int, values averaged inside each before the argmax, or None. components: connected components become regions
     (4-neighbours). min_area: smaller regions, as a share of the picture in 0..1, go to the neighbour with the longest common border.
     image: the picture (H, W, 3), along whose edges maps are enlarged if refine is 'guided', and whose superpixels become regions by
-    `padseg.join` instead of the argmax if join, the distance below which they are joined, is above 0.
+    `stages/join.py` instead of the argmax if join, the distance below which they are joined, is above 0.
     """
     top, left, height, width = proposals.frame.box
     box = np.s_[top : top + height, left : left + width]
@@ -168,6 +168,13 @@ def relabel(regions: Runs, owner: Array) -> tuple[list[int], Array]:
     new = np.zeros(len(owner), np.int32)
     new[order] = np.arange(1, len(order) + 1)
     return order.tolist(), painted(regions, new[owner])
+
+
+def as_regions(numbers: Array) -> LabelMap:
+    """A label map of the regions that any integers (H, W) tell apart, numbered by first appearance, made of no tokens."""
+    regions = runs_of(numbers - numbers.min() + 1)
+    order, numbered = relabel(regions, np.arange(len(regions.names)))
+    return LabelMap(numbered, ((),) * len(order))
 
 
 def unassign(labels: LabelMap, void: Array) -> LabelMap:

@@ -1,0 +1,15 @@
+from .forwards import batched as batched
+from .labels import as_regions as as_regions, label_map as label_map, upsample as upsample
+from .latents import encode as encode, encode_steps as encode_steps
+from .prompts import checked_names as checked_names, prompts_of as prompts_of
+from .proposals import merge as merge
+from .runs import mean_inside as mean_inside, painted as painted, runs_of as runs_of
+from .scores import (
+    joined_maps as joined_maps,
+    mean_of_steps as mean_of_steps,
+    means as means,
+    scale_scores as scale_scores,
+    with_floor as with_floor,
+)
+from .superpixels import superpixels_of as superpixels_of
+from .token_maps import latent_token_maps as latent_token_maps, maps_of_layers as maps_of_layers
