@@ -27,7 +27,9 @@ from padseg.evaluation.protocols import PROTOCOLS
 from padseg.exports import FORMATS
 from padseg.exports.masks import COLUMNS
 from padseg.images import DECODERS, ImageError
-from padseg.methods.options import GEOMETRIES, NORMALISATIONS, LabelOptions, Options
+from padseg.methods.open_vocabulary import LabelOptions
+from padseg.methods.options import GEOMETRIES, NORMALISATIONS
+from padseg.methods.seg4diff import Options
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')

@@ -12,9 +12,7 @@ import torch
 from padseg.backbones import load
 from padseg.backbones.cpu_attention import attention_by_rows, by_rows
 from padseg.errors import UsageError
-from padseg.methods.options import Options
-from padseg.methods.seg4diff import segment
-from padseg.methods.stages.token_maps import token_maps
+from padseg.methods.seg4diff import Options, segment, token_maps
 
 can_compile = shutil.which('g++') is not None and (Path(sysconfig.get_path('include')) / 'Python.h').exists()
 compiles = pytest.mark.skipif(not can_compile, reason='no C++ compiler, or no headers of Python')

@@ -28,14 +28,13 @@ from padseg.backbones.spec import BACKBONES
 from padseg.backbones.texts import texts_of
 from padseg.commands import main
 from padseg.errors import ModelUnavailable, UsageError
-from padseg.methods.open_vocabulary import label, score_maps
-from padseg.methods.options import LabelOptions, Options
-from padseg.methods.seg4diff import segment
+from padseg.methods.open_vocabulary import LabelOptions, label, score_maps
+from padseg.methods.seg4diff import Options, segment, token_maps
 from padseg.methods.stages.attention import token_attention
 from padseg.methods.stages.latents import encode, noise_level
 from padseg.methods.stages.prompts import prompts_of
 from padseg.methods.stages.saved_maps import read_maps
-from padseg.methods.stages.token_maps import attention_maps, token_maps
+from padseg.methods.stages.token_maps import attention_maps
 
 ROOT = pathlib.Path(__file__).parents[2]
 AXES = (4, 6, 6)  # channels of a head that are rotated by 0, by the row, by the column

@@ -22,9 +22,8 @@ from support.replies import Replies
 from padseg.backbones import load
 from padseg.backbones.spec import BACKBONES
 from padseg.errors import ModelUnavailable, UsageError
-from padseg.methods.options import Options
+from padseg.methods.seg4diff import Options, token_maps
 from padseg.methods.stages.latents import encode_pixels
-from padseg.methods.stages.token_maps import token_maps
 
 ROOT = pathlib.Path(__file__).parents[2]
 COMMIT = '0123456789abcdef0123456789abcdef01234567'

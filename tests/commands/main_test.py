@@ -22,7 +22,7 @@ import pytest
 import padseg
 from padseg.backbones.spec import BACKBONES
 from padseg.commands import COMMANDS, main
-from padseg.methods.options import Options
+from padseg.methods.seg4diff import Options
 from padseg.system import progress
 
 ROOT = Path(__file__).parents[2]

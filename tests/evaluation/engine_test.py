@@ -20,7 +20,7 @@ from padseg.evaluation.protocols import protocol
 from padseg.exports.png import read_label_map, write_label_map
 from padseg.images import read
 from padseg.methods import seg4diff as segment
-from padseg.methods.options import Options
+from padseg.methods.seg4diff import Options
 
 NAMES = ('a', 'b', 'c')
 
@@ -91,9 +91,9 @@ def test_the_protocol_decides_what_the_model_sees(camvid, sd3_folder, tmp_path, 
 
 def test_maps_are_enlarged_straight_to_the_compared_size(camvid, backbone, sd3_folder, tmp_path, capsys):
     """DiffSeg compares at 512 x 512: the same as segmenting the cut square with the maps of the centre."""
+    from padseg.methods.seg4diff import token_maps
     from padseg.methods.stages.labels import label_map
     from padseg.methods.stages.proposals import merge
-    from padseg.methods.stages.token_maps import token_maps
     from padseg.types import Frame
 
     evaluated('camvid', '--root', camvid, '--model', sd3_folder, '--protocol', 'diffseg', '--threshold', 0, '--out', tmp_path / 'out')

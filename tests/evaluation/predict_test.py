@@ -23,9 +23,8 @@ from padseg.evaluation.predict import NamePredictor, Predictor
 from padseg.evaluation.protocols import compared_view, protocol
 from padseg.exports import read_label_map
 from padseg.images import read
-from padseg.methods.open_vocabulary import label, naming_of
-from padseg.methods.options import LabelOptions, Options
-from padseg.methods.seg4diff import segment
+from padseg.methods.open_vocabulary import LabelOptions, label, prepare
+from padseg.methods.seg4diff import Options, segment
 from padseg.methods.stages.prompts import checked_names
 
 ROOT = Path(__file__).parents[2]
@@ -191,7 +190,7 @@ def test_a_model_with_names_on_a_data_set(name, names, texts_folder, speller, pi
     for (each, truth), stored in zip(truths.items(), sorted((out / 'labels').rglob('*.png')), strict=True):
         shown = [one for one in classes if (truth == one).any()]
         asked = shown if names == 'present' else classes
-        assert (len(naming_of(speller, asked, OPTIONS).prompts) > 1) == (names == 'all')
+        assert (len(prepare(speller, OPTIONS, asked).prompts) > 1) == (names == 'all')
         found = label(read(root / small.pictures.format(each)), speller, asked, OPTIONS)
         guess = np.array(['', *asked], object)[found.labels]
         assert np.array_equal(np.array(classes, object)[read_label_map(stored)], guess)

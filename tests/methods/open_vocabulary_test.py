@@ -24,23 +24,14 @@ from padseg.exports import CONVERTERS, read_label_map, read_masks
 from padseg.exports.colours import voc_colours
 from padseg.exports.overlay import overlay, write as write_overlay
 from padseg.images import read
-from padseg.methods.open_vocabulary import (
-    Naming,
-    class_maps,
-    classified,
-    label,
-    mean_scores,
-    means,
-    name_regions,
-    naming_of,
-    scale_scores,
-    score_maps,
-)
-from padseg.methods.options import ENCODERS, NAMED, PROMPTS, LabelOptions, Options, Resolved
-from padseg.methods.seg4diff import segment
+from padseg.methods import open_vocabulary
+from padseg.methods.open_vocabulary import ENCODERS, NAMED, PROMPTS, LabelOptions, label, mean_scores, name_regions, score_maps
+from padseg.methods.options import plain_settings
+from padseg.methods.seg4diff import Options, segment, token_maps
 from padseg.methods.stages.latents import encode, encode_steps
 from padseg.methods.stages.saved_maps import read_maps
-from padseg.methods.stages.token_maps import attention_maps, maps_of_layers, token_maps
+from padseg.methods.stages.scores import means, scale_scores
+from padseg.methods.stages.token_maps import attention_maps, maps_of_layers
 from padseg.run import engine
 from padseg.run.convert import convert
 from padseg.run.job import Job
@@ -84,9 +75,9 @@ def test_the_null_prompt_through_this_path_gives_the_maps_of_run(family, picture
 def test_proposals_are_those_of_run(family, picture, request):
     """Many of them, of several names: nothing is merged, and every name scores high somewhere."""
     backbone = request.getfixturevalue(family)
-    backbone = dataclasses.replace(backbone, spec=backbone.spec._replace(threshold=0.0))
-    naming = naming_of(backbone, NAMES, LabelOptions(on='proposals', layers=(1,), steps=(3,)))
-    (maps,) = class_maps([picture], naming)
+    backbone = dataclasses.replace(backbone, spec=backbone.spec._replace(own={'seg4diff': {'threshold': 0.0}}))
+    prepared = open_vocabulary.prepare(backbone, LabelOptions(on='proposals', layers=(1,), steps=(3,)), NAMES)
+    (maps,) = open_vocabulary.maps([picture], prepared)
     assert torch.equal(maps.maps[len(NAMES) :], token_maps(picture, backbone).maps)
     found = label(picture, backbone, NAMES, naming_options := LabelOptions(on='proposals', scores='minmax'))
     regions = segment(picture, backbone)
@@ -106,8 +97,8 @@ def test_scores_equal_the_explicit_softmax(family, encoders, unused, picture, re
     """Rows of the softmax over all keys, columns found by the tokens of each name, means over heads and tokens."""
     backbone = request.getfixturevalue(family)
     options = LabelOptions(encoders=encoders, unused=unused, geometry='stretch')
-    naming = naming_of(backbone, NAMES, options)
-    (prompt,) = naming.prompts
+    prepared = open_vocabulary.prepare(backbone, options, NAMES)
+    (prompt,) = prepared.prompts
     reading = dataclasses.replace(backbone, prompt=prompt)
     latent = encode(picture, backbone, Options(geometry='stretch').resolve(backbone.spec))
     attention = whole_attention(reading, latent.z, latent.timestep)[2].mean(1)[0]  # (N + L, N + L)
@@ -130,7 +121,7 @@ def test_layers_steps_and_heads(family, picture, request):
     """Means over the layers and steps of one head, from the whole matrices."""
     backbone = request.getfixturevalue(family)
     options = LabelOptions(layers=(0, 3), steps=(2, 9), head=1)
-    (prompt,) = naming_of(backbone, NAMES, options).prompts
+    (prompt,) = open_vocabulary.prepare(backbone, options, NAMES).prompts
     reading = dataclasses.replace(backbone, prompt=prompt)
     expected = []
     for step in (2, 9):
@@ -164,7 +155,7 @@ def test_several_layers_come_from_one_forward(speller, picture):
 def test_scores_before_the_softmax(speller, picture):
     options = LabelOptions(softmax=False)
     z = encode(picture, speller, Options().resolve(speller.spec)).z
-    (prompt,) = naming_of(speller, NAMES, options).prompts
+    (prompt,) = open_vocabulary.prepare(speller, options, NAMES).prompts
     reading = dataclasses.replace(speller, prompt=prompt)
     raw = attention_maps(z, 100.0, reading, 2, head=0, softmax=False)[0]
     shares = attention_maps(z, 100.0, reading, 2, head=0)[0]
@@ -213,7 +204,11 @@ def image_of(pixels: int):
 def decided(maps, classes, **options):
     frame = Frame((2, 2), (0, 0, 2, 2))
     chosen = LabelOptions(geometry='stretch', **options).resolve(load_spec())
-    return classified(image_of(2), TokenMaps(maps, ('',) * len(maps), frame), classes, chosen)
+    return open_vocabulary.labels(image_of(2), TokenMaps(maps, ('',) * len(maps), frame), without_model(chosen, classes))
+
+
+def without_model(options, classes=('a', 'b')):
+    return open_vocabulary.Prepared(options, classes, (), None, None)
 
 
 def load_spec():
@@ -242,7 +237,7 @@ def test_classes_follow_edges_and_superpixels_and_lose_specks():
     maps = TokenMaps(torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[0.0, 1.0], [0.0, 1.0]]]), ('a', 'b'), Frame((64, 64), (0, 0, 64, 64)))
 
     def found(**options):
-        return classified(image, maps, ('a', 'b'), LabelOptions(geometry='stretch', **options).resolve(load_spec())).labels
+        return open_vocabulary.labels(image, maps, without_model(LabelOptions(geometry='stretch', **options).resolve(load_spec()))).labels
 
     assert np.array_equal(found(), np.repeat([[1] * 32 + [2] * 32], 64, 0))
     for options in ({'refine': 'guided'}, {'superpixels': 50.0}):
@@ -250,7 +245,7 @@ def test_classes_follow_edges_and_superpixels_and_lose_specks():
         assert abs(first - 20).max() <= 3, options
     speck = maps._replace(maps=torch.tensor([[[1.0, 0.0], [1.0, 1.0]], [[0.0, 1.0], [0.0, 0.0]]]))
     plain, cleaned = (
-        classified(image, speck, ('a', 'b'), LabelOptions(geometry='stretch', min_area=share).resolve(load_spec())).labels
+        open_vocabulary.labels(image, speck, without_model(LabelOptions(geometry='stretch', min_area=share).resolve(load_spec()))).labels
         for share in (0.0, 0.4)
     )
     assert set(np.unique(plain)) == {1, 2} and (cleaned == 1).all()
@@ -278,11 +273,11 @@ def test_scores_count_only_where_the_model_looked():
 @pytest.mark.parametrize('mode', PROMPTS)
 @pytest.mark.parametrize('on', NAMED)
 def test_a_batch_gives_what_single_pictures_give(mode, on, speller, picture):
-    naming = naming_of(speller, NAMES, LabelOptions(prompt=mode, on=on, background_words=('photo',)))
+    prepared = open_vocabulary.prepare(speller, LabelOptions(prompt=mode, on=on, background_words=('photo',)), NAMES)
     images = [picture, picture[:, ::-1].copy(), picture[:40, :40].copy()]
-    for image, maps in zip(images, class_maps(images, naming), strict=True):
+    for image, maps in zip(images, open_vocabulary.maps(images, prepared), strict=True):
         alone = label(image, speller, NAMES, LabelOptions(prompt=mode, on=on, background_words=('photo',)))
-        assert np.array_equal(classified(image, maps, naming.classes, naming.options).labels, alone.labels)
+        assert np.array_equal(open_vocabulary.labels(image, maps, prepared).labels, alone.labels)
         assert alone.labels.shape == image.shape[:2] and alone.labels.dtype == np.int32
         assert 0 <= alone.labels.min() and alone.labels.max() <= len(NAMES)
 
@@ -337,13 +332,20 @@ def test_values_out_of_range(values, words):
 
 
 def test_none_is_what_the_model_names():
-    spec = load_spec()._replace(layer=4, step=2, side=64, superpixels=30.0, min_area=0.1, refine='guided', threshold=0.3)
+    regions = {'step': 2, 'superpixels': 30.0, 'min_area': 0.1, 'refine': 'guided', 'threshold': 0.3}
+    spec = load_spec()._replace(layer=4, side=64, own={'seg4diff': regions})
     found = LabelOptions().resolve(spec)
     assert (found.layers, found.steps, found.side, found.encoders, found.columns, found.scores) == ((4,), (2,), 64, 'l+g', 'clip', 'raw')
-    assert (found.refine, found.superpixels, found.min_area, found.proposals) == ('guided', 30.0, 0.1, None)
+    assert (found.refine, found.superpixels, found.min_area) == ('guided', 30.0, 0.1)
     paper = LabelOptions(geometry='stretch', prompt='per-class', on='proposals').resolve(spec)
     assert (paper.refine, paper.superpixels, paper.min_area, paper.scores) == ('none', 0.0, 0.0, 'minmax')
-    assert isinstance(paper.proposals, Resolved) and paper.proposals == Options(geometry='stretch').resolve(spec)
+    proposals = {f'proposals_{name}': value for name, value in plain_settings(Options(geometry='stretch').resolve(spec)).items()}
+    recorded = open_vocabulary.recorded(LabelOptions(geometry='stretch', prompt='per-class', on='proposals'), spec)
+    assert proposals.items() <= recorded.items() and 'proposals' not in recorded
+    assert open_vocabulary.recorded(LabelOptions(), spec)['proposals'] is None
+    spec = spec._replace(own={'seg4diff': regions, 'open-vocabulary': {'steps': [3, 5], 'min_area': 0.2}})
+    stated = LabelOptions().resolve(spec)
+    assert (stated.steps, stated.min_area, stated.superpixels) == ((3, 5), 0.2, 30.0)
 
 
 # the command
@@ -359,7 +361,7 @@ def folder(tmp_path, picture):
 
 @pytest.fixture
 def job(folder, tmp_path, texts_folder):
-    return Job(folder, tmp_path / 'out', LabelOptions(), NAMES, model=str(texts_folder), device='cpu')
+    return Job(folder, tmp_path / 'out', LabelOptions(), NAMES, model=str(texts_folder), device='cpu', method='open-vocabulary')
 
 
 def test_what_the_command_writes(folder, tmp_path, texts_folder, speller, capsys):
@@ -438,7 +440,7 @@ def test_proposals_are_named_by_the_command(job, texts_folder, speller, tmp_path
     (model / 'padseg.json').write_text(json.dumps({**row, 'threshold': 0.0}))  # many proposals
     options = LabelOptions(on='proposals', layers=(0, 1), scores='minmax')
     engine.run(job._replace(options=options, model=str(model)))
-    many = dataclasses.replace(speller, spec=speller.spec._replace(threshold=0.0))
+    many = dataclasses.replace(speller, spec=speller.spec._replace(own={'seg4diff': {'threshold': 0.0}}))
     expected = label(job.source / 'a.png', many, NAMES, options)
     assert len(np.unique(expected.labels)) > 1
     assert np.array_equal(read_label_map(job.out / 'labels' / 'a.png.png'), expected.labels)
@@ -510,8 +512,3 @@ def test_an_overlay_has_a_legend(tmp_path):
     difference = np.abs(read(plain).astype(int) - read(legend).astype(int)).max(2) > 60
     assert difference[:20, :60].mean() > 0.5 and not difference[40:].any() and not difference[:, 200:].any()
     assert np.array_equal(overlay(image, labels)[100, 100], overlay(image, labels)[50, 250])
-
-
-def test_naming_is_a_value(speller):
-    naming = naming_of(speller, NAMES, LabelOptions())
-    assert isinstance(naming, Naming) and naming.classes == NAMES and len(naming.prompts) == 1

@@ -8,12 +8,13 @@ import math
 import pytest
 
 from padseg.backbones.spec import BACKBONES, Spec
-from padseg.errors import UsageError
-from padseg.methods.options import GEOMETRIES, NORMALISATIONS, Options, Resolved
+from padseg.errors import ModelUnavailable, UsageError
+from padseg.methods import METHODS
+from padseg.methods.options import GEOMETRIES, NORMALISATIONS
+from padseg.methods.seg4diff import Options
 
-ROW = Spec(
-    repo='a row', layers=6, layer=4, steps=10, step=3, side=256, normalisation='share', threshold=0.5, superpixels=20.0, components=True
-)
+SETTINGS = {'step': 3, 'normalisation': 'share', 'threshold': 0.5, 'superpixels': 20.0, 'components': True}
+ROW = Spec(repo='a row', layers=6, layer=4, steps=10, side=256, own={'seg4diff': SETTINGS})
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_the_published_schedule_has_28_steps():
 
 
 def test_what_is_left_open_comes_from_the_row():
-    assert Options().resolve(ROW) == Resolved(
+    assert Options().resolve(ROW) == Options(
         layer=4,
         step=3,
         normalisation='share',
@@ -80,7 +81,8 @@ def test_what_is_left_open_comes_from_the_row():
 
 
 def test_a_papers_preset_leaves_refinements_off_unless_they_are_given():
-    row = ROW._replace(refine='guided', superpixels=20.0, join=0.1, components=True, min_area=0.1)
+    refined = {'refine': 'guided', 'superpixels': 20.0, 'join': 0.1, 'components': True, 'min_area': 0.1}
+    row = ROW._replace(own={'seg4diff': {**SETTINGS, **refined}})
     for geometry in GEOMETRIES[1:]:
         resolved = Options(geometry=geometry).resolve(row)
         refinements = [getattr(resolved, name) for name in ('refine', 'superpixels', 'join', 'components', 'min_area')]
@@ -116,24 +118,51 @@ def test_the_ends_of_the_ranges_are_allowed():
 
 
 @pytest.mark.parametrize(
-    'change',
+    ('stated', 'message'),
     [
-        {'layer': 6},
-        {'step': 0},
-        {'step': 11},
-        {'normalisation': 'none'},
-        {'threshold': -0.1},
-        {'side': 0},
-        {'superpixels': -1.0},
-        {'join': -1.0},
-        {'min_area': 1.0},
-        {'refine': 'sharp'},
+        ({'step': 0}, 'step is counted from the end of the schedule, from 1; got 0'),
+        ({'normalisation': 'none'}, 'normalisation is one of minmax-softmax, sum, share; got none'),
+        ({'threshold': -0.1}, 'threshold is a number >= 0 or inf; got -0.1'),
+        ({'side': 0}, 'side is a number of pixels >= 1; got 0'),
+        ({'superpixels': -1.0}, 'superpixels is a finite scale >= 0; got -1.0'),
+        ({'join': -1.0}, 'join is a finite distance >= 0; got -1.0'),
+        ({'min_area': 1.0}, 'min_area is a share of the picture in 0..1; got 1.0'),
+        ({'refine': 'sharp'}, 'refine is one of none, guided; got sharp'),
+        ({'threshold': 'low'}, 'threshold is a number >= 0 or inf; got low'),
+        ({'components': 1}, 'components is true or false; got 1'),
     ],
 )
-def test_a_row_is_held_to_the_same_ranges(change):
-    (name, value), *_ = change.items()
-    with pytest.raises(UsageError, match=f'^{name} is .*; got {value}$'):
-        Options().resolve(ROW._replace(**change))
+def test_what_a_model_states_is_held_to_the_same_ranges(stated, message):
+    with pytest.raises(ModelUnavailable) as caught:
+        Options().resolve(ROW._replace(own={'seg4diff': stated}))
+    assert str(caught.value) == f'padseg.json of a row: seg4diff: {message}'
+
+
+def test_a_setting_that_the_method_does_not_have():
+    with pytest.raises(ModelUnavailable, match='^padseg.json of a row: seg4diff has no settings colour, tau$'):
+        Options().resolve(ROW._replace(own={'seg4diff': {'colour': 1, 'tau': 2, 'step': 3}}))
+
+
+def test_a_step_of_the_model_beyond_its_schedule():
+    with pytest.raises(UsageError, match=r'^step is one of 1\.\.10 for a row; got 11$'):
+        Options().resolve(ROW._replace(own={'seg4diff': {'step': 11}}))
+
+
+@pytest.mark.parametrize(
+    ('given', 'message'),
+    [
+        ({'layer': 1.5}, 'layer is counted from 0; got 1.5'),
+        ({'layer': True}, 'layer is counted from 0; got True'),
+        ({'seed': None}, 'seed is a whole number; got None'),
+        ({'seed': 'one'}, "seed is a whole number; got 'one'"),
+        ({'components': 'yes'}, "components is true or false; got 'yes'"),
+        ({'min_area': '0.1'}, 'min_area is a share of the picture in 0..1; got 0.1'),
+    ],
+)
+def test_a_value_of_another_kind_is_refused(given, message):
+    with pytest.raises(UsageError) as caught:
+        Options(**given)
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize('options', [Options(), Options().resolve(ROW)])
@@ -151,6 +180,6 @@ def test_replace_checks_again():
 
 
 def test_every_option_says_what_it_is():
-    assert [field.name for field in dataclasses.fields(Options)] == [field.name for field in dataclasses.fields(Resolved)]
-    for field in dataclasses.fields(Options):
-        assert len(field.metadata['help']) > 10
+    for method in METHODS.values():
+        for field in dataclasses.fields(method.Options):
+            assert len(field.metadata['help']) > 10

@@ -14,13 +14,13 @@ from skimage.measure import label as connected_components
 
 import padseg
 from padseg.errors import UsageError
-from padseg.methods.options import GEOMETRIES, NORMALISATIONS, Options
-from padseg.methods.seg4diff import batched, regions, segment, segment_batch
+from padseg.methods.options import GEOMETRIES, NORMALISATIONS
+from padseg.methods.seg4diff import Options, regions, segment, token_maps
+from padseg.methods.stages.forwards import batched
 from padseg.methods.stages.labels import label_map
 from padseg.methods.stages.latents import encode
 from padseg.methods.stages.proposals import merge
 from padseg.methods.stages.superpixels import superpixels_of
-from padseg.methods.stages.token_maps import token_maps
 
 SIZES = [(48, 80), (80, 48), (64, 64), (48, 80), (33, 47), (64, 64), (1, 40)]
 SPLITTING = Options(threshold=0.001)  # low enough that random models give several regions
@@ -45,9 +45,9 @@ def test_neither_batch_size_nor_order_matters(family, request):
         order = random.Random(batch).sample(range(len(images)), len(images))
         for start in range(0, len(order), batch):
             numbers = order[start : start + batch]
-            for number, found in zip(numbers, segment_batch([images[number] for number in numbers], backbone, SPLITTING), strict=True):
+            for number, found in zip(numbers, segment([images[number] for number in numbers], backbone, SPLITTING), strict=True):
                 assert same(found, alone[number])
-    assert segment_batch([], backbone) == []
+    assert segment([], backbone) == []
 
 
 def test_pictures_share_no_forward_on_a_cpu(backbone):
@@ -83,10 +83,9 @@ def test_segmenting_is_its_stages_one_after_the_other(backbone, picture, normali
     options = Options(normalisation=normalisation, geometry=geometry, threshold=0.01, layer=1, step=4, seed=2)
     maps = token_maps(picture, backbone, options)
     assert same(segment(picture, backbone, options), label_map(merge(maps, 0.01, normalisation)))
-    resolved = options.resolve(backbone.spec)
-    assert same(regions(picture, maps, resolved), segment(picture, backbone, options))
+    assert same(regions(picture, maps, options), segment(picture, backbone, options))
     other = dataclasses.replace(options, threshold=float('inf'))
-    assert same(regions(picture, maps, other.resolve(backbone.spec)), segment(picture, backbone, other))
+    assert same(regions(picture, maps, other), segment(picture, backbone, other))
 
 
 @pytest.mark.parametrize('family', ['backbone', 'backbone35'])
@@ -149,7 +148,9 @@ def test_superpixels_are_never_cut(backbone, picture, geometry):
 
 
 def test_the_row_of_the_model_decides_what_is_left_open(backbone, picture):
-    settled = dataclasses.replace(backbone, spec=backbone.spec._replace(threshold=0.0, normalisation='share', components=True, layer=1))
+    settled = dataclasses.replace(
+        backbone, spec=backbone.spec._replace(layer=1, own={'seg4diff': {'threshold': 0.0, 'normalisation': 'share', 'components': True}})
+    )
     expected = segment(picture, backbone, Options(threshold=0.0, normalisation='share', components=True, layer=1))
     assert same(segment(picture, settled), expected)
     assert not same(segment(picture, backbone), expected)
@@ -182,5 +183,5 @@ def test_the_public_names_in_four_lines(sd3_folder, picture, tmp_path):
     maps = padseg.token_maps(picture, backbone, padseg.Options(threshold=0.001))
     labels = padseg.label_map(padseg.merge(maps, threshold=0.001))
     padseg.export(labels, tmp_path / 'labels.png')
-    assert same(labels, padseg.methods.seg4diff(picture, backbone, SPLITTING))
+    assert same(labels, padseg.segment(picture, backbone, SPLITTING))
     assert np.array_equal(np.asarray(PIL.Image.open(tmp_path / 'labels.png')), labels.labels)

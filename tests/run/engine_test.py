@@ -21,7 +21,7 @@ from padseg.commands import main
 from padseg.errors import NoImages, OutputConflict, ResourceExhausted, UsageError
 from padseg.exports import CONVERTERS, read_label_map, read_masks
 from padseg.images import Found, Reading, ignores_case, read
-from padseg.methods.options import Options
+from padseg.methods.seg4diff import Options
 from padseg.run import engine, picture as stages
 from padseg.run.convert import convert
 from padseg.run.job import Job, reading_from

@@ -14,7 +14,7 @@ import pytest
 
 from padseg.commands import main
 from padseg.errors import NoImages, OutputConflict
-from padseg.methods.options import Options
+from padseg.methods.seg4diff import Options
 from padseg.run import engine
 from padseg.run.collect import collect
 from padseg.run.convert import convert

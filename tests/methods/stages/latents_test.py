@@ -13,7 +13,8 @@ from hypothesis import example, given, strategies as st
 from torch.nn import functional
 
 from padseg.errors import UsageError
-from padseg.methods.options import GEOMETRIES, Options
+from padseg.methods.options import GEOMETRIES
+from padseg.methods.seg4diff import Options
 from padseg.methods.stages.geometry import view, whole_size
 from padseg.methods.stages.latents import content_noise, encode, encode_pixels, noise_level
 

@@ -13,7 +13,7 @@ import torch
 from padseg.backbones import load
 from padseg.backbones.texts import texts_of
 from padseg.errors import ModelUnavailable, UsageError
-from padseg.methods.options import ENCODERS, PROMPTS, LabelOptions
+from padseg.methods.open_vocabulary import ENCODERS, PROMPTS, LabelOptions
 from padseg.methods.stages.prompts import checked_names, columns_of, prompts_of, split, worded
 
 SLOTS = 77

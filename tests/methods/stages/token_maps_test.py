@@ -9,10 +9,10 @@ from support.explicit_attention import ExplicitAttention
 
 from padseg.backbones.recorder import watch
 from padseg.errors import PadsegError
-from padseg.methods.options import Options
+from padseg.methods.seg4diff import Options, token_maps
 from padseg.methods.stages.attention import token_attention
 from padseg.methods.stages.latents import encode
-from padseg.methods.stages.token_maps import attention_maps, latent_token_maps, token_maps
+from padseg.methods.stages.token_maps import attention_maps, latent_token_maps
 from padseg.types import QueryKey
 
 
