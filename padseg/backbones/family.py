@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from padseg.backbones.noise import NoiseLevel
 from padseg.backbones.source import Source
 from padseg.types import Prompt
 
@@ -35,8 +36,11 @@ class Family(Protocol):
     def cut(self, transformer: Any, layer: int) -> None:
         """Leave the blocks 0..layer, of the last of them only what its queries and keys need: there the forward stops."""
 
-    def set_timesteps(self, scheduler: Any, steps: int, image_tokens: int) -> None:
-        """Give the scheduler the schedule of so many steps that the model's pipeline would give it."""
+    def noise_level(self, scheduler: Any, steps: int, step: int, image_tokens: int) -> NoiseLevel:
+        """Of the step-th step from the end of the schedule that the model's pipeline has for so many steps and tokens.
+
+        The scheduler stays as it is. ValueError for a step that the schedule does not have.
+        """
 
     def tokenizers(self, source: Source) -> dict[str, Any]:
         """By the names of their folders. Raises ModelUnavailable if one cannot be used."""

@@ -11,6 +11,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from padseg.backbones.family import Dimensions
+from padseg.backbones.noise import NoiseLevel, flow_level, scheduled
 from padseg.backbones.parts import clip_tokenizer, read_model, read_part
 from padseg.backbones.source import TEXT_PARTS, Source, check_files, text_files
 from padseg.errors import ModelUnavailable
@@ -49,13 +50,13 @@ def cut(transformer: FluxTransformer2DModel, layer: int) -> None:
         last.proj_out = None
 
 
-def set_timesteps(scheduler: Any, steps: int, image_tokens: int) -> None:
+def noise_level(scheduler: Any, steps: int, step: int, image_tokens: int) -> NoiseLevel:
     """Pictures of more tokens have more noise at every step."""
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
     config = scheduler.config
     shift = calculate_shift(image_tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
-    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=shift)
+    return flow_level(scheduled(scheduler, sigmas=np.linspace(1, 1 / steps, steps), mu=shift), step)
 
 
 def tokenizers(source: Source) -> dict[str, Any]:

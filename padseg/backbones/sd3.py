@@ -10,6 +10,7 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from padseg.backbones.family import Dimensions
+from padseg.backbones.noise import NoiseLevel, flow_level, scheduled
 from padseg.backbones.parts import clip_tokenizer, read_model
 from padseg.backbones.source import TEXT_PARTS, Source, check_files, text_files
 from padseg.types import Prompt
@@ -36,9 +37,9 @@ def cut(transformer: SD3Transformer2DModel, layer: int) -> None:
     last.attn.to_out = last.attn.to_add_out = None
 
 
-def set_timesteps(scheduler: Any, steps: int, image_tokens: int) -> None:
+def noise_level(scheduler: Any, steps: int, step: int, image_tokens: int) -> NoiseLevel:
     """The same for pictures of all sizes."""
-    scheduler.set_timesteps(steps)
+    return flow_level(scheduled(scheduler, num_inference_steps=steps), step)
 
 
 def tokenizers(source: Source) -> dict[str, Any]:

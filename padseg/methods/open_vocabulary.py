@@ -77,10 +77,11 @@ def class_maps(images: Sequence[Image], naming: Naming) -> list[TokenMaps]:
     latents = [encode_steps(image, backbone, options, steps) for image in images]  # one a step
     found: list[list[Tensor]] = [[] for _ in images]
     for prompt in naming.prompts:
-        reading = dataclasses.replace(backbone, prompt=prompt)
         by_step = []
         for number in range(len(options.steps)):
-            read = partial(maps_of_layers, backbone=reading, layers=options.layers, head=options.head, softmax=options.softmax)
+            read = partial(
+                maps_of_layers, backbone=backbone, prompt=prompt, layers=options.layers, head=options.head, softmax=options.softmax
+            )
             maps = batched([each[number] for each in latents], backbone, read)
             by_step.append([each.maps for each in maps])  # (T, h, w) each
         for own, several in zip(found, zip(*by_step, strict=True), strict=True):
