@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from padseg.backbones.layout import Layout
 from padseg.backbones.noise import NoiseLevel
 from padseg.backbones.source import Source
 from padseg.types import Prompt
@@ -24,7 +25,7 @@ class Dimensions(NamedTuple):
 class Family(Protocol):
     """A module such as backbones/sd3.py. Layers are counted over all blocks in the order in which they run."""
 
-    TRANSFORMER: Any  # diffusers' class
+    LAYOUT: Layout
     TEXT_DTYPE: torch.dtype  # of the text encoders, which always run on the CPU: what they give is a constant of the model
 
     def size(self, config: Any) -> Dimensions:
@@ -33,8 +34,12 @@ class Family(Protocol):
     def blocks(self, transformer: Any) -> Sequence[nn.Module]:
         """All of them, in the order of layers."""
 
-    def cut(self, transformer: Any, layer: int) -> None:
-        """Leave the blocks 0..layer, of the last of them only what its queries and keys need: there the forward stops."""
+    @property
+    def cut(self) -> Callable[[Any, int], None] | None:
+        """Leaves the blocks 0..layer of a transformer, of the last of them only what its queries and keys need: there the forward stops.
+
+        None where models of this family are always read whole.
+        """
 
     def noise_level(self, scheduler: Any, steps: int, step: int, image_tokens: int) -> NoiseLevel:
         """Of the step-th step from the end of the schedule that the model's pipeline has for so many steps and tokens.
