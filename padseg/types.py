@@ -44,12 +44,16 @@ class Prompt(NamedTuple):
     weights: tuple[float, ...] = ()
 
 
-class QueryKey(NamedTuple):
-    """What one attention layer computed. query: (B, heads, N, d); key: (B, heads, L, d); mask: additive, or None."""
+class Attention(NamedTuple):
+    """What one attention layer computed. query, and output before its projection: (B, heads, N, d); key, value: (B, heads, L, d);
+    mask: additive, broadcast to (B, heads, N, L), or None. Value and output are None where they were not asked for.
+    """
 
     query: Tensor
     key: Tensor
-    mask: Tensor | None
+    value: Tensor | None = None
+    mask: Tensor | None = None
+    output: Tensor | None = None
 
 
 class TokenMaps(NamedTuple):

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from padseg.backbones import Backbone
-from padseg.backbones.recorder import watch
+from padseg.backbones.recorder import QUERIES_AND_KEYS, What, requests_of, watch
 from padseg.errors import UsageError
 from padseg.evaluation.metrics import ClassCounts, class_scores, class_table, counts_of, region_scores, widened
 from padseg.methods.open_vocabulary import LabelOptions, prepare
@@ -23,20 +22,11 @@ from padseg.methods.stages.labels import label_map, upsample
 from padseg.methods.stages.latents import encode_steps
 from padseg.methods.stages.proposals import merge
 from padseg.methods.stages.scores import means, scale_scores
-from padseg.types import Array, Frame, Image, Latent, QueryKey, TokenMaps
+from padseg.types import Array, Attention, Frame, Image, Latent, Prompt, TokenMaps
 
+T = TypeVar('T')
 ENLARGED = 4  # pixels a side that an image token has when label maps are compared
 THRESHOLDS = tuple(np.geomspace(0.01, 5, 8).tolist())  # of merging; blocks differ in how far their maps are apart
-
-
-class Forward(NamedTuple):
-    """One forward. queries: of each block, with its keys; values: (L, D) of each block, tokens in the order of keys; grid: (h, w)
-    image tokens.
-    """
-
-    queries: dict[int, QueryKey]
-    values: dict[int, Tensor]
-    grid: tuple[int, int]
 
 
 class Cell(NamedTuple):
@@ -48,48 +38,38 @@ class Cell(NamedTuple):
 
 
 @torch.no_grad()
-def record(latent: Latent, backbone: Backbone) -> Forward:
-    """Queries, keys and values of all blocks from one forward on a latent (1, C, H', W'). UsageError if the model was not read whole."""
+def every_block(
+    latent: Latent, backbone: Backbone, prompt: Prompt, reduce: Callable[[Attention], T], what: tuple[What, ...] = QUERIES_AND_KEYS
+) -> list[T]:
+    """What `reduce` makes of the attention of every block, from one forward on a latent (1, C, H', W').
+
+    UsageError if the model was not read whole.
+    """
     if backbone.layers < backbone.spec.layers:
         raise UsageError(f'only blocks 0..{backbone.layers - 1} of {backbone.spec.layers} were read: load(whole=True) reads all')
-    h, w = (length // backbone.patch for length in latent.z.shape[2:])
-    modules = {layer: backbone.attention_module(layer) for layer in range(backbone.layers)}
-    with values_of(modules) as values, watch(modules) as queries:
-        backbone.denoise(latent.z, latent.timestep)
-    first = backbone.first_image_token
-    parts = {layer: found if first == 0 else found[::-1] for layer, found in values.items()}  # image first, or text
-    joint = {layer: torch.cat(found, 1)[0].float() for layer, found in parts.items()}  # (L, D)
-    return Forward(queries, joint, (h, w))
+    layers = range(backbone.layers)
+    with watch(requests_of(backbone, layers, reduce, what)) as kept:
+        backbone.denoise(latent.z, latent.timestep, prompt)
+    return [kept[layer] for layer in layers]
 
 
-@contextmanager
-def values_of(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, list[Tensor]]]:
-    """The values of each layer's image and text tokens, (B, N, D) each; of all tokens where a block has one projection for both."""
-    values: dict[int, list[Tensor]] = {layer: [] for layer in modules}
-    handles = []
-    for layer, module in modules.items():
-        for name in ('to_v', 'add_v_proj'):
-            projection = getattr(module, name, None)
-            if projection is not None:
-                handles.append(projection.register_forward_hook(lambda _, __, out, kept=values[layer]: kept.append(out)))
-    try:
-        yield values
-    finally:
-        for handle in handles:
-            handle.remove()
+def grid_of(latent: Latent, backbone: Backbone) -> tuple[int, int]:
+    """Rows and columns (h, w) of image tokens."""
+    height, width = latent.z.shape[2:]
+    return height // backbone.patch, width // backbone.patch
 
 
-def token_groups(forward: Forward, backbone: Backbone) -> dict[str, list[int]]:
+def token_groups(backbone: Backbone, prompt: Prompt, image_tokens: int) -> dict[str, list[int]]:
     """Numbers of the tokens of each kind: image; first, the first text token that is read; pads, the others that are; and the rest."""
-    start, image_tokens, tokens = backbone.first_image_token, forward.grid[0] * forward.grid[1], len(forward.values[0])
-    first, *pads = backbone.text_columns(image_tokens)
+    start, tokens = backbone.first_image_token(prompt), image_tokens + prompt.embeds.shape[1]
+    first, *pads = backbone.text_columns(prompt, image_tokens)
     groups = {'image': list(range(start, start + image_tokens)), 'first': [first], 'pads': pads}
     known = {token for group in groups.values() for token in group}
     rest = [token for token in range(tokens) if token not in known]  # of SD3: the places of T5's tokens
     return {**groups, 'rest': rest} if rest else groups
 
 
-def attention_shares(seen: QueryKey, groups: Mapping[str, Sequence[int]]) -> Array:
+def attention_shares(seen: Attention, groups: Mapping[str, Sequence[int]]) -> Array:
     """How attention is shared out: (G, G), row = tokens that look, column = tokens looked at, mean over heads and over the row's tokens.
 
     The groups hold every token once, so rows sum to 1; a block without preference would give each column its part of the tokens. Image
@@ -103,18 +83,25 @@ def attention_shares(seen: QueryKey, groups: Mapping[str, Sequence[int]]) -> Arr
 
 
 def value_norms(values: Tensor, groups: Mapping[str, Sequence[int]]) -> dict[str, float]:
-    """Mean Euclidean norm of the values (L, D), heads side by side, of each group of tokens (Seg4Diff, Fig. 4)."""
-    norms = values.norm(dim=1)
+    """Mean Euclidean norm of the values (heads, L, d), heads side by side, of each group of tokens (Seg4Diff, Fig. 4)."""
+    norms = values.transpose(0, 1).flatten(1).float().norm(dim=1)  # (L,)
     return {name: float(norms[list(tokens)].mean()) for name, tokens in groups.items()}
 
 
-def cell_maps(forward: Forward, layer: int, backbone: Backbone) -> dict[int | None, Tensor]:
-    """The maps of the text tokens that are read in a block, of each head and, under None, their mean: (T, h, w) float32 each."""
-    h, w = forward.grid
-    seen, columns = forward.queries[layer], backbone.text_columns(h * w)
-    each = [token_attention(seen, h * w, columns, first=backbone.first_image_token, head=head)[0] for head in range(seen.query.shape[1])]
-    heads: dict[int | None, Tensor] = {head: maps.T.unflatten(1, (h, w)) for head, maps in enumerate(each)}
-    return {None: torch.stack([*heads.values()]).mean(0), **heads}
+def block_maps(latent: Latent, backbone: Backbone, prompt: Prompt, reduce: Callable[[dict[int | None, Tensor]], T]) -> list[T]:
+    """What `reduce` makes of the maps of every block (see `head_maps`), from one forward."""
+    grid, first = grid_of(latent, backbone), backbone.first_image_token(prompt)
+    columns = backbone.text_columns(prompt, grid[0] * grid[1])
+    return every_block(latent, backbone, prompt, lambda seen: reduce(head_maps(seen, grid, columns, first)))
+
+
+def head_maps(seen: Attention, grid: tuple[int, int], columns: Sequence[int], first: int) -> dict[int | None, Tensor]:
+    """The maps of these columns of keys, of each head and, under None, their mean: (T, h, w) float32 each. first: image token."""
+    queries, heads = grid[0] * grid[1], range(seen.query.shape[1])
+    maps: dict[int | None, Tensor] = {
+        head: token_attention(seen, queries, columns, first=first, head=head)[0].T.unflatten(1, grid) for head in heads
+    }
+    return {None: torch.stack([*maps.values()]).mean(0), **maps}
 
 
 def coverings(maps: Tensor, truth: Array, normalisation: str, thresholds: Sequence[float] = THRESHOLDS) -> Array:
@@ -137,15 +124,18 @@ def grouping(image: Image, truth: Array, backbone: Backbone, options: Options, s
     resolved = options.resolve(backbone.spec)
     if resolved.geometry not in ('whole', 'stretch'):
         raise UsageError(f'geometry is whole or stretch here; got {resolved.geometry}')
-    found = {}
+    found: dict[Cell, Array] = {}
     wanted = [resolved.step, *(step for step in steps if step != resolved.step)]
     for step, latent in zip(wanted, encode_steps(image, backbone, resolved, wanted), strict=True):
-        forward = record(latent, backbone)
-        for layer in range(backbone.layers):
-            for head, maps in cell_maps(forward, layer, backbone).items():
-                if head is None or step == resolved.step:
-                    found[Cell(step, layer, head)] = coverings(maps, truth, resolved.normalisation)
+        reduce = partial(head_coverings, truth=truth, normalisation=resolved.normalisation, heads=step == resolved.step)
+        for layer, scores in enumerate(block_maps(latent, backbone, backbone.null_prompt, reduce)):
+            found |= {Cell(step, layer, head): covering for head, covering in scores.items()}
     return found
+
+
+def head_coverings(maps: dict[int | None, Tensor], truth: Array, normalisation: str, heads: bool) -> dict[int | None, Array]:
+    """Coverings by the mean of heads and, if wanted, by each of them."""
+    return {head: coverings(own, truth, normalisation) for head, own in maps.items() if heads or head is None}
 
 
 def mean_iou(counts: Iterable[dict[Cell, ClassCounts]]) -> dict[Cell, float]:
@@ -189,21 +179,31 @@ def named_maps(image: Image, backbone: Backbone, classes: Sequence[str], options
     (latent,) = encode_steps(image, backbone, resolved, (step,))
     parts: dict[Cell, list[Tensor]] = {}
     for prompt in naming.prompts:
-        reading = dataclasses.replace(backbone, prompt=prompt)
-        forward = record(latent, reading)
-        for layer in range(backbone.layers):
-            for head, maps in cell_maps(forward, layer, reading).items():
-                parts.setdefault(Cell(step, layer, head), []).append(means(maps, prompt, resolved.scores))
+        reduce = partial(head_means, prompt=prompt, scores=resolved.scores)
+        for layer, scores in enumerate(block_maps(latent, backbone, prompt, reduce)):
+            for head, maps in scores.items():
+                parts.setdefault(Cell(step, layer, head), []).append(maps)
     return {cell: scale_scores(torch.cat(maps), len(classes), resolved.scores)[: len(classes)] for cell, maps in parts.items()}
+
+
+def head_means(maps: dict[int | None, Tensor], prompt: Prompt, scores: str) -> dict[int | None, Tensor]:
+    """The maps of a prompt's names, (C, h, w) each, from those of its tokens."""
+    return {head: means(own, prompt, scores) for head, own in maps.items()}
 
 
 def anatomy(latent: Latent, backbone: Backbone) -> dict[str, Any]:
     """Shares of attention (layers, G, G) and norms of values (layers, G) of every block, with the groups' names and sizes."""
-    forward = record(latent, backbone)
-    layers, groups = range(backbone.layers), token_groups(forward, backbone)
+    prompt, grid = backbone.null_prompt, grid_of(latent, backbone)
+    groups = token_groups(backbone, prompt, grid[0] * grid[1])
+
+    def shares_and_norms(seen: Attention) -> tuple[Array, list[float]]:
+        assert seen.value is not None  # it is asked for below
+        return attention_shares(seen, groups), [*value_norms(seen.value[0], groups).values()]
+
+    shares, norms = zip(*every_block(latent, backbone, prompt, shares_and_norms, ('values',)), strict=True)
     return {
         'groups': [*groups],
         'tokens': [len(tokens) for tokens in groups.values()],
-        'shares': np.stack([attention_shares(forward.queries[layer], groups) for layer in layers]),
-        'norms': np.array([[*value_norms(forward.values[layer], groups).values()] for layer in layers]),
+        'shares': np.stack(shares),
+        'norms': np.array(norms),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from padseg.backbones.family import Family
+    from padseg.backbones.noise import NoiseLevel
+    from padseg.backbones.recorder import What
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 
@@ -31,7 +33,8 @@ class Identity(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Backbone:
-    """A loaded model. layers: transformer blocks that were read, of the last of which only queries and keys, unless these are all.
+    """A loaded model. null_prompt: the empty one, a constant of the model. layers: transformer blocks that were read; of the last of them
+    only queries and keys, unless the whole transformer was.
 
     Sizes are in latent cells (patch) and pixels (multiple); limit is the longest side it can take, in pixels. compiled: how many of the
     blocks are compiled, the first ones, whose attention is not to be read.
@@ -43,8 +46,9 @@ class Backbone:
     transformer: Any
     vae: Any
     scheduler: Any
-    prompt: Prompt
+    null_prompt: Prompt
     layers: int
+    whole: bool
     patch: int
     multiple: int
     limit: int
@@ -58,28 +62,33 @@ class Backbone:
     def dtype(self) -> torch.dtype:
         return self.transformer.dtype
 
-    def attention_module(self, layer: int) -> nn.Module:
-        """The attention of one block, in which image and text tokens meet. UsageError if it was not read, or is compiled."""
+    def attention_module(self, layer: int, what: Sequence[What] = ('queries', 'keys')) -> nn.Module:
+        """The attention of one block, in which image and text tokens meet. UsageError if this of it was not read, or it is compiled."""
         if layer >= self.layers:
             raise UsageError(f'{self.identity.model} was read up to block {self.layers - 1}: load(layer={layer}) reads block {layer} too')
         if layer < self.compiled:
             raise UsageError(
                 f'blocks 0..{self.compiled - 1} are compiled: load(layer={layer}, compile=True) leaves block {layer} to be read'
             )
+        if not self.whole and layer == self.layers - 1 and not {'queries', 'keys'}.issuperset(what):
+            raise UsageError(f'of block {layer} of {self.identity.model} only queries and keys were read: load(whole=True) reads all of it')
         return self.family.attention_module(self.transformer, layer)
 
-    def text_columns(self, image_tokens: int) -> list[int]:
-        """Where the picked text tokens stand among the keys."""
-        return self.family.text_columns(self.prompt.picked, image_tokens)
+    def text_columns(self, prompt: Prompt, image_tokens: int) -> list[int]:
+        """Where the picked tokens of a prompt stand among the keys."""
+        return self.family.text_columns(prompt.picked, image_tokens)
 
-    @property
-    def first_image_token(self) -> int:
+    def first_image_token(self, prompt: Prompt) -> int:
         """Where image tokens begin among the queries."""
-        return self.family.first_image_token(self.prompt)
+        return self.family.first_image_token(prompt)
 
-    def denoise(self, z: Tensor, timestep: float) -> Tensor:
-        """The model's forward on noised latents with the null prompt: (B, C, H', W') -> the same shape."""
-        return self.family.denoise(self.transformer, z, timestep, self.prompt)
+    def noise_level(self, step: int, image_tokens: int) -> NoiseLevel:
+        """Of the step-th step from the end of the model's schedule, 1 has least noise. ValueError for a step that it does not have."""
+        return self.family.noise_level(self.scheduler, self.spec.steps, step, image_tokens)
+
+    def denoise(self, z: Tensor, timestep: float, prompt: Prompt) -> Tensor:
+        """The model's forward on noised latents with a prompt: (B, C, H', W') -> the same shape."""
+        return self.family.denoise(self.transformer, z, timestep, prompt)
 
 
 def load(

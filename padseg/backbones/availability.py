@@ -10,21 +10,20 @@ from typing import NamedTuple
 import torch
 
 from padseg.backbones import family_of
+from padseg.backbones.layout import LAYOUTS, all_text, denoisers
 from padseg.backbones.loading import check_loadable
 from padseg.backbones.null_prompt import prompt_is_cached
 from padseg.backbones.parts import choose_dtype, tensors_needed
 from padseg.backbones.source import (
-    MAIN,
-    MAIN_PARTS,
-    TEXT,
-    TEXT_PARTS,
     Source,
     hub_errors,
     locate,
+    main_files,
     named_row,
     no_layout,
     refusal,
     tensor_shapes,
+    text_parts,
     weight_files,
 )
 from padseg.errors import ModelUnavailable
@@ -57,12 +56,15 @@ class Memory(NamedTuple):
     host: int
 
 
-def model_state(model: str, revision: str | None = None) -> tuple[State, Source | None]:
-    """What `load` would meet, in its words; and the model if it is here. The hub is asked only about files that are not here."""
+def model_state(model: str, revision: str | None = None, whole: bool = False) -> tuple[State, Source | None]:
+    """What `load` would meet, in its words; and the model if it is here. The hub is asked only about files that are not here.
+
+    whole: of `load(whole=True)`.
+    """
     source = None
     try:
         source = locate(model, revision, fetch=False)
-        check_loadable(family_of(source.spec), source)
+        check_loadable(family_of(source.spec), source, whole)
     except ModelUnavailable as error:
         here = State(error.state, str(error))
         spec, wanted = named_row(model, revision)
@@ -85,12 +87,14 @@ def ask_hub(repo: str, revision: str | None, here: State) -> State:
 
     try:
         info = HfApi().model_info(repo, revision=revision, timeout=HUB_SECONDS, files_metadata=True)
-        wanted = {file.rfilename: file.size for file in info.siblings or () if any(fnmatch(file.rfilename, glob) for glob in MAIN + TEXT)}
-        if 'transformer/config.json' not in wanted:
+        globs = [*main_files(), *(f'{part}/*' for part in all_text())]
+        wanted = {file.rfilename: file.size for file in info.siblings or () if any(fnmatch(file.rfilename, glob) for glob in globs)}
+        config = next((f'{part}/config.json' for part in denoisers() if f'{part}/config.json' in wanted), None)
+        if config is None:
             other = no_layout(repo)
             return State(other.state, str(other))
         # of a gated repository the list can be read by everybody, the weights only with access
-        probe = next((name for name in wanted if name.endswith('.safetensors')), 'transformer/config.json')
+        probe = next((name for name in wanted if name.endswith('.safetensors')), config)
         get_hf_file_metadata(hf_hub_url(repo, probe, revision=info.sha), timeout=HUB_SECONDS)
     except hub_errors() as error:
         refused = refusal(repo, revision, error)
@@ -106,15 +110,18 @@ def ask_hub(repo: str, revision: str | None, here: State) -> State:
 
 def chosen_dtype(place: torch.device, source: Source | None) -> str:
     """Name of the dtype that `load` chooses."""
-    paths = weight_files(source.folder, MAIN_PARTS) if source else []
+    paths = weight_files(source.folder, LAYOUTS[source.spec.family].networks) if source else []
     return str(choose_dtype(place, sum(path.stat().st_size for path in paths))).removeprefix('torch.')
 
 
-def reckon_memory(source: Source, place: torch.device, dtype: str) -> Memory:
-    """The weights alone. On another device they pass through the computer's memory part by part; text encoders stay there."""
-    family, size = family_of(source.spec), getattr(torch, dtype).itemsize
-    parts = [size * sum(map(math.prod, tensors_needed(family, source, part).values())) for part in ('transformer', 'vae')]
-    prompt = 0 if prompt_is_cached(source) else family.TEXT_DTYPE.itemsize * parameters(source.folder, TEXT_PARTS)
+def reckon_memory(source: Source, place: torch.device, dtype: str, whole: bool = False) -> Memory:
+    """The weights alone, of what `load` reads by default or of the whole.
+
+    On another device they pass through the computer's memory part by part; text encoders stay there.
+    """
+    family, size, layer = family_of(source.spec), getattr(torch, dtype).itemsize, None if whole else source.spec.layer
+    parts = [size * sum(map(math.prod, tensors_needed(family, source, part, layer).values())) for part in family.LAYOUT.networks]
+    prompt = 0 if prompt_is_cached(source) else family.TEXT_DTYPE.itemsize * parameters(source.folder, text_parts(source))
     if place.type == 'cpu':
         return Memory(sum(parts), sum(parts) + prompt)
     return Memory(sum(parts), max(*parts, prompt))

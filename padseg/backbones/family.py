@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from padseg.backbones.layout import Layout
+from padseg.backbones.noise import NoiseLevel
 from padseg.backbones.source import Source
 from padseg.types import Prompt
 
@@ -23,7 +25,7 @@ class Dimensions(NamedTuple):
 class Family(Protocol):
     """A module such as backbones/sd3.py. Layers are counted over all blocks in the order in which they run."""
 
-    TRANSFORMER: Any  # diffusers' class
+    LAYOUT: Layout
     TEXT_DTYPE: torch.dtype  # of the text encoders, which always run on the CPU: what they give is a constant of the model
 
     def size(self, config: Any) -> Dimensions:
@@ -32,11 +34,18 @@ class Family(Protocol):
     def blocks(self, transformer: Any) -> Sequence[nn.Module]:
         """All of them, in the order of layers."""
 
-    def cut(self, transformer: Any, layer: int) -> None:
-        """Leave the blocks 0..layer, of the last of them only what its queries and keys need: there the forward stops."""
+    @property
+    def cut(self) -> Callable[[Any, int], None] | None:
+        """Leaves the blocks 0..layer of a transformer, of the last of them only what its queries and keys need: there the forward stops.
 
-    def set_timesteps(self, scheduler: Any, steps: int, image_tokens: int) -> None:
-        """Give the scheduler the schedule of so many steps that the model's pipeline would give it."""
+        None where models of this family are always read whole.
+        """
+
+    def noise_level(self, scheduler: Any, steps: int, step: int, image_tokens: int) -> NoiseLevel:
+        """Of the step-th step from the end of the schedule that the model's pipeline has for so many steps and tokens.
+
+        The scheduler stays as it is. ValueError for a step that the schedule does not have.
+        """
 
     def tokenizers(self, source: Source) -> dict[str, Any]:
         """By the names of their folders. Raises ModelUnavailable if one cannot be used."""

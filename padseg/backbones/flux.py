@@ -11,12 +11,14 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from padseg.backbones.family import Dimensions
-from padseg.backbones.parts import clip_tokenizer, read_model, read_part
-from padseg.backbones.source import TEXT_PARTS, Source, check_files, text_files
+from padseg.backbones.layout import LAYOUTS
+from padseg.backbones.noise import NoiseLevel, flow_level, scheduled
+from padseg.backbones.parts import clip_tokenizer, read_part, read_text_encoders
+from padseg.backbones.source import Source, check_files, text_files, text_parts
 from padseg.errors import ModelUnavailable
 from padseg.types import Prompt
 
-TRANSFORMER = FluxTransformer2DModel
+LAYOUT = LAYOUTS['flux']
 TEXT_DTYPE = torch.bfloat16  # as T5 is published: float32 would take twice the memory and is no nearer to what was trained
 PATCH = 2  # latent cells along a side of an image token: the pipeline packs them, not the transformer
 LIMIT = 192  # tokens along a side, as for SD3: rotary embeddings have no end, but what was trained has
@@ -49,13 +51,13 @@ def cut(transformer: FluxTransformer2DModel, layer: int) -> None:
         last.proj_out = None
 
 
-def set_timesteps(scheduler: Any, steps: int, image_tokens: int) -> None:
+def noise_level(scheduler: Any, steps: int, step: int, image_tokens: int) -> NoiseLevel:
     """Pictures of more tokens have more noise at every step."""
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
     config = scheduler.config
     shift = calculate_shift(image_tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
-    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=shift)
+    return flow_level(scheduled(scheduler, sigmas=np.linspace(1, 1 / steps, steps), mu=shift), step)
 
 
 def tokenizers(source: Source) -> dict[str, Any]:
@@ -86,13 +88,10 @@ def compute_null_prompt(source: Source, transformer: FluxTransformer2DModel, slo
 def text_pipeline(source: Source, transformer: FluxTransformer2DModel) -> Any:
     """diffusers' pipeline with the two text encoders, enough to encode texts."""
     from diffusers import FluxPipeline
-    from transformers import CLIPTextModel, T5EncoderModel
 
     text_files(source)
-    check_files(source, TEXT_PARTS)
-    parts = tokenizers(source)
-    for part, kind in (('text_encoder', CLIPTextModel), ('text_encoder_2', T5EncoderModel)):
-        parts[part] = read_model(kind, source, part, dtype=TEXT_DTYPE)
+    check_files(source, text_parts(source))
+    parts = tokenizers(source) | read_text_encoders(source, TEXT_DTYPE)
     return FluxPipeline(transformer=transformer, vae=None, scheduler=None, **parts)
 
 

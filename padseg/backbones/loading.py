@@ -5,14 +5,13 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 
 from padseg.backbones import Backbone, Identity
 from padseg.backbones.compiled import compile_blocks
 from padseg.backbones.family import Family
 from padseg.backbones.null_prompt import null_prompt, prompt_is_cached
-from padseg.backbones.parts import built, choose_device, choose_dtype, filled, part_name, read_part, tensors_needed, weights_hash
-from padseg.backbones.source import TEXT_PARTS, Source, check_files, tensor_shapes, weight_files
+from padseg.backbones.parts import built, choose_device, choose_dtype, filled, part_name, read_scheduler, tensors_needed, weights_hash
+from padseg.backbones.source import Source, check_files, tensor_shapes, text_parts, weight_files
 from padseg.backbones.weights import refuse_lost, refuse_surplus
 from padseg.errors import UsageError
 
@@ -33,14 +32,16 @@ def load_family(
     compile: the blocks before `layer`.
     """
     layer = source.spec.layer if layer is None else layer
+    if not 0 <= layer < source.spec.layers:
+        raise UsageError(f'layer is one of 0..{source.spec.layers - 1}; got {layer}')
     last = None if whole else layer
     place = choose_device(device)
-    size = sum(path.stat().st_size for path in weight_files(source.folder, ('transformer', 'vae')))
+    size = sum(path.stat().st_size for path in weight_files(source.folder, family.LAYOUT.networks))
     kind = getattr(torch, dtype) if dtype else choose_dtype(place, size)
     owner, part = (vae, '.') if vae else (source, 'vae')
     with ThreadPoolExecutor(1) as beside:  # hashing four gigabytes takes as long as reading what is needed of them
-        hashed = beside.submit(weights_hash, source, vae)
-        transformer = filled(family, source, 'transformer', last, place, kind)
+        hashed = beside.submit(weights_hash, family, source, vae)
+        transformer = filled(family, source, family.LAYOUT.denoiser, last, place, kind)
         encoder = filled(family, owner, part, last, place, kind).to(memory_format=torch.channels_last)  # how convolutions are quick
     taken = family.size(transformer.config)
     if encoder.config.latent_channels != taken.channels:
@@ -56,9 +57,10 @@ def load_family(
         family=family,
         transformer=transformer,
         vae=encoder,
-        scheduler=read_part(FlowMatchEulerDiscreteScheduler, source, 'scheduler', 'scheduler_config.json'),
-        prompt=null_prompt(family, source, transformer, place, kind),
-        layers=source.spec.layers if whole else layer + 1,
+        scheduler=read_scheduler(family, source),
+        null_prompt=null_prompt(family, source, transformer, place, kind),
+        layers=source.spec.layers if whole or not family.cut else layer + 1,
+        whole=whole or not family.cut,
         patch=taken.patch,
         multiple=multiple,
         limit=taken.limit * multiple,
@@ -66,13 +68,21 @@ def load_family(
     )
 
 
-def check_loadable(family: Family, source: Source) -> None:
-    """Raises ModelUnavailable for what `load` would refuse, as far as it shows without reading weights and without a network."""
-    for part in ('transformer', 'vae'):
+def check_loadable(family: Family, source: Source, whole: bool = False) -> None:
+    """Raises ModelUnavailable for what `load` would refuse, as far as it shows without reading weights and without a network.
+
+    whole: of `load(whole=True)`.
+    """
+    for part in family.LAYOUT.networks:
         known = set(built(family, source, part).state_dict())
         there = {name for path in weight_files(source.folder, (part,)) for name in tensor_shapes(path)}
-        refuse_lost(tensors_needed(family, source, part).keys() - there, source.folder / part, part_name(source, part))
+        refuse_lost(
+            tensors_needed(family, source, part, None if whole else source.spec.layer).keys() - there,
+            source.folder / part,
+            part_name(source, part),
+        )
         refuse_surplus(there - known, source.folder / part, part_name(source, part))
+    read_scheduler(family, source)
     if not prompt_is_cached(source):
-        check_files(source, TEXT_PARTS)
+        check_files(source, text_parts(source))
         family.tokenizers(source)

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors import SafetensorError
 
 from padseg.backbones.family import Family
+from padseg.backbones.layout import LAYOUTS, config_name
 from padseg.backbones.source import Source, content_hash, part_files, read_json, weight_files
 from padseg.backbones.weights import build_empty, fill_weights, refuse_lost
 from padseg.errors import ModelUnavailable, UsageError
@@ -45,12 +46,12 @@ def choose_dtype(device: torch.device, size: int) -> torch.dtype:
     return torch.bfloat16 if any(capable.get(name) for name in BFLOAT16) else torch.float32
 
 
-def weights_hash(source: Source, vae: Source | None) -> str:
+def weights_hash(family: Family, source: Source, vae: Source | None) -> str:
     """SHA-256 over the files of transformer and VAE."""
     if vae is None:
-        return content_hash(source.folder, part_files(source.folder, ('transformer', 'vae')))
+        return content_hash(source.folder, part_files(source.folder, family.LAYOUT.networks))
     hashes = (
-        content_hash(source.folder, part_files(source.folder, ('transformer',))),
+        content_hash(source.folder, part_files(source.folder, (family.LAYOUT.denoiser,))),
         content_hash(vae.folder, part_files(vae.folder, ('.',))),
     )
     return hashlib.sha256(' '.join(hashes).encode()).hexdigest()
@@ -59,30 +60,29 @@ def weights_hash(source: Source, vae: Source | None) -> str:
 def built(family: Family, source: Source, part: str) -> Any:
     """The whole transformer or VAE without weights. ModelUnavailable for a configuration that cannot be used."""
     config = read_json(source.folder / part / 'config.json')
-    kinds = {'transformer': family.TRANSFORMER, 'vae': AutoencoderKL, '.': AutoencoderTiny}
+    layout = family.LAYOUT
+    kinds = {layout.denoiser: layout.network, 'vae': layout.vae, '.': 'AutoencoderTiny'}
     try:
-        return build_empty(kinds[part], config)
+        return build_empty(getattr(diffusers, kinds[part]), config)
     except DAMAGE as error:
         raise unreadable(source, part, error) from error
 
 
-def cut_model(family: Family, model: Any, part: str, layer: int) -> None:
-    """Leave of a transformer what blocks 0..layer need, of a VAE the encoder."""
-    if part != 'transformer':
-        model.decoder = model.post_quant_conv = None
+def cut_model(family: Family, model: Any, part: str, layer: int | None) -> None:
+    """Leave of a transformer what blocks 0..layer need, if its family can be cut, of a VAE the encoder; of both all if layer is None."""
+    if layer is None:
         return
-    blocks = len(family.blocks(model))
-    if layer >= blocks:
-        raise UsageError(f'layer is one of 0..{blocks - 1}; got {layer}')
-    family.cut(model, layer)
+    if part != family.LAYOUT.denoiser:
+        model.decoder = model.post_quant_conv = None
+    elif family.cut:
+        family.cut(model, layer)
 
 
 def filled(family: Family, source: Source, part: str, layer: int | None, place: torch.device, kind: torch.dtype) -> Any:
-    """A model with its weights; of a transformer only what blocks 0..layer need, of a VAE only the encoder, unless layer is None."""
+    """A model with its weights, cut as by `cut_model`."""
     model = built(family, source, part)
     known = set(model.state_dict())
-    if layer is not None:
-        cut_model(family, model, part, layer)
+    cut_model(family, model, part, layer)
     try:
         return fill_weights(model, weight_files(source.folder, (part,)), known, place, kind, part_name(source, part))
     except ModelUnavailable:
@@ -91,10 +91,10 @@ def filled(family: Family, source: Source, part: str, layer: int | None, place: 
         raise unreadable(source, part, error) from error
 
 
-def tensors_needed(family: Family, source: Source, part: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what `load` reads of the transformer or VAE by default."""
+def tensors_needed(family: Family, source: Source, part: str, layer: int | None) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what `load` reads of the transformer or VAE for blocks 0..layer, or of the whole."""
     model = built(family, source, part)
-    cut_model(family, model, part, source.spec.layer)
+    cut_model(family, model, part, layer)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -123,6 +123,25 @@ def read_model(kind: Any, source: Source, part: str, **options: Any) -> Any:
         model, info = read_part(kind, source, part, 'config.json', use_safetensors=True, output_loading_info=True, **options)
     refuse_lost(info['missing_keys'], source.folder / part, f'{part} of {source.model}')
     return model
+
+
+def read_text_encoders(source: Source, dtype: torch.dtype) -> dict[str, Any]:
+    """Text encoders by their folders. On the CPU always: what they give is a constant of the model and must not depend on where it was
+    computed first.
+    """
+    import transformers
+
+    encoders = LAYOUTS[source.spec.family].text_encoders
+    return {part: read_model(getattr(transformers, kind), source, part, dtype=dtype) for part, kind in encoders.items()}
+
+
+def read_scheduler(family: Family, source: Source) -> Any:
+    """The scheduler that the model comes with. ModelUnavailable for one that its family does not have."""
+    known = family.LAYOUT.schedulers
+    kind = read_json(source.folder / 'scheduler' / config_name('scheduler')).get('_class_name', known[0])
+    if kind not in known:
+        raise ModelUnavailable(f'the scheduler of {source.model} is a {kind}; known: {", ".join(known)}')
+    return read_part(getattr(diffusers, kind), source, 'scheduler', config_name('scheduler'))
 
 
 @contextmanager

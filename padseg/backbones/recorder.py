@@ -1,16 +1,44 @@
-"""Queries and keys of chosen layers of an unchanged transformer."""
+"""What chosen layers of an unchanged transformer attend with: queries, keys, values and outputs, reduced while the layer runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from padseg.errors import PadsegError
-from padseg.types import QueryKey
+from padseg.types import Attention
+
+if TYPE_CHECKING:
+    from padseg.backbones import Backbone
+
+T = TypeVar('T')
+What = Literal['queries', 'keys', 'values', 'output']
+QUERIES_AND_KEYS: tuple[What, ...] = ('queries', 'keys')
+
+
+@dataclasses.dataclass(frozen=True)
+class Request(Generic[T]):
+    """What is wanted of one attention module. reduce: makes what is kept from the tensors of its call, which are let go after it.
+
+    what: which of them it reads. Queries and keys are always given; values, and the output before its projection, only on request.
+    """
+
+    module: nn.Module
+    reduce: Callable[[Attention], T]
+    what: tuple[What, ...] = QUERIES_AND_KEYS
+
+
+def requests_of(
+    backbone: Backbone, layers: Iterable[int], reduce: Callable[[Attention], T], what: tuple[What, ...] = QUERIES_AND_KEYS
+) -> dict[int, Request[T]]:
+    """The same request for several layers of a model. UsageError for a layer of which this was not read, or that is compiled."""
+    return {layer: Request(backbone.attention_module(layer, what), reduce, what) for layer in layers}
 
 
 class _Stop(Exception):
@@ -18,48 +46,70 @@ class _Stop(Exception):
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes query and key of each fused attention call while a watched module runs."""
+    """Answers requests at the fused attention call of a module that runs."""
 
-    def __init__(self, last: int | None) -> None:
+    def __init__(self, requests: Mapping[Any, Request[Any]], stop: bool) -> None:
         super().__init__()
-        self.last = last
-        self.running: int | None = None
-        self.seen: dict[int, QueryKey] = {}
+        self.requests = requests
+        self.stop = stop
+        self.running: nn.Module | None = None
+        self.kept: dict[Any, Any] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is nn.functional.scaled_dot_product_attention and self.running is not None:
-            self.seen[self.running] = _query_key(*args, **(kwargs or {}))
-            if self.running == self.last:
-                raise _Stop
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is not nn.functional.scaled_dot_product_attention or self.running is None:
+            return func(*args, **kwargs)
+        wanted = {key: request for key, request in self.requests.items() if request.module is self.running}
+        last = self.stop and self.requests.keys() <= self.kept.keys() | wanted.keys()
+        needed = not last or any('output' in request.what for request in wanted.values())
+        seen = _attention(*args, **kwargs)._replace(output=func(*args, **kwargs) if needed else None)
+        for key, request in wanted.items():
+            self.kept[key] = request.reduce(_only(seen, request.what))
+        if last:
+            raise _Stop
+        return seen.output
 
 
-def _query_key(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> QueryKey:
-    return QueryKey(query, key, attn_mask)
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Attention:
+    if is_causal or scale is not None or enable_gqa:
+        raise PadsegError('padseg reads attention without an order, a scale or grouped heads of its own')
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
+    return Attention(query, key, value, attn_mask)
+
+
+def _only(seen: Attention, what: tuple[What, ...]) -> Attention:
+    return seen._replace(value=seen.value if 'values' in what else None, output=seen.output if 'output' in what else None)
 
 
 @contextmanager
-def watch(modules: Mapping[int, nn.Module], stop: bool = True) -> Iterator[dict[int, QueryKey]]:
-    """Fill a dict {layer: QueryKey} while the block runs a forward through the attention modules given as {layer: module}.
+def watch(requests: Mapping[Any, Request[T]], stop: bool = True) -> Iterator[dict[Any, T]]:
+    """Fill a dict with what every request keeps, under the request's key, while the block runs a forward.
 
-    With stop, the forward ends inside the highest of the layers, before its attention is computed, and so does the block.
-    Recorded tensors keep their graph. Raises PadsegError if a layer was never seen (another attention backend is set).
+    With stop, forward and block end inside the last of the requested modules, before its attention is computed unless its output is
+    requested. Reductions keep their graph. Raises PadsegError if a request was never answered (another attention backend is set).
     """
-    recorder = _Recorder(max(modules) if stop else None)
-
-    def enter(layer: int) -> Any:
-        return lambda *_: setattr(recorder, 'running', layer)
-
-    handles = [module.register_forward_pre_hook(enter(layer)) for layer, module in modules.items()]
-    handles += [module.register_forward_hook(lambda *_: setattr(recorder, 'running', None)) for module in modules.values()]
+    recorder = _Recorder(requests, stop)
+    modules = {request.module: None for request in requests.values()}
+    handles = [module.register_forward_pre_hook(lambda module, _: setattr(recorder, 'running', module)) for module in modules]
+    handles += [module.register_forward_hook(lambda *_: setattr(recorder, 'running', None)) for module in modules]
     try:
         with recorder:
-            yield recorder.seen
+            yield recorder.kept
     except _Stop:
         pass
     finally:
         for handle in handles:
             handle.remove()
-    missing = sorted(set(modules) - set(recorder.seen))
+    missing = [key for key in requests if key not in recorder.kept]
     if missing:
         raise PadsegError(f'no attention recorded in layer {missing}: padseg needs the default attention processors and native backend')

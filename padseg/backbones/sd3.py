@@ -10,11 +10,13 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from padseg.backbones.family import Dimensions
-from padseg.backbones.parts import clip_tokenizer, read_model
-from padseg.backbones.source import TEXT_PARTS, Source, check_files, text_files
+from padseg.backbones.layout import LAYOUTS
+from padseg.backbones.noise import NoiseLevel, flow_level, scheduled
+from padseg.backbones.parts import clip_tokenizer, read_text_encoders
+from padseg.backbones.source import Source, check_files, text_files, text_parts
 from padseg.types import Prompt
 
-TRANSFORMER = SD3Transformer2DModel
+LAYOUT = LAYOUTS['sd3']
 TEXT_DTYPE = torch.float32
 
 
@@ -36,9 +38,9 @@ def cut(transformer: SD3Transformer2DModel, layer: int) -> None:
     last.attn.to_out = last.attn.to_add_out = None
 
 
-def set_timesteps(scheduler: Any, steps: int, image_tokens: int) -> None:
+def noise_level(scheduler: Any, steps: int, step: int, image_tokens: int) -> NoiseLevel:
     """The same for pictures of all sizes."""
-    scheduler.set_timesteps(steps)
+    return flow_level(scheduled(scheduler, num_inference_steps=steps), step)
 
 
 def tokenizers(source: Source) -> dict[str, Any]:
@@ -60,14 +62,10 @@ def compute_null_prompt(source: Source, transformer: SD3Transformer2DModel, slot
 def text_pipeline(source: Source, transformer: SD3Transformer2DModel) -> Any:
     """diffusers' pipeline with the two CLIP text encoders, enough to encode texts."""
     from diffusers import StableDiffusion3Pipeline
-    from transformers import CLIPTextModelWithProjection
 
     text_files(source)
-    check_files(source, TEXT_PARTS)
-    parts = tokenizers(source)
-    for part in ('text_encoder', 'text_encoder_2'):
-        # on the CPU always: the result is a constant and must not depend on where it was computed first
-        parts[part] = read_model(CLIPTextModelWithProjection, source, part, dtype=TEXT_DTYPE)
+    check_files(source, text_parts(source))
+    parts = tokenizers(source) | read_text_encoders(source, TEXT_DTYPE)
     absent: dict[str, Any] = dict.fromkeys(('text_encoder_3', 'tokenizer_3', 'vae', 'scheduler'))
     return StableDiffusion3Pipeline(transformer=transformer, **parts, **absent)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from functools import cached_property
 from typing import Any
 
@@ -12,12 +13,15 @@ from torch import Tensor
 from padseg.backbones.null_prompt import encoders_key, path_of, read_cache, shapes_of, write_cache
 from padseg.backbones.parts import SMALL, read_model, read_part, tokens_of
 from padseg.backbones.sd3 import encode_text, prompt_shapes, text_pipeline, tokenizers
-from padseg.backbones.source import T5_PARTS, Source, check_files, content_hash, read_json, t5_files, text_files, weight_files
+from padseg.backbones.source import Source, check_files, content_hash, part_files, read_json, snapshot, text_files, weight_files
 from padseg.errors import ModelUnavailable, UsageError
 from padseg.types import Tokens
 
 CLIPS = {'l': ('tokenizer',), 'g': ('tokenizer_2',), 'l+g': ('tokenizer', 'tokenizer_2'), 't5': (), 'l+g+t5': ('tokenizer', 'tokenizer_2')}
 PAD = '!'  # of the second CLIP tokenizer
+T5_PARTS = ('text_encoder_3', 'tokenizer_3')  # read only for names that are to go through it
+# the weights lie beside those in half precision
+T5_FILES = ('text_encoder_3/config.json', 'text_encoder_3/model.safetensors*', 'text_encoder_3/model-*.safetensors', 'tokenizer_3/*')
 
 
 @dataclasses.dataclass
@@ -136,6 +140,13 @@ class SD3Texts:
     def store(self, tensors: dict[str, Tensor], path: Any) -> None:
         if self.keep:
             write_cache(tensors, path, 'a prompt')
+
+
+def t5_files(source: Source) -> list[pathlib.Path]:
+    """The files of T5 and its tokenizer, from the hub if they are not there yet."""
+    if source.commit:
+        snapshot(source.spec.repo, source.commit, T5_FILES)
+    return part_files(source.folder, T5_PARTS)
 
 
 def clip_tokens(tokenizer: Any, text: str, slots: int) -> Tokens:

@@ -12,31 +12,11 @@ from typing import Any, NamedTuple
 
 import pydantic
 
+from padseg.backbones.layout import LAYOUTS, all_main, config_name, denoiser_in, denoisers, weights_name
 from padseg.backbones.spec import BACKBONES, DEPTHS, FAMILIES, Spec
 from padseg.errors import ModelUnavailable, PadsegError, UsageError
 
-MAIN_PARTS = ('transformer', 'vae', 'scheduler')
-TEXT_PARTS = ('text_encoder', 'text_encoder_2', 'tokenizer', 'tokenizer_2')
-T5_PARTS = ('text_encoder_3', 'tokenizer_3')  # of SD3, read only for names that are to go through it
-MAIN = ('model_index.json', 'padseg.json', *(f'{part}/*' for part in MAIN_PARTS))
-TEXT = tuple(f'{part}/*' for part in TEXT_PARTS)
-# the weights lie beside those in half precision
-T5 = ('text_encoder_3/config.json', 'text_encoder_3/model.safetensors*', 'text_encoder_3/model-*.safetensors', 'tokenizer_3/*')
-CONFIGS = {
-    'scheduler': 'scheduler_config.json',
-    'tokenizer': 'tokenizer_config.json',
-    'tokenizer_2': 'tokenizer_config.json',
-    'tokenizer_3': 'tokenizer_config.json',
-}
-WEIGHTS = {  # without their suffix, since a large model's are several files
-    'transformer': 'diffusion_pytorch_model',
-    'vae': 'diffusion_pytorch_model',
-    'text_encoder': 'model',
-    'text_encoder_2': 'model',
-    'text_encoder_3': 'model',
-    '.': 'diffusion_pytorch_model',  # a VAE that comes by itself
-}
-VAES = {'tiny': {'sd3': 'madebyollin/taesd3', 'flux': 'madebyollin/taef1'}}
+SMALL_VAE = 'tiny'  # stands for the one that a family has on the hub
 # what `padseg.json` of version 0.1 stated beside the facts: settings of Seg4Diff
 BESIDE_FACTS = ('step', 'normalisation', 'threshold', 'refine', 'superpixels', 'join', 'components', 'min_area')
 HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
@@ -63,27 +43,27 @@ def locate(model: str, revision: str | None = None, *, fetch: bool = True) -> So
     if not folder.is_dir():
         if not HUB_ID.fullmatch(spec.repo):
             raise ModelUnavailable(f'the files of {model} should be in {folder}, which does not exist', 'incomplete')
-        folder = snapshot(spec.repo, commit_or_branch, MAIN, fetch=fetch)
+        folder = snapshot(spec.repo, commit_or_branch, main_files(), fetch=fetch)
         commit = folder.name
         if (folder / 'model_index.json').exists():
-            refuse_missing(model, folder, commit, MAIN_PARTS)
-        elif not (folder / 'transformer' / 'config.json').exists():
+            refuse_missing(model, folder, commit, (denoiser_in(folder), 'vae', 'scheduler'))
+        elif not (folder / denoiser_in(folder) / 'config.json').exists():
             raise no_layout(spec.repo)
     elif commit_or_branch:
         raise UsageError(f'{model} is a folder, which has no revisions; got revision {commit_or_branch}')
     source = Source(read_row(spec, folder), model, folder, commit)
-    check_files(source, MAIN_PARTS)
+    check_files(source, LAYOUTS[source.spec.family].main)
     return source
 
 
 def locate_vae(name: str, family: str) -> Source:
     """The files of a small VAE that comes by itself: `tiny`, a hub id or a folder. Raises UsageError, ModelUnavailable."""
-    repo = VAES[name][family] if name in VAES else name
+    repo = LAYOUTS[family].small_vae if name == SMALL_VAE else name
     folder, commit = pathlib.Path(repo), None
     if not folder.is_dir():
         if not HUB_ID.fullmatch(repo):
-            raise UsageError(f'unknown VAE {name}: use {", ".join(VAES)}, a hub id such as org/name, or a folder with an AutoencoderTiny')
-        folder = snapshot(repo, None, ('config.json', f'{WEIGHTS["."]}*.safetensors*'))
+            raise UsageError(f'unknown VAE {name}: use {SMALL_VAE}, a hub id such as org/name, or a folder with an AutoencoderTiny')
+        folder = snapshot(repo, None, (config_name('.'), f'{weights_name(".")}*.safetensors*'))
         commit = folder.name
     source = Source(Spec(repo=repo), name, folder, commit)
     check_files(source, ('.',))
@@ -107,7 +87,18 @@ def unknown(model: str) -> UsageError:
 
 
 def no_layout(name: str) -> ModelUnavailable:
-    return ModelUnavailable(f'{name} is no model in diffusers layout: transformer/config.json is missing', 'incomplete')
+    lacks = ' or '.join(f'{part}/config.json' for part in denoisers())
+    return ModelUnavailable(f'{name} is no model in diffusers layout: {lacks} is missing', 'incomplete')
+
+
+def main_files() -> tuple[str, ...]:
+    """Patterns of the files that a model of any family needs beside its text encoders."""
+    return ('model_index.json', 'padseg.json', *(f'{part}/*' for part in all_main()))
+
+
+def text_parts(source: Source) -> tuple[str, ...]:
+    """Text encoders and tokenizers."""
+    return LAYOUTS[source.spec.family].text
 
 
 def snapshot(repo: str, revision: str | None, patterns: Sequence[str], *, fetch: bool = True) -> pathlib.Path:
@@ -181,7 +172,7 @@ def check_files(source: Source, parts: Sequence[str]) -> None:
 
     refuse_missing(source.model, source.folder, source.commit, parts)
     for part in parts:
-        read_json(source.folder / part / CONFIGS.get(part, 'config.json'))
+        read_json(source.folder / part / config_name(part))
     for path in weight_files(source.folder, parts):
         try:
             tensor_shapes(path)
@@ -205,15 +196,15 @@ def needed(folder: pathlib.Path, part: str) -> list[str]:
     if part.startswith('tokenizer') and not (folder / part / 'tokenizer.json').is_file():
         split = ['vocab.json', 'merges.txt']
         vocabulary = split if any((folder / part / name).is_file() for name in split) else ['tokenizer.json']
-    return [CONFIGS.get(part, 'config.json'), *weights, *vocabulary]
+    return [config_name(part), *weights, *vocabulary]
 
 
 def weight_files(folder: pathlib.Path, parts: Sequence[str]) -> list[pathlib.Path]:
     """The safetensors of these parts: one each, or the shards that its index lists; they need not be there."""
     found = []
     for part in parts:
-        if part in WEIGHTS:
-            whole = folder / part / f'{WEIGHTS[part]}.safetensors'
+        if name := weights_name(part):
+            whole = folder / part / f'{name}.safetensors'
             index = whole.with_name(f'{whole.name}.index.json')
             sharded = not whole.is_file() and index.is_file()
             found += [folder / part / name for name in shards(index)] if sharded else [whole]
@@ -305,15 +296,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 def text_files(source: Source) -> list[pathlib.Path]:
     """The text encoders' and tokenizers' files, from the hub if they are not there yet."""
     if source.commit:
-        snapshot(source.spec.repo, source.commit, TEXT)
-    return part_files(source.folder, TEXT_PARTS)
-
-
-def t5_files(source: Source) -> list[pathlib.Path]:
-    """The files of SD3's T5 and its tokenizer, from the hub if they are not there yet."""
-    if source.commit:
-        snapshot(source.spec.repo, source.commit, T5)
-    return part_files(source.folder, T5_PARTS)
+        snapshot(source.spec.repo, source.commit, [f'{part}/*' for part in text_parts(source)])
+    return part_files(source.folder, text_parts(source))
 
 
 def cache_home() -> pathlib.Path:

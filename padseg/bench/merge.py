@@ -17,7 +17,7 @@ from padseg.methods.stages.attention import token_attention
 from padseg.methods.stages.labels import label_map, scaled_proposals, upsample
 from padseg.methods.stages.proposals import EPS, merge, normalise, spatial, symmetric_kl
 from padseg.methods.stages.superpixels import superpixels_of
-from padseg.types import Frame, LabelMap, Proposals, QueryKey, TokenMaps
+from padseg.types import Attention, Frame, LabelMap, Proposals, TokenMaps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -216,9 +216,9 @@ def memory_of_attention(maps: int) -> float:
     """What the maps of so many tokens take beside queries and keys, in MiB: HEADS heads, SIDE² image and TEXT text tokens."""
     one_core()
     query, key = torch.randn(2, 1, HEADS, SIDE**2 + TEXT, 64)
-    token_attention(QueryKey(query[:, :1], key[:, :1], None), 1, (0,))  # for libraries to start
+    token_attention(Attention(query[:, :1], key[:, :1]), 1, (0,))  # for libraries to start
     before = peak()
-    token_attention(QueryKey(query, key, None), SIDE**2, range(SIDE**2, SIDE**2 + maps))
+    token_attention(Attention(query, key), SIDE**2, range(SIDE**2, SIDE**2 + maps))
     return peak() - before
 
 

@@ -16,7 +16,8 @@ import click
 from padseg.commands.flags import compile_flag, option_flags
 from padseg.commands.run import SOME_FAILED
 from padseg.errors import UsageError
-from padseg.methods.options import LabelOptions, Options
+from padseg.methods.open_vocabulary import LabelOptions
+from padseg.methods.seg4diff import Options
 from padseg.system.progress import shown
 
 if TYPE_CHECKING:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from padseg.backbones import Backbone
     from padseg.backbones.spec import Spec
     from padseg.methods.options import Setting
-    from padseg.types import Array, Image, Latent, Prompt
+    from padseg.types import Array, Image, Prompt
 
 TASK = 'classes'
 FAMILIES = frozenset({'sd3', 'flux'})
@@ -181,7 +181,9 @@ def maps(images: Sequence[Image], prepared: Prepared) -> list[TokenMaps]:
     latents = [stages.encode_steps(image, backbone, options, steps) for image in images]  # one a step
     scores: list[list[Any]] = [[] for _ in images]
     for prompt in prompts:
-        read = partial(reading, prompt=prompt, prepared=prepared)
+        read = partial(
+            stages.maps_of_layers, backbone=backbone, prompt=prompt, layers=options.layers, head=options.head, softmax=options.softmax
+        )
         by_step = [stages.batched([each[number] for each in latents], backbone, read) for number in range(len(options.steps))]
         for own_scores, several in zip(scores, zip(*by_step, strict=True), strict=True):
             own_scores.append(stages.means(stages.mean_of_steps([each.maps for each in several]), prompt, options.scores))
@@ -211,12 +213,6 @@ def labels(image: Image, maps: TokenMaps, prepared: Prepared) -> LabelMap:
     strongest = Proposals(values, tuple((number,) for number in range(len(values))), maps.frame)
     regions = stages.label_map(strongest, inside, options.min_area > 0, options.min_area, image, options.refine)
     return as_classes(regions.labels, [number for (number,) in regions.tokens], classes)
-
-
-def reading(latents: list[Latent], prompt: Prompt, prepared: Prepared) -> list[TokenMaps]:
-    """The maps of a prompt's picked tokens in latents of one shape, means over the layers that are read, (T, h, w) each."""
-    options, backbone = prepared.options, dataclasses.replace(prepared.backbone, prompt=prompt)
-    return stages.maps_of_layers(latents, backbone, options.layers, options.head, options.softmax)
 
 
 def recorded(options: LabelOptions, spec: Spec) -> dict[str, Setting]:

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import pathlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import click
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from padseg.backbones import load
-from padseg.backbones.recorder import watch
+from padseg.backbones.recorder import Request, watch
 from padseg.backbones.sd3 import text_columns
 from padseg.exports.overlay import overlay
 from padseg.methods.seg4diff import segment
@@ -31,7 +32,7 @@ from padseg.train.data import CELL, Batch, Mixture, batch, photographs
 from padseg.train.loop import Stage, cosine, finish_step, follow_average, resume, set_rate, trapezoid
 from padseg.train.losses import affinity_loss, mask_loss, named_mask_loss, share_over_tokens
 from padseg.train.scenes import CLASSES, Scene, scene
-from padseg.types import Array
+from padseg.types import Array, Attention
 
 WORDS = sorted({word for name in CLASSES for word in name.split()} | {'a', 'an', 'and', 'in', 'of', 'on', 'the', 'two', 'with'})
 STAGES = ('autoencoder', 'together', 'transformer')
@@ -300,7 +301,6 @@ def train(learner: nn.ModuleDict, run: Training, name: str) -> None:
     optimisers = make_optimisers(learner, settings, course)
     stage = run.stage(name, course.steps, settings.size, ('reconstruction', 'mask', 'affinity', 'words', 'flow'))
     start = resume(stage, learner, optimisers, averaged)
-    layers = {layer: transformer.transformer_blocks[layer].attn for layer in settings.supervised}
     for step, examples in enumerate(run.batches(name, start, course.steps, settings.size), start):
         for optimiser in optimisers:
             set_rate(optimiser, trapezoid(step, course.steps, course.warmup, course.decay))
@@ -322,15 +322,17 @@ def train(learner: nn.ModuleDict, run: Training, name: str) -> None:
         z = normalised(posterior.mean, statistics)  # (B, C, h, w)
 
         # token maps with the null prompt or the names of the masks, little noise, forward only to the expert block
-        if layers:
+        if settings.supervised:
             sigma = torch.rand(len(z), generator=generator).to(device) * settings.noise  # (B,)
             with autocast(device):
                 embeds, pooled = encode_batch(learner, tokenizers, examples.prompts)
-                with watch(layers) as recorded:
+                reduce = partial(training_maps, shape=z.shape)
+                requests = {layer: Request(transformer.transformer_blocks[layer].attn, reduce) for layer in settings.supervised}
+                with watch(requests) as kept:
                     transformer(noised(z, sigma, generator), embeds, pooled, sigma * 1000)
             words = examples.words.to(device)  # (B, M, 77)
             named = words.any(dim=(1, 2))  # (B,)
-            maps = [training_maps(recorded[layer], z.shape) for layer in layers]  # (B, 77, h, w) each
+            maps = [kept[layer] for layer in settings.supervised]  # (B, 77, h, w) each
             if not named.all():
                 losses |= grouping_losses(
                     [share_over_tokens(each[~named]) for each in maps], masks[~named], examples.counts.to(device)[~named]
@@ -471,10 +473,11 @@ def noised(z: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
     return z + sigma[:, None, None, None] * (noise - z)
 
 
-def training_maps(recorded: Any, shape: torch.Size) -> Tensor:
-    """The 77 maps of a layer at twice the token grid, where the masks are: (B, 77, 2h, 2w)."""
+def training_maps(seen: Attention, shape: torch.Size) -> Tensor:
+    """The 77 maps of a layer at twice the token grid, where the masks are: (B, 77, 2h, 2w) float32, even under autocast."""
     h, w = shape[2] // 2, shape[3] // 2
-    maps = token_attention(recorded, h * w, text_columns(range(tiny.SLOTS), h * w), chunk=h * w)  # (B, h w, 77)
+    with torch.autocast(seen.query.device.type, enabled=False):
+        maps = token_attention(seen, h * w, text_columns(range(tiny.SLOTS), h * w), chunk=h * w)  # (B, h w, 77)
     return F.interpolate(maps.transpose(1, 2).unflatten(2, (h, w)), scale_factor=2, mode='bilinear')
 
 

@@ -19,12 +19,13 @@ from padseg.analysis.blocks import (
     anatomy,
     attention_shares,
     best,
-    cell_maps,
+    block_maps,
     coverings,
+    every_block,
+    grid_of,
     grouping,
     mean_iou,
     named_maps,
-    record,
     token_groups,
     value_norms,
     word_counts,
@@ -34,41 +35,49 @@ from padseg.methods.open_vocabulary import score_maps
 from padseg.methods.stages.labels import upsample
 from padseg.methods.stages.latents import encode
 from padseg.methods.stages.token_maps import attention_maps
-from padseg.types import QueryKey
+from padseg.types import Attention
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(params=['backbone', 'backbone35', 'flux'])
 def seen(request, picture):
-    """A model with its forward on a picture."""
+    """A model, a picture's latent, and all that attention has in every block of a forward on it."""
     model = request.getfixturevalue(request.param)
     latent = encode(picture, model, Options(side=32).resolve(model.spec))
-    return model, latent, record(latent, model)
+    return model, latent, every_block(latent, model, model.null_prompt, lambda call: call, ('queries', 'keys', 'values'))
+
+
+def groups_of(model, latent) -> dict[str, list[int]]:
+    h, w = grid_of(latent, model)
+    return token_groups(model, model.null_prompt, h * w)
 
 
 def test_tokens_belong_to_one_kind_each(seen):
-    model, _, forward = seen
-    everyone = sorted(token for group in token_groups(forward, model).values() for token in group)
-    assert everyone == list(range(forward.queries[0].key.shape[2]))
-    count = forward.grid[0] * forward.grid[1]
-    assert token_groups(forward, model)['image'] == list(range(model.first_image_token, model.first_image_token + count))
-    assert [*token_groups(forward, model)['first'], *token_groups(forward, model)['pads']] == model.text_columns(count)
+    model, latent, blocks = seen
+    groups, (h, w) = groups_of(model, latent), grid_of(latent, model)
+    assert sorted(token for group in groups.values() for token in group) == list(range(blocks[0].key.shape[2]))
+    first = model.first_image_token(model.null_prompt)
+    assert groups['image'] == list(range(first, first + h * w))
+    assert [*groups['first'], *groups['pads']] == model.text_columns(model.null_prompt, h * w)
 
 
 def test_shares_are_sums_of_the_whole_softmax(seen):
-    model, _, forward = seen
-    for query, key, _ in forward.queries.values():
-        shares = attention_shares(QueryKey(query, key, None), token_groups(forward, model))
-        whole = (query[0].float() @ key[0].float().transpose(1, 2) / query.shape[-1] ** 0.5).softmax(-1).mean(0).numpy()  # (L, L)
-        for i, rows in enumerate(token_groups(forward, model).values()):
-            for j, columns in enumerate(token_groups(forward, model).values()):
+    model, latent, blocks = seen
+    groups = groups_of(model, latent)
+    assert len(blocks) == model.spec.layers
+    for call in blocks:
+        shares = attention_shares(call, groups)
+        query, key = call.query[0].float(), call.key[0].float()
+        whole = (query @ key.transpose(1, 2) / query.shape[-1] ** 0.5).softmax(-1).mean(0).numpy()  # (L, L)
+        for i, rows in enumerate(groups.values()):
+            for j, columns in enumerate(groups.values()):
                 assert shares[i, j] == pytest.approx(whole[np.ix_(rows, columns)].sum(1).mean(), abs=1e-5)
         assert shares.sum(1) == pytest.approx(np.ones(len(shares)), abs=1e-5)
 
 
 def test_tokens_without_preference_share_evenly():
-    alike = QueryKey(torch.zeros(1, 2, 6, 4), torch.randn(1, 2, 6, 4, generator=torch.Generator().manual_seed(0)), None)
+    alike = Attention(torch.zeros(1, 2, 6, 4), torch.randn(1, 2, 6, 4, generator=torch.Generator().manual_seed(0)))
     shares = attention_shares(alike, {'image': [0, 1, 2], 'text': [3, 5], 'other': [4]})
     assert shares == pytest.approx(np.tile([1 / 2, 1 / 3, 1 / 6], (3, 1)))
     with pytest.raises(ValueError, match='one group'):
@@ -77,45 +86,41 @@ def test_tokens_without_preference_share_evenly():
     assert attention_shares(masked, {'image': [0, 1, 2], 'text': [3, 5], 'other': [4]}) == pytest.approx(np.tile([0.6, 0.2, 0.2], (3, 1)))
 
 
-def test_values_are_those_that_attention_mixes(seen):
-    """Every block's values, taken here from the call of the fused attention itself."""
-    model, latent, forward = seen
-    called = []
-    original = torch.nn.functional.scaled_dot_product_attention
+def test_norms_are_those_of_all_heads_side_by_side(seen):
+    model, latent, blocks = seen
+    groups = groups_of(model, latent)
+    for call in blocks:
+        norms = value_norms(call.value[0], groups)
+        for name, tokens in groups.items():
+            expected = [np.linalg.norm([call.value[0, head, token].numpy() for head in range(2)]) for token in tokens]
+            assert norms[name] == pytest.approx(np.mean(expected), rel=1e-5)
 
-    class Listen(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            if func is original:
-                called.append((args, kwargs or {}))
-            return func(*args, **(kwargs or {}))
 
-    with torch.no_grad(), Listen():
-        model.denoise(latent.z, latent.timestep)
-    joint = [[*args, *(kwargs[name] for name in ('query', 'key', 'value') if name in kwargs)][2] for args, kwargs in called]
-    joint = [value for value in joint if value.shape[2] == forward.queries[0].key.shape[2]]  # not SD3.5's attention of the image alone
-    assert len(joint) == len(forward.values) == model.spec.layers
-    for value, found in zip(joint, forward.values.values(), strict=True):
-        expected = value[0].transpose(0, 1).flatten(1)  # (L, D)
-        torch.testing.assert_close(found, expected)
-        norms = value_norms(found, token_groups(forward, model))
-        for name, tokens in token_groups(forward, model).items():
-            assert norms[name] == pytest.approx(np.mean([np.linalg.norm(expected[token].numpy()) for token in tokens]), rel=1e-5)
+def test_anatomy_is_that_of_the_blocks(seen):
+    model, latent, blocks = seen
+    groups, found = groups_of(model, latent), anatomy(latent, model)
+    assert found['groups'] == [*groups] and found['tokens'] == [len(tokens) for tokens in groups.values()]
+    for call, shares, norms in zip(blocks, found['shares'], found['norms'], strict=True):
+        assert np.array_equal(shares, attention_shares(call, groups))
+        assert norms.tolist() == [*value_norms(call.value[0], groups).values()]
 
 
 def test_the_mean_of_heads_is_what_runs_read(seen):
-    model, latent, forward = seen
-    for layer in range(model.spec.layers):
-        maps = cell_maps(forward, layer, model)
-        assert len(maps) == 1 + forward.queries[layer].query.shape[1]
-        torch.testing.assert_close(maps[None][None], attention_maps(latent.z, latent.timestep, model, layer))
-        torch.testing.assert_close(maps[1][None], attention_maps(latent.z, latent.timestep, model, layer, head=1))
+    model, latent, blocks = seen
+    found = block_maps(latent, model, model.null_prompt, dict)
+    assert len(found) == model.spec.layers
+    for layer, maps in enumerate(found):
+        assert len(maps) == 1 + blocks[layer].query.shape[1]
+        for head in (None, 1):
+            expected = attention_maps(latent.z, latent.timestep, model, model.null_prompt, layer, head=head)
+            torch.testing.assert_close(maps[head][None], expected)
 
 
 def test_a_model_read_in_part_is_refused(sd3_folder, picture):
     part = load(str(sd3_folder), device='cpu')
     latent = encode(picture, part, Options(side=32).resolve(part.spec))
     with pytest.raises(UsageError, match=r'whole=True'):
-        record(latent, part)
+        every_block(latent, part, part.null_prompt, lambda call: call)
 
 
 def test_maps_that_are_the_truth_cover_it():

@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from padseg.backbones.cpu_attention import attention_by_rows, by_rows
 from padseg.methods.stages.attention import token_attention
-from padseg.types import QueryKey
+from padseg.types import Attention
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -54,4 +54,4 @@ def test_masks_of_every_shape(shape, chunk):
     """With a mask, the share of the picked keys is that of the explicit softmax."""
     query, key, mask = drawn(2, 3, 6, 4), drawn(2, 3, 9, 4), 3 * drawn(*shape)
     expected = ((query @ key.transpose(2, 3)) / 2 + mask).softmax(-1)[:, :, :5, [1, 8]].mean(1)
-    torch.testing.assert_close(token_attention(QueryKey(query, key, mask), 5, [1, 8], chunk), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(token_attention(Attention(query, key, mask=mask), 5, [1, 8], chunk), expected, atol=1e-6, rtol=0)

@@ -23,7 +23,7 @@ from torch import nn
 
 from padseg.backbones import load
 from padseg.backbones.availability import model_state, reckon_memory
-from padseg.backbones.recorder import watch
+from padseg.backbones.recorder import requests_of, watch
 from padseg.backbones.spec import BACKBONES
 from padseg.backbones.texts import texts_of
 from padseg.commands import main
@@ -31,7 +31,7 @@ from padseg.errors import ModelUnavailable, UsageError
 from padseg.methods.open_vocabulary import LabelOptions, label, score_maps
 from padseg.methods.seg4diff import Options, segment, token_maps
 from padseg.methods.stages.attention import token_attention
-from padseg.methods.stages.latents import encode, noise_level
+from padseg.methods.stages.latents import encode
 from padseg.methods.stages.prompts import prompts_of
 from padseg.methods.stages.saved_maps import read_maps
 from padseg.methods.stages.token_maps import attention_maps
@@ -65,6 +65,11 @@ def pipeline(flux_folder):
     return pipe
 
 
+def whole_call(seen):
+    """Keep all that a layer computed."""
+    return seen
+
+
 def latents(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
@@ -88,7 +93,7 @@ def normed(tokens: torch.Tensor, norm: nn.Module) -> torch.Tensor:
 
 def explicit_maps(backbone, pipeline, z, timestep, layer):
     """Another forward, as diffusers' pipeline does it, whose attention's inputs are noted, and from them on all by hand in float64."""
-    transformer, prompt, count = backbone.transformer, backbone.prompt, len(z)
+    transformer, prompt, count = backbone.transformer, backbone.null_prompt, len(z)
     h, w = z.shape[2] // 2, z.shape[3] // 2
     ids = pipeline._prepare_latent_image_ids(1, h, w, 'cpu', torch.float32)
     attention = [*transformer.transformer_blocks, *transformer.single_transformer_blocks][layer].attn
@@ -133,42 +138,42 @@ def test_maps_equal_the_explicit_softmax(flux, pipeline, shape, layer):
     """Two double blocks, then two single ones; text before the image; all turned by their places."""
     z = latents(*shape)
     expected, velocity = explicit_maps(flux, pipeline, z, 400.0, layer)
-    torch.testing.assert_close(attention_maps(z, 400.0, flux, layer), expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(attention_maps(z, 400.0, flux, flux.null_prompt, layer), expected, atol=1e-6, rtol=1e-4)
     with torch.no_grad():
-        torch.testing.assert_close(flux.denoise(z, 400.0), velocity, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(flux.denoise(z, 400.0, flux.null_prompt), velocity, atol=1e-4, rtol=1e-4)
     assert expected.std((2, 3)).max() > 1e-4 < expected.std(1).max()  # maps that were all alike would prove nothing
 
 
 @pytest.mark.parametrize('layer', [1, 2])
 def test_stopping_early_changes_nothing(flux, layer):
     z = latents(2, 4, 12, 20)
-    with torch.no_grad(), watch({layer: flux.attention_module(layer)}, stop=False) as whole:
-        flux.denoise(z, 100.0)
-    with torch.no_grad(), watch({layer: flux.attention_module(layer)}) as stopped:
-        flux.denoise(z, 100.0)
+    with torch.no_grad(), watch(requests_of(flux, [layer], whole_call), stop=False) as whole:
+        flux.denoise(z, 100.0, flux.null_prompt)
+    with torch.no_grad(), watch(requests_of(flux, [layer], whole_call)) as stopped:
+        flux.denoise(z, 100.0, flux.null_prompt)
         raise AssertionError('the forward went on')
     assert torch.equal(whole[layer].query, stopped[layer].query) and torch.equal(whole[layer].key, stopped[layer].key)
     expected = token_attention(whole[layer], 60, range(TEXT), first=TEXT).transpose(1, 2).unflatten(2, (6, 10))
-    assert torch.equal(attention_maps(z, 100.0, flux, layer), expected)
+    assert torch.equal(attention_maps(z, 100.0, flux, flux.null_prompt, layer), expected)
 
 
 def test_a_batch_is_its_pictures(flux):
     z = latents(3, 4, 8, 12)
-    together = attention_maps(z, 300.0, flux, 2)
-    alone = torch.cat([attention_maps(each[None], 300.0, flux, 2) for each in z])
+    together = attention_maps(z, 300.0, flux, flux.null_prompt, 2)
+    alone = torch.cat([attention_maps(each[None], 300.0, flux, flux.null_prompt, 2) for each in z])
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
 
 
 def test_sixteen_bits_on_a_cpu_go_through_attention_by_rows(flux_folder):
     """It takes what diffusers' dispatch passes on, and gives what torch's own attention gives but for rounding."""
     backbone = load(str(flux_folder), device='cpu', dtype='bfloat16')
-    assert backbone.dtype == backbone.prompt.embeds.dtype == backbone.prompt.pooled.dtype == torch.bfloat16
+    assert backbone.dtype == backbone.null_prompt.embeds.dtype == backbone.null_prompt.pooled.dtype == torch.bfloat16
     z = latents(1, 4, 12, 20)
-    with torch.no_grad(), watch({2: backbone.attention_module(2)}) as seen:
-        backbone.denoise(z, 256.0)
+    with torch.no_grad(), watch(requests_of(backbone, [2], whole_call)) as seen:
+        backbone.denoise(z, 256.0, backbone.null_prompt)
     usual = token_attention(seen[2], 60, range(TEXT), first=TEXT).transpose(1, 2).unflatten(2, (6, 10))
     spread = (usual - usual.mean((2, 3), keepdim=True)).abs().mean()
-    assert 0 < (attention_maps(z, 256.0, backbone, 2) - usual).abs().mean() < 0.2 * spread
+    assert 0 < (attention_maps(z, 256.0, backbone, backbone.null_prompt, 2) - usual).abs().mean() < 0.2 * spread
 
 
 def test_a_model_without_guidance(make_flux, tmp_path, picture):
@@ -188,7 +193,7 @@ def test_a_folder_is_loaded(flux, flux_folder):
     assert flux.identity.model == str(flux_folder)
     double = [hasattr(flux.attention_module(layer), 'add_q_proj') for layer in range(4)]
     assert double == [True, True, False, False]
-    assert flux.text_columns(24) == list(range(TEXT)) and flux.first_image_token == TEXT
+    assert flux.text_columns(flux.null_prompt, 24) == list(range(TEXT)) and flux.first_image_token(flux.null_prompt) == TEXT
 
 
 def test_without_padseg_json_the_named_row_stands_within_the_models_depth(folder):
@@ -234,11 +239,11 @@ def test_another_vae_for_the_same_latents(flux_folder, tmp_path, picture):
 def test_noise_levels_follow_the_number_of_tokens(flux):
     """50 steps; 4096 tokens are a picture of 1024 x 1024."""
     for tokens, timestep in ((4096, 375.61), (16, 231.68)):
-        sigma, found = noise_level(flux, 8, tokens)
+        _, sigma, found = flux.noise_level(8, tokens)
         assert found == pytest.approx(timestep, abs=0.005) and sigma == pytest.approx(timestep / 1000, abs=5e-6)
     shift = math.exp(0.5 + (1.15 - 0.5) * (1000 - 256) / (4096 - 256))
-    assert noise_level(flux, 5, 1000)[0] == pytest.approx(shift * 0.1 / (0.9 + shift * 0.1), abs=1e-6)
-    assert noise_level(flux, 50, 1000)[0] == 1
+    assert flux.noise_level(5, 1000).sigma == pytest.approx(shift * 0.1 / (0.9 + shift * 0.1), abs=1e-6)
+    assert flux.noise_level(50, 1000).sigma == 1
 
 
 @pytest.mark.parametrize(('side', 'height', 'width'), [(32, 24, 40), (64, 48, 84)])
@@ -258,7 +263,7 @@ def test_a_picture_gets_the_noise_that_the_pipeline_has_at_its_size(flux, pipeli
 
 def test_the_null_prompt_is_that_of_the_pipeline(flux_folder, empty_cache):
     """Text encoders run in bfloat16, as they are published."""
-    prompt = load(str(flux_folder), device='cpu').prompt
+    prompt = load(str(flux_folder), device='cpu').null_prompt
     pipe = FluxPipeline.from_pretrained(flux_folder, transformer=None, vae=None, dtype=torch.bfloat16)
     with torch.no_grad():
         embeds, pooled, _ = pipe.encode_prompt('', max_sequence_length=TEXT)
@@ -269,10 +274,10 @@ def test_the_null_prompt_is_that_of_the_pipeline(flux_folder, empty_cache):
 
 
 def test_the_null_prompt_is_computed_once(folder, empty_cache):
-    first = load(str(folder), device='cpu').prompt
+    first = load(str(folder), device='cpu').null_prompt
     (cached,) = empty_cache.iterdir()
     save_file({name: 2 * tensor for name, tensor in load_file(cached).items()}, cached)
-    again = load(str(folder), device='cpu').prompt
+    again = load(str(folder), device='cpu').null_prompt
     assert torch.equal(again.embeds, 2 * first.embeds) and torch.equal(again.pooled, 2 * first.pooled)
 
 
@@ -290,7 +295,7 @@ def test_names_have_the_columns_of_their_tokens(flux, names):
     lengths = [prompt.names.count(name) for name in names]
     assert lengths == {2: [1, 3], 3: [3, 1, 2]}[len(names)]
     assert prompt.weights == tuple(1 / length for length in lengths for _ in range(length))
-    assert flux.text_columns(60) == list(flux.prompt.picked)
+    assert flux.text_columns(flux.null_prompt, 60) == list(flux.null_prompt.picked)
 
 
 def test_a_text_is_encoded_as_by_the_pipeline(flux, flux_folder, empty_cache):
@@ -301,7 +306,7 @@ def test_a_text_is_encoded_as_by_the_pipeline(flux, flux_folder, empty_cache):
             embeds, pooled, _ = pipe.encode_prompt(text, max_sequence_length=TEXT)
         found = texts.encode(text, 't5', 'zeros')
         assert torch.equal(found[0], embeds.float()) and torch.equal(found[1], pooled.float())
-    assert not torch.equal(found[0], flux.prompt.embeds) and not torch.equal(found[1], flux.prompt.pooled)
+    assert not torch.equal(found[0], flux.null_prompt.embeds) and not torch.equal(found[1], flux.null_prompt.pooled)
     assert len(list(empty_cache.iterdir())) == 2
     with pytest.raises(UsageError, match=r'only T5 has columns in .*: encoders is t5; got l\+g'):
         texts.tokens('cat', 'l+g')

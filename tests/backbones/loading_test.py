@@ -50,7 +50,9 @@ def python(program: str, *arguments: str, **environment: str) -> str:
 
 
 def same_prompt(first, second) -> bool:
-    return torch.equal(first.prompt.embeds, second.prompt.embeds) and torch.equal(first.prompt.pooled, second.prompt.pooled)
+    return torch.equal(first.null_prompt.embeds, second.null_prompt.embeds) and torch.equal(
+        first.null_prompt.pooled, second.null_prompt.pooled
+    )
 
 
 # names and values
@@ -71,8 +73,8 @@ def test_a_folder_is_loaded(family, request):
     assert (backbone.attention_module(0).norm_q is None) == (family == 'backbone')
     z = torch.randn((2, 4, 8, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert backbone.denoise(z, 300.0).shape == z.shape
-    assert backbone.text_columns(24) == list(range(24, 101))
+        assert backbone.denoise(z, 300.0, backbone.null_prompt).shape == z.shape
+    assert backbone.text_columns(backbone.null_prompt, 24) == list(range(24, 101))
 
 
 @pytest.mark.parametrize('name', ['nothing', 'sd4', 'a/b/c', '/nowhere/at/all', '../nothing', './nothing', 'org/-', 'tiny@main', ''])
@@ -370,7 +372,7 @@ def test_vaes_that_cannot_be_used(sd3_folder, small_vae, tmp_path, monkeypatch):
 @pytest.mark.parametrize('family', ['sd3_folder', 'sd35_folder'])
 def test_the_null_prompt_is_that_of_the_pipeline(family, empty_cache, request):
     folder = request.getfixturevalue(family)
-    prompt = load(str(folder), device='cpu').prompt
+    prompt = load(str(folder), device='cpu').null_prompt
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
     with torch.no_grad():
         embeds, _, pooled, _ = pipeline.encode_prompt(
@@ -404,7 +406,7 @@ def test_the_cached_prompt_is_the_computed_one(sd3_folder, empty_cache):
 
 
 def test_the_cache_does_not_depend_on_who_filled_it(sd3_folder, empty_cache, backbone):
-    assert load(str(sd3_folder), device='cpu', dtype='bfloat16').prompt.embeds.dtype == torch.bfloat16
+    assert load(str(sd3_folder), device='cpu', dtype='bfloat16').null_prompt.embeds.dtype == torch.bfloat16
     (cached,) = empty_cache.iterdir()
     assert same_prompt(load(str(sd3_folder), device='cpu'), backbone)
 
@@ -446,7 +448,7 @@ def test_a_full_disk_only_warns(sd3_folder, tmp_path):
     program = (
         'import resource, sys\nfrom padseg.backbones import load\n'
         'resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n'
-        "print(load(sys.argv[1], device='cpu').prompt.embeds.shape[1])"
+        "print(load(sys.argv[1], device='cpu').null_prompt.embeds.shape[1])"
     )
     assert python(program, str(sd3_folder), PADSEG_CACHE=str(tmp_path)) == '154\n'
     assert not list((tmp_path / 'prompts').iterdir())
@@ -464,7 +466,9 @@ def test_text_encoders_are_not_loaded_again(sd3_folder, tmp_path):
 
 
 def test_two_processes_at_once(sd3_folder, tmp_path):
-    program = "import sys\nfrom padseg.backbones import load\nprint(float(load(sys.argv[1], device='cpu').prompt.embeds.double().sum()))"
+    program = (
+        "import sys\nfrom padseg.backbones import load\nprint(float(load(sys.argv[1], device='cpu').null_prompt.embeds.double().sum()))"
+    )
     environment = {**os.environ, 'PADSEG_CACHE': str(tmp_path)}
     command = [sys.executable, '-c', program, str(sd3_folder)]
     running = [subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -508,7 +512,7 @@ def test_half_precision(family, dtype, bound, picture, request):
     rough = load(exact.identity.folder, device='cpu', dtype=dtype)
     for module in (rough.transformer, rough.vae):
         assert {parameter.dtype for parameter in module.parameters()} == {getattr(torch, dtype)}
-    assert rough.dtype == rough.prompt.embeds.dtype == rough.prompt.pooled.dtype == getattr(torch, dtype)
+    assert rough.dtype == rough.null_prompt.embeds.dtype == rough.null_prompt.pooled.dtype == getattr(torch, dtype)
     expected, maps = (token_maps(picture, backbone).maps for backbone in (exact, rough))
     assert maps.dtype == torch.float32 and not torch.equal(maps, expected)
     # relative to the spread of the maps, which is what merging sees
@@ -574,7 +578,7 @@ answers = []
 for name in sys.argv[1:]:
     try:
         backbone = load(name, device='cpu')
-        answers.append([*backbone.identity, float(backbone.prompt.embeds.double().sum())])
+        answers.append([*backbone.identity, float(backbone.null_prompt.embeds.double().sum())])
     except PadsegError as error:
         answers.append([error.exit_code, str(error)])
 print(json.dumps(answers))
@@ -592,7 +596,7 @@ def test_a_hub_model_is_downloaded_and_loads_offline_afterwards(hub, tmp_path, b
     online = json.loads(python(TRY, 'org/model', *absent, **home, HF_ENDPOINT=hub))
     model, revision, weights, embeds = online[0][0], online[0][2], online[0][3], online[0][4]
     assert (model, revision, weights) == ('org/model', COMMIT, backbone.identity.weights)
-    assert embeds == float(backbone.prompt.embeds.double().sum())
+    assert embeds == float(backbone.null_prompt.embeds.double().sum())
     assert online[1:] == [
         [4, 'org/gated is gated: accept its licence on https://huggingface.co/org/gated, then `hf auth login`'],
         [4, 'org/none is not on the hub, or is private: check the name, or `hf auth login`'],

@@ -43,14 +43,14 @@ NAMES = ('cat', 'traffic light', 'tra')
 PLAIN = {'refine': 'none', 'superpixels': 0.0, 'min_area': 0.0}
 
 
-def whole_attention(backbone, z, timestep):
+def whole_attention(backbone, z, timestep, prompt):
     """Every block's whole attention matrix, by layer: (B, heads, N + L, N + L) each."""
     before = dict(backbone.transformer.attn_processors)
     processors = {name: ExplicitAttention() for name in before}
     backbone.transformer.set_attn_processor(dict(processors))
     try:
         with torch.no_grad():
-            backbone.denoise(z, timestep)
+            backbone.denoise(z, timestep, prompt)
     finally:
         backbone.transformer.set_attn_processor(before)
     return [processors[f'transformer_blocks.{layer}.attn.processor'].probabilities for layer in range(backbone.spec.layers)]
@@ -64,10 +64,9 @@ def test_the_null_prompt_through_this_path_gives_the_maps_of_run(family, picture
     backbone = request.getfixturevalue(family)
     options = LabelOptions().resolve(backbone.spec)
     embeds, pooled = texts_of(backbone).encode('', options.encoders, options.unused)
-    null = Prompt(embeds, pooled, tuple(range(77)), backbone.prompt.names)
-    reading = dataclasses.replace(backbone, prompt=null)
+    null = Prompt(embeds, pooled, tuple(range(77)), backbone.null_prompt.names)
     expected = token_maps(picture, backbone)
-    (found,) = maps_of_layers(encode_steps(picture, reading, options, options.steps), reading, options.layers)
+    (found,) = maps_of_layers(encode_steps(picture, backbone, options, options.steps), backbone, null, options.layers)
     assert torch.equal(found.maps, expected.maps) and found.names == expected.names
 
 
@@ -99,9 +98,8 @@ def test_scores_equal_the_explicit_softmax(family, encoders, unused, picture, re
     options = LabelOptions(encoders=encoders, unused=unused, geometry='stretch')
     prepared = open_vocabulary.prepare(backbone, options, NAMES)
     (prompt,) = prepared.prompts
-    reading = dataclasses.replace(backbone, prompt=prompt)
     latent = encode(picture, backbone, Options(geometry='stretch').resolve(backbone.spec))
-    attention = whole_attention(reading, latent.z, latent.timestep)[2].mean(1)[0]  # (N + L, N + L)
+    attention = whole_attention(backbone, latent.z, latent.timestep, prompt)[2].mean(1)[0]  # (N + L, N + L)
     count, columns = 64, 77 if unused == 'dropped' else 154  # of 32 x 32 pixels; T5's are not there if dropped
     assert attention.shape[0] == count + columns and torch.allclose(attention.sum(1), torch.ones(count + columns))
     clip = {'cat': [1], 'traffic light': range(2, 8), 'tra': range(8, 10)}  # tra ff i c</w>, li ght</w>; tr a</w>
@@ -122,12 +120,11 @@ def test_layers_steps_and_heads(family, picture, request):
     backbone = request.getfixturevalue(family)
     options = LabelOptions(layers=(0, 3), steps=(2, 9), head=1)
     (prompt,) = open_vocabulary.prepare(backbone, options, NAMES).prompts
-    reading = dataclasses.replace(backbone, prompt=prompt)
     expected = []
     for step in (2, 9):
         latent = encode(picture, backbone, Options(step=step).resolve(backbone.spec))
         h, w = (length // 2 for length in latent.z.shape[2:])
-        attention = whole_attention(reading, latent.z, latent.timestep)
+        attention = whole_attention(backbone, latent.z, latent.timestep, prompt)
         expected += [attention[layer][0, 1, : h * w, h * w + 1].reshape(h, w) for layer in (0, 3)]
     found = score_maps(picture, backbone, NAMES, options).maps[0]
     torch.testing.assert_close(found, torch.stack(expected).mean(0), atol=1e-6, rtol=1e-4)
@@ -156,9 +153,8 @@ def test_scores_before_the_softmax(speller, picture):
     options = LabelOptions(softmax=False)
     z = encode(picture, speller, Options().resolve(speller.spec)).z
     (prompt,) = open_vocabulary.prepare(speller, options, NAMES).prompts
-    reading = dataclasses.replace(speller, prompt=prompt)
-    raw = attention_maps(z, 100.0, reading, 2, head=0, softmax=False)[0]
-    shares = attention_maps(z, 100.0, reading, 2, head=0)[0]
+    raw = attention_maps(z, 100.0, speller, prompt, 2, head=0, softmax=False)[0]
+    shares = attention_maps(z, 100.0, speller, prompt, 2, head=0)[0]
     ratio = shares.log() - raw  # minus the logarithm of a pixel's sum over all keys, the same for all columns
     torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), atol=1e-4, rtol=0)
     assert score_maps(picture, speller, NAMES, options).maps.max() > 1

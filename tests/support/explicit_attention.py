@@ -10,6 +10,7 @@ class ExplicitAttention:
 
     def __init__(self):
         self.probabilities = None
+        self.tensors = None  # queries, keys, values, and their mixture
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
         def heads(x, norm):
@@ -23,7 +24,8 @@ class ExplicitAttention:
             key = torch.cat([key, heads(attn.add_k_proj(encoder_hidden_states), attn.norm_added_k)], 2)
             value = torch.cat([value, heads(attn.add_v_proj(encoder_hidden_states), None)], 2)
         self.probabilities = (query @ key.transpose(2, 3) / query.shape[-1] ** 0.5).softmax(-1)
-        mixed = (self.probabilities @ value).transpose(1, 2).flatten(2)
+        self.tensors = (query, key, value, self.probabilities @ value)
+        mixed = self.tensors[-1].transpose(1, 2).flatten(2)
         image = attn.to_out[1](attn.to_out[0](mixed[:, : hidden_states.shape[1]]))
         if encoder_hidden_states is None:
             return image

@@ -9,6 +9,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from safetensors.torch import load_file
@@ -44,15 +45,29 @@ def test_the_model_loads_and_segments(trained, picture):
 def test_the_loss_sees_the_maps_that_inference_reads(backbone):
     import torch
 
-    from padseg.backbones.recorder import watch
+    from padseg.backbones.recorder import requests_of, watch
     from padseg.methods.stages.token_maps import attention_maps
     from padseg.train.tiny import training_maps
 
     z = torch.randn((2, 4, 12, 20), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), watch({2: backbone.attention_module(2)}) as seen:
-        backbone.denoise(z, 50.0)
-    expected = torch.nn.functional.interpolate(attention_maps(z, 50.0, backbone, 2), scale_factor=2, mode='bilinear')
-    torch.testing.assert_close(training_maps(seen[2], z.shape), expected)
+    with torch.no_grad(), watch(requests_of(backbone, [2], partial(training_maps, shape=z.shape))) as kept:
+        backbone.denoise(z, 50.0, backbone.null_prompt)
+    maps = attention_maps(z, 50.0, backbone, backbone.null_prompt, 2)
+    torch.testing.assert_close(kept[2], torch.nn.functional.interpolate(maps, scale_factor=2, mode='bilinear'))
+
+
+def test_autocast_leaves_the_maps_in_float32():
+    """Maps from queries and keys of 16 bits, but sums and softmax of 32."""
+    import torch
+
+    from padseg.train.tiny import training_maps
+    from padseg.types import Attention
+
+    seen = Attention(*torch.randn((2, 1, 2, 12 + 154, 16), generator=torch.Generator().manual_seed(0)).bfloat16())
+    shape = torch.Size((1, 4, 6, 8))
+    with torch.autocast('cpu', torch.bfloat16):
+        maps = training_maps(seen, shape)
+    assert maps.dtype == torch.float32 and torch.equal(maps, training_maps(seen, shape))
 
 
 def test_what_is_written(trained):

@@ -1,4 +1,4 @@
-"""Attention of one layer of an unchanged transformer: record its queries and keys, then form only the part that is read."""
+"""Attention of one layer, of which only the part is formed that is read."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from padseg.types import QueryKey
+from padseg.types import Attention
 
 CHUNK = 256  # queries scored at once: 24 heads x 256 x 4250 keys in float32 are 104 MB
 
 
 def token_attention(
-    seen: QueryKey,
+    seen: Attention,
     queries: int,
     picked: Sequence[int],
     chunk: int = CHUNK,
@@ -26,7 +26,7 @@ def token_attention(
     head: one head instead of the mean; softmax: False leaves the scores as they are. Only the (B, chunk, L) scores of one head exist at
     any moment; all is float32 whatever the inputs are.
     """
-    query, key, mask = seen
+    query, key, mask = seen.query, seen.key, seen.mask
     if not 0 < queries <= query.shape[2] - first:
         raise ValueError(f'queries must be in 1..{query.shape[2] - first}; got {queries}')
     heads, scale = range(query.shape[1]) if head is None else [head], query.shape[-1] ** -0.5

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from padseg.backbones import Backbone
 from padseg.backbones.cpu_attention import by_rows
+from padseg.backbones.noise import noised
 from padseg.methods.options import ForwardOptions, ViewOptions
 from padseg.methods.stages.geometry import view
 from padseg.types import Image, Latent
@@ -26,8 +27,8 @@ def encode_steps(image: Image, backbone: Backbone, options: ViewOptions, steps: 
     pixels, frame = view(image, options.geometry, options.side, backbone.multiple, backbone.limit)
     clean = encode_pixels(pixels, backbone)  # (1, C, H', W')
     noise = content_noise(image, options.seed, clean.shape).to(clean)
-    levels = [noise_level(backbone, step, clean.shape[2] * clean.shape[3] // backbone.patch**2) for step in steps]
-    return [Latent((1 - sigma) * clean + sigma * noise, sigma, timestep, frame) for sigma, timestep in levels]
+    levels = [backbone.noise_level(step, clean.shape[2] * clean.shape[3] // backbone.patch**2) for step in steps]
+    return [Latent(noised(clean, noise, level), level.sigma, level.timestep, frame) for level in levels]
 
 
 @torch.no_grad()
@@ -39,13 +40,6 @@ def encode_pixels(pixels: Tensor, backbone: Backbone) -> Tensor:
         encoded = backbone.vae.encode(pixels)
     mean = encoded.latent_dist.mean if 'latent_dist' in encoded else encoded.latents  # a small VAE has no posterior
     return (mean - (config.shift_factor or 0.0)) * config.scaling_factor
-
-
-def noise_level(backbone: Backbone, step: int, image_tokens: int) -> tuple[float, float]:
-    """Sigma in 0..1 and the model's timestep of the step-th step from the end of the schedule (step 1 is the least noise)."""
-    backbone.family.set_timesteps(backbone.scheduler, backbone.spec.steps, image_tokens)
-    # the schedule's sigmas end with a zero that belongs to no step
-    return float(backbone.scheduler.sigmas[-1 - step]), float(backbone.scheduler.timesteps[-step])
 
 
 def content_noise(image: Image, seed: int, shape: torch.Size) -> Tensor:

@@ -3,41 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from padseg.backbones import Backbone
 from padseg.backbones.cpu_attention import by_rows
-from padseg.backbones.recorder import watch
+from padseg.backbones.recorder import requests_of, watch
 from padseg.errors import NotFinite
 from padseg.methods.options import ForwardOptions
 from padseg.methods.stages.attention import token_attention
-from padseg.types import Latent, TokenMaps
+from padseg.types import Latent, Prompt, TokenMaps
 
 
 def latent_token_maps(latents: Sequence[Latent], backbone: Backbone, options: ForwardOptions) -> list[TokenMaps]:
     """Token maps of latents that share one shape and one noise level, from one forward."""
-    return maps_of_layers(latents, backbone, (options.layer,))
+    return maps_of_layers(latents, backbone, backbone.null_prompt, (options.layer,))
 
 
 def maps_of_layers(
-    latents: Sequence[Latent], backbone: Backbone, layers: Sequence[int], head: int | None = None, softmax: bool = True
+    latents: Sequence[Latent],
+    backbone: Backbone,
+    prompt: Prompt,
+    layers: Sequence[int],
+    head: int | None = None,
+    softmax: bool = True,
 ) -> list[TokenMaps]:
-    """The same as means over several layers, still from one forward. head, softmax: as for `token_attention`."""
-    maps = attention_maps(torch.cat([latent.z for latent in latents]), latents[0].timestep, backbone, *layers, head=head, softmax=softmax)
+    """Those of any prompt, as means over several layers, from one forward too. head, softmax: as for `token_attention`."""
+    z, timestep = torch.cat([latent.z for latent in latents]), latents[0].timestep
+    maps = attention_maps(z, timestep, backbone, prompt, *layers, head=head, softmax=softmax)
     if not torch.isfinite(maps).all():
         raise NotFinite(f'attention is not finite in layer {", ".join(map(str, layers))} with {backbone.dtype}: try another --dtype')
-    return [TokenMaps(each, backbone.prompt.names, latent.frame) for each, latent in zip(maps, latents, strict=True)]
+    return [TokenMaps(each, prompt.names, latent.frame) for each, latent in zip(maps, latents, strict=True)]
 
 
 @torch.no_grad()
-def attention_maps(z: Tensor, timestep: float, backbone: Backbone, *layers: int, head: int | None = None, softmax: bool = True) -> Tensor:
+def attention_maps(
+    z: Tensor, timestep: float, backbone: Backbone, prompt: Prompt, *layers: int, head: int | None = None, softmax: bool = True
+) -> Tensor:
     """Mean over heads and layers of the image-to-text part of the softmax over all keys: (B, C, H', W') -> (B, T, h, w) float32."""
     h, w = (length // backbone.patch for length in z.shape[2:])
-    with by_rows(), watch({layer: backbone.attention_module(layer) for layer in layers}) as seen:
-        backbone.denoise(z, timestep)
-    picked, first = backbone.text_columns(h * w), backbone.first_image_token
-    found = [token_attention(seen[layer], h * w, picked, first=first, head=head, softmax=softmax) for layer in layers]  # (B, h w, T) each
-    attention = found[0] if len(found) == 1 else torch.stack(found).mean(0)
+    picked, first = backbone.text_columns(prompt, h * w), backbone.first_image_token(prompt)
+    picture_to_text = partial(token_attention, queries=h * w, picked=picked, first=first, head=head, softmax=softmax)
+    with by_rows(), watch(requests_of(backbone, layers, picture_to_text)) as kept:
+        backbone.denoise(z, timestep, prompt)
+    parts = [kept[layer] for layer in layers]  # (B, h w, T) each
+    attention = parts[0] if len(parts) == 1 else torch.stack(parts).mean(0)
     return attention.transpose(1, 2).unflatten(2, (h, w))  # (B, T, h, w)

@@ -16,7 +16,7 @@ from padseg.errors import UsageError
 from padseg.methods.options import GEOMETRIES
 from padseg.methods.seg4diff import Options
 from padseg.methods.stages.geometry import view, whole_size
-from padseg.methods.stages.latents import content_noise, encode, encode_pixels, noise_level
+from padseg.methods.stages.latents import content_noise, encode, encode_pixels
 
 LIMIT = 96
 SIZES = [(48, 80), (81, 48), (33, 47), (64, 64), (7, 90), (130, 101)]
@@ -285,16 +285,18 @@ def test_a_vae_without_a_shift(backbone, picture):
 
 @pytest.mark.parametrize(('step', 'sigma'), [(1, 0.009), (2, 0.111), (4, 0.278), (8, 0.515), (28, 1.0)])
 def test_noise_levels_of_28_steps_with_shift_3(backbone, step, sigma):
-    assert noise_level(backbone, step, 96) == pytest.approx((sigma, 1000 * sigma), abs=0.5)
-    assert noise_level(backbone, step, 96)[0] == pytest.approx(sigma, abs=5e-4)
+    level = backbone.noise_level(step, 96)
+    assert (level.sigma, level.signal) == pytest.approx((sigma, 1 - sigma), abs=5e-4)
+    assert level.timestep == pytest.approx(1000 * sigma, abs=0.5)
 
 
 def test_the_published_timestep(backbone):
-    assert noise_level(backbone, 8, 96)[1] == pytest.approx(515.07, abs=0.005)
-    levels = [noise_level(backbone, step, 96) for step in range(1, 29)]
-    assert levels == sorted(levels) and len(set(levels)) == 28
-    for sigma, timestep in levels:
-        assert timestep == pytest.approx(1000 * sigma, rel=1e-5)
+    assert backbone.noise_level(8, 96).timestep == pytest.approx(515.07, abs=0.005)
+    levels = [backbone.noise_level(step, 96) for step in range(1, 29)]
+    sigmas = [level.sigma for level in levels]
+    assert sigmas == sorted(sigmas) and len(set(sigmas)) == 28
+    for level in levels:
+        assert level.timestep == pytest.approx(1000 * level.sigma, rel=1e-5)
 
 
 def test_noise_comes_from_seed_and_content_only(picture):
@@ -326,7 +328,7 @@ def test_the_latent_is_a_mixture_of_picture_and_noise(backbone, picture, step, g
     latent = encode(picture, backbone, options)
     pixels, frame = view(picture, geometry, 32, backbone.multiple, backbone.limit)
     clean = encode_pixels(pixels, backbone)
-    sigma, timestep = noise_level(backbone, step, 96)
+    _, sigma, timestep = backbone.noise_level(step, 96)
     noise = content_noise(picture, 3, clean.shape)
     torch.testing.assert_close(latent.z, (1 - sigma) * clean + sigma * noise, rtol=0, atol=1e-6)
     assert latent[1:] == (sigma, timestep, frame)

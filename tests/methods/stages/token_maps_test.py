@@ -7,13 +7,12 @@ import pytest
 import torch
 from support.explicit_attention import ExplicitAttention
 
-from padseg.backbones.recorder import watch
 from padseg.errors import PadsegError
 from padseg.methods.seg4diff import Options, token_maps
 from padseg.methods.stages.attention import token_attention
 from padseg.methods.stages.latents import encode
 from padseg.methods.stages.token_maps import attention_maps, latent_token_maps
-from padseg.types import QueryKey
+from padseg.types import Attention
 
 
 def explicit_maps(backbone, z, timestep, layer):
@@ -24,7 +23,7 @@ def explicit_maps(backbone, z, timestep, layer):
     transformer.set_attn_processor(dict(processors))
     try:
         with torch.no_grad():
-            velocity = backbone.denoise(z, timestep)
+            velocity = backbone.denoise(z, timestep, backbone.null_prompt)
     finally:
         transformer.set_attn_processor(before)
     h, w = (length // backbone.patch for length in z.shape[2:])
@@ -40,44 +39,10 @@ def test_maps_equal_the_explicit_softmax(family, shape, layer, request):
     backbone = request.getfixturevalue(family)
     z = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     expected, velocity = explicit_maps(backbone, z, 400.0, layer)
-    torch.testing.assert_close(attention_maps(z, 400.0, backbone, layer), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(attention_maps(z, 400.0, backbone, backbone.null_prompt, layer), expected, atol=1e-5, rtol=0)
     with torch.no_grad():  # the reference is the model: the same velocity comes out
-        torch.testing.assert_close(velocity, backbone.denoise(z, 400.0), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(velocity, backbone.denoise(z, 400.0, backbone.null_prompt), atol=1e-4, rtol=1e-4)
     assert expected.std(1).max() > 1e-4  # maps that were all alike would prove nothing
-
-
-@pytest.mark.parametrize('family', ['backbone', 'backbone35'])
-def test_stopping_early_changes_nothing(family, request):
-    backbone = request.getfixturevalue(family)
-    z = torch.randn((2, 4, 12, 20), generator=torch.Generator().manual_seed(2))
-    with torch.no_grad(), watch({2: backbone.attention_module(2)}, stop=False) as whole:
-        backbone.denoise(z, 100.0)
-    with torch.no_grad(), watch({2: backbone.attention_module(2)}) as stopped:
-        backbone.denoise(z, 100.0)
-        raise AssertionError('the forward went on')
-    assert torch.equal(whole[2].query, stopped[2].query) and torch.equal(whole[2].key, stopped[2].key)
-    assert torch.equal(
-        attention_maps(z, 100.0, backbone, 2), token_attention(whole[2], 60, range(60, 137)).transpose(1, 2).unflatten(2, (6, 10))
-    )
-
-
-def test_watching_leaves_the_output_and_no_hook(backbone):
-    z = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(3))
-    module = backbone.attention_module(1)
-    with torch.no_grad():
-        alone = backbone.denoise(z, 100.0)
-        with watch({1: module, 3: backbone.attention_module(3)}, stop=False) as seen:
-            watched = backbone.denoise(z, 100.0)
-    assert torch.equal(alone, watched)
-    assert sorted(seen) == [1, 3]
-    with pytest.raises(ZeroDivisionError), watch({1: module}):
-        raise ZeroDivisionError
-    assert not module._forward_pre_hooks and not module._forward_hooks
-
-
-def test_a_layer_that_never_ran_is_an_error(backbone):
-    with pytest.raises(PadsegError, match=r'layer \[1\]'), watch({1: backbone.attention_module(1)}):
-        pass
 
 
 @pytest.mark.parametrize('chunk', [1, 7, 64, 1000])
@@ -87,19 +52,21 @@ def test_chunks_and_masks(chunk):
     for mask in (None, torch.randn((2, 1, 1, 60), generator=generator), torch.randn((1, 3, 50, 60), generator=generator)):
         scores = query @ key.transpose(2, 3) / 8**0.5 + (0 if mask is None else mask)
         expected = scores.softmax(-1)[:, :, :40, [50, 59, 3]].mean(1)
-        torch.testing.assert_close(token_attention(QueryKey(query, key, mask), 40, [50, 59, 3], chunk), expected, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            token_attention(Attention(query, key, mask=mask), 40, [50, 59, 3], chunk), expected, atol=1e-6, rtol=1e-5
+        )
 
 
 def test_half_precision_is_summed_in_float32():
     query, key = torch.full((1, 1, 4, 64), 12.0, dtype=torch.float16), torch.full((1, 1, 4096, 64), 12.0, dtype=torch.float16)
-    share = token_attention(QueryKey(query, key, None), 4, range(8))  # 64 * 144 / 8 = 1152 a score, 9216 before scaling
+    share = token_attention(Attention(query, key), 4, range(8))  # 64 * 144 / 8 = 1152 a score, 9216 before scaling
     assert share.dtype == torch.float32
     torch.testing.assert_close(share, torch.full((1, 4, 8), 1 / 4096), rtol=1e-4, atol=0)
 
 
 def test_queries_out_of_range():
     with pytest.raises(ValueError, match='1..4'):
-        token_attention(QueryKey(torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2), None), 5, [0])
+        token_attention(Attention(torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2)), 5, [0])
 
 
 def test_batch_and_single_give_the_same_maps(backbone, picture):
