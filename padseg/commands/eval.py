@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
 import sys
-from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,15 +12,13 @@ import click
 
 from padseg.commands.flags import compile_flag, option_flags
 from padseg.commands.run import SOME_FAILED
-from padseg.errors import UsageError
 from padseg.methods.options import LabelOptions, Options
 from padseg.system.progress import shown
 
 if TYPE_CHECKING:
     from padseg.backbones import Backbone
-    from padseg.datasets import Dataset, Sample
-    from padseg.datasets.check import Check
-    from padseg.evaluation.engine import Evaluation, ScoresRecord
+    from padseg.datasets import Dataset
+    from padseg.evaluation.job import Asked, Evaluation, Ground
     from padseg.evaluation.predict import NamePredictor, Predictor
     from padseg.evaluation.protocols import Protocol
     from padseg.system.progress import Progress
@@ -80,15 +75,25 @@ def command(ctx: click.Context, /, as_json: bool, quiet: bool, check: bool, **gi
     """
     must_fit_together(given, check)
     if check:
-        return show_check(open_named(given), as_json, shown(quiet))
+        return show_check(given, as_json, shown(quiet))
     from padseg.evaluation.engine import run_evaluation
+    from padseg.evaluation.words import score_lines
 
-    outcome = run_evaluation(job_of(ctx, given), shown(quiet))
-    report = outcome.report
-    print(json.dumps(report.model_dump()) if as_json else table(report))
+    report = run_evaluation(job_of(ctx, given), shown(quiet)).report
+    print(json.dumps(report.model_dump()) if as_json else '\n'.join(score_lines(report)))
     for name, reason in report.failed.items():
         print(f'padseg: {name}: {reason}', file=sys.stderr)
     return SOME_FAILED if report.counts['failed'] else 0
+
+
+def show_check(given: dict[str, Any], as_json: bool, progress: Progress) -> int:
+    """Print what the data hold; 3 if files cannot be used or values are out of range."""
+    from padseg.evaluation.job import check_of
+    from padseg.evaluation.words import check_lines
+
+    checked = check_of(asked_of(given), progress)
+    print(json.dumps(checked.as_dict()) if as_json else '\n'.join(check_lines(checked)))
+    return 0 if checked.good else SOME_FAILED
 
 
 def must_fit_together(given: dict[str, Any], check: bool) -> None:
@@ -106,56 +111,35 @@ def must_fit_together(given: dict[str, Any], check: bool) -> None:
         raise click.UsageError('Give either --num-classes or --regions.')
 
 
-def open_named(given: dict[str, Any], raw_labels: bool = False) -> Dataset:
-    """DATASET below --root; flags can say what a padseg.toml would."""
-    from padseg.datasets import FOLDER as OWN, FolderSettings, open_dataset, open_folder
-
-    if given['dataset'] == OWN and (given['num_classes'] or given['regions']):  # in place of padseg.toml
-        own = FolderSettings(num_classes=given['num_classes'], ignore_index=given['ignore'], background=given['background'])
-        return open_folder(given['root'], given['split'], own, given['allow_missing'])
-    return open_dataset(given['dataset'], given['root'], given['split'], raw_labels, given['allow_missing'])
-
-
 def job_of(ctx: click.Context, given: dict[str, Any]) -> Evaluation:
     """The evaluation that the options ask for."""
-    from padseg.datasets import label_folder
-    from padseg.evaluation.engine import Evaluation
-    from padseg.evaluation.evaluate import Task, paired, stored
-    from padseg.evaluation.protocols import DEFAULT, WARNINGS, protocol
+    from padseg.evaluation.job import ground_of, of_model, of_stored
 
-    name = given['protocol'] or DEFAULT
-    whole = given['pred'] and not given['protocol']  # what made the label maps saw the picture as it liked
-    rules = protocol(name, compare=given['compare'] or ('native' if whole else None), ids='as they are' if given['raw_ids'] else None)
-    preds = stored(given['pred']) if given['pred'] else {}
-    if given['dataset']:
-        dataset = open_named(given, rules.raw_labels)
-    else:
-        dataset = label_folder(given['labels'], given['num_classes'], given['ignore'], given['background'], preds)
-    if not dataset.classes:
-        name, rules = 'partitions', protocol(DEFAULT, compare=given['compare'] or 'native', geometry='whole')
-    elif rules.matching in WARNINGS:
-        print(f'padseg: {name}: {WARNINGS[rules.matching]}', file=sys.stderr)
-    thresholds = numbers(given['sweep'])
-    if thresholds and (dataset.classes or given['pred']):
-        raise UsageError('--sweep is for a model on a data set without classes, such as bsds500')
-    listed = len(dataset.samples)
-    common = {'out': given['out'], 'workers': given['workers'], 'overwrite': given['overwrite'], 'thresholds': thresholds}
-    if given['pred']:
-        dataset, preds = paired(dataset, preds, given['allow_missing'])
-        task = Task(dataset, rules, preds, given['resize'])
-        return Evaluation(
-            task, name, {'folder': str(given['pred'].resolve())}, missing=dataset.missing + listed - len(dataset.samples), **common
-        )
-    refuse_unused(ctx, name == NAMING)
-    if name == NAMING:
-        if not dataset.classes:
-            raise UsageError(f'{name} is for ground truth with classes')
-        namer = namer_of(ctx, given, rules, dataset)
-        return Evaluation(Task(dataset, rules), name, source_of(namer), namer, missing=dataset.missing, **common)
-    if rules.matching == 'none':
-        raise UsageError(f'{name} scores regions that have names, which {given["model"]} alone does not give: name them with --pred')
-    predictor = predictor_of(ctx, given, rules, thresholds)
-    return Evaluation(Task(dataset, rules), name, source_of(predictor), predictor, missing=dataset.missing, **common)
+    asked = asked_of(given)
+    ground = ground_of(asked)
+    if ground.warning:
+        print(f'padseg: {ground.protocol}: {ground.warning}', file=sys.stderr)
+    if asked.pred:
+        return of_stored(asked, ground)
+    return of_model(asked, ground, model_of(ctx, given, ground))
+
+
+def asked_of(given: dict[str, Any]) -> Asked:
+    from padseg.evaluation.job import Asked
+
+    return Asked(**{name: given[name] for name in Asked._fields})
+
+
+def model_of(ctx: click.Context, given: dict[str, Any], ground: Ground) -> Predictor | NamePredictor:
+    """What makes the predictions."""
+    from padseg.evaluation.job import refuse_names
+
+    naming = ground.protocol == NAMING
+    refuse_unused(ctx, naming)
+    if naming:
+        return namer_of(ctx, given, ground.rules, ground.dataset)
+    refuse_names(ground, given['model'])
+    return predictor_of(ctx, given, ground.rules, ground.thresholds)
 
 
 def refuse_unused(ctx: click.Context, naming: bool) -> None:
@@ -203,92 +187,3 @@ def loaded(given: dict[str, Any], layer: int | None) -> Backbone:
     from padseg.backbones import load
 
     return load(given['model'], layer=layer, **{name: given[name] for name in ('revision', 'device', 'dtype', 'vae', 'compile')})
-
-
-def source_of(predictor: Predictor | NamePredictor) -> dict[str, Any]:
-    """The model and settings behind predictions, as scores.json has them."""
-    from padseg.evaluation.predict import NamePredictor
-    from padseg.run.job import plain_settings
-
-    backbone = predictor.backbone
-    dtype = str(backbone.dtype).removeprefix('torch.')
-    named = {'names': predictor.names} if isinstance(predictor, NamePredictor) else {}
-    return {
-        **backbone.identity._asdict(),
-        'device': str(backbone.device),
-        'dtype': dtype,
-        'compiled': backbone.compiled,
-        **named,
-        **plain_settings(predictor.options.resolve(backbone.spec)),
-    }
-
-
-def numbers(text: str | None) -> tuple[float, ...]:
-    try:
-        values = tuple(float(part) for part in (text or '').split(',') if part)
-    except ValueError as error:
-        raise UsageError(f'--sweep is a list of thresholds such as 0.01,0.02; got {text}') from error
-    if not all(0 <= value < math.inf for value in values):
-        raise UsageError(f'thresholds are finite numbers >= 0; got {text}')
-    return values
-
-
-def table(report: ScoresRecord) -> str:
-    """One measure a line, then one line a class."""
-    rows = [f'{name:16} {number}' for name, number in report.counts.items() if number or name == 'pictures']
-    rows.insert(0, f'{"protocol":16} {report.protocol}, compared at {report.settings["compare"]}')
-    rows += [f'{name:16} {shown_score(score)}' for name, score in report.scores.items()]
-    width = max(map(len, report.iou), default=0)
-    rows += [f'  {name:{width}} {shown_score(score)}' for name, score in report.iou.items()]
-    for row in (report.sweep or {}).get('rows', ()):
-        rows.append('  '.join(f'{name} {value:.4f}' for name, value in row.items()))
-    for kind in ('ods', 'ois'):
-        if report.sweep:
-            rows.append(f'{kind.upper():16} ' + '  '.join(f'{name} {value:.4f}' for name, value in report.sweep[kind].items()))
-    return '\n'.join(rows)
-
-
-def shown_score(score: float | None) -> str:
-    return '–' if score is None else f'{score:.4f}'
-
-
-def show_check(dataset: Dataset, as_json: bool, progress: Progress) -> int:
-    """Print what the data hold; 3 if files cannot be used or values are out of range."""
-    from padseg.datasets.check import check_dataset
-
-    with contextlib.closing(progress):
-        found = check_dataset(dataset, watched(dataset.samples, progress))
-    print(json.dumps(found.as_dict()) if as_json else '\n'.join(check_lines(found)))
-    return 0 if found.good else SOME_FAILED
-
-
-def watched(samples: Sequence[Sample], progress: Progress) -> Iterator[Sample]:
-    """The samples, each counted as done when the next one is asked for."""
-    progress.start(len(samples))
-    for sample in samples:
-        yield sample
-        progress.step()
-
-
-def check_lines(found: Check) -> list[str]:
-    """What the data hold, a line each."""
-    from padseg.evaluation.evaluate import size_in_words
-
-    published = f' of {found.published} published' if found.published else ''
-    sizes = [size_in_words(size) for size in (found.smallest, found.largest) if size]
-    lines = [
-        f'data set         {found.name}, {found.split}: {found.layout} below {found.root}',
-        f'pictures         {found.pictures}{published}, {found.labels} label maps',
-        f'sizes            {found.sizes}, from {" to ".join(sizes)}',
-        f'classes          {found.classes}',
-    ]
-    if found.classes:
-        lines.append(f'{"value":>9} {"pixels":>12} {"files":>7}  becomes')
-        lines += [f'{value.value:9} {value.pixels:12} {value.files:7}  {value.name}{number(value.number)}' for value in found.values]
-    lines += [f'nothing to score in {name}' for name in found.empty]
-    lines += [f'cannot be used: {problem.path}: {problem.reason}' for problem in (*found.unreadable, *found.different)]
-    return lines
-
-
-def number(of: int | None) -> str:
-    return '' if of is None else f' ({of})'

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from padseg.methods.stages.proposals import merge
 from padseg.methods.stages.saved_maps import forward_settings, read_maps, write_maps
 from padseg.methods.stages.superpixels import superpixels
 from padseg.methods.stages.token_maps import token_maps
+from padseg.run.job import plain_settings
 from padseg.types import Array, Frame, Image, LabelMap, TokenMaps
 
 PROMPTS_KEPT = 64  # in memory: many pictures show the same classes
@@ -108,3 +109,17 @@ def predicted(image: Image, maps: TokenMaps, inside: Array | None, where: View, 
         inside = None if inside is None else seen_prediction(inside, where)
     labels = label_map(proposals, inside, options.components, options.min_area, image, options.refine, options.join).labels
     return labels if direct else seen_prediction(labels, where)
+
+
+def source_of(predictor: Predictor | NamePredictor) -> dict[str, Any]:
+    """The model and settings behind predictions, as scores.json has them."""
+    backbone = predictor.backbone
+    named = {'names': predictor.names} if isinstance(predictor, NamePredictor) else {}
+    return {
+        **backbone.identity._asdict(),
+        'device': str(backbone.device),
+        'dtype': str(backbone.dtype).removeprefix('torch.'),
+        'compiled': backbone.compiled,
+        **named,
+        **plain_settings(predictor.options.resolve(backbone.spec)),
+    }

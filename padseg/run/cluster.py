@@ -22,7 +22,8 @@ from padseg.errors import OutputConflict, ResourceExhausted, UsageError
 from padseg.images import Found
 from padseg.run.job import Job, last_layer
 from padseg.run.picture import Method, Taken, labelled, mapped, method_of, save, take
-from padseg.run.records import Entry, Run, differences, line
+from padseg.run.records import Entry, Run
+from padseg.system.ledger import differences, line
 from padseg.system.signals import Stop
 
 if TYPE_CHECKING:
