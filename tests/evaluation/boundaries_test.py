@@ -247,16 +247,16 @@ def test_total_adds_each_count():
 
 
 def test_unusable_input_is_refused():
-    with pytest.raises(ValueError, match_boundaries=r'\(30, 40\) and \(2, 2\)|\(2, 2\) and \(30, 40\)'):
+    with pytest.raises(ValueError, match=r'\(30, 40\) and \(2, 2\)|\(2, 2\) and \(30, 40\)'):
         boundary_counts(grid('01', '01'), [bars(3)])
-    with pytest.raises(ValueError, match_boundaries='float64'):
+    with pytest.raises(ValueError, match='float64'):
         region_boundaries(np.zeros((2, 2)))
-    with pytest.raises(ValueError, match_boundaries='at least one annotator'):
+    with pytest.raises(ValueError, match='at least one annotator'):
         boundary_counts(bars(3), [])
-    with pytest.raises(ValueError, match_boundaries='got 1 and -0.1'):
+    with pytest.raises(ValueError, match='got 1 and -0.1'):
         boundary_counts(bars(3), [bars(3)], -0.1)
-    with pytest.raises(ValueError, match_boundaries=r'got shape \(0,\)'):
+    with pytest.raises(ValueError, match=r'got shape \(0,\)'):
         score_sweep(np.zeros(0))
     for nothing in ([], [[]], [[counts(1)], [counts(1), counts(2)]]):
-        with pytest.raises(ValueError, match_boundaries='same number of thresholds, at least one'):
+        with pytest.raises(ValueError, match='same number of thresholds, at least one'):
             boundary_sweep(nothing)
