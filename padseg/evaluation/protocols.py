@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from padseg.datasets import VOID
 from padseg.errors import UsageError
 from padseg.evaluation.metrics import ClassCounts, class_table, counts_of, match_regions, merge_background, widened
 from padseg.methods.stages.geometry import centre_square, detectron_size, diffcut_square
 
 if TYPE_CHECKING:
     from padseg.types import Array
-
-VOID = -1  # ground truth that is no class
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 
-from padseg.datasets import label_folder, open_dataset
+from padseg.datasets import VOID, label_folder, open_dataset
 from padseg.evaluation import reports, sheet, words
 from padseg.evaluation.engine import Evaluation, run_evaluation
 from padseg.evaluation.evaluate import Task, score_stored, stored
-from padseg.evaluation.protocols import PROTOCOLS, VOID, Classes, class_counts, class_map, protocol, rules
+from padseg.evaluation.protocols import PROTOCOLS, Classes, class_counts, class_map, protocol, rules
 from padseg.evaluation.scores import PictureScores, Regions, ScoresRecord
 from padseg.exports.colours import voc_colours
 from padseg.system.ledger import read_lines
