@@ -2,40 +2,51 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
 import sys
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from padseg.commands.flags import compile_flag, option_flags
+from padseg.commands.flags import METHOD, MethodCommand, compile_flag, named_in, option_flags, options_given
 from padseg.commands.run import SOME_FAILED
-from padseg.errors import UsageError
-from padseg.methods.open_vocabulary import LabelOptions
+from padseg.methods import DEFAULTS, METHODS
 from padseg.methods.seg4diff import Options
 from padseg.system.progress import shown
 
 if TYPE_CHECKING:
-    from padseg.backbones import Backbone
-    from padseg.datasets import Dataset, Sample
-    from padseg.datasets.check import Check
-    from padseg.evaluation.engine import Evaluation, ScoresRecord
-    from padseg.evaluation.predict import NamePredictor, Predictor
-    from padseg.evaluation.protocols import Protocol
+    from padseg.evaluation.job import Asked, Contender, Evaluation
     from padseg.system.progress import Progress
 
 FOLDER = click.Path(path_type=Path)
 NAMING = 'seg4diff-ovss'  # the protocol that gives a model the names of classes
 NAMES = ('present', 'all')
-OF_NAMES = LabelOptions.__dataclass_fields__.keys() - Options.__dataclass_fields__.keys()
+ONE_OF = {'layer': 'layers', 'step': 'steps'}
 
 
-@click.command('eval')
+class EvalCommand(MethodCommand):
+    """--method, whose default the protocol decides, with its options."""
+
+    def methods(self) -> list[str]:
+        return list(METHODS)
+
+    @property
+    def shown_default(self) -> str:
+        return f'{DEFAULTS["regions"]}; {DEFAULTS["classes"]} with --protocol {NAMING}'
+
+    def default(self, args: Sequence[str]) -> str:
+        return DEFAULTS['classes' if named_in(args, '--protocol', (NAMING,)) else 'regions']
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        *own, help_flag = super().get_params(ctx)
+        fields = METHODS[ctx.meta.get(METHOD, DEFAULTS['regions'])].Options.__dataclass_fields__
+        one = [name for name, several in ONE_OF.items() if several in fields]
+        return [*own, *option_flags(Options, one), help_flag]
+
+
+@click.command('eval', cls=EvalCommand)
 @click.argument('dataset', required=False)
 @click.option('--root', type=FOLDER, help='folder of the data set')
 @click.option('--split', help='part of the data set (default: the one that is usually reported)')
@@ -61,9 +72,7 @@ OF_NAMES = LabelOptions.__dataclass_fields__.keys() - Options.__dataclass_fields
 @click.option('--dtype', help="float32, bfloat16 or float16 (default: the device's own)")
 @click.option('--vae', help="a quicker VAE for SD3's latents: tiny (TAESD3), a hub id, or a folder with an AutoencoderTiny")
 @compile_flag
-@option_flags
 @click.option('--names', type=click.Choice(NAMES), help=f'{NAMING}: names of the classes in a picture, or all (default: {NAMES[0]})')
-@partial(option_flags, of=LabelOptions, only=OF_NAMES)
 @click.option('--quiet', '-q', is_flag=True, help='no progress')
 @click.option('--json', 'as_json', is_flag=True, help='print one JSON object')
 @click.pass_context
@@ -81,15 +90,25 @@ def command(ctx: click.Context, /, as_json: bool, quiet: bool, check: bool, **gi
     """
     must_fit_together(given, check)
     if check:
-        return show_check(open_named(given), as_json, shown(quiet))
+        return show_check(given, as_json, shown(quiet))
     from padseg.evaluation.engine import run_evaluation
+    from padseg.evaluation.words import score_lines
 
-    outcome = run_evaluation(job_of(ctx, given), shown(quiet))
-    report = outcome.report
-    print(json.dumps(report.model_dump()) if as_json else table(report))
+    report = run_evaluation(job_of(ctx, given), shown(quiet)).report
+    print(json.dumps(report.model_dump()) if as_json else '\n'.join(score_lines(report)))
     for name, reason in report.failed.items():
         print(f'padseg: {name}: {reason}', file=sys.stderr)
     return SOME_FAILED if report.counts['failed'] else 0
+
+
+def show_check(given: dict[str, Any], as_json: bool, progress: Progress) -> int:
+    """Print what the data hold; 3 if files cannot be used or values are out of range."""
+    from padseg.evaluation.job import check_of
+    from padseg.evaluation.words import check_lines
+
+    checked = check_of(asked_of(given), progress)
+    print(json.dumps(checked.as_dict()) if as_json else '\n'.join(check_lines(checked)))
+    return 0 if checked.good else SOME_FAILED
 
 
 def must_fit_together(given: dict[str, Any], check: bool) -> None:
@@ -107,189 +126,34 @@ def must_fit_together(given: dict[str, Any], check: bool) -> None:
         raise click.UsageError('Give either --num-classes or --regions.')
 
 
-def open_named(given: dict[str, Any], raw_labels: bool = False) -> Dataset:
-    """DATASET below --root; flags can say what a padseg.toml would."""
-    from padseg.datasets import FOLDER as OWN, FolderSettings, open_dataset, open_folder
-
-    if given['dataset'] == OWN and (given['num_classes'] or given['regions']):  # in place of padseg.toml
-        own = FolderSettings(num_classes=given['num_classes'], ignore_index=given['ignore'], background=given['background'])
-        return open_folder(given['root'], given['split'], own, given['allow_missing'])
-    return open_dataset(given['dataset'], given['root'], given['split'], raw_labels, given['allow_missing'])
-
-
 def job_of(ctx: click.Context, given: dict[str, Any]) -> Evaluation:
     """The evaluation that the options ask for."""
-    from padseg.datasets import label_folder
-    from padseg.evaluation.engine import Evaluation
-    from padseg.evaluation.evaluate import Task, paired, stored
-    from padseg.evaluation.protocols import DEFAULT, WARNINGS, protocol
+    from padseg.evaluation.job import ground_of, of_method, of_stored
 
-    name = given['protocol'] or DEFAULT
-    whole = given['pred'] and not given['protocol']  # what made the label maps saw the picture as it liked
-    rules = protocol(name, compare=given['compare'] or ('native' if whole else None), ids='as they are' if given['raw_ids'] else None)
-    preds = stored(given['pred']) if given['pred'] else {}
-    if given['dataset']:
-        dataset = open_named(given, rules.raw_labels)
-    else:
-        dataset = label_folder(given['labels'], given['num_classes'], given['ignore'], given['background'], preds)
-    if not dataset.classes:
-        name, rules = 'partitions', protocol(DEFAULT, compare=given['compare'] or 'native', geometry='whole')
-    elif rules.matching in WARNINGS:
-        print(f'padseg: {name}: {WARNINGS[rules.matching]}', file=sys.stderr)
-    thresholds = numbers(given['sweep'])
-    if thresholds and (dataset.classes or given['pred']):
-        raise UsageError('--sweep is for a model on a data set without classes, such as bsds500')
-    listed = len(dataset.samples)
-    common = {'out': given['out'], 'workers': given['workers'], 'overwrite': given['overwrite'], 'thresholds': thresholds}
-    if given['pred']:
-        dataset, preds = paired(dataset, preds, given['allow_missing'])
-        task = Task(dataset, rules, preds, given['resize'])
-        return Evaluation(
-            task, name, {'folder': str(given['pred'].resolve())}, missing=dataset.missing + listed - len(dataset.samples), **common
-        )
-    refuse_unused(ctx, name == NAMING)
-    if name == NAMING:
-        if not dataset.classes:
-            raise UsageError(f'{name} is for ground truth with classes')
-        namer = namer_of(ctx, given, rules, dataset)
-        return Evaluation(Task(dataset, rules), name, source_of(namer), namer, missing=dataset.missing, **common)
-    if rules.matching == 'none':
-        raise UsageError(f'{name} scores regions that have names, which {given["model"]} alone does not give: name them with --pred')
-    predictor = predictor_of(ctx, given, rules, thresholds)
-    return Evaluation(Task(dataset, rules), name, source_of(predictor), predictor, missing=dataset.missing, **common)
-
-
-def refuse_unused(ctx: click.Context, naming: bool) -> None:
-    """Refuse options that were given and would do nothing: those of names without names, and the other way round."""
-    both = {'layer', 'step', *LabelOptions.__dataclass_fields__}
-    unused = Options.__dataclass_fields__.keys() - both if naming else {'names', *OF_NAMES}
-    source = click.core.ParameterSource.DEFAULT
-    given = sorted(name for name in unused if ctx.get_parameter_source(name) is not source)
-    if given:
-        raise click.UsageError(f'--{given[0].replace("_", "-")} {"is not for" if naming else "is for"} --protocol {NAMING}.')
-
-
-def predictor_of(ctx: click.Context, given: dict[str, Any], rules: Protocol, thresholds: tuple[float, ...]) -> Predictor:
-    """The model with the options of the method; the geometry is the protocol's unless it was given."""
-    from padseg.evaluation.predict import Predictor
-
-    options = Options(**fields_of(ctx, given, rules, Options))
-    return Predictor(loaded(given, options.layer), options, thresholds, given['out'], keep_maps=bool(thresholds))
-
-
-def namer_of(ctx: click.Context, given: dict[str, Any], rules: Protocol, dataset: Dataset) -> NamePredictor:
-    """The model with the options of names; --layer and --step are one of --layers and --steps."""
-    from padseg.evaluation.predict import NamePredictor
-    from padseg.run.job import last_layer
-
-    fields = fields_of(ctx, given, rules, LabelOptions)
-    for one, several in (('layer', 'layers'), ('step', 'steps')):
-        if given[one] is not None and fields[several] is not None:
-            raise click.UsageError(f'Give either --{one} or --{several}.')
-        fields[several] = fields[several] or (None if given[one] is None else (given[one],))
-    options = LabelOptions(**fields)
-    backbone = loaded(given, last_layer(options, given['model'], given['revision']))
-    return NamePredictor(backbone, options, dataset.classes, dataset.background, given['names'] or NAMES[0], given['out'])
-
-
-def fields_of(ctx: click.Context, given: dict[str, Any], rules: Protocol, of: Any) -> dict[str, Any]:
-    """The options of a class as they were given."""
-    fields = {name: given[name] for name in of.__dataclass_fields__}
+    asked = asked_of(given)
+    ground = ground_of(asked)
+    if ground.warning:
+        print(f'padseg: {ground.protocol}: {ground.warning}', file=sys.stderr)
+    if asked.pred:
+        return of_stored(asked, ground)
     if ctx.get_parameter_source('geometry') is click.core.ParameterSource.DEFAULT:
-        fields['geometry'] = rules.geometry
-    return fields
+        given['geometry'] = ground.rules.geometry
+    return of_method(asked, ground, contender_of(given))
 
 
-def loaded(given: dict[str, Any], layer: int | None) -> Backbone:
-    from padseg.backbones import load
+def asked_of(given: dict[str, Any]) -> Asked:
+    from padseg.evaluation.job import Asked
 
-    return load(given['model'], layer=layer, **{name: given[name] for name in ('revision', 'device', 'dtype', 'vae', 'compile')})
-
-
-def source_of(predictor: Predictor | NamePredictor) -> dict[str, Any]:
-    """The model and settings behind predictions, as scores.json has them."""
-    from padseg.evaluation.predict import NamePredictor
-    from padseg.run.job import plain_settings
-
-    backbone = predictor.backbone
-    dtype = str(backbone.dtype).removeprefix('torch.')
-    named = {'names': predictor.names} if isinstance(predictor, NamePredictor) else {}
-    return {
-        **backbone.identity._asdict(),
-        'device': str(backbone.device),
-        'dtype': dtype,
-        'compiled': backbone.compiled,
-        **named,
-        **plain_settings(predictor.options.resolve(backbone.spec)),
-    }
+    return Asked(**{name: given[name] for name in Asked._fields})
 
 
-def numbers(text: str | None) -> tuple[float, ...]:
-    try:
-        values = tuple(float(part) for part in (text or '').split(',') if part)
-    except ValueError as error:
-        raise UsageError(f'--sweep is a list of thresholds such as 0.01,0.02; got {text}') from error
-    if not all(0 <= value < math.inf for value in values):
-        raise UsageError(f'thresholds are finite numbers >= 0; got {text}')
-    return values
+def contender_of(given: dict[str, Any]) -> Contender:
+    from padseg.evaluation.job import Contender
 
-
-def table(report: ScoresRecord) -> str:
-    """One measure a line, then one line a class."""
-    rows = [f'{name:16} {number}' for name, number in report.counts.items() if number or name == 'pictures']
-    rows.insert(0, f'{"protocol":16} {report.protocol}, compared at {report.settings["compare"]}')
-    rows += [f'{name:16} {shown_score(score)}' for name, score in report.scores.items()]
-    width = max(map(len, report.iou), default=0)
-    rows += [f'  {name:{width}} {shown_score(score)}' for name, score in report.iou.items()]
-    for row in (report.sweep or {}).get('rows', ()):
-        rows.append('  '.join(f'{name} {value:.4f}' for name, value in row.items()))
-    for kind in ('ods', 'ois'):
-        if report.sweep:
-            rows.append(f'{kind.upper():16} ' + '  '.join(f'{name} {value:.4f}' for name, value in report.sweep[kind].items()))
-    return '\n'.join(rows)
-
-
-def shown_score(score: float | None) -> str:
-    return '–' if score is None else f'{score:.4f}'
-
-
-def show_check(dataset: Dataset, as_json: bool, progress: Progress) -> int:
-    """Print what the data hold; 3 if files cannot be used or values are out of range."""
-    from padseg.datasets.check import check_dataset
-
-    with contextlib.closing(progress):
-        found = check_dataset(dataset, watched(dataset.samples, progress))
-    print(json.dumps(found.as_dict()) if as_json else '\n'.join(check_lines(found)))
-    return 0 if found.good else SOME_FAILED
-
-
-def watched(samples: Sequence[Sample], progress: Progress) -> Iterator[Sample]:
-    """The samples, each counted as done when the next one is asked for."""
-    progress.start(len(samples))
-    for sample in samples:
-        yield sample
-        progress.step()
-
-
-def check_lines(found: Check) -> list[str]:
-    """What the data hold, a line each."""
-    from padseg.evaluation.evaluate import size_in_words
-
-    published = f' of {found.published} published' if found.published else ''
-    sizes = [size_in_words(size) for size in (found.smallest, found.largest) if size]
-    lines = [
-        f'data set         {found.name}, {found.split}: {found.layout} below {found.root}',
-        f'pictures         {found.pictures}{published}, {found.labels} label maps',
-        f'sizes            {found.sizes}, from {" to ".join(sizes)}',
-        f'classes          {found.classes}',
-    ]
-    if found.classes:
-        lines.append(f'{"value":>9} {"pixels":>12} {"files":>7}  becomes')
-        lines += [f'{value.value:9} {value.pixels:12} {value.files:7}  {value.name}{number(value.number)}' for value in found.values]
-    lines += [f'nothing to score in {name}' for name in found.empty]
-    lines += [f'cannot be used: {problem.path}: {problem.reason}' for problem in (*found.unreadable, *found.different)]
-    return lines
-
-
-def number(of: int | None) -> str:
-    return '' if of is None else f' ({of})'
+    for one, several in ONE_OF.items():  # of a method that reads several blocks and noise levels
+        if several in given and given[one] is not None:
+            if given[several] is not None:
+                raise click.UsageError(f'Give either --{one} or --{several}.')
+            given[several] = (given[one],)
+    options = options_given(given['method'], given)
+    return Contender(options=options, **{name: given[name] for name in Contender._fields if name != 'options'})

@@ -138,6 +138,10 @@ class MethodCommand(click.Command):
 
     task: str  # key of DEFAULTS
 
+    @property
+    def shown_default(self) -> str:
+        return DEFAULTS[self.task]
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta[METHOD] = self.method_of(args)
         try:
@@ -155,16 +159,19 @@ class MethodCommand(click.Command):
 
     def method_of(self, args: Sequence[str]) -> str:
         """The method that the arguments name; the default where they name none, or one that click will refuse."""
-        return named_in(args, '--method', self.methods()) or DEFAULTS[self.task]
+        return named_in(args, '--method', self.methods()) or self.default(args)
+
+    def default(self, args: Sequence[str]) -> str:
+        return DEFAULTS[self.task]
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         *own, help_flag = super().get_params(ctx)
-        name = ctx.meta.get(METHOD, DEFAULTS[self.task])
+        name = ctx.meta.get(METHOD) or self.default(())
         choice = click.Option(
             ['--method'],
             type=click.Choice(self.methods()),
-            default=DEFAULTS[self.task],
-            show_default=True,
+            default=name,
+            show_default=self.shown_default,
             help='how pictures are segmented; its options are below, those of another: --method NAME --help',
         )
         return [*own, choice, *option_flags(METHODS[name].Options), help_flag]

@@ -3,62 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-
-from pydantic import BaseModel
+from typing import Any, NamedTuple
 
 from padseg.datasets import Sample
-from padseg.errors import OutputConflict
-from padseg.evaluation.evaluate import Task, score_sample, score_stored, stamp_of
+from padseg.evaluation.evaluate import score_sample, score_stored, stamp_of
+from padseg.evaluation.job import Evaluation
 from padseg.evaluation.protocols import rules
-from padseg.evaluation.scores import Name, PictureScores, Result, ScoreTotals, finite
-from padseg.run.locks import exclusive
-from padseg.run.records import differences
-from padseg.system.files import atomic
+from padseg.evaluation.scores import PictureScores, Result, ScoresRecord, ScoreTotals, finite
+from padseg.system.ledger import continued, line, owned, read_header, read_line, read_lines, refuse_other_settings, write_header
 from padseg.system.progress import Progress, Silent
 from padseg.system.versions import versions
-from padseg.version import __version__
-
-if TYPE_CHECKING:
-    from padseg.evaluation.predict import Predict
 
 FAILED_SHOWN = 20
-
-
-class Evaluation(NamedTuple):
-    """What is evaluated. source: where predictions come from, in words; missing: listed pictures that are left out.
-
-    out: folder for records and reports, or None; thresholds: those of the predictor, if it has several.
-    """
-
-    task: Task
-    protocol: str
-    source: dict[str, Any]
-    predictor: Predict | None = None
-    thresholds: tuple[float, ...] = ()
-    missing: int = 0
-    out: Path | None = None
-    workers: int = 1
-    overwrite: bool = False
-
-
-class ScoresRecord(BaseModel):
-    """scores.json. settings: all that decides the scores; counts: pictures scored, without a pixel that counts, failed, left out."""
-
-    status: Literal['running', 'finished'] = 'running'
-    padseg: str = __version__
-    protocol: str
-    settings: dict[str, Any]
-    counts: dict[str, int] = {}
-    scores: dict[str, float | None] = {}
-    iou: dict[str, float | None] = {}
-    sweep: dict[str, Any] | None = None
-    failed: dict[Name, Name] = {}
-    versions: dict[str, str]
 
 
 class Outcome(NamedTuple):
@@ -73,7 +31,7 @@ def run_evaluation(job: Evaluation, progress: Progress = Silent()) -> Outcome:
     report = ScoresRecord(protocol=job.protocol, settings=settings(job), versions=versions())
     totals = ScoreTotals(job.task.classes, job.task.rules)
     failed: dict[str, str] = {}
-    with exclusive(job.out, foreign='run.json') if job.out else contextlib.nullcontext(), contextlib.closing(progress):
+    with owned(job.out, 'run.json') if job.out else contextlib.nullcontext(), contextlib.closing(progress):
         for picture in pictures(job, report, progress):
             totals.add(picture)
             if picture.status == 'failed' and len(failed) < FAILED_SHOWN:
@@ -82,8 +40,8 @@ def run_evaluation(job: Evaluation, progress: Progress = Silent()) -> Outcome:
         if job.out:
             from padseg.evaluation.reports import write_reports
 
-            write_reports(job.out, report, job.task, partial(read_pictures, job.out / 'pictures.jsonl'))
-            write(report, job.out / 'scores.json')
+            write_reports(job.out, report, job.task, partial(read_lines, job.out / 'pictures.jsonl', PictureScores))
+            write_header(report, job.out / 'scores.json')
     return Outcome(totals.result(), report)
 
 
@@ -113,28 +71,31 @@ PARTITIONS = {
 
 def pictures(job: Evaluation, report: ScoresRecord, progress: Progress) -> Iterator[PictureScores]:
     """The records of all samples in their order: kept ones, and new ones, which are added to the output at once."""
-    kept = earlier(job, report) if job.out else {}
-    samples = job.task.dataset.samples
-    pending = [sample for sample in samples if not holds(job, sample, kept.get(sample.name))]
-    again = {sample.name for sample in pending}
+    kept = kept_lines(job, report) if job.out else {}
+    pending = [sample for sample in job.task.dataset.samples if sample.name not in kept]
     new = scored(job, pending)
     progress.start(len(pending))
-    with contextlib.ExitStack() as stack:
-        file = None
-        if job.out:
-            write(report, job.out / 'scores.json')
-            write_pictures((kept[sample.name] for sample in samples if sample.name not in again), job.out / 'pictures.jsonl')
-            file = stack.enter_context((job.out / 'pictures.jsonl').open('a', encoding='ascii'))
-        for sample in samples:
-            if sample.name not in again:
-                yield kept[sample.name]
+    with written(job, report, kept) as add:
+        for sample in job.task.dataset.samples:
+            if sample.name in kept:
+                yield read_line(kept[sample.name], PictureScores)
                 continue
             picture = next(new)
-            if file:
-                file.write(line(picture))
-                file.flush()
+            add(line_of(picture))
             progress.step()
             yield picture
+
+
+@contextlib.contextmanager
+def written(job: Evaluation, report: ScoresRecord, kept: dict[str, str]) -> Iterator[Callable[[str], None]]:
+    """Begin the records in the output, if there is one, with the lines that are kept; what adds others."""
+    if job.out is None:
+        yield lambda text: None
+        return
+    write_header(report, job.out / 'scores.json')
+    lines = (kept[sample.name] for sample in job.task.dataset.samples if sample.name in kept)
+    with continued(lines, job.out / 'pictures.jsonl') as add:
+        yield add
 
 
 def scored(job: Evaluation, samples: list[Sample]) -> Iterator[PictureScores]:
@@ -143,61 +104,38 @@ def scored(job: Evaluation, samples: list[Sample]) -> Iterator[PictureScores]:
     return score_stored(job.task, samples, job.workers)
 
 
-def holds(job: Evaluation, sample: Sample, record: PictureScores | None) -> bool:
-    """Whether a record is of this very picture, ground truth and prediction."""
-    if record is None or record.status == 'failed':
-        return False
-    return record.stamp == stamp_of(*sample.truths, sample.image if job.predictor else job.task.preds[sample.name])
+def kept_lines(job: Evaluation, report: ScoresRecord) -> dict[str, str]:
+    """The lines of an earlier evaluation in the same folder that are of these very pictures, by name: a record itself takes more memory.
 
-
-def earlier(job: Evaluation, report: ScoresRecord) -> dict[str, PictureScores]:
-    """The records of an earlier evaluation in the same folder."""
+    OutputConflict if that evaluation was of other settings.
+    """
     assert job.out is not None
-    path = job.out / 'scores.json'
-    if job.overwrite or not path.exists():
+    earlier = None if job.overwrite else read_header(job.out / 'scores.json', ScoresRecord, 'an evaluation')
+    if earlier is None:
         return {}
-    try:
-        there = ScoresRecord.model_validate(json.loads(path.read_bytes()))
-    except ValueError as error:
-        raise OutputConflict(f'{path} is no record of an evaluation: choose another --out, or --overwrite') from error
-    different = differences(flattened(there.settings), flattened(json.loads(json.dumps(report.settings))))
-    if different:
-        raise OutputConflict(
-            f'{job.out} holds an evaluation of other settings ({"; ".join(different)}): choose another --out, or --overwrite'
-        )
-    return {picture.name: picture for picture in read_pictures(job.out / 'pictures.jsonl')}
+    refuse_other_settings(job.out, earlier.settings, report.settings, 'an evaluation')
+    samples = {sample.name: sample for sample in job.task.dataset.samples}
+    kept: dict[str, str] = {}
+    for picture in read_lines(job.out / 'pictures.jsonl', PictureScores):
+        if picture.name in samples and holds(job, samples[picture.name], picture):
+            kept[picture.name] = line_of(picture)
+        else:
+            kept.pop(picture.name, None)  # an older line of it does not count either
+    return kept
 
 
-def flattened(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings with those inside others among them: rules.void, predictions.layer."""
-    plain: dict[str, Any] = {}
-    for name, value in settings.items():
-        plain |= {f'{name}.{key}': one for key, one in value.items()} if isinstance(value, dict) else {name: value}
-    return plain
+def holds(job: Evaluation, sample: Sample, picture: PictureScores) -> bool:
+    """Whether a record is of this very picture, ground truth and prediction, with counts of these classes or a score a threshold."""
+    classes = len(job.task.classes.names)
+    thresholds = 0 if classes else max(1, len(job.thresholds))
+    if picture.status == 'failed' or any(not 0 <= number < classes for number in picture.counts) or len(picture.regions) != thresholds:
+        return False
+    return picture.stamp == stamp_of(*sample.truths, sample.image if job.predictor else job.task.preds[sample.name])
 
 
-def read_pictures(path: Path) -> Iterator[PictureScores]:
-    """The records in pictures.jsonl; one that a killed run left torn does not count."""
-    if path.exists():
-        with path.open(encoding='ascii') as file:
-            for text in file:
-                with contextlib.suppress(ValueError):  # by way of json, which takes file names that are no UTF-8
-                    yield PictureScores.model_validate(json.loads(text))
-
-
-def write_pictures(records: Iterable[PictureScores], path: Path) -> None:
-    with atomic(path) as temporary, temporary.open('w', encoding='ascii') as file:
-        file.writelines(map(line, records))
-
-
-def line(picture: PictureScores) -> str:
-    """A picture's record as one line of ASCII."""
-    return json.dumps(picture.model_dump(exclude_defaults=True)) + '\n'
-
-
-def write(report: ScoresRecord, path: Path) -> None:
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(report.model_dump(), indent=1) + '\n', encoding='ascii')
+def line_of(picture: PictureScores) -> str:
+    """A picture's record as it stands in pictures.jsonl."""
+    return line(picture, exclude_defaults=True)
 
 
 def finished(job: Evaluation, report: ScoresRecord, totals: ScoreTotals, failed: dict[str, str]) -> ScoresRecord:

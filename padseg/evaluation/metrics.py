@@ -230,6 +230,7 @@ def two_of(count: Array) -> Array:
 
 def entropy(share: Array) -> float:
     """Entropy in bits of a distribution of any shape."""
+    # scikit-image's variation_of_information takes 8 times as long from a ready table of 10 x 14, and 30 times from one of 300 x 1743
     share = share[share > 0]
     return float(-(share * np.log2(share)).sum())
 

@@ -19,7 +19,6 @@ from padseg.methods.stages.saved_maps import forward_settings, read_maps, write_
 from padseg.types import Array, Frame, Image, LabelMap
 
 PROMPTS_KEPT = 64  # in memory: many pictures show the same classes
-NAMES = ('present', 'all')
 
 # From a picture's name, its pixels (H, W, 3), what is compared of it and the classes that its truth shows: one prediction (h, w) a setting.
 Predict = Callable[[str, Image, View, Sequence[int]], list[Array]]
@@ -65,7 +64,7 @@ def predict_classes(
     options: Any,
     classes: Sequence[str],
     background: int | None,
-    names: str = NAMES[0],
+    names: str = 'present',
     out: Path | None = None,
 ) -> Predict:
     """The class of every compared pixel, as a number from 0. classes: of the data set; background: which of them it is.

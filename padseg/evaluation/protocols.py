@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from padseg.datasets import VOID
 from padseg.errors import UsageError
 from padseg.evaluation.metrics import ClassCounts, class_table, counts_of, match_regions, merge_background, widened
+from padseg.methods.stages.geometry import centre_square, detectron_size, diffcut_square
 
 if TYPE_CHECKING:
     from padseg.types import Array
-
-COMPARED = ('native', 'crop', '512', '128', 'short-640')
-SHORT_EDGE, LONG_CAP = 640, 2560  # detectron2's test resize, pixels
-VOID = -1  # ground truth that is no class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,22 +196,20 @@ class View(NamedTuple):
 
 def compared_view(size: tuple[int, int], compare: str) -> View:
     """The pixels that are compared in a picture of size (height, width)."""
+    everything = (0, 0, *size)
+    if compare == 'native':
+        return View(np.arange(size[0]), np.arange(size[1]), everything, size)
+    if compare == 'short-640':
+        height, width = detectron_size(size)
+        return View(nearest(size[0], height), nearest(size[1], width), everything, (height, width))
     if compare == '128':
-        short = max(1, min(size) - 1)
-        top, left = (round((whole - short) / 2) for whole in size)  # torchvision's crop rounds half to even
+        top, left, short, _ = box = diffcut_square(size)
         # nearest-exact to 1024 takes pixel centres, the step from there to 128 the first of every 8 pixels
         steps = ((np.arange(128) * 8 + 0.5) * short / 1024).astype(np.int64)
-        return View(top + steps, left + steps, (top, left, short, short), (128, 128))
-    if compare == 'short-640':
-        scale = min(SHORT_EDGE / min(size), LONG_CAP / max(size))
-        height, width = (max(1, int(length * scale + 0.5)) for length in size)
-        return View(nearest(size[0], height), nearest(size[1], width), (0, 0, *size), (height, width))
-    if compare == 'native':
-        return View(np.arange(size[0]), np.arange(size[1]), (0, 0, *size), size)
-    short = min(size)
-    top, left = ((whole - short) // 2 for whole in size)
+        return View(top + steps, left + steps, box, (128, 128))
+    top, left, short, _ = box = centre_square(size)
     side = short if compare == 'crop' else int(compare)
-    return View(top + nearest(short, side), left + nearest(short, side), (top, left, short, short), (side, side))
+    return View(top + nearest(short, side), left + nearest(short, side), box, (side, side))
 
 
 def nearest(length: int, wanted: int) -> Array:

@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, SkipValidation
+from pydantic import BaseModel
 
 from padseg.evaluation.boundaries import BoundaryCounts, boundary_counts, boundary_sweep, precision_recall_f, score_sweep, total_counts
 from padseg.evaluation.metrics import ClassCounts, class_scores, count_ids, region_scores
 from padseg.evaluation.protocols import Classes, Protocol, class_counts
+from padseg.system.ledger import Name
+from padseg.version import __version__
 
 if TYPE_CHECKING:
     from padseg.types import Array
-
-Name = SkipValidation[str]  # file names may hold bytes that are no UTF-8
 
 
 class Regions(BaseModel):
@@ -45,6 +45,21 @@ class PictureScores(BaseModel):
     accuracy: float | None = None
     miou: float | None = None
     regions: tuple[Regions, ...] = ()
+
+
+class ScoresRecord(BaseModel):
+    """scores.json. settings: all that decides the scores; counts: pictures scored, without a pixel that counts, failed, left out."""
+
+    status: Literal['running', 'finished'] = 'running'
+    padseg: str = __version__
+    protocol: str
+    settings: dict[str, Any]
+    counts: dict[str, int] = {}
+    scores: dict[str, float | None] = {}
+    iou: dict[str, float | None] = {}
+    sweep: dict[str, Any] | None = None
+    failed: dict[Name, Name] = {}
+    versions: dict[str, str]
 
 
 class ClassResult(NamedTuple):

@@ -12,12 +12,11 @@ import numpy as np
 import PIL.Image
 from PIL import ImageDraw, ImageFont
 
-from padseg.datasets import Sample
+from padseg.datasets import VOID, Sample
 from padseg.errors import PadsegError
 from padseg.evaluation.evaluate import Task, fitting, read_picture
 from padseg.evaluation.metrics import compact
 from padseg.evaluation.protocols import (
-    VOID,
     Classes,
     Protocol,
     View,

@@ -24,7 +24,8 @@ from padseg.methods import method_named
 from padseg.run.job import Job
 from padseg.run.picture import Stages, Taken, labelled, mapped, save, take
 from padseg.run.prepare import model_settings, prepared_for, stages_of
-from padseg.run.records import Entry, Run, differences, line
+from padseg.run.records import Entry, Run
+from padseg.system.ledger import differences, line
 from padseg.system.signals import Stop
 
 if TYPE_CHECKING:

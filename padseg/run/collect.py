@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from padseg.errors import NoImages, OutputConflict
 from padseg.run.convert import write_coco
-from padseg.run.engine import Counts, agree, finish_records
+from padseg.run.engine import FOREIGN, Counts, agree, count, finish_records
 from padseg.run.locks import all_records, exclusive, forget_shards, shard_homes, unfinished
 from padseg.run.records import Entry, Recorded, Run, entry_of, read_run
 from padseg.system.files import atomic, full_disk, sweep
@@ -37,10 +37,10 @@ def collect(folders: Sequence[Path], out: Path, coco: bool = False) -> Collected
     with contextlib.ExitStack() as stack:
         stack.enter_context(full_disk(out))
         for folder in (out, *others):
-            stack.enter_context(exclusive(folder, foreign='scores.json'))
+            stack.enter_context(exclusive(folder, FOREIGN))
         there = read_run(out / 'run.json')
         for folder, run in zip(made, known, strict=True):
-            agree(folder, there or known[0], run, '')
+            agree(folder, there or known[0], run)
         missing = unfinished([out, *others])
         found = all_records(out)
         for folder in others:
@@ -49,7 +49,8 @@ def collect(folders: Sequence[Path], out: Path, coco: bool = False) -> Collected
                     bring(entry_of(record), folder, out)
                     found[name] = record
         seconds = sum(run.seconds or 0.0 for folder in {out, *others} for run in recorded_runs(folder))
-        counts = counts_of_records(found.values(), seconds)
+        done = sum(record.status == 'done' for record in found.values())
+        counts = count(len(found), found.values(), done, seconds)
         finish_records(out, there or known[0], found, counts, worked=True)
         if not missing:
             forget_shards(out)
@@ -84,9 +85,3 @@ def bring(entry: Entry, folder: Path, out: Path) -> None:
                 shutil.copytree(folder / path, temporary, copy_function=shutil.copyfile)
             else:
                 shutil.copyfile(folder / path, temporary)
-
-
-def counts_of_records(records: Collection[Recorded], seconds: float) -> Counts:
-    regions = [record.regions or 0 for record in records if record.status == 'done']
-    mean = sum(regions) / len(regions) if regions else 0.0
-    return Counts(len(records), len(regions), len(regions), len(records) - len(regions), mean, seconds)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from padseg.errors import OutputConflict, ResourceExhausted
+from padseg.errors import ResourceExhausted
 from padseg.exports.classes import write_classes
 from padseg.images import Found
 from padseg.run.cluster import results_on_ray
@@ -29,19 +29,17 @@ from padseg.run.records import (
     Recorded,
     Run,
     RunTotals,
-    differences,
-    line,
     read_run,
     recorded,
-    write_records,
-    write_run,
 )
 from padseg.run.space import warn_if_short
 from padseg.system.files import full_disk, sweep
+from padseg.system.ledger import REMEDY, continued, line, refuse_other_settings, write_header, write_lines
 from padseg.system.progress import Progress, Silent
 from padseg.system.signals import Stop
 from padseg.system.threads import ahead, batches, threads
 
+FOREIGN = 'scores.json'  # of an evaluation, which has a folder of its own
 log = logging.getLogger(__name__)
 
 
@@ -82,7 +80,8 @@ def run(job: Job, progress: Progress = Silent()) -> Counts:
         else:
             assert earlier is not None
             record = earlier
-        counts = count(pictures, records, skipped, time.perf_counter() - began, stop.signal)
+        present = [records[picture.name] for picture in pictures if picture.name in records]
+        counts = count(len(pictures), present, skipped, time.perf_counter() - began, stop.signal)
         finish_records(own, record, records, counts, worked)
         if not shard:
             forget_shards(job.out)
@@ -97,13 +96,13 @@ def run(job: Job, progress: Progress = Silent()) -> Counts:
 def held(job: Job) -> contextlib.AbstractContextManager[None]:
     """The output folder, alone or with other shards."""
     shard = job.selection.shard
-    return shared(job.out, shard, foreign='scores.json') if shard else exclusive(job.out, foreign='scores.json')
+    return shared(job.out, shard, FOREIGN) if shard else exclusive(job.out, FOREIGN)
 
 
 def start(job: Job, pending: list[Found], earlier: Run | None, stop: Stop) -> tuple[Run, Iterator[Entry]]:
     """The run in words, and the records of its pictures, which are made when they are asked for."""
     stages, record = prepare(job, earlier)
-    write_run(record, home(job.out, job.selection.shard) / 'run.json')
+    write_header(record, home(job.out, job.selection.shard) / 'run.json')
     if job.classes:
         write_classes(job.classes, job.out / 'classes.json')
     warn_if_short(job, pending, int(str(record.settings.get('side', 0))))
@@ -116,35 +115,31 @@ def prepare(job: Job, earlier: Run | None) -> tuple[Stages, Run]:
     """What is done with pictures, and the run in words. OutputConflict if the earlier results in the same place came from other settings."""
     stages, record = from_maps(job) if job.maps else from_model(job)
     if not job.selection.shard:
-        agree(job.out, earlier, record, ', or --overwrite')
+        agree(job.out, earlier, record, REMEDY)
         return stages, record
     with briefly(job.out):  # the first of several shards that begin at a time says what the settings are
         others = shard_homes(job.out).keys() - {job.selection.shard}
         there = read_run(job.out / 'run.json') if earlier or others else None
-        agree(job.out, there, record, '')
+        agree(job.out, there, record)
         if there is None:
-            write_run(record, job.out / 'run.json')
+            write_header(record, job.out / 'run.json')
     return stages, record
 
 
-def agree(out: Path, earlier: Run | None, record: Run, remedy: str) -> None:
-    if earlier and earlier.settings != record.settings:
-        raise OutputConflict(
-            f'{out} holds results of other settings ({"; ".join(differences(earlier.settings, record.settings))}): '
-            f'choose another --out{remedy}'
-        )
+def agree(out: Path, earlier: Run | None, record: Run, remedy: str = 'choose another --out') -> None:
+    """OutputConflict if results of an earlier run come from other settings."""
+    if earlier:
+        refuse_other_settings(out, earlier.settings, record.settings, remedy=remedy)
 
 
 def work(job: Job, made: Iterable[Entry], pending: list[Found], kept: Iterable[Recorded], stop: Stop) -> Iterator[Entry]:
     """Do the pending pictures, as their records are made, each with its manifest line as the last thing written."""
     own = home(job.out, job.selection.shard)
     clean(job, pending)
-    write_records(kept, own / 'manifest.jsonl')  # drops a torn last line before more are added
     failures = 0
-    with (own / 'manifest.jsonl').open('a', encoding='ascii') as manifest:
+    with continued((record.line for record in kept), own / 'manifest.jsonl') as add:
         for entry in made:
-            manifest.write(line(entry))
-            manifest.flush()
+            add(line(entry))
             yield entry
             failures += entry.status == 'failed'
             if job.max_failures is not None and failures > job.max_failures:
@@ -184,23 +179,22 @@ def complete(job: Job, stages: Stages, taken: Taken) -> Entry:
     return save(job, labelled(stages, taken))
 
 
-def count(pictures: list[Found], records: dict[str, Recorded], skipped: int, seconds: float, signal: int | None) -> Counts:
-    """Sum up the records of the pictures that are in the folder now."""
-    present = [records[picture.name] for picture in pictures if picture.name in records]
-    regions = [record.regions or 0 for record in present if record.status == 'done']
+def count(images: int, records: Collection[Recorded], skipped: int, seconds: float, signal: int | None = None) -> Counts:
+    """Sum up the records of pictures that are in the folder now, of so many that the run is about."""
+    regions = [record.regions or 0 for record in records if record.status == 'done']
     mean = sum(regions) / len(regions) if regions else 0.0
-    return Counts(len(pictures), len(regions), skipped, len(present) - len(regions), mean, seconds, signal)
+    return Counts(images, len(regions), skipped, len(records) - len(regions), mean, seconds, signal)
 
 
 def finish_records(out: Path, run: Run, records: dict[str, Recorded], counts: Counts, worked: bool) -> None:
     """Bring the records into their last form: one line a picture, sorted by name."""
     ordered = [records[name] for name in sorted(records)]
-    write_records(ordered, out / 'manifest.jsonl')
-    write_records([record for record in ordered if record.status == 'failed'], out / 'failures.jsonl')
+    write_lines((record.line for record in ordered), out / 'manifest.jsonl')
+    write_lines((record.line for record in ordered if record.status == 'failed'), out / 'failures.jsonl')
     last = {
         'status': 'finished' if counts.done + counts.failed == counts.images else 'interrupted',
         'counts': RunTotals(**{name: getattr(counts, name) for name in RunTotals.model_fields}),
         'ended': now() if worked else run.ended,
         'seconds': round(counts.seconds, 3) if worked else run.seconds,
     }
-    write_run(run.model_copy(update=last), out / 'run.json')
+    write_header(run.model_copy(update=last), out / 'run.json')

@@ -10,15 +10,12 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import filelock
-
-from padseg.errors import OutputConflict, UsageError
 from padseg.run.records import Recorded, read_records, read_run
-from padseg.system.files import FULL, remove, sweep
+from padseg.system.files import remove, sweep
+from padseg.system.ledger import busy, locked, make_output
 
 Shard = tuple[int, int]  # (i, N), i from 1
 
-LOCK = '.lock'
 SHARDS = 'shards'
 SECONDS = 10.0  # that a shard waits while another one begins
 
@@ -36,64 +33,39 @@ def shard_homes(out: Path) -> dict[Shard, Path]:
 
 
 @contextlib.contextmanager
-def exclusive(out: Path, foreign: str) -> Iterator[None]:
-    """Make the output folder, keep all other runs out, and remove what killed ones left half written beside the records.
+def exclusive(out: Path, *foreign: str) -> Iterator[None]:
+    """Make the output folder, keep all other runs out, of shards too, and remove what killed ones left half written beside the records.
 
-    OutputConflict if a run is in it, or if the file `foreign` is there.
+    OutputConflict if a run is in it, or if it holds a file `foreign`, the header of another command.
     """
-    make(out, foreign)
-    with contextlib.ExitStack() as stack:
-        enter(stack, out, f'another run is writing to {out}')
+    make_output(out, *foreign)
+    with locked(out, busy(out)), contextlib.ExitStack() as stack:
         for (i, n), folder in shard_homes(out).items():
-            enter(stack, folder, f'the run of shard {i}/{n} is writing to {out}')
+            stack.enter_context(locked(folder, f'the run of shard {i}/{n} is writing to {out}'))
         sweep(out)
         yield
 
 
 @contextlib.contextmanager
-def shared(out: Path, shard: Shard, foreign: str) -> Iterator[None]:
+def shared(out: Path, shard: Shard, *foreign: str) -> Iterator[None]:
     """Make the output folder and keep out all runs but those of the other shards of N. OutputConflict as for `exclusive`."""
-    make(out, foreign)
+    make_output(out, *foreign)
     with contextlib.ExitStack() as stack:
         with briefly(out):
             sweep(out, {'run.json'})  # all that a shard writes there, and only while it holds the folder
             for (i, n), folder in shard_homes(out).items():
                 if n != shard[1]:
-                    with contextlib.ExitStack() as probe:
-                        enter(probe, folder, f'a run of shard {i}/{n} is writing to {out}: it can be shared by shards of one number only')
+                    with locked(folder, f'a run of shard {i}/{n} is writing to {out}: it can be shared by shards of one number only'):
+                        pass
             home(out, shard).mkdir(parents=True, exist_ok=True)
-            enter(stack, home(out, shard), f'another run of shard {shard[0]}/{shard[1]} is writing to {out}')
+            stack.enter_context(locked(home(out, shard), f'another run of shard {shard[0]}/{shard[1]} is writing to {out}'))
         sweep(home(out, shard))
         yield
 
 
-@contextlib.contextmanager
-def briefly(out: Path) -> Iterator[None]:
+def briefly(out: Path) -> contextlib.AbstractContextManager[None]:
     """Hold the output folder for a moment, among runs that share it."""
-    try:
-        with filelock.FileLock(out / LOCK, timeout=SECONDS):
-            yield
-    except filelock.Timeout as error:
-        raise OutputConflict(f'another run is writing to {out}') from error
-
-
-def make(out: Path, foreign: str) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if error.errno in FULL:
-            raise
-        raise UsageError(f'cannot make the output folder {out}: {error.strerror}') from error
-    if (out / foreign).exists():
-        raise OutputConflict(f'{out} holds {foreign}, results of another command: choose another --out')
-
-
-def enter(stack: contextlib.ExitStack, folder: Path, otherwise: str) -> None:
-    """Hold a folder's lock until the stack ends, or raise OutputConflict."""
-    try:
-        stack.enter_context(filelock.FileLock(folder / LOCK, timeout=0))
-    except filelock.Timeout as error:
-        raise OutputConflict(otherwise) from error
+    return locked(out, busy(out), SECONDS)
 
 
 def all_records(out: Path) -> dict[str, Recorded]:

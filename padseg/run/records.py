@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from pydantic import BaseModel, SkipValidation, ValidationError
+from pydantic import BaseModel
 
-from padseg.errors import OutputConflict
-from padseg.system.files import atomic
+from padseg.system.ledger import Name, line, read_header, read_line, read_lines
 
-# Not checked as text: file names may hold bytes that are no UTF-8, which Python keeps as lone surrogates.
-Name = SkipValidation[str]
 Setting = str | int | float | bool | None
 
 
@@ -82,25 +76,9 @@ class Run(BaseModel):
     counts: RunTotals = RunTotals()
 
 
-def write_run(run: Run, path: Path) -> None:
-    """Write run.json, all of it or nothing."""
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(run.model_dump(), indent=1) + '\n', encoding='ascii')
-
-
 def read_run(path: Path) -> Run | None:
     """The record of the run that last wrote here; None if there is none. OutputConflict if it cannot be understood."""
-    try:
-        return Run.model_validate(json.loads(path.read_bytes()))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:  # neither JSON nor a record of this form
-        raise OutputConflict(f'{path} is no record of a padseg run: choose another --out, or --overwrite') from error
-
-
-def line(entry: Entry) -> str:
-    """A picture's record as one line of ASCII."""
-    return json.dumps(entry.model_dump()) + '\n'
+    return read_header(path, Run, 'a padseg run')
 
 
 class Recorded(NamedTuple):
@@ -118,36 +96,9 @@ def recorded(entry: Entry) -> Recorded:
 
 def entry_of(record: Recorded) -> Entry:
     """The entry that a line holds."""
-    return Entry.model_validate(json.loads(record.line))
-
-
-def write_records(records: Iterable[Recorded], path: Path) -> None:
-    """Write one line a picture, all lines or nothing."""
-    with atomic(path) as temporary, temporary.open('w', encoding='ascii') as file:
-        file.writelines(record.line for record in records)
+    return read_line(record.line, Entry)
 
 
 def read_records(path: Path) -> dict[str, Recorded]:
-    """The last record of every picture in a manifest, by name. A last line that a killed run left torn does not count.
-
-    OutputConflict if it cannot be understood.
-    """
-    records: dict[str, Recorded] = {}
-    fault = ''
-    with path.open('rb') if path.exists() else contextlib.nullcontext(()) as lines:
-        for number, text in enumerate(lines, start=1):
-            if fault:
-                raise OutputConflict(fault)
-            try:
-                entry = Entry.model_validate(json.loads(text))
-            except (ValueError, ValidationError):
-                fault = f'{path}, line {number} is no record of a picture: choose another --out, or --overwrite'
-                continue
-            records[entry.input] = recorded(entry)
-    return records
-
-
-def differences(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The settings that differ, in words."""
-    names = sorted(there.keys() | now.keys())
-    return [f'{name} {there.get(name)} there, {now.get(name)} now' for name in names if there.get(name) != now.get(name)]
+    """The last record of every picture in a manifest, by name. OutputConflict if it cannot be understood."""
+    return {entry.input: recorded(entry) for entry in read_lines(path, Entry)}

@@ -13,14 +13,15 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from padseg import segment
 from padseg.commands import main
-from padseg.evaluation.engine import read_pictures
 from padseg.evaluation.evaluate import evaluate
 from padseg.evaluation.protocols import protocol
+from padseg.evaluation.scores import PictureScores
 from padseg.exports.png import read_label_map, write_label_map
 from padseg.images import read
-from padseg.methods import seg4diff as segment
-from padseg.methods.seg4diff import Options
+from padseg.methods.options import Options
+from padseg.system.ledger import read_lines
 
 NAMES = ('a', 'b', 'c')
 
@@ -83,7 +84,7 @@ def test_the_protocol_decides_what_the_model_sees(camvid, sd3_folder, tmp_path, 
     assert report['protocol'] == 'seg4diff-paper' and report['settings']['compare'] == 'crop'
     assert report['settings']['predictions']['geometry'] == 'seg4diff-paper'
     assert read_label_map(tmp_path / 'out/labels/a.png').shape == (48, 48)
-    pixels = {picture.name: picture.pixels for picture in read_pictures(tmp_path / 'out/pictures.jsonl')}
+    pixels = {picture.name: picture.pixels for picture in read_lines(tmp_path / 'out/pictures.jsonl', PictureScores)}
     assert pixels['a'] == 48 * 48  # the void corner lies outside the square
     evaluated('camvid', '--root', camvid, '--model', sd3_folder, '--protocol', 'diffseg', '--out', tmp_path / 'out2')
     assert read_label_map(tmp_path / 'out2/labels/a.png').shape == (512, 512)
@@ -143,6 +144,23 @@ def test_an_output_of_other_settings_is_refused(camvid, tmp_path, capsys):
     evaluated(*arguments, '--protocol', 'diffcut', '--overwrite')
     (tmp_path / 'out/scores.json').write_text('[]')
     assert main(['eval', *map(str, arguments)]) == 6
+
+
+def test_records_that_cannot_be_are_scored_again_and_lines_that_are_none_refused(camvid, tmp_path, capsys):
+    arguments = ('camvid', '--root', camvid, '--pred', camvid / 'labels/val', '--out', tmp_path / 'out')
+    evaluated(*arguments)
+    expected = printed(capsys)['scores']
+    path = tmp_path / 'out/pictures.jsonl'
+    lines = path.read_text().splitlines(keepends=True)
+    for counts in ({'400': [1, 0, 0, 0]}, {'-1': [1, 0, 0, 0]}):  # no classes of the data set
+        path.write_text(json.dumps({**json.loads(lines[0]), 'counts': counts}) + '\n' + ''.join(lines[1:]))
+        evaluated(*arguments)
+        assert printed(capsys)['scores'] == expected and sorted(path.read_text().splitlines(keepends=True)) == sorted(lines)
+    path.write_bytes(b'\xff no record\n' + ''.join(lines).encode())
+    evaluated(*arguments, code=6)
+    assert 'pictures.jsonl, line 1 is no record of a picture: choose another --out, or --overwrite' in capsys.readouterr().err
+    evaluated(*arguments, '--overwrite')
+    assert printed(capsys)['scores'] == expected
 
 
 def test_a_broken_file_is_named_and_counted(camvid, tmp_path, capsys):
@@ -249,7 +267,7 @@ def test_names_that_are_no_utf8_are_continued(camvid, tmp_path, capsys):
     evaluated(*arguments)
     capsys.readouterr()
     before = (tmp_path / 'out/pictures.jsonl').read_bytes()
-    assert {picture.name for picture in read_pictures(tmp_path / 'out/pictures.jsonl')} == {*NAMES, odd}
+    assert {picture.name for picture in read_lines(tmp_path / 'out/pictures.jsonl', PictureScores)} == {*NAMES, odd}
     evaluated(*arguments)
     assert printed(capsys)['counts']['pictures'] == 4
     assert (tmp_path / 'out/pictures.jsonl').read_bytes() == before

@@ -12,13 +12,14 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 
-from padseg.datasets import label_folder, open_dataset
-from padseg.evaluation import reports, sheet
-from padseg.evaluation.engine import Evaluation, ScoresRecord, read_pictures, run_evaluation
+from padseg.datasets import VOID, label_folder, open_dataset
+from padseg.evaluation import reports, sheet, words
+from padseg.evaluation.engine import Evaluation, run_evaluation
 from padseg.evaluation.evaluate import Task, score_stored, stored
-from padseg.evaluation.protocols import PROTOCOLS, VOID, Classes, class_counts, class_map, protocol, rules
-from padseg.evaluation.scores import PictureScores, Regions
+from padseg.evaluation.protocols import PROTOCOLS, Classes, class_counts, class_map, protocol, rules
+from padseg.evaluation.scores import PictureScores, Regions, ScoresRecord
 from padseg.exports.colours import voc_colours
+from padseg.system.ledger import read_lines
 
 NATIVE = protocol('seg4diff-paper', compare='native')
 JPEG = 24  # how far a channel may be from its value inside a flat area
@@ -60,7 +61,7 @@ def test_the_table_has_each_picture_by_name(four):
     evaluated(four, 4)
     rows = csv_rows(four / 'out' / 'per_image.csv')
     assert [row['name'] for row in rows] == ['a', 'b/half', 'void', 'z']
-    records = {picture.name: picture for picture in read_pictures(four / 'out' / 'pictures.jsonl')}
+    records = {picture.name: picture for picture in read_lines(four / 'out' / 'pictures.jsonl', PictureScores)}
     for row in rows:
         record = records[row['name']]
         assert row['status'] == record.status and row['reason'] == (record.reason or '')
@@ -89,8 +90,8 @@ def test_a_table_of_partitions(tmp_path):
 
 def test_the_words_hold_scores_rules_and_settings(four):
     report = evaluated(four, 4)
-    words = (four / 'out' / 'scores.md').read_text(encoding='utf-8')
-    lines = words.splitlines()
+    text = (four / 'out' / 'scores.md').read_text(encoding='utf-8')
+    lines = text.splitlines()
     assert lines[0] == '# folder all, protocol seg4diff-paper'
     for line in (
         '| pictures scored | 2 |',
@@ -109,7 +110,7 @@ def test_the_words_hold_scores_rules_and_settings(four):
     for name, text in expected.items():
         assert f'- **{name}**: {text}' in lines
     for name, value in report.scores.items():
-        assert f'| {reports.MEASURES[name]} | {value:.4f} |' in lines
+        assert f'| {words.MEASURES[name]} | {value:.4f} |' in lines
     assert any(line.startswith('| a | ') and 'no PNG' in line for line in lines)
 
 
@@ -121,17 +122,17 @@ def test_only_so_many_failed_pictures_are_named(tmp_path):
         failed={'a': 'torn', 'b': 'torn'},
         versions={},
     )
-    assert reports.scores_in_words(report).endswith('| b | torn |\n\nAnd 7 more: per_image.csv lists all.\n')
+    assert words.scores_in_words(report).endswith('| b | torn |\n\nAnd 7 more: per_image.csv lists all.\n')
 
 
 def test_text_stays_in_its_cell():
-    assert reports.listing(('a', 'b'), [('x|y\nz', 'snow_man *')]).splitlines()[-1] == r'| x\|y z | snow\_man \* |'
+    assert words.listing(('a', 'b'), [('x|y\nz', 'snow_man *')]).splitlines()[-1] == r'| x\|y z | snow\_man \* |'
 
 
 def test_a_sweep_has_one_line_a_threshold():
     row = {'covering': 0.5, 'pri': 0.25, 'vi': 2.0, 'precision': 1.0, 'recall': 0.5, 'f': 2 / 3}
     ends = {'f': 0.7, 'covering': 0.6, 'pri': 0.3, 'vi': 1.5}
-    table = reports.sweep_table({'rows': [{'threshold': 0.1, **row}], 'ods': {**ends, 'threshold': 0.1}, 'ois': ends})
+    table = words.sweep_table({'rows': [{'threshold': 0.1, **row}], 'ods': {**ends, 'threshold': 0.1}, 'ois': ends})
     assert table.splitlines()[2:] == [
         '| 0.1 | 0.5000 | 0.2500 | 2.0000 | 1.0000 | 0.5000 | 0.6667 |',
         '| ODS, F at 0.1 | 0.6000 | 0.3000 | 1.5000 | – | – | 0.7000 |',

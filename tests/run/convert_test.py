@@ -26,7 +26,8 @@ from padseg.exports.labelme import file_names
 from padseg.exports.panoptic import coded
 from padseg.exports.regions import each_region
 from padseg.run.convert import convert, write_coco
-from padseg.run.records import Entry, recorded, write_records
+from padseg.run.records import Entry
+from padseg.system.ledger import line, write_lines
 from padseg.types import LabelMap
 
 ROOT = Path(__file__).parents[2]
@@ -210,7 +211,7 @@ def test_imagefolder_has_pictures_upright_and_without_exif(tmp_path):
     sideways[0, 0] = 255  # upper left: turned clockwise, it is upper right
     PIL.Image.fromarray(sideways).save(tmp_path / 'in/a.png', exif=exif)
     entry = Entry(input='a.png', status='done', size=(2, 4), outputs={'labels': 'labels/a.png.png'})
-    write_records([recorded(entry)], out / 'manifest.jsonl')
+    write_lines([line(entry)], out / 'manifest.jsonl')
     assert convert(out, 'hf-imagefolder').failed == {}
     with PIL.Image.open(out / 'hf-imagefolder/images/a.png.png') as picture:
         assert np.asarray(picture)[..., 0].tolist() == [[0, 0, 0, 255], [0, 0, 0, 0]]
@@ -338,7 +339,7 @@ def test_where_there_is_no_run(out, tmp_path):
         convert(out, 'hf-imagefolder', out)
     with pytest.raises(NoImages, match='there is no folder'):
         convert(out, 'labelme', images=tmp_path / 'nowhere')
-    write_records([], out / 'manifest.jsonl')
+    write_lines([], out / 'manifest.jsonl')
     with pytest.raises(NoImages, match='no picture is done'):
         convert(out, 'coco')
     assert not (out / 'coco').exists()

@@ -9,7 +9,8 @@ import numpy as np
 import PIL.Image
 
 from padseg.exports import write_label_map
-from padseg.run.records import Entry, ModelRecord, Run, recorded, write_records, write_run
+from padseg.run.records import Entry, ModelRecord, Run
+from padseg.system.ledger import line, write_header, write_lines
 from padseg.types import LabelMap
 
 HAND_MADE = np.array([[0, 1, 1, 2], [3, 1, 2, 2]], np.int32)
@@ -36,7 +37,7 @@ def put_run(folder: Path, maps: dict[str, np.ndarray], source: Path | None = Non
         where = {'labels': f'labels/{name}.png'}
         entries.append(Entry(input=name, status='done', sha256=digest, size=labels.shape, regions=int(labels.max()), outputs=where))
     entries.append(Entry(input='bad.png', status='failed', error='ImageError', reason='empty file'))
-    write_records(map(recorded, entries), folder / 'out' / 'manifest.jsonl')
+    write_lines(map(line, entries), folder / 'out' / 'manifest.jsonl')
     run = Run(
         padseg='1.2.3',
         source=str(source or folder / 'in'),
@@ -52,5 +53,5 @@ def put_run(folder: Path, maps: dict[str, np.ndarray], source: Path | None = Non
         batch=1,
         started='2026-01-01T00:00:00+00:00',
     )
-    write_run(run, folder / 'out' / 'run.json')
+    write_header(run, folder / 'out' / 'run.json')
     return folder / 'out'

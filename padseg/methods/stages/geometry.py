@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
-import torch
 from PIL import Image as PillowImage
-from torch import Tensor
 
 from padseg.methods.options import require
 from padseg.types import Array, Frame, Image
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SHORT_EDGE, LONG_CAP, DIVISIBLE = 640, 2560, 32  # Seg4Diff's release: detectron2's test resize and its padding, pixels
+Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 
 def view(image: Image, geometry: str, side: int, multiple: int, limit: int) -> tuple[Tensor, Frame]:
@@ -24,9 +27,10 @@ def view(image: Image, geometry: str, side: int, multiple: int, limit: int) -> t
     `seg4diff-release` resizes and pads the picture as detectron2 does and then squashes it, padding included; `seg4diff-ovss` does
     the same without padding.
     """
+    import torch  # evaluation takes the rules below, and scores stored label maps without it
+
     size = height, width = image.shape[:2]
     target = (side, side)
-    short = min(size)
     require(
         geometry == 'whole' or (multiple <= side <= limit and side % multiple == 0),
         f'side is a multiple of {multiple} in {multiple}..{limit} for {geometry} with this model; got {side}',
@@ -43,10 +47,8 @@ def view(image: Image, geometry: str, side: int, multiple: int, limit: int) -> t
     elif geometry == 'seg4diff-ovss':
         seen, box = resize(detectron_resized(image), target, cv2.INTER_LINEAR), (0, 0, height, width)
     else:
-        short = max(1, short - 1) if geometry == 'diffcut' else short
-        # DiffCut's crop rounds half to even, the others round down
-        top, left = (round((whole - short) / 2) if geometry == 'diffcut' else (whole - short) // 2 for whole in size)
-        box = (top, left, short, short)
+        box = diffcut_square(size) if geometry == 'diffcut' else centre_square(size)
+        top, left, short, _ = box
         cut = image[top : top + short, left : left + short]
         # DiffSeg and DiffCut resize without antialiasing; Seg4Diff's paper does not say
         smooth = geometry == 'seg4diff-paper' and side < short
@@ -62,16 +64,35 @@ def whole_size(size: tuple[int, int], side: int, multiple: int, limit: int) -> t
     return height, width
 
 
+def centre_square(size: tuple[int, int]) -> Box:
+    """The square in the centre of a picture (height, width), as large as its shorter edge (DiffSeg, Seg4Diff's paper)."""
+    short = min(size)
+    top, left = ((whole - short) // 2 for whole in size)
+    return top, left, short, short
+
+
+def diffcut_square(size: tuple[int, int]) -> Box:
+    """The square that DiffCut cuts: one pixel smaller than the shorter edge, its place rounded half to even as torchvision does."""
+    short = max(1, min(size) - 1)
+    top, left = (round((whole - short) / 2) for whole in size)
+    return top, left, short, short
+
+
+def detectron_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width after detectron2's test resize: the short edge 640 pixels, the long one at most 2560."""
+    scale = min(SHORT_EDGE / min(size), LONG_CAP / max(size))
+    height, width = (max(1, int(length * scale + 0.5)) for length in size)
+    return height, width
+
+
 def resize(image: Array, size: tuple[int, int], interpolation: int) -> Array:
     return cv2.resize(image.astype(np.float32), size[::-1], interpolation=interpolation)
 
 
 def detectron_resized(image: Image) -> Image:
-    """Short edge to 640 with the long edge at most 2560."""
-    scale = SHORT_EDGE / min(image.shape[:2])
-    scale = min(scale, LONG_CAP / max(image.shape[:2]))
-    height, width = (max(1, int(length * scale + 0.5)) for length in image.shape[:2])
-    return np.asarray(PillowImage.fromarray(image).resize((width, height), PillowImage.Resampling.BILINEAR))
+    """The picture (H, W, 3) at its `detectron_size`."""
+    size = detectron_size(image.shape[:2])
+    return np.asarray(PillowImage.fromarray(image).resize(size[::-1], PillowImage.Resampling.BILINEAR))
 
 
 def padded(image: Image) -> Image:

@@ -1,0 +1,222 @@
+"""What an evaluation is asked to do: the ground truth, the rules, and where the predictions come from."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from padseg.datasets import FOLDER, Dataset, FolderSettings, Sample, label_folder, open_dataset, open_folder
+from padseg.datasets.check import Check, check_dataset
+from padseg.errors import UsageError
+from padseg.evaluation.evaluate import Task, paired, stored
+from padseg.evaluation.protocols import DEFAULT, WARNINGS, Protocol, protocol
+from padseg.methods import DEFAULTS, Method, method_named, open_backbone
+from padseg.system.progress import Progress
+
+if TYPE_CHECKING:
+    from padseg.backbones import Backbone
+    from padseg.evaluation.predict import Predict
+    from padseg.methods.options import MethodOptions
+
+
+PRESENT = 'present'
+
+
+class Asked(NamedTuple):
+    """What `padseg eval` is asked for, as its options say it.
+
+    dataset, root, split: a data set below a folder; or labels: a folder of label maps. num_classes, ignore, background: of ground truth
+    that does not say so itself; regions: it has no classes. pred: label maps to score in place of a model's. sweep: thresholds as text.
+    """
+
+    dataset: str | None
+    root: Path | None
+    split: str | None
+    pred: Path | None
+    labels: Path | None
+    num_classes: int | None
+    ignore: int
+    background: int | None
+    regions: bool
+    protocol: str | None
+    compare: str | None
+    raw_ids: bool
+    resize: bool
+    allow_missing: bool
+    sweep: str | None
+    workers: int
+    out: Path | None
+    overwrite: bool
+
+
+class Contender(NamedTuple):
+    """The method that makes the predictions, a key of METHODS, with its options; model … compile as for `padseg.load`.
+
+    names: which names a method whose task is classes is given, 'present' (unless said otherwise) or 'all'.
+    """
+
+    method: str
+    options: MethodOptions
+    model: str
+    revision: str | None
+    device: str | None
+    dtype: str | None
+    vae: str | None
+    compile: bool
+    names: str | None
+
+
+class Ground(NamedTuple):
+    """Ground truth and rules. protocol: name of the rules, which may have been changed; preds: stored label maps by picture name;
+    warning: what to say of the rules, if anything."""
+
+    dataset: Dataset
+    protocol: str
+    rules: Protocol
+    preds: dict[str, Path]
+    thresholds: tuple[float, ...]
+    warning: str | None
+
+
+class Evaluation(NamedTuple):
+    """What is evaluated. source: where predictions come from, in words; missing: listed pictures that are left out.
+
+    out: folder for records and reports, or None; thresholds: those of the predictor, if it has several.
+    """
+
+    task: Task
+    protocol: str
+    source: dict[str, Any]
+    predictor: Predict | None = None
+    thresholds: tuple[float, ...] = ()
+    missing: int = 0
+    out: Path | None = None
+    workers: int = 1
+    overwrite: bool = False
+
+
+def ground_of(asked: Asked) -> Ground:
+    """The ground truth and the rules that are asked for. Raises UsageError for values that are not allowed, NoImages where nothing is."""
+    name = asked.protocol or DEFAULT
+    whole = asked.pred and not asked.protocol  # what made the label maps saw the picture as it liked
+    rules = protocol(name, compare=asked.compare or ('native' if whole else None), ids='as they are' if asked.raw_ids else None)
+    preds = stored(asked.pred) if asked.pred else {}
+    if asked.labels:
+        dataset = label_folder(asked.labels, asked.num_classes, asked.ignore, asked.background, preds)
+    else:
+        dataset = opened(asked, rules.raw_labels)
+    if not dataset.classes:
+        name, rules = 'partitions', protocol(DEFAULT, compare=asked.compare or 'native', geometry='whole')
+    thresholds = numbers(asked.sweep)
+    if thresholds and (dataset.classes or asked.pred):
+        raise UsageError('--sweep is for a model on a data set without classes, such as bsds500')
+    return Ground(dataset, name, rules, preds, thresholds, WARNINGS.get(rules.matching))
+
+
+def opened(asked: Asked, raw_labels: bool = False) -> Dataset:
+    """The data set below root; the options can say what a padseg.toml would."""
+    assert asked.dataset is not None and asked.root is not None
+    if asked.dataset == FOLDER and (asked.num_classes or asked.regions):  # in place of padseg.toml
+        own = FolderSettings(num_classes=asked.num_classes, ignore_index=asked.ignore, background=asked.background)
+        return open_folder(asked.root, asked.split, own, asked.allow_missing)
+    return open_dataset(asked.dataset, asked.root, asked.split, raw_labels, asked.allow_missing)
+
+
+def of_stored(asked: Asked, ground: Ground) -> Evaluation:
+    """The evaluation of stored label maps. NoImages if some have no ground truth, or the other way round, and that is not allowed."""
+    assert asked.pred is not None
+    dataset, preds = paired(ground.dataset, ground.preds, asked.allow_missing)
+    return Evaluation(
+        Task(dataset, ground.rules, preds, asked.resize),
+        ground.protocol,
+        {'folder': str(asked.pred.resolve())},
+        missing=dataset.missing + len(ground.dataset.samples) - len(dataset.samples),
+        out=asked.out,
+        workers=asked.workers,
+        overwrite=asked.overwrite,
+    )
+
+
+def of_method(asked: Asked, ground: Ground, contender: Contender) -> Evaluation:
+    """The evaluation of a method. UsageError where the ground truth or the rules are not for what it makes."""
+    method = method_named(contender.method)
+    check_task(ground, contender, method)
+    how = {name: getattr(contender, name) for name in ('revision', 'device', 'dtype', 'vae', 'compile')}
+    backbone = open_backbone(method, contender.options, contender.model, **how)
+    return Evaluation(
+        Task(ground.dataset, ground.rules),
+        ground.protocol,
+        source_of(contender, method, backbone),
+        predictor_of(asked, ground, contender, method, backbone),
+        ground.thresholds,
+        ground.dataset.missing,
+        asked.out,
+        overwrite=asked.overwrite,
+    )
+
+
+def check_task(ground: Ground, contender: Contender, method: Method) -> None:
+    classes = method.TASK == 'classes'
+    if classes and not ground.dataset.classes:
+        raise UsageError(f'{contender.method} is for ground truth with classes')
+    if classes and ground.rules.matching != 'none':
+        raise UsageError(f'{ground.protocol} is for regions, {contender.method} gives classes: score it by --protocol seg4diff-ovss')
+    if not classes and ground.dataset.classes and ground.rules.matching == 'none':
+        raise UsageError(
+            f'{ground.protocol} scores regions that have names, which {contender.model} alone does not give: name them with --pred'
+        )
+    if not classes and contender.names:
+        raise UsageError(f'--names is for a method that is given names of classes; {contender.method} is not')
+    if ground.thresholds and not hasattr(contender.options, 'threshold'):
+        raise UsageError(f'{contender.method} has no threshold for --sweep')
+
+
+def predictor_of(asked: Asked, ground: Ground, contender: Contender, method: Method, backbone: Backbone | None) -> Predict:
+    from padseg.evaluation.predict import predict_classes, predict_regions
+
+    if method.TASK == 'classes':
+        names = contender.names or PRESENT
+        dataset = ground.dataset
+        return predict_classes(method, backbone, contender.options, dataset.classes, dataset.background, names, asked.out)
+    prepared = method.prepare(backbone, contender.options)
+    return predict_regions(method, prepared, ground.thresholds, asked.out, keep_maps=bool(ground.thresholds))
+
+
+def source_of(contender: Contender, method: Method, backbone: Backbone | None) -> dict[str, Any]:
+    """The method, its model and its settings, as scores.json has them."""
+    source: dict[str, Any] = {} if contender.method in DEFAULTS.values() else {'method': contender.method}
+    if backbone:
+        dtype = str(backbone.dtype).removeprefix('torch.')
+        source |= {**backbone.identity._asdict(), 'device': str(backbone.device), 'dtype': dtype, 'compiled': backbone.compiled}
+    if method.TASK == 'classes':
+        source['names'] = contender.names or PRESENT
+    return source | method.recorded(contender.options, backbone.spec if backbone else None)
+
+
+def numbers(text: str | None) -> tuple[float, ...]:
+    """Thresholds from a text such as 0.01,0.02. UsageError for anything else."""
+    try:
+        values = tuple(float(part) for part in (text or '').split(',') if part)
+    except ValueError as error:
+        raise UsageError(f'--sweep is a list of thresholds such as 0.01,0.02; got {text}') from error
+    if not all(0 <= value < math.inf for value in values):
+        raise UsageError(f'thresholds are finite numbers >= 0; got {text}')
+    return values
+
+
+def check_of(asked: Asked, progress: Progress) -> Check:
+    """What the data set below root holds, without a model."""
+    dataset = opened(asked)
+    with contextlib.closing(progress):
+        return check_dataset(dataset, watched(dataset.samples, progress))
+
+
+def watched(samples: Sequence[Sample], progress: Progress) -> Iterator[Sample]:
+    """The samples, each counted as done when the next one is asked for."""
+    progress.start(len(samples))
+    for sample in samples:
+        yield sample
+        progress.step()

@@ -1,0 +1,152 @@
+"""What a job keeps in its output folder so that a later one continues: a header, such as run.json, with the settings and how far it
+came; lines, such as manifest.jsonl, one for everything that is done, written last; and a lock."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import filelock
+from pydantic import BaseModel, SkipValidation
+
+from padseg.errors import OutputConflict, UsageError
+from padseg.system.files import FULL, atomic, full_disk, sweep
+
+Name = SkipValidation[str]  # file names may hold bytes that are no UTF-8, which Python keeps as lone surrogates
+Record = TypeVar('Record', bound=BaseModel)
+Settings = Mapping[str, Any]
+
+LOCK = '.lock'
+REMEDY = 'choose another --out, or --overwrite'
+UNREADABLE = (ValueError, RecursionError)  # no JSON, JSON of another form, or brackets without end
+
+
+def write_header(record: BaseModel, path: Path) -> None:
+    """Write a record as a JSON file, all of it or nothing."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(record.model_dump(), indent=1) + '\n', encoding='ascii')
+
+
+def read_header(path: Path, of: type[Record], what: str) -> Record | None:
+    """The record in a JSON file; None if there is no file. OutputConflict, which says `what` it should be, if it is none."""
+    try:
+        return read_line(path.read_bytes(), of)
+    except FileNotFoundError:
+        return None
+    except UNREADABLE as error:
+        raise OutputConflict(f'{path} is no record of {what}: {REMEDY}') from error
+
+
+def line(record: BaseModel, exclude_defaults: bool = False) -> str:
+    """A record as one line of ASCII, whole or without the fields that hold their default."""
+    return json.dumps(record.model_dump(exclude_defaults=exclude_defaults)) + '\n'
+
+
+def read_line(text: str | bytes, of: type[Record]) -> Record:
+    """The record in a text of JSON. One of UNREADABLE if it holds none."""
+    return of.model_validate(json.loads(text))  # pydantic's own parser refuses lone surrogates
+
+
+def write_lines(lines: Iterable[str], path: Path) -> None:
+    """Write a file of lines, all of them or nothing."""
+    with atomic(path) as temporary, temporary.open('w', encoding='ascii') as file:
+        file.writelines(lines)
+
+
+def read_lines(path: Path, of: type[Record], what: str = 'a picture') -> Iterator[Record]:
+    """The records in a file of lines, none if there is no file. A last line that a killed job left torn does not count.
+
+    OutputConflict if any other line is no record.
+    """
+    fault = ''
+    with path.open('rb') if path.exists() else contextlib.nullcontext(()) as lines:
+        for number, text in enumerate(lines, start=1):
+            if fault:
+                raise OutputConflict(fault)
+            try:
+                record = read_line(text, of)
+            except UNREADABLE:
+                fault = f'{path}, line {number} is no record of {what}: {REMEDY}'
+                continue
+            yield record
+
+
+@contextlib.contextmanager
+def continued(kept: Iterable[str], path: Path) -> Iterator[Callable[[str], None]]:
+    """Write the lines that are kept, which drops a torn one, and give what adds a line; each is in the file when the call returns."""
+    write_lines(kept, path)
+    with path.open('a', encoding='ascii') as file:
+
+        def add(text: str) -> None:
+            file.write(text)
+            file.flush()
+
+        yield add
+
+
+def refuse_other_settings(out: Path, earlier: Settings, now: Settings, what: str = 'results', remedy: str = REMEDY) -> None:
+    """OutputConflict if `what` is in the output folder was made with other settings."""
+    different = differences(earlier, json.loads(json.dumps(now)))  # as a header would give them back
+    if different:
+        raise OutputConflict(f'{out} holds {what} of other settings ({"; ".join(different)}): {remedy}')
+
+
+def differences(earlier: Settings, now: Settings) -> list[str]:
+    """The settings that differ, in words."""
+    old, new = flattened(earlier), flattened(now)
+    return [f'{name} {old.get(name)} there, {new.get(name)} now' for name in sorted({**old, **new}) if old.get(name) != new.get(name)]
+
+
+def flattened(settings: Settings, between: str = '.') -> dict[str, Any]:
+    """The settings with those inside others among them: rules.void, predictions.layer."""
+    plain: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            plain |= {f'{name}{between}{key}': one for key, one in flattened(value, between).items()}
+        else:
+            plain[name] = value
+    return plain
+
+
+@contextlib.contextmanager
+def owned(out: Path, *foreign: str) -> Iterator[None]:
+    """Make the output folder, keep all other jobs out, and remove what killed ones left half written beside the records.
+
+    OutputConflict if a job is in it, or if it holds a file `foreign`, the header of another command. ResourceExhausted for a full disk.
+    """
+    with full_disk(out):
+        make_output(out, *foreign)
+        with locked(out, busy(out)):
+            sweep(out)
+            yield
+
+
+def make_output(out: Path, *foreign: str) -> None:
+    """Make the output folder. UsageError if that cannot be, OutputConflict if it holds a file `foreign`."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise UsageError(f'cannot make the output folder {out}: {error.strerror}') from error
+    for name in foreign:
+        if (out / name).exists():
+            raise OutputConflict(f'{out} holds {name}, results of another command: choose another --out')
+
+
+@contextlib.contextmanager
+def locked(folder: Path, otherwise: str, seconds: float = 0.0) -> Iterator[None]:
+    """Hold a folder's lock. OutputConflict that says `otherwise` if another process still holds it after so long."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(filelock.FileLock(folder / LOCK, timeout=seconds))
+        except filelock.Timeout as error:
+            raise OutputConflict(otherwise) from error
+        yield
+
+
+def busy(out: Path) -> str:
+    return f'another run is writing to {out}'
