@@ -7,9 +7,8 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel
 
+from padseg.methods.options import Setting
 from padseg.system.ledger import Name, line, read_header, read_line, read_lines
-
-Setting = str | int | float | bool | None
 
 
 class Entry(BaseModel):
