@@ -261,7 +261,7 @@ def own_row(spec: Spec, path: pathlib.Path) -> Spec:
     if strange:
         raise ModelUnavailable(f'{path} has keys that are not settings of a model: {", ".join(strange)}')
     if beside:
-        own = {'seg4diff': beside, **own}
+        own = {**own, 'seg4diff': {**beside, **own.get('seg4diff', {})}}
     try:
         row = pydantic.TypeAdapter(Spec).validate_python({**spec._asdict(), **facts, 'own': own}, strict=True)
     except pydantic.ValidationError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from padseg.errors import UsageError
+from padseg.errors import ModelUnavailable, UsageError
 from padseg.methods import classical, open_vocabulary, seg4diff
 
 if TYPE_CHECKING:
@@ -76,5 +76,17 @@ def open_backbone(method: Method, options: Any, model: str, revision: str | None
     from padseg.backbones import load
     from padseg.backbones.source import locate
 
-    layer = method.deepest(options, locate(model, revision).spec)
+    spec = locate(model, revision).spec
+    check_settings(spec)
+    layer = method.deepest(options, spec)
     return load(model, revision=revision, layer=layer, whole=layer is None, **how)
+
+
+def check_settings(spec: Spec) -> None:
+    """ModelUnavailable for what a model's `padseg.json` states and no method takes."""
+    strange = sorted(spec.own.keys() - METHODS.keys())
+    if strange:
+        raise ModelUnavailable(f'padseg.json of {spec.repo} has settings of unknown methods: {", ".join(strange)}')
+    for method in METHODS.values():
+        if spec.family in method.FAMILIES:
+            method.recorded(method.Options(), spec)
