@@ -1,0 +1,187 @@
+"""What the site has besides the pages in this folder: the reference, made from the code, and files from elsewhere in the repository.
+
+In a page, `<!-- options of seg4diff -->` becomes the table of a method's options and `<!-- public names -->` the signatures of the package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import os
+import posixpath
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+import padseg
+from padseg.commands import COMMANDS, group
+from padseg.commands.flags import option_flags
+
+ROOT = Path(__file__).parent.parent
+
+
+def options_of_methods() -> dict[str, Any]:
+    """The class of options of each method."""
+    methods: dict[str, Any] = getattr(importlib.import_module('padseg.methods'), 'METHODS', {})
+    if not methods:  # TODO: goes when METHODS is merged
+        options = importlib.import_module('padseg.methods.options')
+        none = dataclasses.make_dataclass('none', [])
+        classical = dict.fromkeys(('felzenszwalb', 'slic-rag', 'kmeans', 'grid'), none)
+        return {'seg4diff': options.Options, 'open-vocabulary': options.LabelOptions, **classical}
+    return {name: method.Options for name, method in methods.items()}
+
+
+# Files of the repository and the pages that they are on the site.
+PAGES = {
+    'CHANGELOG.md': 'release-notes.md',
+    'CONTRIBUTING.md': 'contributing.md',
+    'SECURITY.md': 'security.md',
+    'padseg/models/tiny/README.md': 'model-card.md',
+}
+OTHERS = {name: name for name in ('notebooks/quickstart.ipynb', 'notebooks/attention.ipynb')} | {
+    'LICENSE': 'LICENSE.txt',
+    'data/result.jpg': 'result.jpg',
+}
+REFERENCE = 'reference.md'
+LINK = re.compile(r'(\]\()(?!\w+:|#)([^)#\s]+)')
+PLACE = re.compile(r'^<!-- (options of [\w-]+|public names) -->$', re.MULTILINE)
+OPTIONS = options_of_methods()
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the reference and the files from outside docs/."""
+    for name, page in PAGES.items():
+        text = (ROOT / name).read_text(encoding='utf-8')
+        files.append(File.generated(config, page, content=relinked(without_front_matter(text), posixpath.dirname(name), page)))
+    for name, target in OTHERS.items():
+        files.append(File.generated(config, target, abs_src_path=str(ROOT / name)))
+    files.append(File.generated(config, REFERENCE, content=reference()))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Fill in what is made from the code, and lead links out of docs/ to where the site has the file."""
+    source = page.file.src_uri
+    if source not in {REFERENCE, *PAGES.values()}:
+        markdown = relinked(markdown, posixpath.dirname(f'docs/{source}'), source)
+    return PLACE.sub(lambda place: made(place[1]), markdown)
+
+
+def made(what: str) -> str:
+    """What the comment in a page asks for."""
+    if what == 'public names':
+        return public_names()
+    return options_table(OPTIONS[what.removeprefix('options of ')])
+
+
+def without_front_matter(text: str) -> str:
+    return re.sub(r'\A---\n.*?\n---\n', '', text, flags=re.DOTALL)
+
+
+def relinked(markdown: str, folder: str, page: str) -> str:
+    """Links that are right in a folder of the repository, made right for a page of the site."""
+
+    def moved(match: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(folder, match[2]))
+        on_site = {**PAGES, **OTHERS}.get(target, target.removeprefix('docs/'))
+        return match[1] + posixpath.relpath(on_site, posixpath.dirname(page) or '.')
+
+    return LINK.sub(moved, markdown)
+
+
+def reference() -> str:
+    """Every command with its options, as `--help` has them."""
+    parts = [
+        '# Reference of commands',
+        f'{paragraphs(group.help)}\n\nThis page is made from the code: `padseg COMMAND --help` prints the same. The options of a method are on'
+        ' its own page: [seg4diff](methods/seg4diff.md), [open-vocabulary](methods/open-vocabulary.md), [classical](methods/classical.md).',
+    ]
+    for name in COMMANDS:
+        command = group.get_command(click.Context(group), name)
+        parts += [f'## padseg {name}', f'```text\npadseg {name} {usage(command, name)}\n```', paragraphs(command.help)]
+        own, of_methods = divided(command)
+        parts.append(table(('option', 'default', 'meaning'), map(option_row, own)))
+        if of_methods:
+            parts.append('Options of a method that it takes: ' + in_code(name for option in of_methods for name in option.opts) + '.')
+    return '\n\n'.join(parts) + '\n'
+
+
+def usage(command: click.Command, name: str) -> str:
+    return ' '.join(command.collect_usage_pieces(click.Context(command, info_name=name)))
+
+
+def divided(command: click.Command) -> tuple[list[click.Option], list[click.Option]]:
+    """The options of a command: its own, and those of methods."""
+    fields = {field.name for options in OPTIONS.values() for field in dataclasses.fields(options)}
+    options = [option for option in command.params if isinstance(option, click.Option) and not option.hidden]
+    return [option for option in options if option.name not in fields], [option for option in options if option.name in fields]
+
+
+def paragraphs(help: str | None) -> str:
+    """Text of `--help` as Markdown: what click leaves as it is becomes a block of code."""
+    text = inspect.cleandoc(help or '')
+    return '\n\n'.join(
+        f'```text\n{part.removeprefix(chr(8)).strip()}\n```' if part.startswith('\b') else part for part in re.split(r'\n\s*\n', text)
+    )
+
+
+def option_row(option: click.Option) -> tuple[str, str, str]:
+    """Flags, default and meaning. A default that stands in the help text is moved from there."""
+    words, _, said = (option.help or '').removesuffix(')').partition(' (default: ')
+    meaning = escaped(words if said else option.help or '')
+    if isinstance(option.type, click.Choice):
+        meaning += f': {in_code(option.type.choices)}'
+    return in_code((*option.opts, *option.secondary_opts)), escaped(said) or default_of(option), meaning
+
+
+def default_of(option: click.Option) -> str:
+    if option.secondary_opts:
+        return in_code((option.opts if option.default else option.secondary_opts)[:1])
+    if option.is_flag:
+        return 'off'
+    return in_code([option.default]) if isinstance(option.default, str | int | float) else 'none'
+
+
+def in_code(words: Iterable[object]) -> str:
+    return ', '.join(f'`{word}`' for word in words)
+
+
+def options_table(options: Any) -> str:
+    """The options of a method, as the flags that commands make of them."""
+    command = click.command()(option_flags(lambda **values: None, of=options))
+    return table(('option', 'default', 'meaning'), (option_row(option) for option in command.params if isinstance(option, click.Option)))
+
+
+def table(heading: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [heading, ('---',) * len(tuple(heading)), *rows]
+    return '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)
+
+
+def escaped(text: str) -> str:
+    """Text for a cell of a table, in which nothing is markup."""
+    return re.sub(r'([|<*\\])', r'\\\1', text)
+
+
+def public_names() -> str:
+    """Signature and docstring of each public name."""
+    parts = []
+    for name in padseg.__all__:
+        value = getattr(padseg, name)
+        if callable(value) and not isinstance(value, type):
+            parts += [f'### `padseg.{name}`', f'```python\n{signature(name, value)}\n```', escaped(inspect.getdoc(value) or '')]
+    return '\n\n'.join(parts)
+
+
+def signature(name: str, function: Callable[..., Any]) -> str:
+    """A parameter a line; an options object as default is written without its fields."""
+    whole = inspect.signature(function)
+    lines = [re.sub(r'(= [A-Z]\w+)\(.+', r'\1()', str(parameter)) for parameter in whole.parameters.values()]
+    unquoted = [re.sub(r": '([^']*)'", r': \1', line) for line in lines]  # annotations are text
+    return '\n'.join([f'{name}(', *(f'    {line},' for line in unquoted), f') -> {whole.return_annotation}'])
