@@ -6,7 +6,6 @@ In a page, `<!-- options of seg4diff -->` becomes the table of a method's option
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 import os
 import posixpath
@@ -23,21 +22,9 @@ from mkdocs.structure.pages import Page
 import padseg
 from padseg.commands import COMMANDS, group
 from padseg.commands.flags import option_flags
+from padseg.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
-
-
-def options_of_methods() -> dict[str, Any]:
-    """The class of options of each method."""
-    methods: dict[str, Any] = getattr(importlib.import_module('padseg.methods'), 'METHODS', {})
-    if not methods:  # TODO: goes when METHODS is merged
-        options = importlib.import_module('padseg.methods.options')
-        none = dataclasses.make_dataclass('none', [])
-        classical = dict.fromkeys(('felzenszwalb', 'slic-rag', 'kmeans', 'grid'), none)
-        return {'seg4diff': options.Options, 'open-vocabulary': options.LabelOptions, **classical}
-    return {name: method.Options for name, method in methods.items()}
-
-
 # Files of the repository and the pages that they are on the site.
 PAGES = {
     'CHANGELOG.md': 'release-notes.md',
@@ -52,7 +39,6 @@ OTHERS = {name: name for name in ('notebooks/quickstart.ipynb', 'notebooks/atten
 REFERENCE = 'reference.md'
 LINK = re.compile(r'(\]\()(?!\w+:|#)([^)#\s]+)')
 PLACE = re.compile(r'^<!-- (options of [\w-]+|public names) -->$', re.MULTILINE)
-OPTIONS = options_of_methods()
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -78,7 +64,7 @@ def made(what: str) -> str:
     """What the comment in a page asks for."""
     if what == 'public names':
         return public_names()
-    return options_table(OPTIONS[what.removeprefix('options of ')])
+    return option_table(option_flags(METHODS[what.removeprefix('options of ')].Options))
 
 
 def without_front_matter(text: str) -> str:
@@ -107,9 +93,9 @@ def reference() -> str:
         command = group.get_command(click.Context(group), name)
         parts += [f'## padseg {name}', f'```text\npadseg {name} {usage(command, name)}\n```', paragraphs(command.help)]
         own, of_methods = divided(command)
-        parts.append(table(('option', 'default', 'meaning'), map(option_row, own)))
+        parts.append(option_table(own))
         if of_methods:
-            parts.append('Options of a method that it takes: ' + in_code(name for option in of_methods for name in option.opts) + '.')
+            parts.append('And options of methods: ' + in_code(name for option in of_methods for name in option.opts) + '.')
     return '\n\n'.join(parts) + '\n'
 
 
@@ -119,8 +105,9 @@ def usage(command: click.Command, name: str) -> str:
 
 def divided(command: click.Command) -> tuple[list[click.Option], list[click.Option]]:
     """The options of a command: its own, and those of methods."""
-    fields = {field.name for options in OPTIONS.values() for field in dataclasses.fields(options)}
-    options = [option for option in command.params if isinstance(option, click.Option) and not option.hidden]
+    fields = {field.name for method in METHODS.values() for field in dataclasses.fields(method.Options)}
+    params = command.get_params(click.Context(command))
+    options = [option for option in params if isinstance(option, click.Option) and not option.hidden and option.name != 'help']
     return [option for option in options if option.name not in fields], [option for option in options if option.name in fields]
 
 
@@ -130,6 +117,10 @@ def paragraphs(help: str | None) -> str:
     return '\n\n'.join(
         f'```text\n{part.removeprefix(chr(8)).strip()}\n```' if part.startswith('\b') else part for part in re.split(r'\n\s*\n', text)
     )
+
+
+def option_table(options: Iterable[click.Option]) -> str:
+    return table(('option', 'default', 'meaning'), map(option_row, options))
 
 
 def option_row(option: click.Option) -> tuple[str, str, str]:
@@ -151,12 +142,6 @@ def default_of(option: click.Option) -> str:
 
 def in_code(words: Iterable[object]) -> str:
     return ', '.join(f'`{word}`' for word in words)
-
-
-def options_table(options: Any) -> str:
-    """The options of a method, as the flags that commands make of them."""
-    command = click.command()(option_flags(lambda **values: None, of=options))
-    return table(('option', 'default', 'meaning'), (option_row(option) for option in command.params if isinstance(option, click.Option)))
 
 
 def table(heading: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
