@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import os
 import posixpath
 import re
 from collections.abc import Callable, Iterable
@@ -86,8 +85,9 @@ def reference() -> str:
     """Every command with its options, as `--help` has them."""
     parts = [
         '# Reference of commands',
-        f'{paragraphs(group.help)}\n\nThis page is made from the code: `padseg COMMAND --help` prints the same. The options of a method are on'
-        ' its own page: [seg4diff](methods/seg4diff.md), [open-vocabulary](methods/open-vocabulary.md), [classical](methods/classical.md).',
+        paragraphs(group.help),
+        'This page is made from the code: `padseg COMMAND --help` prints the same. The options of methods are on the pages of the methods:'
+        ' [seg4diff](methods/seg4diff.md), [open-vocabulary](methods/open-vocabulary.md), [classical](methods/classical.md).',
     ]
     for name in COMMANDS:
         command = group.get_command(click.Context(group), name)
