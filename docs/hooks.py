@@ -5,7 +5,6 @@ In a page, `<!-- options of seg4diff -->` becomes the table of a method's option
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import posixpath
 import re
@@ -95,7 +94,11 @@ def reference() -> str:
         own, of_methods = divided(command)
         parts.append(option_table(own))
         if of_methods:
-            parts.append('And options of methods: ' + in_code(name for option in of_methods for name in option.opts) + '.')
+            parts.append(
+                'And the options of the method, without `--method` these: '
+                + in_code(flag for option in of_methods for flag in option.opts)
+                + '.'
+            )
     return '\n\n'.join(parts) + '\n'
 
 
@@ -104,11 +107,10 @@ def usage(command: click.Command, name: str) -> str:
 
 
 def divided(command: click.Command) -> tuple[list[click.Option], list[click.Option]]:
-    """The options of a command: its own, and those of methods."""
-    fields = {field.name for method in METHODS.values() for field in dataclasses.fields(method.Options)}
-    params = command.get_params(click.Context(command))
-    options = [option for option in params if isinstance(option, click.Option) and not option.hidden and option.name != 'help']
-    return [option for option in options if option.name not in fields], [option for option in options if option.name in fields]
+    """The options of a command: its own, and those of a method, which it adds when it knows which one."""
+    options = [param for param in command.get_params(click.Context(command)) if isinstance(param, click.Option) and param.name != 'help']
+    own = [option for option in options if option in command.params or option.name == 'method']
+    return own, [option for option in options if option not in own]
 
 
 def paragraphs(help: str | None) -> str:

@@ -42,8 +42,8 @@ WORDS = '\n'.join(TEXTS[path.relative_to(ROOT).as_posix()] for path in PAGES)
 PICTURES = ('chelsea.jpg', 'more/rocket.jpg', 'scene-43.png')
 ELSEWHERE = {'--help', '--version', '--force-reinstall', '--no-deps', '--array', '--head', '--generate'}  # of click, pip, Slurm, Ray
 # What is still being built elsewhere, and what that replaces; both go when it is merged.
-COMING = re.compile(r'--verbose|train-tiny|analyze')
-LEAVING = {'bin/analyse', 'bin/baseline', 'bin/pack-photographs', 'bin/train-tiny'}
+COMING = re.compile(r'--verbose')
+LEAVING = {'bin/baseline'}
 
 
 def blocks(text: str, *languages: str) -> list[str]:

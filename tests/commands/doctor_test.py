@@ -19,7 +19,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from support.replies import Replies
 
-from padseg.backbones import load
+from padseg.backbones import availability, load
 from padseg.backbones.spec import BACKBONES, CARDS
 from padseg.commands import doctor_report as doctor, main
 from padseg.system.disk import human
@@ -445,7 +445,7 @@ def test_readme_names_every_state():
     states = {state for _, state, _ in FAULTS.values()} | {
         state for expected in (REFUSED, REFUSED_WITH_TOKEN) for state, _ in expected.values()
     }
-    assert set(re.findall(r'`([^`]+)`', table)) == states | {doctor.READY, doctor.DOWNLOADABLE, *doctor.ABSENT}
+    assert set(re.findall(r'`([^`]+)`', table)) == states | {availability.READY, availability.DOWNLOADABLE, *availability.ABSENT}
 
 
 # completion
