@@ -19,7 +19,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from support.replies import Replies
 
-from padseg.backbones import load
+from padseg.backbones import availability, load
 from padseg.backbones.spec import BACKBONES, CARDS
 from padseg.commands import doctor_report as doctor, main
 from padseg.system.disk import human
@@ -440,12 +440,12 @@ def test_models_say_what_is_cached(tmp_path, sd3_folder):
 
 
 def test_readme_names_every_state():
-    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    text = (ROOT / 'docs/models.md').read_text(encoding='utf-8')
     table = text[text.index('| state | meaning |') :].split('\n\n')[0]
     states = {state for _, state, _ in FAULTS.values()} | {
         state for expected in (REFUSED, REFUSED_WITH_TOKEN) for state, _ in expected.values()
     }
-    assert set(re.findall(r'`([^`]+)`', table)) == states | {doctor.READY, doctor.DOWNLOADABLE, *doctor.ABSENT}
+    assert set(re.findall(r'`([^`]+)`', table)) == states | {availability.READY, availability.DOWNLOADABLE, *availability.ABSENT}
 
 
 # completion
@@ -461,7 +461,7 @@ def shell(tmp_path) -> dict[str, str]:
     return {**os.environ, 'PYTHONPATH': f'{tmp_path}{os.pathsep}{ROOT}', 'PATH': path}
 
 
-LINES = re.findall(r'_PADSEG_COMPLETE=(\w+) padseg', (ROOT / 'README.md').read_text(encoding='utf-8'))
+LINES = re.findall(r'_PADSEG_COMPLETE=(\w+) padseg', (ROOT / 'docs/getting-started.md').read_text(encoding='utf-8'))
 
 
 @pytest.mark.parametrize(

@@ -364,5 +364,5 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
 
 
 def test_readme_names_all_forms():
-    table = (ROOT / 'README.md').read_text(encoding='utf-8').partition('| format | what it writes')[2].partition('\n\n')[0]
+    table = (ROOT / 'docs/formats.md').read_text(encoding='utf-8').partition('| format | what it writes')[2].partition('\n\n')[0]
     assert [line.split('`')[1] for line in table.splitlines()[2:]] == list(CONVERTERS)
