@@ -369,7 +369,7 @@ def test_every_record_says_where_it_was_measured():
 @pytest.mark.parametrize('difference', [2e-4, float('nan')])
 def test_other_maps_are_refused(difference):
     measured = {'dtype': 'float32', 'alike': {'of_deviation': difference}}
-    with pytest.raises(click.ClickException, match_regions=f'the maps differ by {difference} standard deviations'):
+    with pytest.raises(click.ClickException, match=f'the maps differ by {difference} standard deviations'):
         sd3.refuse_other_maps(measured)
     sd3.refuse_other_maps({'dtype': 'bfloat16', 'alike': {'of_deviation': 0.02}})
     sd3.refuse_other_maps({'dtype': 'float32', 'alike': None})
