@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -16,6 +14,8 @@ import filelock
 import numpy as np
 import PIL.Image
 import pytest
+from support import jobs
+from support.processes import start
 
 from padseg.commands import main
 from padseg.errors import NoImages, OutputConflict, ResourceExhausted, UsageError
@@ -294,16 +294,7 @@ def test_a_second_signal_stops_at_once(job):
 
 
 def test_a_killed_run_leaves_readable_records_and_is_continued(job, tmp_path):
-    program = (
-        'import os, sys; from pathlib import Path\n'
-        'from padseg.run.engine import run; from padseg.run.job import Job; from padseg.system.progress import Silent\n'
-        'class Kill(Silent):\n'
-        '    def step(self, record=None): os.kill(os.getpid(), 9)\n'
-        'run(Job(Path(sys.argv[1]), Path(sys.argv[2]), model=sys.argv[3], device="cpu"), Kill())\n'
-    )
-    root = Path(__file__).parents[2]
-    killed = subprocess.run([sys.executable, '-c', program, job.source, job.out, job.model], cwd=root, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert start(jobs.killed, job, 1).wait().returncode == -signal.SIGKILL
     assert [entry['status'] for entry in records(job)] == ['done']
     half = job.out / 'masks' / '.padseg-half'
     half.mkdir()
@@ -389,34 +380,12 @@ def alike(job):
 
 
 def test_killed_at_many_moments_nothing_is_lost_or_half_written(job, tmp_path):
-    """Children that were forked with the libraries loaded are killed at random moments; then one goes to the end."""
-    program = """
-import os, random, signal, sys, time
-from pathlib import Path
-import torch
-from padseg.run import engine
-from padseg.run.job import Job
-from padseg.backbones import load
-torch.set_num_threads(1)
-source, out, model, kills = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-job = Job(source, out, model=model, device='cpu')
-random.seed(0)
-killed = 0
-while killed < kills:
-    child = os.fork()
-    if not child:
-        engine.run(job._replace(overwrite=killed % 5 == 0))
-        os._exit(0)
-    time.sleep(random.uniform(0.02, 0.35))
-    os.kill(child, signal.SIGKILL)
-    killed += os.waitpid(child, 0)[1] == signal.SIGKILL
-"""
+    """Runs are killed one after the other at random moments; then one goes to the end."""
     for seed in range(12):
         put_picture(job.source / 'more' / f'{seed}.png', (40, 48), seed)
     engine.run(job._replace(out=tmp_path / 'whole'))
-    kills = os.environ.get('PADSEG_TEST_KILLS', '15')
-    command = [sys.executable, '-c', program, job.source, job.out, job.model, kills]
-    subprocess.run(command, cwd=Path(__file__).parents[2], check=True)
+    ran = start(jobs.killed_often, job, int(os.environ.get('PADSEG_TEST_KILLS', '8'))).wait()
+    assert ran.returncode == 0, ran.stderr
     engine.run(job)
     assert results(job.out) == results(tmp_path / 'whole')
     assert alike(job) == alike(job._replace(out=tmp_path / 'whole'))
@@ -426,13 +395,8 @@ while killed < kills:
 def test_a_full_disk_stops_with_what_is_finished(job, tmp_path):
     """A limit on the size of files stands for a full disk: the large picture's overlay cannot be written."""
     put_picture(job.source / 'sub' / 'c.png', (900, 900))
-    program = (
-        'import resource, sys; from padseg.commands import main\n'
-        'resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n'
-        "sys.exit(main(['run', '--dir', sys.argv[1], '--out', sys.argv[2], '--model', sys.argv[3], '--device', 'cpu', '--overlay']))\n"
-    )
-    command = [sys.executable, '-c', program, job.source, job.out, job.model]
-    ran = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    arguments = ['run', '--dir', job.source, '--out', job.out, '--model', job.model, '--device', 'cpu', '--overlay']
+    ran = start(jobs.with_small_files, list(map(str, arguments)), 60_000).wait()
     assert ran.returncode == 7, ran.stderr
     assert 'what is finished stays, and the same command continues' in ran.stderr
     assert not list(job.out.rglob('.padseg-*'))
