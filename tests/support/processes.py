@@ -58,21 +58,30 @@ class Started(NamedTuple):
         return Ran(self.process.exitcode, out, err)
 
 
-def start(target: Callable[..., int | None], *arguments: Any, folder: Path | None = None, stderr: Path | None = None) -> Started:
+def start(
+    target: Callable[..., int | None], *arguments: Any, folder: Path | None = None, stderr: Path | None = None, group: bool = False
+) -> Started:
     """Start a function of an importable module in a process of its own, in a folder; what it returns is the exit code.
 
-    stderr: a file, FIFO or terminal to write to.
+    stderr: a file, FIFO or terminal to write to. group: whether it leads a group of processes, as a command in a terminal does.
     """
     place = Path(tempfile.mkdtemp(prefix='padseg-test-'))
     streams = place / 'stdout', stderr or place / 'stderr'
-    process = FORKS.Process(target=begin, args=(target, arguments, folder or Path.cwd(), dict(os.environ), streams))
+    process = FORKS.Process(target=begin, args=(target, arguments, folder or Path.cwd(), dict(os.environ), streams, group))
     process.start()
     return Started(process, *streams)
 
 
 def begin(
-    target: Callable[..., int | None], arguments: tuple[Any, ...], folder: Path, environment: Mapping[str, str], streams: tuple[Path, Path]
+    target: Callable[..., int | None],
+    arguments: tuple[Any, ...],
+    folder: Path,
+    environment: Mapping[str, str],
+    streams: tuple[Path, Path],
+    group: bool,
 ) -> None:
+    if group:
+        os.setpgid(0, 0)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
