@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # sums of another number of threads are rounded otherwise
 
 WORDS = ['a', 'cat', 'dog', 'on', 'grass']
 VAE = {'block_out_channels': (8, 16), 'layers_per_block': 1, 'norm_num_groups': 4, 'latent_channels': 4}

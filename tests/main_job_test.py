@@ -1,10 +1,9 @@
-"""The main job as a user starts it: bin/padseg on pictures, with the embedded model, in a process of its own."""
+"""The main job as a user starts it: bin/padseg on pictures, with the embedded model."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -12,16 +11,12 @@ import subprocess
 import numpy as np
 import pytest
 from PIL import Image
+from support.processes import padseg
 
 from padseg.exports import read_label_map, read_masks
 
 ROOT = pathlib.Path(__file__).parent.parent
 PICTURES = ('chelsea.jpg', 'more/rocket.jpg', 'scene-22.png')
-
-
-def padseg(*arguments: str, folder: pathlib.Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    return subprocess.run([ROOT / 'bin' / 'padseg', *arguments], capture_output=True, text=True, cwd=folder, env=environment)
 
 
 @pytest.fixture(scope='module')
@@ -33,7 +28,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     for name in PICTURES:
         (folder / 'images' / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / 'data' / 'images' / name, folder / 'images' / name)
-    result = padseg('run', '--dir', 'images/', '--overlay', '--json', folder=folder)
+    command = [ROOT / 'bin' / 'padseg', 'run', '--dir', 'images/', '--overlay', '--json']
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)['done'] == 3
     return folder

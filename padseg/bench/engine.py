@@ -123,10 +123,10 @@ def engine_steps(folder: Path, out: Path) -> dict[str, float]:
     """Milliseconds on the clock of single steps, the quickest of several calls."""
     taken: dict[str, list[float]] = {'decode': [], 'labels': [], 'masks': []}
     for picture in find(folder)[:TIMED]:
-        image = timed(taken['decode'], lambda: read(picture.path))
+        image = timed(taken['decode'], read, picture.path)
         labels = made_labels(image.shape[:2])
-        timed(taken['labels'], lambda: write_label_map(labels, out / 'a.png'))
-        timed(taken['masks'], lambda: write_masks(labels, out / 'a'))
+        timed(taken['labels'], write_label_map, labels, out / 'a.png')
+        timed(taken['masks'], write_masks, labels, out / 'a')
     return {name: statistics.median(times) for name, times in taken.items()}
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from skimage.metrics import contingency_table
 
 from padseg.bench.measure import REGIONS, TIMED, finish_bench, fresh, in_place, output_flags, peak, surface, surroundings, timed
-from padseg.datasets import label_folder
+from padseg.datasets import Sample, label_folder
 from padseg.evaluation.evaluate import Task, paired, score_stored, stored
 from padseg.evaluation.metrics import ClassCounts, compact, counts_of, hungarian_counts, match_regions, widened
 from padseg.evaluation.protocols import DEFAULT, protocol
@@ -113,13 +113,10 @@ def eval_steps(folder: Path, classes: int) -> dict[str, float]:
     taken: dict[str, list[float]] = {'decode': [], 'classes': [], 'count': [], 'scikit_image': [], 'loop': []}
     for sample in task.dataset.samples[:TIMED]:
         path = task.preds[sample.name]
-        (raw,), pred = timed(taken['decode'], lambda: (task.dataset.read(sample), read_label_map(path)))
-        truth = timed(taken['classes'], lambda: task.dataset.to_classes(raw))
-        counts = timed(taken['count'], lambda: hungarian_counts(pred, truth, classes))
-        others = (
-            timed(taken['scikit_image'], lambda: matched_loop(skimage_table(pred, raw, classes))),
-            timed(taken['loop'], lambda: matched_loop(loop_table(pred, raw, classes))),
-        )
+        raw, pred = timed(taken['decode'], read_pair, task, sample)
+        truth = timed(taken['classes'], task.dataset.to_classes, raw)
+        counts = timed(taken['count'], hungarian_counts, pred, truth, classes)
+        others = timed(taken['scikit_image'], by_scikit_image, pred, raw, classes), timed(taken['loop'], by_loop, pred, raw, classes)
         if not all(same_counts(counts, other) for other in others):
             raise click.ClickException(f'different counts for {path}: {counts} and {others}')
     return {name: statistics.median(times) for name, times in taken.items()}
@@ -127,6 +124,20 @@ def eval_steps(folder: Path, classes: int) -> dict[str, float]:
 
 def same_counts(a: ClassCounts, b: ClassCounts) -> bool:
     return a.total == b.total and np.array_equal(np.stack(a[:4]), np.stack(b[:4]))
+
+
+def read_pair(task: Task, sample: Sample) -> tuple[Array, Array]:
+    """Ground truth and label map, (H, W) each."""
+    (truth,) = task.dataset.read(sample)
+    return truth, read_label_map(task.preds[sample.name])
+
+
+def by_scikit_image(pred: Array, truth: Array, classes: int) -> ClassCounts:
+    return matched_loop(skimage_table(pred, truth, classes))
+
+
+def by_loop(pred: Array, truth: Array, classes: int) -> ClassCounts:
+    return matched_loop(loop_table(pred, truth, classes))
 
 
 def matched_loop(table: Array) -> ClassCounts:

@@ -32,6 +32,7 @@ STATUS = Path('/proc/self/status')
 CHECKOUT = Path(__file__).parents[2]
 RECORDS = CHECKOUT / 'data/benchmarks'
 
+START = 'spawn'  # of fresh processes: with nothing that is in the memory of this one
 REGIONS = 14  # of a label map
 CELLS = 16  # random numbers across a picture, with a smooth surface between them
 TIMED = 8  # pictures that single steps are timed on
@@ -40,16 +41,16 @@ REPEATS = 7
 
 def fresh(function: Callable[..., T], *arguments: object) -> T:
     """The function's result from a process of its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context(START)) as pool:
         return pool.submit(function, *arguments).result()
 
 
-def timed(taken: list[float], function: Callable[[], T]) -> T:
+def timed(taken: list[float], function: Callable[..., T], *arguments: object) -> T:
     """The function's result; adds the milliseconds of the quickest of several calls to `taken`."""
     times = []
     for _ in range(REPEATS):
         start = time.perf_counter()
-        result = function()
+        result = function(*arguments)
         times.append(1000 * (time.perf_counter() - start))
     taken.append(min(times))
     return result

@@ -135,7 +135,7 @@ def listed_files(place: FoundLayout, split: Split) -> Collection[str] | None:
 def labels_by_picture(place: FoundLayout, pictures: Container[str]) -> dict[str, tuple[Path, ...]]:
     """Files of labels by the name of their picture."""
     if place.labels is None:
-        return {name: (place.annotations,) for name in detail_paintings(place.annotations)} if place.annotations else {}
+        return dict.fromkeys(detail_paintings(place.annotations), (place.annotations,)) if place.annotations else {}
     found = unique(label_files(place.labels, place.layout))
     return by_annotator(found, pictures) if place.layout.annotators else {name: (path,) for name, path in found.items()}
 

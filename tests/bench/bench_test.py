@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import click
@@ -15,6 +17,7 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import AutoencoderTiny
+from diffusers.models.attention_processor import Attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,35 +33,22 @@ from padseg.methods.stages.token_maps import latent_token_maps
 ROOT = Path(__file__).parents[2]
 
 
-def benched(*arguments):
-    """A run in a process of its own, with a folder of its own for temporary files."""
-    return subprocess.run(
-        [sys.executable, '-m', 'padseg.bench', *arguments],
-        cwd=ROOT,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def test_a_small_run(tmp_path, monkeypatch):
-    monkeypatch.setenv('TMPDIR', str(tmp_path))
-    ran = benched('eval', '--pairs', '6', '--size', '64', '--classes', '5', '--json')
-    assert ran.returncode == 0, ran.stderr
-    measured = json.loads(ran.stdout)
+def test_a_small_run(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    measured, seconds = bench('eval', '--pairs', '6', '--size', '64', '--classes', '5')
     assert (measured['pairs'], measured['size'], measured['classes']) == (6, 64, 5)
     assert list(measured['pairs_per_second']) == list(measured['with_start']) == ['1', '2']
-    assert 1 < measured['with_start']['2'] < measured['with_start']['1'] < 1e5  # two workers take longer to start than so few pairs
+    assert 30 / seconds < measured['with_start']['2'] < measured['with_start']['1']  # workers take longer to start than 30 pairs
     taken = measured['milliseconds']
     assert list(taken) == ['decode', 'classes', 'count', 'scikit_image', 'loop']
-    assert all(0 < value < 1000 for value in taken.values())
+    assert min(taken.values()) > 0 and sum(taken.values()) * 6 * measure.REPEATS < 1000 * seconds
+    assert taken['count'] < taken['loop']
     assert measured['loop_to_count'] == taken['loop'] / taken['count']
     assert measured['scikit_image_to_count'] == taken['scikit_image'] / taken['count']
     assert list(measured['memory_mib']) == ['3', '30']
     assert all(20 < value < 2000 for value in measured['memory_mib'].values())
     assert measured['memory_many_to_few'] == pytest.approx(measured['memory_mib']['30'] / measured['memory_mib']['3'])
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob('padseg-*')) == []
 
 
 def test_words_for_people():
@@ -113,13 +103,12 @@ def test_runs_too_short_to_tell_have_no_rate():
     assert scoring.rate(10, -0.1) is None
 
 
-def test_a_small_run_of_the_engine(tmp_path):
-    ran = benched('engine', '--pictures', '10', '--many', '100', '--folder', str(tmp_path), '--json')
-    assert ran.returncode == 0, ran.stderr
-    measured = json.loads(ran.stdout)
+def test_a_small_run_of_the_engine(bench, tmp_path):
+    measured, seconds = bench('engine', '--pictures', '10', '--many', '100', '--folder', str(tmp_path))
     assert list(measured['milliseconds']) == ['own', 'system', 'wall']
-    assert all(-50 < value < 1000 for value in measured['milliseconds'].values())  # ten pictures are few
-    assert list(measured['steps']) == ['decode', 'labels', 'masks'] and all(0 < value < 1000 for value in measured['steps'].values())
+    assert all(8 * abs(value) < 1000 * seconds for value in measured['milliseconds'].values())  # differences, which may be less than 0
+    assert list(measured['steps']) == ['decode', 'labels', 'masks']
+    assert min(measured['steps'].values()) > 0 and sum(measured['steps'].values()) * measure.TIMED * measure.REPEATS < 1000 * seconds
     assert list(measured['memory_mib']) == ['10', '100']
     assert measured['memory_many_to_few'] == pytest.approx(measured['memory_mib']['100'] / measured['memory_mib']['10'])
     assert list(tmp_path.iterdir()) == []
@@ -130,8 +119,10 @@ def test_a_small_run_of_the_engine(tmp_path):
 def test_the_engines_work_is_that_of_a_run(tmp_path):
     """The pictures that are timed have their label maps and masks, as after a run."""
     folder = engine.make_pictures(tmp_path / 'in', (48, 64), 30)
+    began = time.perf_counter()
     cost = engine.run_stages(folder, tmp_path / 'out', 28)
-    assert cost.wall > 0 and cost.peak > 20
+    assert 0 < cost.wall < time.perf_counter() - began
+    assert cost.own > 0 <= cost.system and cost.peak == measure.peak()
     expected = engine.made_labels((48, 64)).labels
     names = sorted(path.name for path in (tmp_path / 'out/labels').iterdir())
     assert names == [f'{number:06}.jpg.png' for number in range(28)]
@@ -156,7 +147,8 @@ def test_the_full_model_has_the_published_configuration():
     millions = [round(sum(weight.numel() for weight in part.parameters()) / 1e6) for part in parts]
     assert millions == [2028, 84, 124, 695]
     assert parts.transformer.config.caption_projection_dim == 1536 and parts.transformer.pos_embed.pos_embed.shape == (1, 192**2, 1536)
-    assert parts.vae.config.latent_channels == 16 and parts.vae.encoder.mid_block.attentions[0] is not None
+    assert parts.vae.config.latent_channels == 16
+    assert isinstance(parts.vae.encoder.mid_block.attentions[0], Attention)
 
 
 def test_a_model_is_made_once_and_always_the_same(architecture, tmp_path):
@@ -277,22 +269,20 @@ def test_operations_of_the_full_model():
     assert [round(each / 1e12, 1) for each in operations] == [4.9, 0.5, 8.4, 3.3]
 
 
-def test_a_small_run_of_sd3(architecture):
-    ran = benched(
-        'sd3', '--size', 'small', '--dtype', 'float32', '--repeats', '1', '--batch', '2', '--json', '--folder', str(architecture.parent)
-    )
-    assert (ran.returncode, ran.stderr) == (0, '')
-    measured = json.loads(ran.stdout)
+def test_a_small_run_of_sd3(bench, architecture):
+    arguments = ('--size', 'small', '--dtype', 'float32', '--repeats', '1', '--batch', '2', '--folder', str(architecture.parent))
+    measured, seconds = bench('sd3', *arguments)
     assert [measured[name] for name in ('size', 'side', 'batch', 'vae', 'dtype')] == ['small', 128, 2, 'exact', 'float32']
     assert measured['device'] == 'cpu' and measured['threads'] == 1 and measured['versions']['torch'] == str(torch.__version__)
-    assert set(measured['ceiling']) == {'bfloat16', 'float32'} and all(1e9 < value < 1e14 for value in measured['ceiling'].values())
+    assert set(measured['ceiling']) == {'bfloat16', 'float32'} and all(1e8 < value < 1e14 for value in measured['ceiling'].values())
     assert set(measured['seconds']) == set(measured['operations']) == {'ours', 'reference'}
     assert all(tuple(stages) == sd3.STAGES for stages in measured['seconds'].values())
+    taken = [*measured['total'].values(), *measured['loading'].values()]
+    assert min(map(min, taken)) > 0 and sum(map(sum, taken)) < seconds
     for name in ('ours', 'reference'):
         (loaded,), (most,) = measured['loaded_mib'][name], measured['peak_mib'][name]
         assert 200 < loaded <= most < 4000
         assert all(0 < share < 2 for share in measured['ceiling_share'][name].values())
-        assert all(0 < value < 60 for value in measured['loading'][name])
     assert 0.5 < measured['memory_ours_to_reference']['median'] < 1.5  # libraries are most of it
     assert 0 < measured['rest_share'] < 1
     assert measured['alike']['of_greatest'] < 1e-5 and measured['alike']['same_groups']
@@ -302,9 +292,9 @@ def test_a_summary_of_two_turns(architecture):
     """With the other VAE nothing is compared, and the VAE's share is that of its own operations."""
     setting = setting_of(architecture, vae=architecture / model.TINY_VAE, passes=2)
     side = sd3.ours(setting)
-    slower = side._replace(seconds=dict(zip(sd3.STAGES, (1.0, 2.0, 3.0, 0.5, 1.5))), peak=600.0, ceiling={'float32': 4e9})
-    quicker = side._replace(seconds=dict(zip(sd3.STAGES, (0.0, 1.0, 2.5, 0.25, 0.25))), peak=300.0, ceiling={'float32': 2e9})
-    middle = slower._replace(seconds=dict(zip(sd3.STAGES, (0.0, 2.0, 1.5, 0.25, 0.25))), peak=450.0)
+    slower = side._replace(seconds=dict(zip(sd3.STAGES, (1.0, 2.0, 3.0, 0.5, 1.5), strict=True)), peak=600.0, ceiling={'float32': 4e9})
+    quicker = side._replace(seconds=dict(zip(sd3.STAGES, (0.0, 1.0, 2.5, 0.25, 0.25), strict=True)), peak=300.0, ceiling={'float32': 2e9})
+    middle = slower._replace(seconds=dict(zip(sd3.STAGES, (0.0, 2.0, 1.5, 0.25, 0.25), strict=True)), peak=450.0)
     measured = sd3.lines_of_summary(setting, 'small', [(quicker, slower), (middle, slower)])
     assert measured['total'] == {'ours': [4.0, 4.0], 'reference': [8.0, 8.0]}
     assert measured['reference_to_ours'] == {'median': 2.0, 'least': 2.0, 'most': 2.0}
@@ -328,13 +318,13 @@ def test_a_summary_of_two_turns(architecture):
     assert sd3.in_words(measured | {'alike': alike}).splitlines()[-1].endswith('100.00% of the pixels labelled the same')
 
 
-def test_a_small_run_of_load(tmp_path):
-    ran = benched('load', '--size', 'small', '--repeats', '1', '--folder', str(tmp_path), '--json')
-    assert (ran.returncode, ran.stderr) == (0, '')
+def test_a_small_run_of_load(bench, tmp_path):
+    measured, seconds = bench('load', '--size', 'small', '--repeats', '1', '--folder', str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ['small']
-    measured = json.loads(ran.stdout)
-    assert all(len(values) == 1 and 0 < min(values) < 60 for values in measured['seconds'].values())
-    assert all(len(values) == 1 and 200 < min(values) < 4000 for values in measured['peak_mib'].values())
+    taken = list(measured['seconds'].values())
+    assert min(map(min, taken)) > 0 and sum(map(sum, taken)) < seconds and set(map(len, taken)) == {1}
+    for name in measured['peak_mib']:
+        assert 200 < measured['before_mib'][name][0] <= measured['peak_mib'][name][0] < 4000
     assert set(measured['seconds']) == set(measured['peak_mib']) == {'ours', 'whole', 'pipeline'}
     ours, whole, pipeline = (measured['peak_mib'][name] for name in ('ours', 'whole', 'pipeline'))
     for name, others in (('whole', whole), ('pipeline', pipeline)):
@@ -375,16 +365,15 @@ def test_other_maps_are_refused(difference):
     sd3.refuse_other_maps({'dtype': 'float32', 'alike': None})
 
 
-def test_a_small_run_of_scale(tmp_path):
+def test_a_small_run_of_scale(bench, tmp_path):
     small = ('--size', 'small', '--dtype', 'float32', '--repeats', '1', '--pictures', '6', '--no-compile')
-    ran = benched('scale', *small, '--json', '--folder', str(tmp_path))
-    assert (ran.returncode, ran.stderr) == (0, '')
-    measured = json.loads(ran.stdout)
+    measured, seconds = bench('scale', *small, '--folder', str(tmp_path))
     assert list(measured['sides']) == ['32', '64', '96', '128']
     assert list(measured['pictures']) == ['1', '6'] and list(measured['batches']) == ['1', '4', '16'] and measured['batched'] == 2
-    for taken in measured['sides'].values():
-        assert 0 < min(taken['vae'] + taken['transformer']) < 30 and 200 < min(taken['peak']) < 4000
-    assert all(0 < taken['seconds'][0] < 60 for taken in (measured['pictures'] | measured['batches']).values())
+    taken = [each[part] for each in measured['sides'].values() for part in ('vae', 'transformer')]
+    taken += [each['seconds'] for each in (measured['pictures'] | measured['batches']).values()]
+    assert min(map(min, taken)) > 0 and sum(map(sum, taken)) < seconds
+    assert all(200 < min(each['peak']) < 4000 for each in measured['sides'].values())
     assert set(measured['law']) == {'vae', 'transformer'} and measured['compiling'] is None
     assert len(scale.in_words(measured).splitlines()) == 1 + (1 + 4 + 2) + (1 + 2) + (1 + 3)
 
@@ -430,10 +419,11 @@ def test_words_for_what_compiling_costs():
 
 
 def test_a_run_of_vae(tmp_path):
-    """The more the latents are off, the less the maps are alike; a random encoder's have nothing to do with them."""
+    """In a fresh process. The more the latents are off, the less the maps are alike; a random encoder's have nothing to do with them."""
     shutil.copy(ROOT / 'data/images/scene-22.png', tmp_path)
-    ran = benched('vae', '--dir', str(tmp_path), '--json')
-    assert ran.returncode == 0, ran.stderr
+    command = [sys.executable, '-m', 'padseg.bench', 'vae', '--dir', tmp_path, '--json']
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, '')
     measured = json.loads(ran.stdout)
     *noisy, untrained = measured['cases'].values()
     correlations = [case['correlation'] for case in noisy[1:]]

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
+from padseg.commands import main
+
 ROOT = Path(__file__).parents[2]
 
 
-def ran(*arguments) -> tuple[int, list[dict], str]:
-    """Exit code, the events on stderr, and stdout."""
-    command = [sys.executable, '-m', 'padseg', 'run', '--device', 'cpu', '--log-json', *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    events = [json.loads(line) for line in done.stderr.splitlines()]
-    for event in events:
+def events(stderr: str) -> list[dict]:
+    """What was said, without the times, which are UTC."""
+    said = [json.loads(line) for line in stderr.splitlines()]
+    for event in said:
         assert datetime.fromisoformat(event.pop('time')).utcoffset().total_seconds() == 0
-    return done.returncode, events, done.stdout
+    return said
 
 
 @pytest.fixture
@@ -34,23 +34,57 @@ def pictures(tmp_path):
 
 
 def test_a_run_as_events(pictures, tmp_path):
-    code, events, out = ran('--dir', pictures, '--out', tmp_path / 'out', '--json')
-    assert code == 3
-    assert [event['event'] for event in events] == ['start', 'picture', 'picture', 'end']
-    assert events[0]['pending'] == 2
+    """In a fresh process, where libraries are imported, which have much to say."""
+    command = [
+        sys.executable,
+        '-m',
+        'padseg',
+        'run',
+        '--device',
+        'cpu',
+        '--log-json',
+        '--dir',
+        pictures,
+        '--out',
+        tmp_path / 'out',
+        '--json',
+    ]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 3
+    start, *done, end = events(ran.stderr)
+    assert [start['event'], start['pending'], end.pop('event')] == ['start', 2, 'end']
     written = [json.loads(line) for line in (tmp_path / 'out/manifest.jsonl').read_text().splitlines()]
-    assert [{name: value for name, value in event.items() if name != 'event'} for event in events[1:3]] == written
-    end = {name: value for name, value in events[-1].items() if name != 'event'}
-    assert end == json.loads(out) and (end['done'], end['failed']) == (1, 1)
+    assert done == [{'event': 'picture', **entry} for entry in written]
+    assert end == json.loads(ran.stdout) and (end['done'], end['failed']) == (1, 1)
 
 
-def test_errors_and_warnings_as_events(pictures, tmp_path):
-    code, events, out = ran('--dir', pictures, '--out', tmp_path / 'out', '--model', 'nonsense')
-    assert (code, out, len(events)) == (2, '', 1)
-    assert events[0]['event'] == 'error' and events[0]['exit_code'] == 2 and events[0]['message'].startswith('unknown model nonsense')
-    assert ran('--dir', tmp_path / 'none')[0] == 5
-    assert ran('--dir', pictures, '--out', tmp_path / 'out', '--shard', '1/2', '--include', 'a*')[0] in (0, 5)
-    assert ran('--dir', pictures, '--out', tmp_path / 'out', '--shard', '2/2', '--include', 'a*')[0] in (0, 5)
-    code, events, _ = ran('--collect', tmp_path / 'out')
-    assert [event['event'] for event in events] == ['log', 'end'] and events[0]['level'] == 'warning'
-    assert 'no finished run was found of the shards' in events[0]['message']
+@pytest.fixture
+def run(capfd):
+    def run(*arguments: object) -> tuple[int, list[dict], str]:
+        """Exit code, the events on stderr, and stdout."""
+        code = main(['run', '--device', 'cpu', '--log-json', *map(str, arguments)])
+        out, err = capfd.readouterr()
+        return code, events(err), out
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'code', 'words'),
+    [(('--dir', '{in}', '--model', 'nonsense'), 2, 'unknown model nonsense'), (('--dir', '{in}/none'), 5, 'there is no folder or picture')],
+)
+def test_an_error_as_an_event(run, pictures, tmp_path, arguments, code, words):
+    arguments = [each.replace('{in}', str(pictures)) for each in arguments]
+    ended, (event,), out = run('--out', tmp_path / 'out', *arguments)
+    assert (ended, out, event['event'], event['exit_code']) == (code, '', 'error', code)
+    assert words in event['message']
+
+
+def test_a_warning_as_an_event(run, pictures, tmp_path):
+    """One picture is in one of two shards: the other has nothing to do, and is missing when they are joined."""
+    shards = [run('--dir', pictures, '--out', tmp_path / 'out', '--shard', f'{number}/2', '--include', 'a*') for number in (1, 2)]
+    codes = [code for code, _, _ in shards]
+    assert sorted(codes) == [0, 5]
+    code, (warning, end), _ = run('--collect', tmp_path / 'out')
+    assert (code, warning['event'], warning['level'], end['event'], end['done']) == (3, 'log', 'warning', 'end', 1)
+    assert warning['message'] == f'no finished run was found of the shards {1 + codes.index(5)}/2'

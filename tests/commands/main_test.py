@@ -9,8 +9,6 @@ import os
 import pty
 import signal
 import struct
-import subprocess
-import sys
 import termios
 from pathlib import Path
 
@@ -18,14 +16,13 @@ import click
 import numpy as np
 import PIL.Image
 import pytest
+from support.processes import padseg, start
 
-import padseg
 from padseg.backbones.spec import BACKBONES
 from padseg.commands import COMMANDS, main
 from padseg.methods.seg4diff import Options
 from padseg.system import progress
-
-ROOT = Path(__file__).parents[2]
+from padseg.version import __version__
 
 
 @pytest.fixture
@@ -42,7 +39,7 @@ def arguments(folder, tmp_path, sd3_folder):
 
 
 def test_run_in_a_process_of_its_own(arguments, tmp_path):
-    ran = subprocess.run([sys.executable, '-m', 'padseg', *arguments, '--json'], cwd=ROOT, capture_output=True, text=True)
+    ran = padseg(*arguments, '--json')
     assert ran.returncode == 0, ran.stderr
     counts = json.loads(ran.stdout)
     assert (counts['images'], counts['done'], counts['failed'], counts['signal']) == (3, 3, 0, None)
@@ -57,16 +54,16 @@ def test_a_terminal_shows_a_bar_and_sigterm_stops_cleanly(arguments, folder, tmp
         (folder / f'{number}.png').symlink_to('b.png')
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 100, 0, 0))
-    with subprocess.Popen([sys.executable, '-m', 'padseg', *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=theirs) as process:
-        os.close(theirs)
-        shown = b''
-        while b'pictures' not in shown:
-            shown += os.read(ours, 1000)
-        process.send_signal(signal.SIGTERM)
-        assert process.stdout is not None and process.stdout.read() == b''
+    running = start(main, arguments, stderr=Path(os.ttyname(theirs)))
+    shown = b''
+    while b'pictures' not in shown:
+        shown += os.read(ours, 1000)
+    running.process.terminate()
+    ran = running.wait()
+    os.close(theirs)
     os.close(ours)
     assert b'/203' in shown
-    assert process.returncode == 128 + signal.SIGTERM
+    assert (ran.returncode, ran.stdout) == (128 + signal.SIGTERM, '')
     assert json.loads((tmp_path / 'out' / 'run.json').read_text())['status'] == 'interrupted'
 
 
@@ -95,7 +92,7 @@ def test_options_reach_the_run(arguments, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'extra, code, words',
+    ('extra', 'code', 'words'),
     [
         (['--step', '0'], 2, 'step is counted from the end of the schedule, from 1; got 0'),
         (['--layer', '99'], 2, 'layer is one of 0..'),
@@ -154,7 +151,7 @@ def test_flags_say_what_options_say(capsys):
 def test_version(capsys):
     assert main(['--version']) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f'padseg {padseg.__version__} (python 3.')
+    assert out.startswith(f'padseg {__version__} (python 3.')
     assert 'torch 2.' in out
 
 

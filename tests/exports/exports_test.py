@@ -48,7 +48,7 @@ def test_label_map_is_a_palette_png_with_the_ids_as_they_are(tmp_path):
         assert not picture.info
 
 
-@pytest.mark.parametrize('regions, mode', [(255, 'P'), (256, 'I;16'), (65535, 'I;16')])
+@pytest.mark.parametrize(('regions', 'mode'), [(255, 'P'), (256, 'I;16'), (65535, 'I;16')])
 def test_many_regions_go_to_sixteen_bits(tmp_path, regions, mode):
     labels = np.arange(1, regions + 1, dtype=np.int32).reshape(1, -1)
     write_label_map(LabelMap(labels, ()), tmp_path / 'a.png')
@@ -186,9 +186,14 @@ def test_atomic_leaves_the_old_file_when_the_block_fails(tmp_path):
         temporary.write_text('old')
         assert temporary.parent == path.parent
         assert not path.exists()
-    with pytest.raises(ZeroDivisionError), atomic(path) as temporary:
-        temporary.write_text('half')
-        raise ZeroDivisionError
+
+    def broken() -> None:
+        with atomic(path) as temporary:
+            temporary.write_text('half')
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        broken()
     assert path.read_text() == 'old'
     assert list(path.parent.iterdir()) == [path]
 

@@ -21,11 +21,13 @@ import PIL.Image
 import pytest
 import torch
 import yaml
+from support.processes import start
 
+from padseg.commands import main
 from padseg.errors import OutputConflict, ResourceExhausted, UsageError
 from padseg.images import Found
 from padseg.run import engine, prepare
-from padseg.run.cluster import Share, cluster_share, knock, model_from_anywhere, on_cpu, results_on_ray
+from padseg.run.cluster import Actor, Share, cluster_share, knock, model_from_anywhere, on_cpu, results_on_ray
 from padseg.run.collect import collect
 from padseg.run.job import Job
 from padseg.run.picture import Taken
@@ -168,7 +170,7 @@ def test_stopped_and_with_workers_killed_it_ends_with_the_same_bytes_and_records
 def kill_workers() -> None:
     """Kill what works for this process now: the actor that holds the model, and tasks that read or write."""
     working = {pid: title for pid, title in titles().items() if 'Map' in title}
-    assert any('Model' in title for title in working.values()), titles()
+    assert any(Actor.__name__ in title for title in working.values()), titles()
     for pid in working:
         os.kill(pid, signal.SIGKILL)
 
@@ -192,22 +194,25 @@ def ancestors(pid: int, parents: dict[int, int]) -> Iterator[int]:
 
 def stopped(job: Job, address: str | None, number: signal.Signals) -> tuple[list[dict[str, Any]], int]:
     """Run `padseg run` and send its process group a signal after the first picture: its events, and its exit code."""
-    given = ('--dir', job.source, '--out', job.out, '--model', job.model, '--device', 'cpu', '--batch', str(job.batch), '--save-maps')
-    command = [sys.executable, '-m', 'padseg', 'run', *given, '--engine', 'ray', '--log-json', *(('--address', address) if address else ())]
-    environment = {**os.environ, 'PADSEG_TEST': str(job.out)}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        assert process.stderr
-        events = []
-        for line in process.stderr:
+    given = ('--dir', job.source, '--out', job.out, '--model', job.model, '--device', 'cpu', '--batch', job.batch, '--save-maps')
+    engine = ('--engine', 'ray', '--log-json', *(('--address', address) if address else ()))
+    fifo = job.out.with_name('events')
+    os.mkfifo(fifo)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('PADSEG_TEST', str(job.out))
+        running = start(main, ['run', *map(str, given), *engine], stderr=fifo, group=True)
+    events: list[dict[str, Any]] = []
+    with fifo.open(encoding='utf-8') as lines:
+        for line in lines:
             events.append(json.loads(line))
             if [event['event'] for event in events].count('picture') == 1 and events[-1]['event'] == 'picture':
-                assert (len(started_by(job)) == 1) == (address is not None)
-                os.killpg(process.pid, number)
-        return events, process.wait()
+                assert (started_by(job) == []) == (address is not None)
+                os.killpg(running.process.pid, number)
+    return events, running.wait().returncode
 
 
 def started_by(job: Job) -> list[Path]:
-    """The processes that a driver of the job started, itself among them."""
+    """The processes that a driver of the job started."""
     return [path.parent for path in Path('/proc').glob('[0-9]*/environ') if f'PADSEG_TEST={job.out}'.encode() in content(path)]
 
 

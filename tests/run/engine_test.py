@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -16,6 +14,8 @@ import filelock
 import numpy as np
 import PIL.Image
 import pytest
+from support import jobs
+from support.processes import start
 
 from padseg.commands import main
 from padseg.errors import NoImages, OutputConflict, ResourceExhausted, UsageError
@@ -39,16 +39,27 @@ def put_picture(path: Path, size=(32, 32), seed=0) -> None:
     PIL.Image.fromarray((coarse + rng.integers(0, 30, coarse.shape)).astype(np.uint8)).save(path)
 
 
-@pytest.fixture
-def folder(tmp_path):
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory, sd3_folder):
+    """A folder with pictures in in/, and in out/ the results of a run over them."""
+    folder = tmp_path_factory.mktemp('finished')
     for seed, (name, size) in enumerate(SIZES.items()):
-        put_picture(tmp_path / 'in' / name, size, seed)
-    return tmp_path / 'in'
+        put_picture(folder / 'in' / name, size, seed)
+    engine.run(Job(folder / 'in', folder / 'out', model=str(sd3_folder), device='cpu'))
+    return folder
 
 
 @pytest.fixture
-def job(folder, tmp_path, sd3_folder):
-    return Job(folder, tmp_path / 'out', model=str(sd3_folder), device='cpu')
+def job(finished, tmp_path, sd3_folder):
+    """A run over pictures of its own that has not begun."""
+    return Job(shutil.copytree(finished / 'in', tmp_path / 'in'), tmp_path / 'out', model=str(sd3_folder), device='cpu')
+
+
+@pytest.fixture
+def done(finished, job):
+    """One that has ended."""
+    shutil.copytree(finished / 'out', job.out)
+    return job
 
 
 def records(job, name='manifest.jsonl'):
@@ -147,11 +158,10 @@ def test_the_run_record_holds_what_is_needed_to_repeat_it(job, backbone):
     assert record['threads'] >= 1
 
 
-def test_overlays_are_added_to_a_finished_run_when_asked_for(job):
-    engine.run(job)
-    before = results(job.out)
-    engine.run(job._replace(overlay=True))
-    after = results(job.out)
+def test_overlays_are_added_to_a_finished_run_when_asked_for(done):
+    before = results(done.out)
+    engine.run(done._replace(overlay=True))
+    after = results(done.out)
     assert after.keys() - before.keys() == {f'overlays/{name}.jpg' for name in SIZES}
     assert {name: after[name] for name in before} == before
 
@@ -173,10 +183,9 @@ def test_a_single_picture(job):
 
 
 @pytest.mark.parametrize('batch', [2, 3, 8])
-def test_results_do_not_depend_on_the_batch(job, tmp_path, batch):
-    engine.run(job)
-    engine.run(job._replace(out=tmp_path / 'batched', batch=batch))
-    assert results(tmp_path / 'batched') == results(job.out)
+def test_results_do_not_depend_on_the_batch(done, tmp_path, batch):
+    engine.run(done._replace(out=tmp_path / 'batched', batch=batch))
+    assert results(tmp_path / 'batched') == results(done.out)
 
 
 def test_bad_files_are_recorded_and_the_rest_goes_on(job):
@@ -209,24 +218,23 @@ def test_a_second_run_does_nothing_and_needs_no_model(job, tmp_path):
 
 
 @pytest.mark.parametrize('change', ['new', 'picture', 'labels', 'masks'])
-def test_only_what_is_missing_or_changed_is_done_again(job, change):
-    engine.run(job)
-    before = times(job.out)
+def test_only_what_is_missing_or_changed_is_done_again(done, change):
+    before = times(done.out)
     if change == 'new':
-        put_picture(job.source / 'sub' / 'new.png')
+        put_picture(done.source / 'sub' / 'new.png')
     elif change == 'picture':
-        put_picture(job.source / 'a.png', seed=9)
+        put_picture(done.source / 'a.png', seed=9)
     elif change == 'labels':
-        (job.out / 'labels' / 'a.png.png').unlink()
+        (done.out / 'labels' / 'a.png.png').unlink()
     else:
-        shutil.rmtree(job.out / 'masks' / 'a.png')
+        shutil.rmtree(done.out / 'masks' / 'a.png')
     counted = Count()
-    counts = engine.run(job, counted)
+    counts = engine.run(done, counted)
     assert counted.pictures == 1
     assert counts.done - counts.skipped == 1
     redone = 'new.png.png' if change == 'new' else 'a.png.png'
-    assert {name for name, at in times(job.out).items() if at != before.get(name)} == {redone}
-    assert len(records(job)) == counts.done
+    assert {name for name, at in times(done.out).items() if at != before.get(name)} == {redone}
+    assert len(records(done)) == counts.done
 
 
 def test_failed_pictures_are_tried_again_and_forgotten_when_they_are_gone(job):
@@ -241,33 +249,30 @@ def test_failed_pictures_are_tried_again_and_forgotten_when_they_are_gone(job):
     assert [entry['input'] for entry in records(job)] == sorted([*SIZES, 'x.png'])
 
 
-def test_other_settings_in_the_same_output_are_refused(job, sd35_folder):
-    engine.run(job)
-    before = results(job.out)
-    record = run_record(job)
+def test_other_settings_in_the_same_output_are_refused(done, sd35_folder):
+    before = results(done.out)
+    record = run_record(done)
     with pytest.raises(OutputConflict, match=r'\(threshold 0\.1 there, 0\.3 now\): choose another --out, or --overwrite'):
-        engine.run(job._replace(options=Options(threshold=0.3)))
+        engine.run(done._replace(options=Options(threshold=0.3)))
     with pytest.raises(OutputConflict, match='dtype float32 there, bfloat16 now'):
-        engine.run(job._replace(dtype='bfloat16'))
+        engine.run(done._replace(dtype='bfloat16'))
     with pytest.raises(OutputConflict, match=f'weights {record["settings"]["weights"]} there'):
-        engine.run(job._replace(model=str(sd35_folder)))
-    assert (results(job.out), run_record(job)) == (before, record)
+        engine.run(done._replace(model=str(sd35_folder)))
+    assert (results(done.out), run_record(done)) == (before, record)
 
 
-def test_the_same_settings_in_other_words_continue(job):
-    engine.run(job)
-    assert engine.run(job._replace(options=Options(threshold=0.1))).skipped == 3
+def test_the_same_settings_in_other_words_continue(done):
+    assert engine.run(done._replace(options=Options(threshold=0.1))).skipped == 3
 
 
-def test_overwrite_does_everything_again(job):
-    engine.run(job)
-    (job.out / 'run.json').write_text('nonsense')
+def test_overwrite_does_everything_again(done):
+    (done.out / 'run.json').write_text('nonsense')
     with pytest.raises(OutputConflict, match='no record of a padseg run'):
-        engine.run(job)
-    counts = engine.run(job._replace(options=Options(threshold=float('inf')), overwrite=True))
+        engine.run(done)
+    counts = engine.run(done._replace(options=Options(threshold=float('inf')), overwrite=True))
     assert (counts.done, counts.skipped, counts.regions) == (3, 0, 1.0)
-    assert read_label_map(job.out / 'labels' / 'a.png.png').max() == 1
-    assert sorted(path.name for path in (job.out / 'masks' / 'a.png').iterdir()) == ['0.png', 'metadata.csv']
+    assert read_label_map(done.out / 'labels' / 'a.png.png').max() == 1
+    assert sorted(path.name for path in (done.out / 'masks' / 'a.png').iterdir()) == ['0.png', 'metadata.csv']
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
@@ -294,16 +299,7 @@ def test_a_second_signal_stops_at_once(job):
 
 
 def test_a_killed_run_leaves_readable_records_and_is_continued(job, tmp_path):
-    program = (
-        'import os, sys; from pathlib import Path\n'
-        'from padseg.run.engine import run; from padseg.run.job import Job; from padseg.system.progress import Silent\n'
-        'class Kill(Silent):\n'
-        '    def step(self, record=None): os.kill(os.getpid(), 9)\n'
-        'run(Job(Path(sys.argv[1]), Path(sys.argv[2]), model=sys.argv[3], device="cpu"), Kill())\n'
-    )
-    root = Path(__file__).parents[2]
-    killed = subprocess.run([sys.executable, '-c', program, job.source, job.out, job.model], cwd=root, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert start(jobs.killed, job, 1).wait().returncode == -signal.SIGKILL
     assert [entry['status'] for entry in records(job)] == ['done']
     half = job.out / 'masks' / '.padseg-half'
     half.mkdir()
@@ -317,12 +313,11 @@ def test_a_killed_run_leaves_readable_records_and_is_continued(job, tmp_path):
     assert [entry['input'] for entry in records(job)] == sorted(SIZES)
 
 
-def test_a_damaged_manifest_is_not_guessed_at(job):
-    engine.run(job)
-    lines = (job.out / 'manifest.jsonl').read_text().splitlines(keepends=True)
-    (job.out / 'manifest.jsonl').write_text('{}\n' + ''.join(lines))
+def test_a_damaged_manifest_is_not_guessed_at(done):
+    lines = (done.out / 'manifest.jsonl').read_text().splitlines(keepends=True)
+    (done.out / 'manifest.jsonl').write_text('{}\n' + ''.join(lines))
     with pytest.raises(OutputConflict, match='manifest.jsonl, line 1'):
-        engine.run(job)
+        engine.run(done)
 
 
 def test_an_output_inside_the_input_is_not_an_input(job):
@@ -389,34 +384,12 @@ def alike(job):
 
 
 def test_killed_at_many_moments_nothing_is_lost_or_half_written(job, tmp_path):
-    """Children that were forked with the libraries loaded are killed at random moments; then one goes to the end."""
-    program = """
-import os, random, signal, sys, time
-from pathlib import Path
-import torch
-from padseg.run import engine
-from padseg.run.job import Job
-from padseg.backbones import load
-torch.set_num_threads(1)
-source, out, model, kills = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-job = Job(source, out, model=model, device='cpu')
-random.seed(0)
-killed = 0
-while killed < kills:
-    child = os.fork()
-    if not child:
-        engine.run(job._replace(overwrite=killed % 5 == 0))
-        os._exit(0)
-    time.sleep(random.uniform(0.02, 0.35))
-    os.kill(child, signal.SIGKILL)
-    killed += os.waitpid(child, 0)[1] == signal.SIGKILL
-"""
+    """Runs are killed one after the other at random moments; then one goes to the end."""
     for seed in range(12):
         put_picture(job.source / 'more' / f'{seed}.png', (40, 48), seed)
     engine.run(job._replace(out=tmp_path / 'whole'))
-    kills = os.environ.get('PADSEG_TEST_KILLS', '15')
-    command = [sys.executable, '-c', program, job.source, job.out, job.model, kills]
-    subprocess.run(command, cwd=Path(__file__).parents[2], check=True)
+    ran = start(jobs.killed_often, job, int(os.environ.get('PADSEG_TEST_KILLS', '8'))).wait()
+    assert ran.returncode == 0, ran.stderr
     engine.run(job)
     assert results(job.out) == results(tmp_path / 'whole')
     assert alike(job) == alike(job._replace(out=tmp_path / 'whole'))
@@ -426,13 +399,8 @@ while killed < kills:
 def test_a_full_disk_stops_with_what_is_finished(job, tmp_path):
     """A limit on the size of files stands for a full disk: the large picture's overlay cannot be written."""
     put_picture(job.source / 'sub' / 'c.png', (900, 900))
-    program = (
-        'import resource, sys; from padseg.commands import main\n'
-        'resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n'
-        "sys.exit(main(['run', '--dir', sys.argv[1], '--out', sys.argv[2], '--model', sys.argv[3], '--device', 'cpu', '--overlay']))\n"
-    )
-    command = [sys.executable, '-c', program, job.source, job.out, job.model]
-    ran = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    arguments = ['run', '--dir', job.source, '--out', job.out, '--model', job.model, '--device', 'cpu', '--overlay']
+    ran = start(jobs.with_small_files, list(map(str, arguments)), 60_000).wait()
     assert ran.returncode == 7, ran.stderr
     assert 'what is finished stays, and the same command continues' in ran.stderr
     assert not list(job.out.rglob('.padseg-*'))
@@ -443,19 +411,18 @@ def test_a_full_disk_stops_with_what_is_finished(job, tmp_path):
     assert results(job.out) == results(tmp_path / 'whole')
 
 
-def test_pictures_are_told_unchanged_by_size_and_time(job):
-    engine.run(job)
-    path = job.source / 'a.png'
+def test_pictures_are_told_unchanged_by_size_and_time(done):
+    path = done.source / 'a.png'
     before = path.stat()
     data = bytearray(path.read_bytes())
     path.touch()
-    assert engine.run(job).skipped == 3  # touched, but of the same content
+    assert engine.run(done).skipped == 3  # touched, but of the same content
     data[-1] ^= 1  # a check sum at the end, which Pillow does not look at
     path.write_bytes(data)
     assert path.stat().st_size == before.st_size
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert engine.run(job).skipped == 3
-    assert engine.run(job._replace(checksum=True)).skipped == 2
+    assert engine.run(done).skipped == 3
+    assert engine.run(done._replace(checksum=True)).skipped == 2
 
 
 def test_a_run_over_some_pictures_keeps_the_records_of_others(job):
@@ -606,12 +573,13 @@ def test_frames(job, tmp_path, caplog):
     assert convert(all_frames.out, 'labelme').failed == {name: 'it is a frame of a file' for name in names if '.tif' in name}
 
 
-def test_frames_of_one_file_have_noise_of_their_own(job, backbone):
-    """The noise comes from a picture's content, so equal frames have equal label maps."""
+def test_equal_frames_of_one_file_have_equal_label_maps(job):
+    """The noise comes from a picture's content, not from its place or name."""
     frame = PIL.Image.open(job.source / 'a.png')
     frame.save(job.source / 'same.tif', save_all=True, append_images=[frame])
     engine.run(job._replace(source=job.source / 'same.tif', reading=Reading(frames='all')))
-    assert len({(job.out / f'labels/same.tif.f000{number}.png').read_bytes() for number in (0, 1)}) == 1
+    first, second = (job.out / f'labels/same.tif.f000{number}.png' for number in (0, 1))
+    assert first.read_bytes() == second.read_bytes()
 
 
 def test_transparent_pixels_can_be_left_unassigned(job):

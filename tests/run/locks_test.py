@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+from support import jobs
+from support.processes import FORKS, padseg, start
 
 from padseg.commands import main
 from padseg.errors import NoImages, OutputConflict
@@ -25,19 +27,32 @@ from padseg.run.selection import Selection
 from padseg.system.files import atomic, sweep
 from padseg.system.progress import Silent
 
-ROOT = Path(__file__).parents[2]
 FOREIGN = 'scores.json'
 
 
-@pytest.fixture
-def job(tmp_path, sd3_folder):
+@pytest.fixture(scope='module')
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('pictures')
     for seed in range(9):
-        path = tmp_path / 'in' / ('sub' if seed % 2 else '') / f'{seed}.png'
+        path = folder / ('sub' if seed % 2 else '') / f'{seed}.png'
         path.parent.mkdir(parents=True, exist_ok=True)
         rng = np.random.default_rng(seed)
         coarse = rng.integers(0, 200, (2, 2, 3)).repeat(20, 0).repeat(24, 1)
         PIL.Image.fromarray((coarse + rng.integers(0, 30, coarse.shape)).astype(np.uint8)).save(path)
-    return Job(tmp_path / 'in', tmp_path / 'out', model=str(sd3_folder), device='cpu')
+    return folder
+
+
+@pytest.fixture
+def job(source, tmp_path, sd3_folder):
+    return Job(source, tmp_path / 'out', model=str(sd3_folder), device='cpu')
+
+
+@pytest.fixture(scope='module')
+def whole(source, sd3_folder, tmp_path_factory):
+    """The output of one run over all pictures."""
+    out = tmp_path_factory.mktemp('whole') / 'out'
+    engine.run(Job(source, out, model=str(sd3_folder), device='cpu'))
+    return out
 
 
 def part(job: Job, i: int, n: int) -> Job:
@@ -54,12 +69,6 @@ def alike(out: Path) -> list[dict]:
     """The manifest but for times."""
     entries = [json.loads(line) for line in (out / 'manifest.jsonl').read_text().splitlines()]
     return [{name: value for name, value in entry.items() if name not in ('seconds', 'stages')} for entry in entries]
-
-
-@pytest.fixture
-def whole(job, tmp_path):
-    engine.run(job._replace(out=tmp_path / 'whole'))
-    return tmp_path / 'whole'
 
 
 def test_shards_joined_are_one_run(job, whole):
@@ -101,8 +110,7 @@ def test_another_number_of_shards_continues(job, whole):
 def test_a_missing_shard_is_named(job):
     engine.run(part(job, 2, 4))
     assert unfinished([job.out]) == ['1/4', '3/4', '4/4']
-    command = [sys.executable, '-m', 'padseg', 'run', '--collect', job.out, '-q', '--json']
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    ran = padseg('run', '--collect', job.out, '-q', '--json')
     assert ran.returncode == 3
     assert ran.stderr == 'no finished run was found of the shards 1/4, 3/4, 4/4\n'
     assert json.loads(ran.stdout)['done'] == len(alike(job.out))
@@ -129,6 +137,7 @@ def test_output_folders_of_several_machines(job, whole, tmp_path):
 
 
 def test_what_cannot_be_joined(job, tmp_path):
+    job = job._replace(source=shutil.copytree(job.source, tmp_path / 'in'))
     one, two = (job._replace(out=tmp_path / name) for name in ('one', 'two'))
     engine.run(one)
     with pytest.raises(NoImages, match='no results of `padseg run` in .*two'):
@@ -144,20 +153,9 @@ def test_what_cannot_be_joined(job, tmp_path):
 
 def test_runs_at_a_time(job, whole):
     """Real processes: the shards of one number run side by side, all others are refused while one is there."""
-    program = (
-        'import sys; from pathlib import Path; from padseg.run import engine; from padseg.run.job import Job\n'
-        'from padseg.system.progress import Silent; from padseg.run.selection import Selection\n'
-        'class Wait(Silent):\n'
-        '    def start(self, total):\n'
-        '        print("ready", flush=True); sys.stdin.readline()\n'
-        'source, out, model, i, n = sys.argv[1:]\n'
-        'job = Job(Path(source), Path(out), model=model, device="cpu", selection=Selection(shard=(int(i), int(n))))\n'
-        'engine.run(job, Wait())\n'
-    )
-    arguments = [sys.executable, '-c', program, job.source, job.out, job.model]
-    options = {'cwd': ROOT, 'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'text': True}
-    running = [subprocess.Popen([*arguments, str(i), '2'], **options) for i in (1, 2)]
-    assert [process.stdout.readline() for process in running] == ['ready\n', 'ready\n']
+    lines = [FORKS.Pipe() for _ in range(2)]
+    running = [start(jobs.held, part(job, i, 2), theirs) for i, (_, theirs) in enumerate(lines, start=1)]
+    assert [ours.recv() for ours, _ in lines] == ['ready', 'ready']
     with pytest.raises(OutputConflict, match='shard 1/2 is writing to'):
         engine.run(job)
     with pytest.raises(OutputConflict, match='another run of shard 2/2 is writing'):
@@ -166,13 +164,9 @@ def test_runs_at_a_time(job, whole):
         engine.run(part(job, 1, 3))
     with pytest.raises(OutputConflict, match='is writing to'):
         collect([job.out], job.out)
-    for process in running:
-        process.stdin.write('\n')
-        process.stdin.flush()
-    assert [process.wait() for process in running] == [0, 0]
-    for process in running:
-        process.stdin.close()
-        process.stdout.close()
+    for ours, _ in lines:
+        ours.send('go on')
+    assert [process.wait().returncode for process in running] == [0, 0]
     assert collect([job.out], job.out).missing == []
     assert (files(job.out), alike(job.out)) == (files(whole), alike(whole))
 
@@ -203,15 +197,18 @@ def test_locks(tmp_path):
             pass
 
 
+def half_written(path: Path) -> Path:
+    """The temporary file that a killed run would leave of this one."""
+    with contextlib.suppress(SystemExit), atomic(path) as temporary:
+        temporary.write_text('half')
+        left = temporary.rename(f'{temporary}-kept')
+        raise SystemExit
+    return left
+
+
 def test_a_shard_sweeps_up_only_after_itself(tmp_path):
     """A killed run leaves temporary files; those of a run that lives beside it have to stay."""
-    left = {}
-    for name in ('mine.png', 'theirs.png'):
-        with pytest.raises(SystemExit), atomic(tmp_path / name) as temporary:
-            temporary.write_text('half')
-            left[name] = tmp_path / f'{temporary.name}-kept'
-            temporary.rename(left[name])
-            raise SystemExit
+    left = {name: half_written(tmp_path / name) for name in ('mine.png', 'theirs.png')}
     folder = tmp_path / 'folder'
     folder.mkdir()
     sweep(tmp_path, {'mine.png'})
@@ -222,20 +219,8 @@ def test_a_shard_sweeps_up_only_after_itself(tmp_path):
 
 @pytest.mark.parametrize('stopped', [1, 4])
 def test_a_killed_shard_is_continued_beside_another(job, whole, stopped):
-    program = (
-        'import os, sys; from pathlib import Path; from padseg.run import engine; from padseg.run.job import Job\n'
-        'from padseg.system.progress import Silent; from padseg.run.selection import Selection\n'
-        'class Kill(Silent):\n'
-        '    seen = 0\n'
-        '    def step(self, record=None):\n'
-        '        self.seen += 1\n'
-        f'        if self.seen == {stopped}: os.kill(os.getpid(), 9)\n'
-        'source, out, model = sys.argv[1:]\n'
-        'engine.run(Job(Path(source), Path(out), model=model, device="cpu", selection=Selection(shard=(1, 2))), Kill())\n'
-    )
     engine.run(part(job, 2, 2))
-    killed = subprocess.run([sys.executable, '-c', program, job.source, job.out, job.model], cwd=ROOT, capture_output=True)
-    assert killed.returncode == -9, killed.stderr
+    assert start(jobs.killed, part(job, 1, 2), stopped).wait().returncode == -signal.SIGKILL
     assert unfinished([job.out]) == ['1/2']
     again = engine.run(part(job, 1, 2), Silent())
     assert again.skipped == stopped

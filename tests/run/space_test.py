@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from padseg.commands import main
 from padseg.images import Reading, find
 from padseg.run import engine
 from padseg.run.job import Job
@@ -78,17 +78,17 @@ def small_disk(tmp_path):
     subprocess.run(['umount', folder], check=True)
 
 
-def test_a_small_disk(pictures, tmp_path, small_disk):
+def test_a_small_disk(pictures, tmp_path, small_disk, capsys):
     """Warned of before, stopped when it is full, continued when there is room again: all label maps as if nothing had been."""
-    arguments = [sys.executable, '-m', 'padseg', 'run', '--dir', pictures, '--overlay', '--device', 'cpu', '--out']
-    full = subprocess.run([*arguments, small_disk / 'out'], cwd=ROOT, capture_output=True, text=True)
-    assert full.returncode == 7, full.stderr
-    assert 'what is finished stays, and the same command continues' in full.stderr
-    assert 'has 4' in full.stderr and 'the results of 4 pictures take about' in full.stderr
+    arguments = ['run', '--dir', str(pictures), '--overlay', '--device', 'cpu', '--out']
+    assert main([*arguments, str(small_disk / 'out')]) == 7
+    said = capsys.readouterr().err
+    assert 'what is finished stays, and the same command continues' in said
+    assert 'has 4' in said and 'the results of 4 pictures take about' in said
     assert not list(small_disk.rglob('.padseg-*'))
     shutil.copytree(small_disk / 'out', tmp_path / 'out')
-    subprocess.run([*arguments, tmp_path / 'out'], cwd=ROOT, check=True, capture_output=True)
-    subprocess.run([*arguments, tmp_path / 'whole'], cwd=ROOT, check=True, capture_output=True)
+    for name in ('out', 'whole'):
+        assert main([*arguments, str(tmp_path / name)]) == 0
     for path in (tmp_path / 'whole').rglob('*.*'):
         if path.is_file() and path.suffix not in ('.json', '.jsonl') and path.name[0] != '.':
             assert (tmp_path / 'out' / path.relative_to(tmp_path / 'whole')).read_bytes() == path.read_bytes()

@@ -1,0 +1,67 @@
+"""Runs in processes of their own, for tests that kill them, hold them, or take their disk away."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+from padseg.commands import main
+from padseg.run import engine
+from padseg.run.job import Job
+from padseg.system.progress import Silent
+
+
+class Kill(Silent):
+    """Kills this process after so many pictures."""
+
+    def __init__(self, pictures: int) -> None:
+        self.left = pictures
+
+    def step(self, record: Mapping[str, Any] | None = None) -> None:
+        self.left -= 1
+        if not self.left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Hold(Silent):
+    """Says that it begins, and waits for a word before its first picture."""
+
+    def __init__(self, line: Connection) -> None:
+        self.line = line
+
+    def start(self, total: int) -> None:
+        self.line.send('ready')
+        self.line.recv()
+
+
+def killed(job: Job, pictures: int) -> None:
+    engine.run(job, Kill(pictures))
+
+
+def held(job: Job, line: Connection) -> None:
+    engine.run(job, Hold(line))
+
+
+def killed_often(job: Job, kills: int) -> None:
+    """Runs that are killed by a timer after some random time of the processor, one after the other."""
+    chance = random.Random(0)
+    ended = 0
+    while ended < kills:
+        seconds = chance.uniform(0.01, 0.5)
+        child = os.fork()
+        if not child:
+            signal.setitimer(signal.ITIMER_PROF, seconds)  # whose signal ends a process that does not handle it
+            engine.run(job._replace(overwrite=ended % 5 == 0))
+            os._exit(0)
+        ended += os.waitpid(child, 0)[1] == signal.SIGPROF
+
+
+def with_small_files(arguments: Sequence[str], limit: int) -> int:
+    """padseg, where no file can be larger than so many bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    return main(arguments)
