@@ -20,7 +20,7 @@ from padseg.evaluation.protocols import protocol
 from padseg.evaluation.scores import PictureScores
 from padseg.exports.png import read_label_map, write_label_map
 from padseg.images import read
-from padseg.methods.options import Options
+from padseg.methods.seg4diff import Options
 from padseg.system.ledger import read_lines
 
 NAMES = ('a', 'b', 'c')
