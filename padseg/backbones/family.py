@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from padseg.backbones.layout import Layout
+from padseg.backbones.layout import FamilyLayout
 from padseg.backbones.noise import NoiseLevel
 from padseg.backbones.source import Source
 from padseg.types import Prompt
@@ -25,7 +25,7 @@ class Dimensions(NamedTuple):
 class Family(Protocol):
     """A module such as backbones/sd3.py. Layers are counted over all blocks in the order in which they run."""
 
-    LAYOUT: Layout
+    LAYOUT: FamilyLayout
     TEXT_DTYPE: torch.dtype  # of the text encoders, which always run on the CPU: what they give is a constant of the model
 
     def size(self, config: Any) -> Dimensions:

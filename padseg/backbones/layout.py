@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 
-class Layout(NamedTuple):
+class FamilyLayout(NamedTuple):
     """Folders in diffusers' layout with the names of their classes, as `model_index.json` has them.
 
     denoiser: the folder of the network that denoises; network: its class; schedulers: those that it may come with, the first one where
@@ -37,8 +37,8 @@ class Layout(NamedTuple):
         return (*self.text_encoders, *self.tokenizers)
 
 
-LAYOUTS: dict[str, Layout] = {
-    'sd3': Layout(
+LAYOUTS: dict[str, FamilyLayout] = {
+    'sd3': FamilyLayout(
         denoiser='transformer',
         network='SD3Transformer2DModel',
         vae='AutoencoderKL',
@@ -47,7 +47,7 @@ LAYOUTS: dict[str, Layout] = {
         tokenizers=('tokenizer', 'tokenizer_2'),
         small_vae='madebyollin/taesd3',
     ),
-    'flux': Layout(
+    'flux': FamilyLayout(
         denoiser='transformer',
         network='FluxTransformer2DModel',
         vae='AutoencoderKL',

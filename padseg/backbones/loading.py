@@ -10,7 +10,7 @@ from padseg.backbones import Backbone, Identity
 from padseg.backbones.compiled import compile_blocks
 from padseg.backbones.family import Family
 from padseg.backbones.null_prompt import null_prompt, prompt_is_cached
-from padseg.backbones.parts import built, choose_device, choose_dtype, filled, part_name, read_scheduler, tensors_needed, weights_hash
+from padseg.backbones.parts import built, choose_device, choose_dtype, filled_part, part_name, read_scheduler, tensors_needed, weights_hash
 from padseg.backbones.source import Source, check_files, tensor_shapes, text_parts, weight_files
 from padseg.backbones.weights import refuse_lost, refuse_surplus
 from padseg.errors import UsageError
@@ -41,8 +41,8 @@ def load_family(
     owner, part = (vae, '.') if vae else (source, 'vae')
     with ThreadPoolExecutor(1) as beside:  # hashing four gigabytes takes as long as reading what is needed of them
         hashed = beside.submit(weights_hash, family, source, vae)
-        transformer = filled(family, source, family.LAYOUT.denoiser, last, place, kind)
-        encoder = filled(family, owner, part, last, place, kind).to(memory_format=torch.channels_last)  # how convolutions are quick
+        transformer = filled_part(family, source, family.LAYOUT.denoiser, last, place, kind)
+        encoder = filled_part(family, owner, part, last, place, kind).to(memory_format=torch.channels_last)  # how convolutions are quick
     taken = family.size(transformer.config)
     if encoder.config.latent_channels != taken.channels:
         raise UsageError(

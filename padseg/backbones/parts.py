@@ -78,7 +78,7 @@ def cut_model(family: Family, model: Any, part: str, layer: int | None) -> None:
         family.cut(model, layer)
 
 
-def filled(family: Family, source: Source, part: str, layer: int | None, place: torch.device, kind: torch.dtype) -> Any:
+def filled_part(family: Family, source: Source, part: str, layer: int | None, place: torch.device, kind: torch.dtype) -> Any:
     """A model with its weights, cut as by `cut_model`."""
     model = built(family, source, part)
     known = set(model.state_dict())

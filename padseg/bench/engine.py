@@ -22,7 +22,7 @@ from padseg.run import engine
 from padseg.run.job import Job
 from padseg.run.picture import Stages
 from padseg.run.plan import plan
-from padseg.run.records import recorded
+from padseg.run.records import as_recorded
 from padseg.system.signals import Stop
 from padseg.types import Frame, LabelMap, TokenMaps
 
@@ -110,7 +110,7 @@ def run_stages(folder: Path, out: Path, count: int) -> Cost:
         began = os.times()
         pending, records, _ = plan(job, pictures, pictures)
         for entry in engine.work(job, engine.results(job, stages, pending, stop), pending, records.values(), stop):
-            records[entry.input] = recorded(entry)
+            records[entry.input] = as_recorded(entry)
         ended = os.times()
     cost = Cost(ended.user - began.user, ended.system - began.system, ended.elapsed - began.elapsed, peak())
     failed = [record.line for record in records.values() if record.status == 'failed']

@@ -8,6 +8,7 @@ import statistics
 import string
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +16,11 @@ import click
 
 from padseg.bench.measure import between, finish_bench, fresh, in_place, spread, surroundings
 from padseg.bench.model import make_model
-from padseg.bench.setting import QUIET, BenchSetting, bench_picture, open_backbone, own_side, shared_flags, synchronize
+from padseg.bench.setting import QUIET, BenchSetting, bench_backbone, bench_picture, own_side, shared_flags, synchronize
 from padseg.methods import open_vocabulary
 from padseg.methods.open_vocabulary import LabelOptions
 from padseg.methods.seg4diff import Options, segment
+from padseg.types import Image
 
 COUNTS = (1, 10, 37, 38, 75, 150)  # of classes; 37 names of two tokens fill one prompt
 NAMES = [''.join(pair) for pair in itertools.product(string.ascii_lowercase, repeat=2)]
@@ -69,7 +71,7 @@ def label_columns(rows: list[Named]) -> dict[str, Any]:
 
 def turn(setting: BenchSetting, counts: tuple[int, ...]) -> Turn:
     """All in one process; embeddings go to a cache of its own."""
-    backbone = open_backbone(setting)
+    backbone = bench_backbone(setting)
     image = bench_picture(setting.side, 0)
     segment(image, backbone, Options(side=setting.side // 4))  # for libraries to start
     run = seconds(setting, lambda: segment(image, backbone, Options(side=setting.side)))
@@ -78,14 +80,15 @@ def turn(setting: BenchSetting, counts: tuple[int, ...]) -> Turn:
         os.environ['PADSEG_CACHE'] = cache
         options = LabelOptions(side=setting.side)
         for count in counts:
-            words, again = (seconds(setting, lambda: open_vocabulary.prepare(backbone, options, NAMES[:count])) for _ in range(2))
+            words, again = (seconds(setting, partial(open_vocabulary.prepare, backbone, options, NAMES[:count])) for _ in range(2))
             prepared = open_vocabulary.prepare(backbone, options, NAMES[:count])
 
-            def whole() -> None:
-                open_vocabulary.labels(image, open_vocabulary.maps([image], prepared)[0], prepared)
-
-            named[count] = Named(words, again, seconds(setting, whole), len(prepared.prompts))
+            named[count] = Named(words, again, seconds(setting, partial(label_one, image, prepared)), len(prepared.prompts))
     return Turn(run, named)
+
+
+def label_one(image: Image, prepared: open_vocabulary.Prepared) -> None:
+    open_vocabulary.labels(image, open_vocabulary.maps([image], prepared)[0], prepared)
 
 
 def seconds(setting: BenchSetting, function: Any) -> float:

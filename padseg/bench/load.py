@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import click
 import torch
 
-from padseg.bench.measure import between, finish_bench, fresh, in_place, spread, surroundings, table_row
+from padseg.bench.measure import between, finish_bench, fresh, in_place, row_of_numbers, spread, surroundings
 from padseg.bench.model import make_model
-from padseg.bench.setting import QUIET, BenchSetting, import_libraries, memory, open_backbone, own_side, shared_flags, synchronize
+from padseg.bench.setting import QUIET, BenchSetting, bench_backbone, import_libraries, memory, own_side, shared_flags, synchronize
 
 
 class Loading(NamedTuple):
@@ -56,7 +56,7 @@ def command(size: str, repeats: int, dtype: str, device: str, folder: Path, reco
 def load_ours(setting: BenchSetting) -> Loading:
     import_libraries()
     start, before = time.perf_counter(), memory(setting.device)
-    open_backbone(setting)
+    bench_backbone(setting)
     return Loading(time.perf_counter() - start, before, memory(setting.device))
 
 
@@ -89,9 +89,9 @@ def in_words(measured: dict[str, Any]) -> str:
         [
             f'{measured["size"]} model, {measured["dtype"]}; {in_place(measured)}',
             f'{"":22}{"ours":>28}{"whole":>28}{"from_pretrained":>28}',
-            table_row('loading, s', *measured['seconds'].values()),
-            table_row('most memory, MiB', *measured['peak_mib'].values(), digits=0),
-            table_row('  before loading', *measured['before_mib'].values(), digits=0),
+            row_of_numbers('loading, s', *measured['seconds'].values()),
+            row_of_numbers('most memory, MiB', *measured['peak_mib'].values(), digits=0),
+            row_of_numbers('  before loading', *measured['before_mib'].values(), digits=0),
             f'the whole takes {between(measured["whole_to_ours"])} x the time; '
             f'we take {between(measured["memory_ours_to_whole"])} x the memory, {between(measured["added_ours_to_whole"])} x without '
             'Python and its libraries',

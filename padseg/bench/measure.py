@@ -131,7 +131,7 @@ def spread(values: list[float]) -> dict[str, float]:
     return {'median': statistics.median(values), 'least': min(values), 'most': max(values)}
 
 
-def table_row(name: str, *columns: list[float], digits: int = 3) -> str:
+def row_of_numbers(name: str, *columns: list[float], digits: int = 3) -> str:
     return f'{name:22}' + ''.join(f'{between(spread(values), digits):>28}' for values in columns)
 
 

@@ -17,7 +17,7 @@ from padseg.backbones import Backbone
 from padseg.bench.engine import make_pictures
 from padseg.bench.measure import between, finish_bench, fresh, in_place, peak, spread, surroundings
 from padseg.bench.model import TINY_VAE, make_model
-from padseg.bench.setting import QUIET, BenchSetting, bench_picture, memory, open_backbone, own_side, shared_flags, synchronize
+from padseg.bench.setting import QUIET, BenchSetting, bench_backbone, bench_picture, memory, own_side, shared_flags, synchronize
 from padseg.methods.seg4diff import Options
 from padseg.methods.stages.latents import encode
 from padseg.methods.stages.token_maps import latent_token_maps
@@ -106,7 +106,7 @@ def scale_columns(rows: list[Any]) -> dict[str, list[float]]:
 
 
 def at_side(setting: BenchSetting) -> Sized:
-    backbone = open_backbone(setting)
+    backbone = bench_backbone(setting)
     one_picture(setting._replace(side=setting.side // 4), backbone)  # for libraries to start
     return Sized(*one_picture(setting, backbone), memory(setting.device))
 
@@ -161,7 +161,7 @@ def compiled(setting: BenchSetting, repeats: int) -> dict[str, Any]:
 
 
 def forwards(setting: BenchSetting) -> Forwards:
-    backbone = open_backbone(setting)
+    backbone = bench_backbone(setting)
     options = Options(side=setting.side).resolve(backbone.spec)
     latent = encode(bench_picture(setting.side, 0), backbone, options)
     taken = []

@@ -18,15 +18,15 @@ import torch
 
 from padseg.backbones.source import locate, read_json
 from padseg.bench import flops
-from padseg.bench.measure import between, finish_bench, fresh, in_place, spread, surroundings, table_row
+from padseg.bench.measure import between, finish_bench, fresh, in_place, row_of_numbers, spread, surroundings
 from padseg.bench.model import TINY_VAE, make_model
 from padseg.bench.setting import (
     QUIET,
     BenchSetting,
+    bench_backbone,
     bench_picture,
     import_libraries,
     memory,
-    open_backbone,
     own_side,
     shared_flags,
     synchronize,
@@ -110,14 +110,14 @@ def command(
 
 
 def open_once(setting: BenchSetting) -> None:
-    open_backbone(setting)
+    bench_backbone(setting)
 
 
 def ours(setting: BenchSetting) -> Side:
     """padseg on the pictures, so many at a time."""
     import_libraries()
     start = time.perf_counter()
-    backbone = open_backbone(setting)
+    backbone = bench_backbone(setting)
     loading, loaded = time.perf_counter() - start, memory(setting.device)
 
     def run(side: int, taken: dict[str, float]) -> Comparison:
@@ -280,15 +280,15 @@ def in_words(measured: dict[str, Any]) -> str:
         f'{"":22}{"ours":>28}{"reference":>28}',
     ]
     for stage in STAGES:
-        lines.append(table_row(f'{stage}, s', *(seconds[name][stage] for name in seconds)))
+        lines.append(row_of_numbers(f'{stage}, s', *(seconds[name][stage] for name in seconds)))
         if stage in share['ours']:
             lines.append(f'{"  TFLOP":22}' + ''.join(f'{operations[name][stage] / 1e12:28.4g}' for name in seconds))
             lines.append(f'{"  share of the product":22}' + ''.join(f'{share[name][stage]:28.1%}' for name in seconds))
     lines += [
-        table_row('a picture, s', *measured['total'].values()),
-        table_row('most memory, MiB', *measured['peak_mib'].values(), digits=0),
-        table_row('loading, s', *measured['loading'].values()),
-        table_row('  most memory, MiB', *measured['loaded_mib'].values(), digits=0),
+        row_of_numbers('a picture, s', *measured['total'].values()),
+        row_of_numbers('most memory, MiB', *measured['peak_mib'].values(), digits=0),
+        row_of_numbers('loading, s', *measured['loading'].values()),
+        row_of_numbers('  most memory, MiB', *measured['loaded_mib'].values(), digits=0),
         f'speed {between(measured["reference_to_ours"])} x the reference; memory {between(measured["memory_ours_to_reference"])} x; '
         f'beside VAE and transformer {measured["rest_share"]:.1%} of the time',
     ]

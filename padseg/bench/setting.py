@@ -64,7 +64,7 @@ def import_libraries() -> None:
     import padseg.backbones.sd3  # noqa: F401
 
 
-def open_backbone(setting: BenchSetting) -> Any:
+def bench_backbone(setting: BenchSetting) -> Any:
     other = str(setting.vae) if setting.vae else None
     backbone = load(str(setting.folder), device=setting.device, dtype=setting.dtype, vae=other, compile=setting.compile)
     synchronize(setting.device)

@@ -107,7 +107,7 @@ def ground_of(asked: Asked) -> Ground:
     if asked.labels:
         dataset = label_folder(asked.labels, asked.num_classes, asked.ignore, asked.background, preds)
     else:
-        dataset = opened(asked, rules.raw_labels)
+        dataset = opened_dataset(asked, rules.raw_labels)
     if not dataset.classes:
         name, rules = 'partitions', protocol(DEFAULT, compare=asked.compare or 'native', geometry='whole')
     thresholds = numbers(asked.sweep)
@@ -116,7 +116,7 @@ def ground_of(asked: Asked) -> Ground:
     return Ground(dataset, name, rules, preds, thresholds, WARNINGS.get(rules.matching))
 
 
-def opened(asked: Asked, raw_labels: bool = False) -> Dataset:
+def opened_dataset(asked: Asked, raw_labels: bool = False) -> Dataset:
     """The data set below root; the options can say what a padseg.toml would."""
     assert asked.dataset is not None and asked.root is not None
     if asked.dataset == FOLDER and (asked.num_classes or asked.regions):  # in place of padseg.toml
@@ -209,7 +209,7 @@ def numbers(text: str | None) -> tuple[float, ...]:
 
 def check_of(asked: Asked, progress: Progress) -> Check:
     """What the data set below root holds, without a model."""
-    dataset = opened(asked)
+    dataset = opened_dataset(asked)
     with contextlib.closing(progress):
         return check_dataset(dataset, watched(dataset.samples, progress))
 

@@ -27,7 +27,10 @@ Predict = Callable[[str, Image, View, Sequence[int]], list[Array]]
 def predict_regions(
     method: Method, prepared: Any, thresholds: Sequence[float] = (), out: Path | None = None, keep_maps: bool = False
 ) -> Predict:
-    """Regions, 0 = unassigned, one prediction for each threshold. out: folder for labels/ and, with keep_maps, maps/; None keeps nothing."""
+    """Regions, 0 = unassigned, one prediction for each threshold.
+
+    out: folder for labels/ and, with keep_maps, maps/; None keeps nothing.
+    """
     settings = [prepared._replace(options=dataclasses.replace(prepared.options, threshold=value)) for value in thresholds] or [prepared]
 
     def predict(name: str, image: Image, where: View, present: Sequence[int] = ()) -> list[Array]:

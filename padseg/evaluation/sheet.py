@@ -97,7 +97,7 @@ def sheet_row(task: Task, sample: Sample, title: str, out: Path) -> SheetRow:
     if task.classes.names:
         truth = class_map(task.dataset.to_classes(truth), task.classes, task.rules)
         pred = matched(pred, truth, task.classes, task.rules)
-        cells = [coloured(labels, len(task.classes.names)) for labels in (truth, pred)]
+        cells = [painted_labels(labels, len(task.classes.names)) for labels in (truth, pred)]
     else:
         cells = [outlined(labels, image) for labels in (truth, pred)]
     return SheetRow(title, cells if sample.image is None else [blank() if image is None else image, *cells])
@@ -145,7 +145,7 @@ def matched_block(pred: Array, truth: Array, classes: Classes, rules: Protocol) 
     return of_region[regions]
 
 
-def coloured(labels: Array, count: int) -> Image:
+def painted_labels(labels: Array, count: int) -> Image:
     """Thumbnail of classes 0..count-1 in their colours, VOID black, UNMATCHED striped."""
     labels = small(labels)
     colours = voc_colours(count + 1)[1:]

@@ -99,10 +99,10 @@ def decode(data: bytes, reading: Reading = Reading(), frame: int = 0) -> Image:
 
 
 def decode_pillow(picture: PIL.Image.Image) -> Image:
-    """The picture in a Pillow image, (H, W, 3) uint8 RGB, by the rules for files: upright, transparent parts on white. Raises ImageError."""
+    """The picture in a Pillow image, (H, W, 3) uint8 RGB, by the rules for files: upright, on white where transparent. ImageError."""
     with reasons():
         check_size(picture, Reading())
-        return unpacked(picture, Reading(), ()).image
+        return unpack(picture, Reading(), ()).image
 
 
 def decode_with_notes(data: bytes, reading: Reading = Reading(), frame: int = 0) -> Decoded:
@@ -113,12 +113,12 @@ def decode_with_notes(data: bytes, reading: Reading = Reading(), frame: int = 0)
     if not data:
         raise ImageError('empty file')
     with reasons():
-        picture = opened(io.BytesIO(data), reading)
+        picture = opened_file(io.BytesIO(data), reading)
         if frame == 0:
-            return unpacked(picture, reading, frame_notes(data, picture, reading))
+            return unpack(picture, reading, frame_notes(data, picture, reading))
         picture.seek(frame)
         check_size(picture, reading)
-        return unpacked(picture, reading, ())
+        return unpack(picture, reading, ())
 
 
 @contextlib.contextmanager
@@ -136,7 +136,7 @@ def reasons() -> Iterator[None]:
         raise ImageError(f'truncated or damaged: {error}') from error
 
 
-def opened(file: IO[bytes], reading: Reading) -> ImageFile:
+def opened_file(file: IO[bytes], reading: Reading) -> ImageFile:
     """A file whose header was read and found to be within the limits; its first frame is not decoded yet."""
     start = file.read(16)
     file.seek(0)
@@ -155,7 +155,7 @@ def check_size(picture: PIL.Image.Image, reading: Reading) -> None:
 
 def count_frames(file: IO[bytes], reading: Reading) -> int:
     """Frames of an animation or pages of a TIFF, at most MAX_FRAMES + 1; a damaged one is the last that counts."""
-    picture = opened(file, reading)
+    picture = opened_file(file, reading)
     if isinstance(picture, TiffImageFile):
         return count_pages(picture)
     try:
@@ -187,7 +187,7 @@ def frame_notes(data: bytes, picture: ImageFile, reading: Reading) -> tuple[str,
     return (f'first of {many} frames',) if reading.frames == 'first' and number > 1 else ()
 
 
-def unpacked(picture: PIL.Image.Image, reading: Reading, notes: tuple[str, ...]) -> Decoded:
+def unpack(picture: PIL.Image.Image, reading: Reading, notes: tuple[str, ...]) -> Decoded:
     """A frame whose size was checked, decoded. Raises ImageError for samples of no known range, and what Pillow raises on damage."""
     bounds = None
     if is_deep(picture):

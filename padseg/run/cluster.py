@@ -23,7 +23,7 @@ from padseg.images import Found
 from padseg.methods import method_named
 from padseg.run.job import Job
 from padseg.run.picture import Stages, Taken, labelled, mapped, save, take
-from padseg.run.prepare import model_settings, prepared_for, stages_of
+from padseg.run.prepare import prepared_for, settings_of_model, stages_of
 from padseg.run.records import Entry, Run
 from padseg.system.ledger import differences, line
 from padseg.system.signals import Stop
@@ -167,7 +167,9 @@ def dataset(job: Job, record: Run, pending: list[Found], share: Share) -> ray.da
     pool = ray.data.ActorPoolStrategy(min_size=share.copies, max_size=None if share.gpus else share.copies)
     with ray.data.DataContext.current(context):
         found = ray.data.from_items(rows, override_num_blocks=math.ceil(len(rows) / BLOCK_PICTURES))
-        taken = found.flat_map(read_row, fn_args=(job,), num_cpus=1)  # Ray would move a map into the actors, whose model would wait for it
+        taken = found.flat_map(
+            read_pictures, fn_args=(job,), num_cpus=1
+        )  # Ray would move a map into the actors, whose model would wait for it
         labelled = taken.map_batches(
             Actor,
             fn_constructor_args=(job, record, share.device),
@@ -180,7 +182,7 @@ def dataset(job: Job, record: Run, pending: list[Found], share: Share) -> ray.da
         return labelled.map(write_row, fn_args=(job,), num_cpus=1)
 
 
-def read_row(row: RayRow, job: Job) -> list[RayRow]:
+def read_pictures(row: RayRow, job: Job) -> list[RayRow]:
     return [{'taken': pickle.dumps(take(job, pickle.loads(row['found'])))}]
 
 
@@ -206,7 +208,7 @@ class Actor:
         method = method_named(job.method)
         revision = record.model.revision if record.model else None
         prepared = prepared_for(job, method, revision, device=self.device, dtype=record.dtype)
-        here = {**record.settings, **model_settings(job, prepared.backbone)}
+        here = {**record.settings, **settings_of_model(job, prepared.backbone)}
         if here != record.settings:
             raise OutputConflict(f'{os.uname().nodename} has another {job.model} ({"; ".join(differences(record.settings, here))})')
         return stages_of(method, prepared)

@@ -29,8 +29,8 @@ from padseg.run.records import (
     Recorded,
     Run,
     RunTotals,
+    as_recorded,
     read_run,
-    recorded,
 )
 from padseg.run.space import warn_if_short
 from padseg.system.files import full_disk, sweep
@@ -75,7 +75,7 @@ def run(job: Job, progress: Progress = Silent()) -> Counts:
             with contextlib.closing(progress):
                 progress.start(len(pending))
                 for entry in work(job, made, pending, records.values(), stop):
-                    records[entry.input] = recorded(entry)
+                    records[entry.input] = as_recorded(entry)
                     progress.step(entry.model_dump())
         else:
             assert earlier is not None
@@ -101,7 +101,7 @@ def held(job: Job) -> contextlib.AbstractContextManager[None]:
 
 def start(job: Job, pending: list[Found], earlier: Run | None, stop: Stop) -> tuple[Run, Iterator[Entry]]:
     """The run in words, and the records of its pictures, which are made when they are asked for."""
-    stages, record = prepare(job, earlier)
+    stages, record = prepare_job(job, earlier)
     write_header(record, home(job.out, job.selection.shard) / 'run.json')
     if job.classes:
         write_classes(job.classes, job.out / 'classes.json')
@@ -111,8 +111,8 @@ def start(job: Job, pending: list[Found], earlier: Run | None, stop: Stop) -> tu
     return record, results(job, stages, pending, stop)
 
 
-def prepare(job: Job, earlier: Run | None) -> tuple[Stages, Run]:
-    """What is done with pictures, and the run in words. OutputConflict if the earlier results in the same place came from other settings."""
+def prepare_job(job: Job, earlier: Run | None) -> tuple[Stages, Run]:
+    """What is done with pictures, and the run in words. OutputConflict if results in the same place came from other settings."""
     stages, record = from_maps(job) if job.maps else from_model(job)
     if not job.selection.shard:
         agree(job.out, earlier, record, REMEDY)

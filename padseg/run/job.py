@@ -21,7 +21,7 @@ from padseg.methods.seg4diff import Options
 from padseg.run.selection import Selection
 
 ENGINES = ('local', 'ray')
-O = TypeVar('O', bound=MethodOptions)
+Kind = TypeVar('Kind', bound=MethodOptions)
 
 
 class Job(NamedTuple):
@@ -148,10 +148,10 @@ def settings_from(settings: Mapping[str, Setting]) -> RunSettings:
     try:
         return RunSettings.model_validate(settings)
     except pydantic.ValidationError as error:
-        raise OutputConflict(f'the recorded settings are not those of a run: {complaint(error)}') from error
+        raise OutputConflict(f'the recorded settings are not those of a run: {settings_complaint(error)}') from error
 
 
-def options_from(kind: type[O], settings: Mapping[str, Setting]) -> O:
+def options_from(kind: type[Kind], settings: Mapping[str, Setting]) -> Kind:
     """The options of a method as a record holds them, nothing left open. OutputConflict for what no run would have recorded."""
     names = [field.name for field in dataclasses.fields(kind)]
     try:
@@ -159,9 +159,9 @@ def options_from(kind: type[O], settings: Mapping[str, Setting]) -> O:
     except KeyError as error:
         raise OutputConflict(f'the recorded settings lack {error.args[0]}') from error
     except pydantic.ValidationError as error:
-        raise OutputConflict(f'the recorded settings are not those of a run: {complaint(error)}') from error
+        raise OutputConflict(f'the recorded settings are not those of a run: {settings_complaint(error)}') from error
 
 
-def complaint(error: pydantic.ValidationError) -> str:
+def settings_complaint(error: pydantic.ValidationError) -> str:
     first = error.errors()[0]
     return f'{".".join(map(str, first["loc"]))}: {first["msg"]}; got {first["input"]!r}'

@@ -48,7 +48,7 @@ def record_of(job: Job, method: Method, prepared: Any) -> Run:
     backbone: Backbone | None = prepared.backbone
     settings = {
         **method_settings(job),
-        **model_settings(job, backbone),
+        **settings_of_model(job, backbone),
         **method.recorded(job.options, backbone.spec if backbone else None),
     }
     settings |= naming_settings(job) | reading_settings(job.reading)
@@ -61,7 +61,7 @@ def record_of(job: Job, method: Method, prepared: Any) -> Run:
         model=ModelRecord(**backbone.identity._asdict()) if backbone else None,
         device=str(backbone.device) if backbone else 'cpu',
         dtype=dtype_of(backbone) if backbone else None,
-        threads=threads() if backbone else 1,
+        threads=torch_threads() if backbone else 1,
         platform=platform.platform(),
         versions=versions(),
         batch=job.batch,
@@ -69,7 +69,7 @@ def record_of(job: Job, method: Method, prepared: Any) -> Run:
     )
 
 
-def model_settings(job: Job, backbone: Backbone | None) -> dict[str, Setting]:
+def settings_of_model(job: Job, backbone: Backbone | None) -> dict[str, Setting]:
     """What of the model decides the results."""
     if backbone is None:
         return {}
@@ -80,7 +80,7 @@ def dtype_of(backbone: Backbone) -> str:
     return str(backbone.dtype).removeprefix('torch.')
 
 
-def threads() -> int:
+def torch_threads() -> int:
     """That torch uses, by whose number sums may round differently."""
     import torch
 

@@ -54,7 +54,10 @@ class RunTotals(BaseModel):
 
 
 class Run(BaseModel):
-    """run.json. model, dtype: None for a method that needs no model. requested: settings as asked for; settings: as used, all that decides the results; key: their sha256."""
+    """run.json. requested: settings as asked for; settings: as used, all that decides the results; key: their sha256.
+
+    model, dtype: None for a method that needs no model.
+    """
 
     status: Literal['running', 'finished', 'interrupted'] = 'running'
     padseg: str
@@ -89,7 +92,7 @@ class Recorded(NamedTuple):
     error: str | None
 
 
-def recorded(entry: Entry) -> Recorded:
+def as_recorded(entry: Entry) -> Recorded:
     return Recorded(line(entry), entry.status, entry.regions, entry.error)
 
 
@@ -100,4 +103,4 @@ def entry_of(record: Recorded) -> Entry:
 
 def read_records(path: Path) -> dict[str, Recorded]:
     """The last record of every picture in a manifest, by name. OutputConflict if it cannot be understood."""
-    return {entry.input: recorded(entry) for entry in read_lines(path, Entry)}
+    return {entry.input: as_recorded(entry) for entry in read_lines(path, Entry)}

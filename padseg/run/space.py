@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from padseg.images import Found, ImageError
-from padseg.images.decode import opened, reasons
+from padseg.images.decode import opened_file, reasons
 from padseg.run.job import Job, outputs
 from padseg.system.disk import free_space, human
 
@@ -45,7 +45,7 @@ def pixels(picture: Found, job: Job) -> int:
     """Pixels of the label map of a picture, from its file's header; 0 for what cannot be read."""
     try:
         with picture.path.open('rb') as file, reasons():
-            image = opened(file, job.reading)
+            image = opened_file(file, job.reading)
             return min(image.width * image.height, job.reading.shrink or image.width * image.height)
     except (ImageError, OSError):
         return 0

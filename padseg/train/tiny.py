@@ -329,7 +329,7 @@ def train(learner: nn.ModuleDict, run: Training, name: str) -> None:
                 reduce = partial(training_maps, shape=z.shape)
                 requests = {layer: Request(transformer.transformer_blocks[layer].attn, reduce) for layer in settings.supervised}
                 with watch(requests) as kept:
-                    transformer(noised(z, sigma, generator), embeds, pooled, sigma * 1000)
+                    transformer(noised_batch(z, sigma, generator), embeds, pooled, sigma * 1000)
             words = examples.words.to(device)  # (B, M, 77)
             named = words.any(dim=(1, 2))  # (B,)
             maps = [kept[layer] for layer in settings.supervised]  # (B, 77, h, w) each
@@ -468,7 +468,7 @@ def encode_batch(learner: nn.ModuleDict, tokenizers: tuple[Any, Any], captions: 
     return F.pad(embeds, (0, 0, 0, tiny.SLOTS)), torch.cat([output.text_embeds for output in outputs], -1)
 
 
-def noised(z: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
+def noised_batch(z: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(z.shape, generator=generator).to(z.device)
     return z + sigma[:, None, None, None] * (noise - z)
 

@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from padseg.backbones import flux, sd3
 from padseg.backbones.family import Dimensions, Family
-from padseg.backbones.layout import LAYOUTS, Layout, all_main, denoiser_in
+from padseg.backbones.layout import LAYOUTS, FamilyLayout, all_main, denoiser_in
 from padseg.backbones.loading import check_loadable, load_family
 from padseg.backbones.noise import ddpm_level, scheduled
 from padseg.backbones.parts import clip_tokenizer, read_text_encoders, tensors_needed
@@ -30,7 +30,7 @@ from padseg.train import tiny_model as tiny
 
 WORDS = ['a', 'cat', 'dog']
 SLOTS, WIDTH, LAYERS = 77, 16, 5  # blocks of transformers: two going down, one in the middle, two going up at full size
-LAYOUT = Layout(
+LAYOUT = FamilyLayout(
     denoiser='unet',
     network='UNet2DConditionModel',
     vae='AutoencoderKL',

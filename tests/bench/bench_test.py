@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from padseg.backbones import load as load_backbone
 from padseg.bench import engine, eval as scoring, flops, load, measure, model, reference, scale, sd3, vae
-from padseg.bench.setting import BenchSetting, bench_picture, open_backbone
+from padseg.bench.setting import BenchSetting, bench_backbone, bench_picture
 from padseg.evaluation.metrics import hungarian_counts, match_regions, widened
 from padseg.exports import read_label_map
 from padseg.methods.seg4diff import Options
@@ -243,7 +243,7 @@ def test_operations_of_the_whole_are_those_that_torch_counts(architecture, heigh
 def test_we_run_no_more_than_is_needed(architecture):
     """But for the expert block's queries of the text, and the modulation of what comes after its attention."""
     setting = setting_of(architecture)
-    backbone = open_backbone(setting)
+    backbone = bench_backbone(setting)
     options = Options(side=setting.side).resolve(backbone.spec)
     image = bench_picture(setting.side, 0)
     needed = sd3.operations(setting)['ours']

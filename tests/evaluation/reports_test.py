@@ -208,7 +208,7 @@ def test_a_region_has_the_colour_of_its_class_by_hand():
 
 def test_classes_are_painted_void_is_black_and_the_unmatched_are_striped():
     labels = np.repeat(np.array([[VOID, 0, 2, sheet.UNMATCHED]]), 4, 0)
-    drawn = sheet.coloured(labels, 3)
+    drawn = sheet.painted_labels(labels, 3)
     assert drawn.shape == (240, 240, 3) and drawn.dtype == np.uint8
     assert {tuple(colour) for colour in drawn[:, :60].reshape(-1, 3).tolist()} == {(0, 0, 0)}
     assert {tuple(colour) for colour in drawn[:, 60:120].reshape(-1, 3).tolist()} == {tuple(voc_colours()[1].tolist())}
@@ -219,7 +219,7 @@ def test_classes_are_painted_void_is_black_and_the_unmatched_are_striped():
 
 
 def test_more_classes_than_a_byte_has_have_colours():
-    colours = sheet.coloured(np.arange(300).reshape(15, 20), 300)[6::12, 6::12].reshape(-1, 3)
+    colours = sheet.painted_labels(np.arange(300).reshape(15, 20), 300)[6::12, 6::12].reshape(-1, 3)
     assert len({tuple(colour) for colour in colours.tolist()}) == 300
 
 

@@ -119,7 +119,7 @@ def test_hidden_regions_are_removed():
 
 
 @pytest.mark.parametrize(
-    'names, caption',
+    ('names', 'caption'),
     [
         (('stripes', 'disk', 'star'), 'a disk and a star on stripes'),
         (('rock', 'water', 'animal'), 'an animal on rock and water'),
