@@ -138,7 +138,8 @@ CALLS = {
 
 
 @pytest.mark.parametrize('call', CALLS.values(), ids=CALLS.keys())
-def test_every_command_line_parses(call):
+def test_every_command_line_parses(call, monkeypatch):
+    monkeypatch.chdir(ROOT)  # some paths have to exist
     if COMING.search(' '.join(call)):
         pytest.xfail('the command is being built')
     command = group.get_command(click.Context(group), call[0])
