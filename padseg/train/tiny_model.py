@@ -148,7 +148,7 @@ def pipeline(parts: Parts, words: list[str]) -> StableDiffusion3Pipeline:
     return StableDiffusion3Pipeline(
         transformer=parts.transformer,
         vae=parts.vae,
-        make_text_encoder=parts.text_encoder,
+        text_encoder=parts.text_encoder,
         text_encoder_2=parts.text_encoder_2,
         text_encoder_3=None,
         tokenizer=first,
