@@ -14,7 +14,7 @@ from padseg.system.versions import versions
 from padseg.version import __version__
 
 # Modules of padseg.commands, imported when asked for.
-COMMANDS = ('run', 'label', 'merge', 'export', 'eval', 'models', 'doctor')
+COMMANDS = ('run', 'label', 'merge', 'export', 'eval', 'analyze', 'train-tiny', 'models', 'doctor')
 INTERRUPTED = 130
 
 
@@ -27,7 +27,7 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f'padseg.commands.{cmd_name}').command
+        command: click.Command = importlib.import_module(f'padseg.commands.{cmd_name.replace("-", "_")}').command
         return command
 
 
