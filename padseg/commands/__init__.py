@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
 import click
 
 from padseg.errors import PadsegError
+from padseg.system import libraries
 from padseg.system.versions import versions
 from padseg.version import __version__
 
@@ -46,8 +46,7 @@ def group() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
-    for library in ('TRANSFORMERS', 'DIFFUSERS'):  # their advice is for programmers; the user's own choice stays
-        os.environ.setdefault(f'{library}_VERBOSITY', 'error')
+    libraries.quiet()
     try:
         return group.main(args=argv, prog_name='padseg', standalone_mode=False) or 0
     except click.ClickException as error:

@@ -9,8 +9,8 @@ import click
 
 from padseg.commands.label import names_of
 from padseg.methods.options import Options
+from padseg.system.libraries import require
 from padseg.system.progress import shown
-from padseg.system.versions import require
 
 FOLDER = click.Path(path_type=Path)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from padseg.system.versions import require
+from padseg.system.libraries import require
 from padseg.train.settings import TrainingSettings, without_masks
 
 POSITIVE = click.IntRange(min=1)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import platform
-
-from padseg.errors import PadsegError
 
 LIBRARIES = ('torch', 'diffusers', 'transformers', 'numpy', 'scipy', 'scikit-image', 'opencv-python', 'opencv-python-headless', 'pillow')
 
@@ -22,9 +19,3 @@ def version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def require(library: str, extra: str) -> None:
-    """Raises PadsegError where a library is missing; the extra of padseg installs it."""
-    if importlib.util.find_spec(library) is None:
-        raise PadsegError(f"this needs {library}, which is not installed: pip install 'padseg[{extra}]'")
