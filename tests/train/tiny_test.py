@@ -26,7 +26,8 @@ def train(out: pathlib.Path, *arguments: str, check: bool = True) -> subprocess.
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     out = tmp_path_factory.mktemp('run')
-    train(out, *STEPS)
+    ran = train(out, *STEPS)
+    assert ran.stderr == f'model in {out}/model\n'  # no words of libraries
     return out
 
 
