@@ -7,6 +7,7 @@ what pip is asked for, so that no test downloads anything. It hands all other co
 from __future__ import annotations
 
 import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -20,11 +21,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TOOLS = ('bash', 'env', 'readlink', 'rm')  # all that bin/ may need besides Python
 
-# $WORLD/log: what was asked; $WORLD/fail: the module that ends with 1; $WORLD/hold: pip says so in $WORLD/started, then waits for $WORLD/go
+# $WORLD/log: what was asked of which module or checking program; $WORLD/fail: the module that ends with 1;
+# $WORLD/hold: pip says so in $WORLD/started, then waits for $WORLD/go
 STAND_IN = """\
 #!/bin/bash
 arguments=("$@")
 while [[ ${1:-} == -[IS] ]]; do shift; done
+if [[ ${0##*/} != python* ]]; then
+    set -- -m "${0##*/}" "$@"
+fi
 if [[ ${1:-} == -c && ${2:-} == 'import cv2' ]]; then
     [[ ! -e $WORLD/no_display || -e $WORLD/headless ]]
     exit
@@ -38,7 +43,9 @@ printf '\\n' >>"$WORLD/log"
 case $module in
 venv)
     mkdir -p "$1/bin"
-    cp "$0" "$1/bin/python"
+    for name in python ruff lint-imports mypy pytest; do
+        cp "$0" "$1/bin/$name"
+    done
     ;;
 pip)
     echo 'Collecting torch'
@@ -108,6 +115,9 @@ class World(NamedTuple):
         calls = [line.split('|')[:-1] for line in log.read_text().splitlines()] if log.exists() else []
         return [call[1:] for call in calls if call[0] == module]
 
+    def install_log(self) -> Path:
+        return self.checkout / '.venv' / 'install.log'
+
     def hold_pip(self) -> None:
         (self.steering / 'hold').touch()
         for name in ('started', 'go'):
@@ -145,7 +155,12 @@ def world(tmp_path: Path) -> World:
 def test_the_first_start_installs_and_runs(world: World, tmp_path: Path) -> None:
     ran = world.run('run', '--dir', 'my pictures', '', cwd=tmp_path)
     assert (ran.returncode, ran.stdout) == (0, f'{tmp_path}|run|--dir|my pictures||')
-    assert 'Collecting torch' in ran.stderr
+    assert ran.stderr == (
+        f'padseg: making {world.checkout}/.venv\n'
+        'padseg: installing torch, diffusers and about 60 more (once; takes some minutes)\n'
+        'padseg: ready\n'
+    )
+    assert world.install_log().read_text() == 'Collecting torch\n'
     assert len(world.asked('venv')) == 1
     (call,) = world.asked('pip')
     assert call[0] == 'install'
@@ -207,14 +222,12 @@ def test_an_environment_made_by_hand_is_used(world: World) -> None:
 
 
 def test_each_extra_is_installed_once_and_holds_the_plain_installation(world: World) -> None:
-    test, train = world.checkout / 'bin' / 'test', world.checkout / 'bin' / 'train-tiny'
     for _ in range(2):
-        world.run('tests/a_test.py', program=test)
-        world.run(program=train)
+        world.run('tests/a_test.py', program=world.checkout / 'bin' / 'test')
+        world.run('train', program=world.checkout / 'bin' / 'environment')
         world.run()
     assert [call[-1] for call in world.asked('pip')] == ['.[test]', '.[train]']
     assert len(world.asked('venv')) == 1
-    assert world.asked('padseg.train.tiny') == [[], []]
 
 
 def test_two_starts_at_once_install_once(world: World) -> None:
@@ -275,13 +288,36 @@ def test_a_kill_in_the_middle_of_an_extra_is_noticed_by_the_plain_start(world: W
     assert (len(world.asked('venv')), len(world.asked('pip'))) == (2, 3)
 
 
+def test_a_terminal_sees_what_pip_is_at(world: World) -> None:
+    """Lines of the log in one that is written over, gone at the end."""
+    world.hold_pip()
+    ours, theirs = pty.openpty()
+    (world.path / 'sleep').symlink_to(str(shutil.which('sleep')))
+    process = subprocess.Popen(
+        (world.checkout / 'bin' / 'padseg',), env=world.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=theirs
+    )
+    os.close(theirs)
+    world.pip_started()
+    shown = b''
+    while b'Collecting torch' not in shown:
+        shown += os.read(ours, 1000)
+    (world.steering / 'go').write_text('\n')
+    process.communicate(timeout=60)
+    while not shown.endswith(b'ready\r\n'):
+        shown += os.read(ours, 1000)
+    os.close(ours)
+    assert process.returncode == 0
+    assert shown.endswith(b'\r\x1b[Kpadseg: ready\r\n')
+
+
 @pytest.mark.parametrize('module', ['venv', 'pip'])
 def test_a_failed_installation_says_so_and_the_next_try_works(world: World, module: str) -> None:
     (world.steering / 'fail').write_text(module)
     ran = world.run('run')
     assert (ran.returncode, ran.stdout) == (1, '')
-    assert 'ERROR: no space left on this device' in ran.stderr
-    assert ran.stderr.splitlines()[-1].startswith('padseg: ')
+    assert 'ERROR: no space left on this device\n' in ran.stderr
+    assert ran.stderr.splitlines()[-1].startswith('padseg: ') and ran.stderr.count('Collecting torch') == (module == 'pip')
+    assert (str(world.install_log()) in ran.stderr) == (module == 'pip')
     assert not world.asked('padseg')
     (world.steering / 'fail').unlink()
     assert world.run('run').returncode == 0
@@ -290,7 +326,7 @@ def test_a_failed_installation_says_so_and_the_next_try_works(world: World, modu
 def test_a_failed_extra_leaves_the_plain_installation_working(world: World) -> None:
     world.run()
     (world.steering / 'fail').write_text('pip')
-    assert world.run(program=world.checkout / 'bin' / 'train-tiny').returncode == 1
+    assert world.run(program=world.checkout / 'bin' / 'test').returncode == 1
     assert world.run().returncode == 0
     assert (len(world.asked('venv')), len(world.asked('pip'))) == (1, 2)
 
@@ -299,13 +335,15 @@ def test_a_server_without_a_display_takes_the_opencv_without_windows(world: Worl
     (world.steering / 'no_display').touch()
     assert world.run().returncode == 0
     assert [call[-1] for call in world.asked('pip')] == ['.', 'opencv-python-headless']
+    assert world.install_log().read_text() == 2 * 'Collecting torch\n'
 
 
 def test_settings_that_send_pip_elsewhere_are_left_out(world: World) -> None:
     stand_in(world.path / 'python3', STAND_IN.replace("echo 'Collecting torch'", 'echo "user=$PIP_USER target=${PIP_TARGET-}"'))
     environment = {**world.environment(), 'PIP_USER': '1', 'PIP_TARGET': '/nonexistent'}
     ran = subprocess.run((world.checkout / 'bin' / 'padseg',), env=environment, capture_output=True, text=True, timeout=60)
-    assert 'user=0 target=\n' in ran.stderr
+    assert ran.returncode == 0
+    assert world.install_log().read_text() == 'user=0 target=\n'
 
 
 def test_without_a_suitable_python_the_message_names_the_version(world: World) -> None:
@@ -335,10 +373,10 @@ def test_all_checks_run_in_order_and_the_tests_come_last(world: World, program: 
     ran = world.run(program=world.checkout / program)
     assert ran.returncode == 0
     log = [line.split('|')[0] for line in (world.steering / 'log').read_text().splitlines()]
-    assert log == ['venv', 'pip', 'ruff', 'flake8', 'mypy', 'pytest']
+    assert log == ['venv', 'pip', 'ruff', 'ruff', 'lint-imports', 'mypy', 'pytest']
 
 
-@pytest.mark.parametrize('module', ['ruff', 'flake8', 'mypy', 'pytest'])
+@pytest.mark.parametrize('module', ['lint-imports', 'mypy', 'pytest'])
 def test_one_failing_check_fails_the_whole_and_the_others_still_run(world: World, module: str) -> None:
     (world.steering / 'fail').write_text(module)
     ran = world.run(program=world.checkout / '.ci' / 'run')

@@ -146,7 +146,7 @@ def read_scheduler(family: Family, source: Source) -> Any:
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """None of transformers' progress bars while weights are read from disk; those of downloads stay."""
+    """None of transformers' progress bars while weights are read from disk or written to it; those of downloads stay."""
     from transformers.utils import logging as bars
 
     shown = bars.is_progress_bar_enabled()

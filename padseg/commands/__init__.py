@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
 import click
 
 from padseg.errors import PadsegError
+from padseg.system import libraries
 from padseg.system.versions import versions
 from padseg.version import __version__
 
 # Modules of padseg.commands, imported when asked for.
-COMMANDS = ('run', 'label', 'merge', 'export', 'eval', 'models', 'doctor')
+COMMANDS = ('run', 'label', 'merge', 'export', 'eval', 'analyze', 'train-tiny', 'models', 'doctor')
 INTERRUPTED = 130
 
 
@@ -27,7 +27,7 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f'padseg.commands.{cmd_name}').command
+        command: click.Command = importlib.import_module(f'padseg.commands.{cmd_name.replace("-", "_")}').command
         return command
 
 
@@ -46,8 +46,7 @@ def group() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
-    for library in ('TRANSFORMERS', 'DIFFUSERS'):  # their advice is for programmers; the user's own choice stays
-        os.environ.setdefault(f'{library}_VERBOSITY', 'error')
+    libraries.quiet()
     try:
         return group.main(args=argv, prog_name='padseg', standalone_mode=False) or 0
     except click.ClickException as error:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+import platform
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from padseg.errors import ModelUnavailable
+from padseg.backbones import DTYPES
+from padseg.errors import ModelUnavailable, UsageError
+from padseg.system.disk import free_space, human
+from padseg.system.machine import memory_available, memory_in_all, usable_cpus
+from padseg.system.versions import versions
+
+if TYPE_CHECKING:
+    from padseg.backbones.availability import Memory, State
 
 
 @click.command('doctor')
@@ -20,10 +29,132 @@ from padseg.errors import ModelUnavailable
 def command(model: str, revision: str | None, device: str | None, dtype: str | None, out: Path, as_json: bool) -> int:
     """Look at versions, processors, disk and memory, and whether a model can be loaded. Downloads nothing.
 
-    Exit code 0: a run can load the model, from here or from the hub. 4: it cannot, and the last lines say what to do.
+    Exit code 0: a run can load the model, from this disk or from the hub. 4: it cannot, and the last lines say what to do.
     """
-    from padseg.commands.doctor_report import as_lines, as_object, examine
-
     report = examine(model, revision, device, dtype, out)
     print(json.dumps(as_object(report)) if as_json else '\n'.join(as_lines(report)))
     return 0 if report.state.usable else ModelUnavailable.exit_code
+
+
+class Diagnosis(NamedTuple):
+    """What a run would work with. Sizes are bytes; None is what this machine does not say."""
+
+    versions: dict[str, str]
+    platform: str
+    cpus: int
+    threads: int
+    gpus: list[str]
+    mps: bool
+    device: str
+    dtype: str | None
+    device_memory: int | None  # free on the device, unless that is the CPU
+    memory: int | None
+    memory_free: int | None
+    needed: Memory | None
+    out: str
+    disk_free: int
+    cache: str
+    cache_free: int
+    offline: bool
+    token: bool
+    model: str
+    state: State
+    warnings: list[str]
+
+
+def examine(model: str, revision: str | None, device: str | None, dtype: str | None, out: Path) -> Diagnosis:
+    """Ask machine and hub; nothing is downloaded and no weights are read. UsageError for an unknown model, device or dtype."""
+    import torch
+    from huggingface_hub import constants, get_token, is_offline_mode
+
+    from padseg.backbones.availability import chosen_dtype, model_state, reckon_memory
+    from padseg.backbones.parts import choose_device
+
+    if dtype not in (None, *DTYPES):
+        raise UsageError(f'dtype is one of {", ".join(DTYPES)}; got {dtype}')
+    place = choose_device(device)
+    state, source = model_state(model, revision)
+    kind = dtype or (chosen_dtype(place, source) if source or place.type == 'cpu' else None)
+    report = Diagnosis(
+        versions=versions(),
+        platform=platform.platform(),
+        cpus=usable_cpus(),
+        threads=torch.get_num_threads(),
+        gpus=[torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
+        mps=torch.backends.mps.is_available(),
+        device=str(place),
+        dtype=kind,
+        device_memory=torch.cuda.mem_get_info(place)[0] if place.type == 'cuda' else None,
+        memory=memory_in_all(),
+        memory_free=memory_available(),
+        needed=reckon_memory(source, place, kind) if source and kind else None,
+        out=str(out),
+        disk_free=free_space(out),
+        cache=constants.HF_HUB_CACHE,
+        cache_free=free_space(Path(constants.HF_HUB_CACHE)),
+        offline=is_offline_mode(),
+        token=get_token() is not None,
+        model=model,
+        state=state,
+        warnings=[],
+    )
+    return report._replace(warnings=shortages(report))
+
+
+def shortages(report: Diagnosis) -> list[str]:
+    """A line with the remedy for each of disk, memory and device memory that has less free than a run needs."""
+    lines = []
+    if report.needed and report.device_memory is not None and report.device_memory < report.needed.device:
+        lines.append(
+            f'{report.device} has {human(report.device_memory)} free, the weights alone take {human(report.needed.device)}: '
+            'free it, or `--dtype float16`, or `--device cpu`'
+        )
+    memory = min((size for size in (report.memory, report.memory_free) if size is not None), default=None)
+    if report.needed and memory is not None and memory < report.needed.host:
+        lines.append(
+            f'{human(memory)} of memory is free, the weights alone take {human(report.needed.host)}: `--dtype bfloat16` halves them'
+        )
+    if report.state.download and report.cache_free < report.state.download:
+        lines.append(
+            f'{report.cache} has {human(report.cache_free)} free, the download takes {human(report.state.download)}: '
+            'set HF_HOME to another disk'
+        )
+    return lines
+
+
+def as_object(report: Diagnosis) -> dict[str, Any]:
+    """The report as one JSON object."""
+    values = report._asdict()
+    values['state'] = report.state._asdict()
+    values['needed'] = report.needed._asdict() if report.needed else None
+    return values
+
+
+def as_lines(report: Diagnosis) -> list[str]:
+    """The report for people."""
+    sizes = {
+        'memory': f'{known(report.memory)} in all, {known(report.memory_free)} free',
+        'weights': 'not known until the model is here'
+        if report.needed is None
+        else f'{human(report.needed.device)} on {report.device}, up to {human(report.needed.host)} of memory while loading'
+        ' (an estimate from their shapes; pictures come on top)',
+    }
+    token = 'a token' if report.token else 'no token'
+    rows = {
+        'versions': ', '.join(f'{name} {number}' for name, number in report.versions.items()),
+        'platform': report.platform,
+        'CPUs': f'{report.cpus}, {report.threads} threads',
+        'GPUs': ', '.join([*report.gpus, *(['MPS'] if report.mps else [])]) or 'none that torch can use',
+        'device': f'{report.device} ({report.dtype or "float16 for large models, else float32"})',
+        **sizes,
+        'disk': f'{human(report.disk_free)} free at {report.out}',
+        'hub': f'{token}, {"offline" if report.offline else "online"}, cache {report.cache} ({human(report.cache_free)} free)',
+        'model': f'{report.model}: {report.state.state}',
+        '': report.state.message,
+    }
+    width = max(map(len, rows))
+    return [f'{name:{width}}  {value}' for name, value in rows.items()] + [f'{"warning":{width}}  {line}' for line in report.warnings]
+
+
+def known(size: int | None) -> str:
+    return 'unknown' if size is None else human(size)

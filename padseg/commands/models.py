@@ -3,57 +3,43 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
-from padseg.backbones.spec import BACKBONES, CARDS
-from padseg.errors import ModelUnavailable
+from padseg.backbones.spec import BACKBONES
+from padseg.system.disk import human
 
-MEGABYTE = 1_000_000
+HEADS = ('name', 'here?', 'size', 'licence', 'gated', 'repo')
 
 
 @click.command('models')
 @click.option('--json', 'as_json', is_flag=True, help='print one JSON object')
-def command(as_json: bool) -> int:
-    """List the models that have a name: whether they are here, how large, on which terms, and their settings."""
+@click.option('-v', '--verbose', is_flag=True, help='also print the settings of every model')
+def command(as_json: bool, verbose: bool) -> int:
+    """List the models that have a name: whether they are here, their size on disk, and on which terms they may be used."""
+    from padseg.backbones.named import model_row
+
     rows = {name: model_row(name) for name in BACKBONES}
     if as_json:
         print(json.dumps(rows))
         return 0
-    width = max(map(len, rows))
-    for name, found in rows.items():
-        size = '' if found['bytes'] is None else f', {found["bytes"] / MEGABYTE:.1f} MB'
-        terms = f'{found["licence"]}{", gated" if found["gated"] else ""}'
-        print(f'{name:{width}}  {found["state"]}{size}; {terms}; {found["repo"]}')
-        print(f'{"":{width}}  {", ".join(f"{key} {value}" for key, value in found["settings"].items())}')
+    cells = {name: cells_of(name, row) for name, row in rows.items()}
+    widths = [max(map(len, column)) for column in zip(HEADS, *cells.values(), strict=True)]
+    print(aligned(HEADS, widths))
+    for name, row in rows.items():
+        print(aligned(cells[name], widths))
+        if verbose:
+            print(f'{"":{widths[0]}}  {", ".join(f"{key} {value}" for key, value in row["settings"].items())}')
     return 0
 
 
-def model_row(name: str) -> dict[str, Any]:
-    """A named model: repo, family, state, local, folder, bytes on disk, licence, gated, settings. Nothing is downloaded."""
-    from padseg.backbones.source import locate
-
-    spec, folder = BACKBONES[name], None
-    try:
-        source = locate(name, fetch=False)
-        spec, folder, state = source.spec, source.folder, 'here'
-    except ModelUnavailable as error:
-        state = 'not here' if error.state == 'offline and not cached' else error.state
-    settings = spec._asdict()
-    return {
-        'repo': settings.pop('repo'),
-        'family': settings.pop('family'),
-        'state': state,
-        'local': folder is not None,
-        'folder': str(folder) if folder else None,
-        'bytes': folder_size(folder) if folder else None,
-        **CARDS[name]._asdict(),
-        'settings': settings,
-    }
+def cells_of(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What stands in the columns HEADS."""
+    size = '' if row['bytes'] is None else human(row['bytes'])
+    return name, row['state'], size, row['licence'], 'yes' if row['gated'] else 'no', row['repo']
 
 
-def folder_size(folder: Path) -> int:
-    """Bytes of all files below."""
-    return sum(path.stat().st_size for path in folder.rglob('*') if path.is_file())
+def aligned(cells: tuple[str, ...], widths: list[int]) -> str:
+    return '  '.join(f'{cell:{width}}' for cell, width in zip(cells, widths, strict=True)).rstrip()

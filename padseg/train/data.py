@@ -13,6 +13,7 @@ from torch import Tensor
 
 from padseg.errors import NoImages
 from padseg.train.scenes import CLASSES, Scene, scene
+from padseg.train.settings import Mixture
 from padseg.train.tiny_model import SLOTS
 from padseg.types import Array
 
@@ -30,17 +31,6 @@ class Photographs(NamedTuple):
     pairs: tuple[tuple[pathlib.Path, tuple[pathlib.Path, ...]], ...]
     weight: float
     void: int | None
-
-
-class Mixture(NamedTuple):
-    """What a batch is made of. synthetic: share of scenes, where there are photographs; named: share of the scenes whose masks are
-    classes that the prompt names; others: most names in a prompt that the scene does not show; alone: share of the prompts without any.
-    """
-
-    synthetic: float
-    named: float = 0.0
-    others: int = 3
-    alone: float = 0.0
 
 
 class Batch(NamedTuple):

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import io
 import math
 import pathlib
-import shutil
+import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
-import click
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import get_wsd_schedule
+
+from padseg.errors import UsageError
+from padseg.system.files import atomic
 
 SHOWN = 20  # steps whose means are printed and drawn
-PIECE = 16 * 2**20  # bytes of one file of a checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,21 +46,20 @@ class Stage:
         return (step + 1) % self.save_every == 0 or step + 1 == self.steps
 
 
-def resume(stage: Stage, model: nn.Module, optimisers: Sequence[torch.optim.Optimizer], averaged: Sequence[Tensor] = ()) -> int:
-    """Load the stage's checkpoint if there is one; the step to go on with. UsageError for one that was made with other settings."""
-    folders = checkpoints(stage)
-    if not folders:
+def resume(stage: Stage, model: nn.Module, optimisers: Sequence[torch.optim.Optimizer], averaged: AveragedModel | None = None) -> int:
+    """Load the stage's checkpoint if it has one; the step to go on with. UsageError for one that was made with other settings."""
+    path = stage.file('.pt')
+    if not path.exists():
         write_rows(stage, [])
         return 0
-    pieces = io.BytesIO(b''.join(piece.read_bytes() for piece in sorted(folders[-1].iterdir())))
-    state = torch.load(pieces, map_location=stage.device, weights_only=True)
+    state = torch.load(path, map_location=stage.device, weights_only=True)
     if state['made_with'] != stage.made_with:
-        raise click.UsageError(f'{folders[-1]} was made with {state["made_with"]}, this run has {stage.made_with}: choose another --out')
+        raise UsageError(f'{path} was made with {state["made_with"]}, this run has {stage.made_with}: choose another --out')
     model.load_state_dict(state['model'])
     for optimiser, saved in zip(optimisers, state['optimisers'], strict=True):
         optimiser.load_state_dict(saved)
-    for weight, average in zip(averaged, state['averaged'], strict=True):
-        weight.copy_(average)
+    if averaged:
+        averaged.load_state_dict(state['averaged'])
     write_rows(stage, [row for row in read_rows(stage) if int(row['step']) < state['step']])  # what came after is done again
     return int(state['step'])
 
@@ -69,45 +70,25 @@ def finish_step(
     losses: Mapping[str, Tensor],
     model: nn.Module,
     optimisers: Sequence[torch.optim.Optimizer],
-    averaged: Sequence[Tensor] = (),
+    averaged: AveragedModel | None = None,
 ) -> None:
-    """Note the losses; now and then print them, save a checkpoint and draw the curves."""
+    """Note the losses; now and then print them on stderr, save a checkpoint and draw the curves."""
     row = {'step': step, 'time': round(time.time(), 1), **{name: round(value.item(), 5) for name, value in losses.items()}}
     with stage.file('.csv').open('a', newline='') as file:
         csv.DictWriter(file, ('step', 'time', *stage.columns)).writerow(row)
     if (step + 1) % SHOWN == 0:
-        click.echo(training_summary(stage, read_rows(stage)[-SHOWN:]), err=True)
+        print(training_summary(stage, read_rows(stage)[-SHOWN:]), file=sys.stderr, flush=True)
     if stage.saves_after(step):
         state = {
             'step': step + 1,
             'model': model.state_dict(),
             'optimisers': [optimiser.state_dict() for optimiser in optimisers],
-            'averaged': list(averaged),
+            'averaged': averaged.state_dict() if averaged else None,
             'made_with': stage.made_with,
         }
-        write_checkpoint(stage, state)
+        with atomic(stage.file('.pt')) as temporary, temporary.open('wb') as file:
+            torch.save(state, file)  # torch refuses to make hidden files itself
         draw_curves(stage)
-
-
-def checkpoints(stage: Stage) -> list[pathlib.Path]:
-    """The whole checkpoints of a stage, the newest last; more than one only where a training was stopped between writing and deleting."""
-    return sorted(path for path in stage.out.glob(f'{stage.name}.step-*') if path.suffix != '.partial')
-
-
-def write_checkpoint(stage: Stage, state: Mapping[str, Any]) -> None:
-    """OUT/<name>.step-000250/0000, 0001, ...: the state in pieces that any way to move files takes, in place of the one before."""
-    buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    before = checkpoints(stage)
-    folder = stage.file(f'.step-{state["step"]:06}')
-    partial = folder.with_name(f'{folder.name}.partial')
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    for number, start in enumerate(range(0, buffer.tell(), PIECE)):
-        (partial / f'{number:04}').write_bytes(buffer.getbuffer()[start : start + PIECE])
-    partial.rename(folder)
-    for old in before:
-        shutil.rmtree(old)
 
 
 def training_summary(stage: Stage, rows: Sequence[Mapping[str, str]]) -> str:
@@ -132,13 +113,11 @@ def write_rows(stage: Stage, rows: Sequence[Mapping[str, str]]) -> None:
 
 def draw_curves(stage: Stage) -> None:
     """OUT/<name>.png: the losses, each point the mean of 20 steps."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     rows = read_rows(stage)
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+    figure = Figure((7, 4))
+    axes = figure.add_subplot()
     for name in stage.columns:
         points = [(int(row['step']), float(row[name])) for row in rows if row[name]]
         means = [np.mean(points[i : i + SHOWN], axis=0) for i in range(0, len(points), SHOWN)]
@@ -148,27 +127,32 @@ def draw_curves(stage: Stage) -> None:
     axes.set_ylabel('loss')
     axes.set_yscale('log')
     axes.legend()
-    figure.savefig(stage.file('.png'), dpi=120)
-    pyplot.close(figure)
+    with atomic(stage.file('.png')) as temporary:
+        figure.savefig(temporary, format='png', dpi=120)
 
 
-def cosine(step: int, steps: int, warmup: int) -> float:
-    """Linear warm-up, then half a cosine down to 2 %."""
-    return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
+def cosine(optimiser: torch.optim.Optimizer, steps: int, warmup: int, start: int) -> LambdaLR:
+    """Linear warm-up, times half a cosine down to 2 %, from step `start` on; times the `initial_lr` of every group."""
+
+    def factor(step: int) -> float:
+        return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
+
+    return LambdaLR(optimiser, factor, last_epoch=start - 1)
 
 
-def trapezoid(step: int, steps: int, warmup: int, decay: float) -> float:
-    """Linear warm-up, level, linear decay over the last share of the steps: a stopped training can go on with more steps."""
-    return min(1.0, (step + 1) / warmup, (steps - step) / max(1.0, decay * steps))
+def trapezoid(optimiser: torch.optim.Optimizer, steps: int, warmup: int, decay: float, start: int) -> LambdaLR:
+    """Linear warm-up, level, linear decay over the last share of the steps, from step `start` on; times the `initial_lr` of every group.
+
+    A training that has ended can go on with more steps. Rates are one step ahead, as the schedule's first is 0.
+    """
+    return get_wsd_schedule(optimiser, warmup, round(decay * steps), steps + 1, decay_type='linear', last_epoch=start)
 
 
-def set_rate(optimiser: torch.optim.Optimizer, factor: float) -> None:
-    """Every group's own `rate` times the factor."""
-    for group in optimiser.param_groups:
-        group['lr'] = factor * group['rate']
+def moving_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
+    """How an AveragedModel follows the weights: exponentially, and faster in the first steps."""
 
+    def update(averaged: Sequence[Tensor], weights: Sequence[Tensor], number: Tensor | int) -> None:
+        step = int(number)
+        get_ema_multi_avg_fn(min(decay, (step + 1) / (step + 10)))(averaged, weights, number)
 
-@torch.no_grad()
-def follow_average(averaged: Sequence[Tensor], weights: Sequence[Tensor], step: int, decay: float) -> None:
-    """Move the averaged weights towards the present ones, faster in the first steps."""
-    torch._foreach_lerp_(list(averaged), list(weights), 1 - min(decay, (step + 1) / (step + 10)))
+    return update

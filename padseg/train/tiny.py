@@ -1,6 +1,6 @@
 """Train the embedded model from nothing: an autoencoder, then all of it with L = L_FM + lambda L_mask (Seg4Diff, Eqs. 12-13).
 
-Read it top to bottom: settings, data, autoencoder, the whole model, writing. Start it with bin/train-tiny.
+Read it top to bottom: data, autoencoder, the whole model, writing. `padseg train-tiny` starts it; what it is set to is in settings.py.
 """
 
 from __future__ import annotations
@@ -13,83 +13,32 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import click
 import cv2
 import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
 from padseg.backbones import load
+from padseg.backbones.parts import choose_device
 from padseg.backbones.recorder import Request, watch
 from padseg.backbones.sd3 import text_columns
 from padseg.exports.overlay import overlay
 from padseg.methods.seg4diff import segment
 from padseg.methods.stages.attention import token_attention
 from padseg.train import tiny_model as tiny
-from padseg.train.data import CELL, Batch, Mixture, batch, photographs
-from padseg.train.loop import Stage, cosine, finish_step, follow_average, resume, set_rate, trapezoid
+from padseg.train.data import CELL, Batch, batch, photographs
+from padseg.train.loop import Stage, cosine, finish_step, moving_average, resume, trapezoid
 from padseg.train.losses import affinity_loss, mask_loss, named_mask_loss, share_over_tokens
 from padseg.train.scenes import CLASSES, Scene, scene
+from padseg.train.settings import Course, Mixture, TrainingSettings
 from padseg.types import Array, Attention
 
 WORDS = sorted({word for name in CLASSES for word in name.split()} | {'a', 'an', 'and', 'in', 'of', 'on', 'the', 'two', 'with'})
 STAGES = ('autoencoder', 'together', 'transformer')
 HELD_OUT = 2**32  # seed of scenes that are looked at, not learnt
-
-
-@dataclasses.dataclass(frozen=True)
-class Course:
-    """How long and with what the transformer is trained, in one stage."""
-
-    steps: int
-    rate: float
-    encoder_rate: float  # of the autoencoder, which goes on learning; 0 leaves it as it is
-    mixtures: tuple[tuple[int, Mixture], ...]  # what examples are drawn from, each from a step on
-    warmup: int = 60  # steps
-    decay: float = 0.2  # share of the steps, at the end, over which the rate falls to nothing
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingSettings:
-    """Everything that decides the result, apart from the data; written beside the weights."""
-
-    seed: int = 0
-    vae_steps: int = 1800
-    vae_batch: int = 4  # new pictures a step
-    vae_crops: int = 4  # random crops of each
-    vae_side: int = 64  # pixels of a crop
-    vae_rate: float = 2e-3
-    vae_kl: float = 1e-3
-    vae_synthetic: float = 0.3  # share of scenes, when there are photographs
-    together: Course = Course(
-        steps=5200,
-        rate=6e-4,
-        encoder_rate=4e-4,
-        mixtures=((0, Mixture(synthetic=0.35, named=0.5, others=3)), (2500, Mixture(synthetic=0.55, named=0.65, others=len(CLASSES)))),
-    )
-    transformer: Course = Course(
-        steps=1600,
-        rate=4e-4,
-        encoder_rate=0.0,
-        mixtures=((0, Mixture(synthetic=0.6, named=0.75, others=len(CLASSES), alone=0.6)),),
-        decay=0.5,
-    )
-    size: int = 12  # new pictures a step
-    weight_decay: float = 0.02
-    layer: int = 4  # expert block
-    supervised: tuple[int, ...] = (3, 4)  # blocks whose token maps get the mask losses; none: flow matching only
-    noise: float = 0.15  # mask loss: sigma is uniform in 0..noise
-    mask_weight: float = 1.0  # lambda
-    affinity_weight: float = 1.0
-    words_weight: float = 1.0
-    flow_every: int = 10  # steps between two with the flow-matching loss
-    caption_dropout: float = 0.5
-    average: float = 0.998  # decay of the moving average of the weights that is kept
-
-    def course(self, stage: str) -> Course:
-        return {'together': self.together, 'transformer': self.transformer}[stage]
 
 
 # The row that a trained model is run with, chosen on the validation splits of BSDS500 and CamVid.
@@ -105,46 +54,24 @@ ROW = {
 }
 
 
-@click.command(context_settings={'show_default': True})
-@click.option('--out', type=click.Path(path_type=pathlib.Path), default=pathlib.Path('runs/tiny'), help='checkpoints, curves and the model')
-@click.option('--data', multiple=True, metavar='FOLDER[=WEIGHT[=VOID]]', help='annotated photographs: FOLDER/images and FOLDER/labels')
-@click.option('--vae-steps', type=click.IntRange(1), default=TrainingSettings.vae_steps, help='steps of the autoencoder alone')
-@click.option('--steps', type=click.IntRange(1), default=TrainingSettings.together.steps, help='steps of all parts together')
-@click.option(
-    '--transformer-steps', type=click.IntRange(0), default=TrainingSettings.transformer.steps, help='then, without the autoencoder'
-)
-@click.option('--start', type=click.Path(exists=True, path_type=pathlib.Path), help='a model of this program, for the last stage alone')
-@click.option('--seed', type=int, default=TrainingSettings.seed)
-@click.option('--masks/--no-masks', default=True, help='without: flow matching at every step and no mask losses, a twin to compare with')
-@click.option('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-@click.option('--workers', type=click.IntRange(0), default=1, help='processes that make examples')
-@click.option('--save-every', type=click.IntRange(1), default=250, help='steps between two checkpoints')
-def main(
+def train_tiny(
     out: pathlib.Path,
-    data: tuple[str, ...],
-    vae_steps: int,
-    steps: int,
-    transformer_steps: int,
-    start: pathlib.Path | None,
-    seed: int,
-    masks: bool,
-    device: str,
-    workers: int,
-    save_every: int,
-) -> None:
-    """Train the embedded model; the same command again goes on where a stopped one was."""
-    settings = TrainingSettings(
-        seed=seed,
-        vae_steps=vae_steps,
-        together=dataclasses.replace(TrainingSettings.together, steps=steps),
-        transformer=dataclasses.replace(TrainingSettings.transformer, steps=transformer_steps),
-    )
-    if not masks:
-        settings = dataclasses.replace(settings, supervised=(), flow_every=1)
+    settings: TrainingSettings,
+    data: Sequence[str] = (),
+    start: pathlib.Path | None = None,
+    device: str | None = None,
+    workers: int = 1,
+    save_every: int = 250,
+) -> pathlib.Path:
+    """Train in all stages, or with `start` from that model in the last one alone; a stopped training goes on. The model's folder.
+
+    data: folders of annotated photographs, as `photographs` reads them; workers: processes that make examples; save_every: steps
+    between two checkpoints. UsageError where `out` has a checkpoint of other settings.
+    """
     out.mkdir(parents=True, exist_ok=True)
     leave_cores(0)  # here too: a worker that is forked from a process with OpenCV's threads hangs when it ends them
     torch.manual_seed(settings.seed)
-    run = Training(out, settings, data, str(start) if start else None, torch.device(device), workers, save_every)
+    run = Training(out, settings, tuple(data), str(start) if start else None, choose_device(device), workers, save_every)
     if start:
         learner = learner_of(tiny.read_tiny(start, WORDS), run)
     else:
@@ -152,9 +79,9 @@ def main(
         train_autoencoder(parts, run)
         learner = learner_of(parts, run)
         train(learner, run, 'together')
-    if transformer_steps:
+    if settings.transformer.steps:
         train(learner, run, 'transformer')
-    click.echo(f'model in {out / "model"}', err=True)
+    return run.model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +95,10 @@ class Training:
     device: torch.device
     workers: int
     save_every: int
+
+    @property
+    def model(self) -> pathlib.Path:
+        return self.out / 'model'
 
     def batches(self, stage: str, start: int, stop: int, size: int) -> Iterator[Batch]:
         """Batches number start..stop-1 of a stage, made ahead in other processes; number i is the same in every run."""
@@ -217,11 +148,11 @@ class Examples(torch.utils.data.Dataset[Batch]):
 def train_autoencoder(parts: tiny.Parts, run: Training) -> None:
     """Reconstruction with a slight KL term."""
     settings, vae = run.settings, parts.vae.to(run.device, memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW([{'params': list(vae.parameters()), 'rate': settings.vae_rate}], weight_decay=0.0)
+    optimiser = torch.optim.AdamW([{'params': list(vae.parameters()), 'initial_lr': settings.vae_rate}], weight_decay=0.0)
     stage = run.stage('autoencoder', settings.vae_steps, settings.vae_batch, ('reconstruction',))
     start = resume(stage, vae, [optimiser])
+    schedule = cosine(optimiser, settings.vae_steps, 50, start)
     for step, examples in enumerate(run.batches(stage.name, start, settings.vae_steps, settings.vae_batch), start):
-        set_rate(optimiser, cosine(step, settings.vae_steps, 50))
         generator = torch.Generator().manual_seed(settings.seed + step)
         pixels = random_crops(examples.images, settings.vae_crops, settings.vae_side, generator).to(run.device)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
@@ -232,6 +163,7 @@ def train_autoencoder(parts: tiny.Parts, run: Training) -> None:
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimiser.step()
+        schedule.step()
         finish_step(stage, step, {'reconstruction': loss}, vae, [optimiser])
         if stage.saves_after(step):
             draw_rebuilt(vae, stage)
@@ -297,13 +229,12 @@ def train(learner: nn.ModuleDict, run: Training, name: str) -> None:
     vae: Any = learner['vae']
     transformer: Any = learner['transformer']
     statistics = learner.get_buffer('statistics')
-    averaged = [weight.detach().clone() for weight in learner.parameters()]
+    averaged = AveragedModel(learner, multi_avg_fn=moving_average(settings.average))
     optimisers = make_optimisers(learner, settings, course)
     stage = run.stage(name, course.steps, settings.size, ('reconstruction', 'mask', 'affinity', 'words', 'flow'))
     start = resume(stage, learner, optimisers, averaged)
+    schedules = [trapezoid(optimiser, course.steps, course.warmup, course.decay, start) for optimiser in optimisers]
     for step, examples in enumerate(run.batches(name, start, course.steps, settings.size), start):
-        for optimiser in optimisers:
-            set_rate(optimiser, trapezoid(step, course.steps, course.warmup, course.decay))
         generator = torch.Generator().manual_seed(settings.seed + step)
         pixels = examples.images.to(device).contiguous(memory_format=torch.channels_last)  # (B, 3, H, W)
         masks = examples.masks.to(device).float() / CELL**2  # (B, M, H/8, W/8)
@@ -353,33 +284,29 @@ def train(learner: nn.ModuleDict, run: Training, name: str) -> None:
             optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
-        for optimiser in optimisers:
+        for optimiser, schedule in zip(optimisers, schedules, strict=True):
             optimiser.step()
-        follow_average(averaged, list(learner.parameters()), step, settings.average)
+            schedule.step()
+        averaged.update_parameters(learner)
         finish_step(stage, step, losses, learner, optimisers, averaged)
         if stage.saves_after(step):
-            write_model(learner, averaged, run)
-            draw_regions(stage)
-    with torch.no_grad():
-        for weight, average in zip(learner.parameters(), averaged, strict=True):
-            weight.copy_(average)
+            write_model(averaged.module, run)
+            draw_regions(run.model, stage)
+    learner.load_state_dict(averaged.module.state_dict())
 
 
-@torch.no_grad()
-def write_model(learner: nn.ModuleDict, averaged: list[Tensor], run: Training) -> None:
-    """OUT/model: the averaged weights, as a folder that padseg loads, with the row they are run with."""
-    kept = copy.deepcopy(learner)
-    for weight, average in zip(kept.parameters(), averaged, strict=True):
-        weight.copy_(average)
-    parts: Any = tiny.Parts(**{name: kept[name].cpu() for name in tiny.Parts._fields})
+def write_model(learner: nn.Module, run: Training) -> None:
+    """OUT/model: the parts as a folder that padseg loads, with the row they are run with."""
+    kept: Any = copy.deepcopy(learner).cpu()
+    parts: Any = tiny.Parts(**{name: kept[name] for name in tiny.Parts._fields})
     mean, deviation = kept.get_buffer('statistics').tolist()
     parts.vae.register_to_config(shift_factor=mean, scaling_factor=1 / deviation)
     row = {'layers': tiny.TRANSFORMER['num_layers'], 'layer': run.settings.layer, **ROW}
-    tiny.save_tiny(parts, WORDS, run.out / 'model', row)
+    tiny.save_tiny(parts, WORDS, run.model, row)
 
 
 def make_optimisers(learner: nn.ModuleDict, settings: TrainingSettings, course: Course) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al. 2024) for the matrices of attention and MLP, AdamW for the rest; `rate` of each group is its rate at full."""
+    """Muon (Jordan et al. 2024) for the matrices of attention and MLP, AdamW for the rest; a group's `initial_lr` is its full rate."""
     named = dict(learner.named_parameters())
     inner = {
         name for name, weight in named.items() if weight.ndim == 2 and 'transformer_blocks' in name and ('.attn.' in name or '.ff' in name)
@@ -388,12 +315,12 @@ def make_optimisers(learner: nn.ModuleDict, settings: TrainingSettings, course: 
     rest = named.keys() - inner - encoder
     rate, decay = course.rate, settings.weight_decay
     muon = torch.optim.Muon(
-        [{'params': [named[name] for name in sorted(inner)], 'rate': rate}], weight_decay=decay, adjust_lr_fn='match_rms_adamw'
+        [{'params': [named[name] for name in sorted(inner)], 'initial_lr': rate}], weight_decay=decay, adjust_lr_fn='match_rms_adamw'
     )
     groups: list[dict[str, Any]] = [
-        {'params': [named[name] for name in sorted(rest) if named[name].ndim > 1], 'rate': rate, 'weight_decay': decay},
-        {'params': [named[name] for name in sorted(rest) if named[name].ndim <= 1], 'rate': rate},
-        {'params': [named[name] for name in sorted(encoder)], 'rate': course.encoder_rate},
+        {'params': [named[name] for name in sorted(rest) if named[name].ndim > 1], 'initial_lr': rate, 'weight_decay': decay},
+        {'params': [named[name] for name in sorted(rest) if named[name].ndim <= 1], 'initial_lr': rate},
+        {'params': [named[name] for name in sorted(encoder)], 'initial_lr': course.encoder_rate},
     ]
     return [muon, torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, foreach=True)]
 
@@ -435,7 +362,7 @@ def held_out(count: int = 8, height: int = 208, width: int = 320) -> list[Scene]
 
 @torch.no_grad()
 def draw_rebuilt(vae: Any, stage: Stage) -> None:
-    """OUT/autoencoder.sheet.png: held-out scenes and, below each, what the autoencoder makes of it."""
+    """OUT/autoencoder.sheet.png: held-out scenes, each over what the autoencoder makes of it."""
     images = [each.image for each in held_out()]
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().to(stage.device) / 127.5 - 1
     decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample
@@ -443,9 +370,9 @@ def draw_rebuilt(vae: Any, stage: Stage) -> None:
     write_training_sheet(images, rebuilt, stage)
 
 
-def draw_regions(stage: Stage) -> None:
-    """OUT/<stage>.sheet.png: held-out scenes and, below each, the regions that the model written so far finds in it."""
-    backbone = load(str(stage.out / 'model'), device=stage.device.type)
+def draw_regions(model: pathlib.Path, stage: Stage) -> None:
+    """OUT/<stage>.sheet.png: held-out scenes, each over the regions that the model written so far finds in it."""
+    backbone = load(str(model), device=stage.device.type)
     images = [each.image for each in held_out()]
     write_training_sheet(images, [overlay(image, segment(image, backbone).labels) for image in images], stage)
 
@@ -483,7 +410,3 @@ def training_maps(seen: Attention, shape: torch.Size) -> Tensor:
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device.type, torch.bfloat16)
-
-
-if __name__ == '__main__':
-    main()

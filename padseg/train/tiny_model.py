@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from padseg.backbones.parts import without_bars
 from padseg.errors import ModelUnavailable
 
 SLOTS = 77  # tokens of a CLIP prompt
@@ -159,7 +160,7 @@ def pipeline(parts: Parts, words: list[str]) -> StableDiffusion3Pipeline:
 
 
 def read_tiny(folder: pathlib.Path, words: list[str]) -> Parts:
-    """The parts that `save` wrote, in float32. ModelUnavailable for a folder without them, or whose text encoders know other words."""
+    """The parts that `save_tiny` wrote, in float32. ModelUnavailable for a folder without them, or whose text encoders know other words."""
     try:
         parts = Parts(
             read_tiny_part(SD3Transformer2DModel, folder / 'transformer'),
@@ -184,5 +185,6 @@ def read_tiny_part(kind: Any, folder: pathlib.Path) -> Any:
 
 def save_tiny(parts: Parts, words: list[str], folder: pathlib.Path, row: dict[str, Any], dtype: torch.dtype = torch.float16) -> None:
     """Write the pipeline as safetensors of the given type in diffusers' layout, with the backbone's row in `padseg.json`."""
-    pipeline(parts, words).to(dtype=dtype).save_pretrained(folder, safe_serialization=True)
+    with without_bars():
+        pipeline(parts, words).to(dtype=dtype).save_pretrained(folder, safe_serialization=True)
     (folder / 'padseg.json').write_text(json.dumps(row, indent=2) + '\n')

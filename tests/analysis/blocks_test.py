@@ -1,12 +1,8 @@
-"""The analysis of blocks against whole matrices and loops, on small random models of both families; and the program."""
+"""The analysis of blocks against whole matrices and loops, on small random models of both families."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -36,8 +32,6 @@ from padseg.methods.stages.labels import upsample
 from padseg.methods.stages.latents import encode
 from padseg.methods.stages.token_maps import attention_maps
 from padseg.types import Attention
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(params=['backbone', 'backbone35', 'flux'])
@@ -192,22 +186,3 @@ def test_words_are_counted_for_the_classes_of_the_picture(backbone, picture):
     assert word_counts(picture, np.full_like(truth, 255), backbone, names, options) == {}
     ious = [((truth == n) & (pred == n)).sum() / (((truth == n) | (pred == n)) & (truth != 255)).sum() for n in (0, 2)]
     assert mean_iou([{}, counts])[cell] == pytest.approx(np.mean(ious))
-
-
-def test_the_program_measures_and_draws(tmp_path, sd3_folder):
-    command = [sys.executable, str(ROOT / 'bin' / 'analyse'), 'data/images', 'data/labels', str(tmp_path), '--model', str(sd3_folder)]
-    (tmp_path / 'classes.txt').write_text('cat\ndog\n')
-    options = ['--count', '1', '--classes-file', str(tmp_path / 'classes.txt')]
-    ran = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    results = json.loads((tmp_path / 'analysis.json').read_text())
-    assert results['pictures'] == 1 and len(results['norms']) == 4
-    table = {(each['step'], each['layer'], each['head']): each['covering'] for each in results['covering']}
-    step = next(step for step, _, head in table if head is not None)
-    for line in ran.stdout.split('block   mean')[1].split('\n\n')[0].splitlines()[1:]:
-        layer, *values = line.split()
-        assert float(values[0]) == pytest.approx(table[step, int(layer), None], abs=1e-4)
-    assert len(results['words_miou']) == 4 * 3 and all(0 <= each['miou'] <= 1 for each in results['words_miou'])
-    assert (tmp_path / 'maps.png').stat().st_size > 1000
-    lost = subprocess.run([*command[:2], 'data/images', 'data/benchmarks', str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert lost.returncode == 1 and 'there are no PNG files' in lost.stderr

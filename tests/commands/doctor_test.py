@@ -21,7 +21,8 @@ from support.replies import Replies
 
 from padseg.backbones import availability, load
 from padseg.backbones.spec import BACKBONES, CARDS
-from padseg.commands import doctor_report as doctor, main
+from padseg.commands import doctor, main
+from padseg.system import machine as limits
 from padseg.system.disk import human
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -312,7 +313,7 @@ def test_the_report_for_people(tmp_path):
     assert [line.split()[0] for line in lines[:-1]] == [
         *('versions', 'platform', 'CPUs', 'GPUs', 'device', 'memory', 'weights', 'disk', 'hub', 'model')
     ]
-    assert 'torch 2.' in lines[0] and lines[4].endswith('cpu (float32)') and 'a reckoning' in lines[6]
+    assert 'torch 2.' in lines[0] and lines[4].endswith('cpu (float32)') and 'an estimate' in lines[6]
     assert f'free at {tmp_path}/not/yet' in lines[7] and 'no token, online' in lines[8]
     assert lines[9].endswith('tiny: ready') and 'without a network' in lines[10]
     assert not (tmp_path / 'not').exists()
@@ -388,14 +389,14 @@ def test_shortages_are_named_with_a_remedy(tmp_path):
 
 def test_memory_of_the_machine_and_of_a_container(tmp_path, monkeypatch):
     for name in ('MEMINFO', 'CONTAINER'):
-        monkeypatch.setattr(doctor, name, tmp_path / name)
+        monkeypatch.setattr(limits, name, tmp_path / name)
     machine = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-    assert (doctor.memory_in_all(), doctor.memory_available()) == (machine, None)
+    assert (limits.memory_in_all(), limits.memory_available()) == (machine, None)
     (tmp_path / 'MEMINFO').write_text('MemTotal:       900 kB\nMemFree:          1 kB\nMemAvailable:   300 kB\n')
-    assert doctor.memory_available() == 300 * 1024
+    assert limits.memory_available() == 300 * 1024
     for text, expected in (('max\n', machine), ('4096\n', 4096), (f'{2 * machine}\n', machine)):
         (tmp_path / 'CONTAINER').write_text(text)
-        assert doctor.memory_in_all() == expected
+        assert limits.memory_in_all() == expected
 
 
 @pytest.mark.parametrize(
@@ -430,13 +431,18 @@ def test_models_say_what_is_cached(tmp_path, sd3_folder):
     assert rows['sd3']['settings']['layers'] == 4 and rows['sd3.5']['settings']['layers'] == 24
     assert f'license: {rows["tiny"]["licence"].lower()}' in (ROOT / 'padseg/models/tiny/README.md').read_text(encoding='utf-8')
     ran = python('-m', 'padseg', 'models', **environment)
-    assert re.findall(r'^(\S+) +([a-z ]+)', ran.stdout, re.MULTILINE) == [
-        ('tiny', 'here'),
-        ('sd3', 'here'),
-        ('sd3.5', 'incomplete'),
-        ('flux', 'not here'),
+    heads, *lines = ran.stdout.splitlines()
+    starts = [heads.index(head) for head in ('name', 'here?', 'size', 'licence', 'gated', 'repo')]
+    table = [[line[start:end].strip() for start, end in zip(starts, [*starts[1:], None], strict=True)] for line in lines]
+    assert [(name, state, gated) for name, state, _, _, gated, _ in table] == [
+        ('tiny', 'here', 'no'),
+        ('sd3', 'here', 'yes'),
+        ('sd3.5', 'incomplete', 'yes'),
+        ('flux', 'not here', 'yes'),
     ]
-    assert 'gated' in ran.stdout.splitlines()[2] and 'layers 4, layer 2' in ran.stdout.splitlines()[3]
+    assert table[1][2:4] == [human(rows['sd3']['bytes']), rows['sd3']['licence']] and table[3][5] == BACKBONES['flux'].repo
+    verbose = python('-m', 'padseg', 'models', '--verbose', **environment).stdout.splitlines()
+    assert [verbose[0], *verbose[1::2]] == [heads, *lines] and 'layers 4, layer 2' in verbose[4]
 
 
 def test_readme_names_every_state():

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from padseg.commands import COMMANDS
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -23,7 +25,7 @@ def test_the_command_line_is_imported_without_torch() -> None:
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, 'False\n', '')
 
 
-@pytest.mark.parametrize('command', [(), ('run',), ('label',), ('export',), ('eval',), ('models',), ('doctor',)])
+@pytest.mark.parametrize('command', [(), *((name,) for name in COMMANDS)])
 def test_help_answers_where_torch_cannot_be_imported(command: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / 'torch.py').write_text("raise ImportError('no torch here')\n")
     assert 'no torch here' in fresh_python('-c', 'import torch', PYTHONPATH=str(tmp_path)).stderr

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import cv2
@@ -18,7 +15,6 @@ from padseg.train.data import (
     MAX_MASKS,
     ROWS,
     VIEWS,
-    Mixture,
     batch,
     class_masks,
     crop,
@@ -29,6 +25,7 @@ from padseg.train.data import (
     word_weights,
 )
 from padseg.train.scenes import CLASSES, Scene
+from padseg.train.settings import Mixture
 from padseg.train.tiny_model import SLOTS
 
 ROOT = Path(__file__).parents[2]
@@ -59,26 +56,6 @@ def test_photographs_are_paired_by_stem_and_only_train_is_read(folder):
     assert [path.stem for path, _ in found.pairs] == ['a', 'b', 'c']
     assert all(len(maps) == 2 for _, maps in found.pairs)
     assert (found.weight, found.void) == (2.5, 255)
-
-
-def test_packed_photographs_are_the_same_pairs_in_one_small_file(folder, tmp_path):
-    packed = tmp_path / 'packed.zip'
-    command = [sys.executable, ROOT / 'bin/pack-photographs', packed, folder, '--side', '60']
-    subprocess.run(command, check=True, capture_output=True)
-    with zipfile.ZipFile(packed) as file:
-        file.extractall(tmp_path / 'there')
-    before, after = photographs(str(folder)).pairs, photographs(str(tmp_path / 'there' / folder.name)).pairs
-    assert [(path.name, [each.name for each in maps]) for path, maps in after] == [
-        (path.name, [each.name for each in maps]) for path, maps in before
-    ]
-    image, labels = cv2.imread(str(after[0][0])), cv2.imread(str(after[0][1][0]), cv2.IMREAD_UNCHANGED)
-    assert image.shape == (60, 80, 3) and labels.shape == (60, 80)
-    assert (labels[:, 40:] == 9).all() and (labels[6:, :40] == 3).all() and (labels[:4, :4] == 255).all()
-    assert image[:, 45:].mean() - image[:, :35].mean() > 150
-    subprocess.run([*command[:-1], '120'], check=True, capture_output=True)
-    with zipfile.ZipFile(packed) as file:
-        name = f'{folder.name}/images/train/{before[0][0].name}'
-        assert file.read(name) == before[0][0].read_bytes()
 
 
 def test_a_folder_without_pairs_says_what_is_expected(tmp_path):

@@ -1,0 +1,105 @@
+"""The blocks of a model, measured on a folder of pictures with labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from padseg.analysis.blocks import Cell, anatomy, best, grouping, mean_iou, word_counts
+from padseg.backbones import Backbone
+from padseg.datasets.own import label_folder
+from padseg.errors import NoImages
+from padseg.evaluation.metrics import region_scores
+from padseg.images import read
+from padseg.methods.options import LabelOptions, Options
+from padseg.methods.stages.latents import encode
+from padseg.system.progress import Progress
+from padseg.types import Array, Image
+
+STEPS = (1, 2, 4, 7, 10, 14, 18, 22, 25, 28)  # from the end of the schedule, where maps are read
+
+
+class Analysis(NamedTuple):
+    """What was measured, means over the pictures.
+
+    step: where heads were read; steps: where means of heads were; one_region: covering by one region for the whole picture;
+    coverings: of each cell, in 0..1, at the threshold that is best for all pictures; words: mIoU by the words of a prompt of each cell,
+    in 0..1, empty without classes; groups: kinds of tokens; shares: (layers, G, G) of attention; norms: (layers, G) of values.
+    """
+
+    model: str
+    weights: str
+    pictures: int
+    normalisation: str
+    step: int
+    steps: list[int]
+    one_region: float
+    coverings: dict[Cell, float]
+    words: dict[Cell, float]
+    groups: list[str]
+    shares: Array
+    norms: Array
+
+
+def labelled_pictures(images: Path, labels: Path, count: int) -> list[tuple[Image, Array]]:
+    """Pictures (H, W, 3) with their regions (H, W), the first `count` by name; the first annotator counts. NoImages if there are none."""
+    files = {path.stem: path for path in sorted(images.iterdir()) if path.is_file()}
+    dataset = label_folder(labels, None, pictures=files)
+    samples = [sample for sample in dataset.samples if sample.name in files][:count]
+    if not samples:
+        raise NoImages(f'no picture of {images} has labels in {labels}')
+    return [(read(files[sample.name]), dataset.read(sample)[0]) for sample in samples]
+
+
+def analyze(
+    pairs: Sequence[tuple[Image, Array]], backbone: Backbone, options: Options, classes: Sequence[str], progress: Progress
+) -> Analysis:
+    """All that is measured of a model that was loaded whole: on pictures (H, W, 3) with regions (H, W).
+
+    classes: names of the values of the regions, from 0; with none words are not measured. UsageError if the model was not loaded whole.
+    """
+    resolved = options.resolve(backbone.spec)
+    steps = [step for step in STEPS if step <= backbone.spec.steps]
+    scores, anatomies, one_region, counts = [], [], [], []
+    progress.start(len(pairs))
+    for image, truth in pairs:
+        scores.append(grouping(image, truth, backbone, options, steps))
+        anatomies.append(anatomy(encode(image, backbone, resolved), backbone))
+        one_region.append(region_scores(truth, np.ones_like(truth)).covering)
+        if classes:
+            counts.append(word_counts(image, truth, backbone, classes, LabelOptions()))
+        progress.step()
+    progress.close()
+    return Analysis(
+        model=backbone.identity.model,
+        weights=backbone.identity.weights,
+        pictures=len(pairs),
+        normalisation=resolved.normalisation,
+        step=resolved.step,
+        steps=steps,
+        one_region=float(np.mean(one_region)),
+        coverings=best(scores),
+        words=mean_iou(counts),
+        groups=anatomies[0]['groups'],
+        shares=np.mean([measured['shares'] for measured in anatomies], axis=0),
+        norms=np.mean([measured['norms'] for measured in anatomies], axis=0),
+    )
+
+
+def as_object(analysis: Analysis) -> dict[str, Any]:
+    """What OUT/analysis.json holds."""
+    return {
+        'model': analysis.model,
+        'weights': analysis.weights,
+        'pictures': analysis.pictures,
+        'normalisation': analysis.normalisation,
+        'one_region': analysis.one_region,
+        'covering': [{**cell._asdict(), 'covering': value} for cell, value in analysis.coverings.items()],
+        'words_miou': [{**cell._asdict(), 'miou': value} for cell, value in analysis.words.items()],
+        'groups': analysis.groups,
+        'shares': analysis.shares.tolist(),
+        'norms': analysis.norms.tolist(),
+    }

@@ -1,0 +1,63 @@
+"""`padseg train-tiny`: the embedded model, trained from nothing or trained further."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import click
+
+from padseg.system.libraries import require
+from padseg.train.settings import TrainingSettings, without_masks
+
+POSITIVE = click.IntRange(min=1)
+DEFAULTS = TrainingSettings()
+
+
+@click.command('train-tiny', context_settings={'show_default': True})
+@click.option('--out', type=click.Path(path_type=Path), default='runs/tiny', help='folder for checkpoints, curves and the model')
+@click.option('--data', multiple=True, metavar='FOLDER[=WEIGHT[=VOID]]', help='annotated photographs; may be repeated')
+@click.option('--vae-steps', type=POSITIVE, default=DEFAULTS.vae_steps, help='steps of the autoencoder alone')
+@click.option('--steps', type=POSITIVE, default=DEFAULTS.together.steps, help='then steps of all parts together')
+@click.option(
+    '--transformer-steps', type=click.IntRange(min=0), default=DEFAULTS.transformer.steps, help='then steps without the autoencoder'
+)
+@click.option('--start', type=click.Path(exists=True, path_type=Path), help='a model of this command to train further, in the last stage')
+@click.option('--seed', type=int, default=DEFAULTS.seed, help='of all random numbers')
+@click.option('--masks/--no-masks', default=True, help='without: flow matching alone, at every step; a twin to compare with')
+@click.option('--device', help='cpu, cuda, cuda:1, mps, … (default: the best there is)')
+@click.option('--workers', type=click.IntRange(min=0), default=1, help='processes that make examples')
+@click.option('--save-every', type=POSITIVE, default=250, help='steps between two checkpoints')
+def command(
+    out: Path,
+    data: tuple[str, ...],
+    vae_steps: int,
+    steps: int,
+    transformer_steps: int,
+    start: Path | None,
+    seed: int,
+    masks: bool,
+    device: str | None,
+    workers: int,
+    save_every: int,
+) -> int:
+    """Train the embedded model: on synthetic scenes and, with --data, on annotated photographs.
+
+    FOLDER has images/x.jpg with labels/x.png, or x_0.png, x_1.png, … of several annotators; with train/ inside where there are splits.
+    WEIGHT says how often it is drawn, VOID which label is void. The same command again continues a training that was stopped.
+    Results: OUT/model, a folder for --model; for each stage a checkpoint, curves and a sheet of predictions.
+    """
+    require('matplotlib', 'train')
+    from padseg.train.tiny import train_tiny
+
+    settings = dataclasses.replace(
+        DEFAULTS,
+        seed=seed,
+        vae_steps=vae_steps,
+        together=dataclasses.replace(DEFAULTS.together, steps=steps),
+        transformer=dataclasses.replace(DEFAULTS.transformer, steps=transformer_steps),
+    )
+    model = train_tiny(out, settings if masks else without_masks(settings), data, start, device, workers, save_every)
+    print(f'model in {model}', file=sys.stderr)
+    return 0

@@ -1,0 +1,49 @@
+"""Libraries' notes do not reach the user of a command; a library that is missing is named with its remedy."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from padseg.errors import PadsegError
+from padseg.system.libraries import require
+
+ROOT = Path(__file__).parents[2]
+
+# all commands that load a model, in a process where every library is imported for the first time
+COMMANDS = """
+import sys
+from padseg.commands import main
+images, labels, model, out = sys.argv[1:]
+picked = ['--dir', images, '--include', 'scene-22.png', '--model', model, '--device', 'cpu', '--quiet']
+codes = [
+    main(['models']),
+    main(['doctor', '--model', model, '--device', 'cpu']),
+    main(['run', *picked, '--out', out + '/run']),
+    main(['label', *picked, '--out', out + '/label', '--classes', 'cat, dog']),
+    main(['eval', '--pred', out + '/run/labels', '--labels', labels, '--regions', '--allow-missing', '--quiet']),
+    main(['analyze', '--dir', images, '--labels', labels, '--count', '1', '--model', model, '--out', out + '/analyze', '--quiet']),
+]
+import padseg.train.tiny
+print('codes', codes)
+"""
+
+
+def test_stderr_has_no_words_of_libraries(sd3_folder: Path, tmp_path: Path) -> None:
+    """Also with a cold cache, and with whatever Python's own warnings are by default."""
+    kept = {name: value for name, value in os.environ.items() if name != 'PYTHONWARNINGS' and not name.endswith('_VERBOSITY')}
+    arguments = (str(ROOT / 'data/images'), str(ROOT / 'data/labels'), str(sd3_folder), str(tmp_path))
+    environment = {**kept, 'PADSEG_CACHE': str(tmp_path / 'cache')}
+    ran = subprocess.run((sys.executable, '-c', COMMANDS, *arguments), cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, '')
+    assert ran.stdout.splitlines()[-1] == 'codes [0, 0, 0, 0, 0, 0]'
+
+
+def test_a_missing_library_is_named_with_the_extra_that_brings_it() -> None:
+    require('torch', 'train')
+    with pytest.raises(PadsegError, match=r"this needs no_such_library, which is not installed: pip install 'padseg\[train\]'"):
+        require('no_such_library', 'train')
