@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -198,17 +199,16 @@ def stopped(job: Job, address: str | None, number: signal.Signals) -> tuple[list
     engine = ('--engine', 'ray', '--log-json', *(('--address', address) if address else ()))
     fifo = job.out.with_name('events')
     os.mkfifo(fifo)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('PADSEG_TEST', str(job.out))
-        running = start(main, ['run', *map(str, given), *engine], stderr=fifo, group=True)
+    running = start(main, ['run', *map(str, given), *engine], stderr=fifo, group=True, PADSEG_TEST=str(job.out))
     events: list[dict[str, Any]] = []
-    with fifo.open(encoding='utf-8') as lines:
+    with fifo.open(encoding='utf-8') as lines, contextlib.ExitStack() as whatever_happens:
+        whatever_happens.callback(running.process.kill)  # or it would keep processors of the cluster
         for line in lines:
             events.append(json.loads(line))
             if [event['event'] for event in events].count('picture') == 1 and events[-1]['event'] == 'picture':
                 assert (started_by(job) == []) == (address is not None)
                 os.killpg(running.process.pid, number)
-    return events, running.wait().returncode
+        return events, running.wait().returncode
 
 
 def started_by(job: Job) -> list[Path]:
