@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator
 
+import hypothesis
 import numpy as np
 import pytest
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # sums of another number of threads are rounded otherwise
+hypothesis.settings.register_profile('padseg', deadline=None)  # how long an example takes is the machine's business
+hypothesis.settings.load_profile('padseg')
 
+ROOT = pathlib.Path(__file__).parents[1]
 WORDS = ['a', 'cat', 'dog', 'on', 'grass']
 VAE = {'block_out_channels': (8, 16), 'layers_per_block': 1, 'norm_num_groups': 4, 'latent_channels': 4}
 SMALL = {'num_layers': 4, 'num_attention_heads': 2, 'attention_head_dim': 16, 'sample_size': 16, 'pos_embed_max_size': 24}
@@ -28,6 +33,23 @@ SMALL_FLUX = {
     'guidance_embeds': True,
 }
 ROW = {'layer': 2, 'side': 32}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """After --cov: the share of each package's statements that ran in the tests' own processes; what runs in others is not seen."""
+    if not config.pluginmanager.hasplugin('_cov') or not os.path.exists('.coverage'):
+        return
+    import coverage
+
+    measured = coverage.Coverage()
+    measured.load()
+    terminalreporter.section('statements run in these processes')
+    files = measured.get_data().measured_files()
+    packages = sorted({pathlib.Path(file).relative_to(ROOT / 'padseg').parts[0].removesuffix('.py') for file in files})
+    for package in packages:
+        share = measured.report(include=[f'{ROOT}/padseg/{package}/*', f'{ROOT}/padseg/{package}.py'], file=io.StringIO())
+        terminalreporter.write_line(f'{package:12} {share:4.0f} %')
+    terminalreporter.write_line(f'{"all":12} {measured.report(file=io.StringIO()):4.0f} %')
 
 
 @pytest.fixture

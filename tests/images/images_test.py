@@ -618,7 +618,7 @@ SAMPLES = {
 READINGS = (Reading(), Reading(exif='ignore', void=True, shrink=40, value_range=(0, 99)), Reading(frames='all', max_pixels=10_000))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(strategies.sampled_from(sorted(SAMPLES)), strategies.sampled_from(READINGS), strategies.integers(0, 2), strategies.data())
 def test_a_damaged_file_gives_a_picture_or_a_reason(sample, reading, frame, draw):
     data = bytearray(SAMPLES[sample])

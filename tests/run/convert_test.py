@@ -178,7 +178,6 @@ def test_labelme_files_of_pictures_that_share_a_stem():
     assert file_names(['A.jpg', 'a.png']) == {'A.jpg': 'A.jpg.json', 'a.png': 'a.png.json'}
 
 
-@settings(deadline=None)
 @given(strategies.lists(strategies.from_regex(r'([ab]/)?[abA](\.(jpg|png|b)){1,3}', fullmatch=True), unique_by=str.casefold))
 def test_no_two_pictures_share_a_labelme_file(names):
     assert len({file.casefold() for file in file_names(names).values()}) == len(names)
@@ -251,7 +250,7 @@ def test_names_that_are_no_utf8(tmp_path, capsys):
     assert capsys.readouterr().err.startswith('padseg: \\udcff.png: its name')
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(label_maps)
 def test_every_form_holds_the_same_regions(tmp_path_factory, labels):
     ids = np.unique(labels[labels > 0])

@@ -59,15 +59,21 @@ class Started(NamedTuple):
 
 
 def start(
-    target: Callable[..., int | None], *arguments: Any, folder: Path | None = None, stderr: Path | None = None, group: bool = False
+    target: Callable[..., int | None],
+    *arguments: Any,
+    folder: Path | None = None,
+    stderr: Path | None = None,
+    group: bool = False,
+    **environment: str,
 ) -> Started:
     """Start a function of an importable module in a process of its own, in a folder; what it returns is the exit code.
 
     stderr: a file, FIFO or terminal to write to. group: whether it leads a group of processes, as a command in a terminal does.
+    environment: variables beside those of this process.
     """
     place = Path(tempfile.mkdtemp(prefix='padseg-test-'))
     streams = place / 'stdout', stderr or place / 'stderr'
-    process = FORKS.Process(target=begin, args=(target, arguments, folder or Path.cwd(), dict(os.environ), streams, group))
+    process = FORKS.Process(target=begin, args=(target, arguments, folder or Path.cwd(), {**os.environ, **environment}, streams, group))
     process.start()
     return Started(process, *streams)
 
