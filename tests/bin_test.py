@@ -21,7 +21,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TOOLS = ('bash', 'env', 'readlink', 'rm')  # all that bin/ may need besides Python
 
-# $WORLD/log: what was asked of which module or checking program; $WORLD/fail: the module that ends with 1;
+# $WORLD/log: what was asked of which module or checking program; $WORLD/fail: the one that ends with 1
 # $WORLD/hold: pip says so in $WORLD/started, then waits for $WORLD/go
 STAND_IN = """\
 #!/bin/bash
@@ -130,8 +130,8 @@ class World(NamedTuple):
 
 def make_world(folder: Path, name: str) -> World:
     checkout, steering, path = folder / name, folder / 'world', folder / 'path'
-    for each in (checkout, steering, path):
-        each.mkdir()
+    for made in (checkout, steering, path):
+        made.mkdir()
     shutil.copytree(ROOT / 'bin', checkout / 'bin')
     shutil.copytree(ROOT / '.ci', checkout / '.ci')
     for file in ('setup.cfg', 'pyproject.toml', 'constraints.txt'):

@@ -13,8 +13,7 @@ import numpy as np
 from padseg.analysis.blocks import Cell
 from padseg.analysis.measure import Analysis, as_object
 from padseg.backbones import Backbone
-from padseg.methods.options import Options
-from padseg.methods.stages.token_maps import token_maps
+from padseg.methods.seg4diff import Options, token_maps
 from padseg.system.files import atomic
 from padseg.types import Array, Image
 

@@ -14,7 +14,8 @@ from padseg.datasets.own import label_folder
 from padseg.errors import NoImages
 from padseg.evaluation.metrics import region_scores
 from padseg.images import read
-from padseg.methods.options import LabelOptions, Options
+from padseg.methods.open_vocabulary import LabelOptions
+from padseg.methods.seg4diff import Options
 from padseg.methods.stages.latents import encode
 from padseg.system.progress import Progress
 from padseg.types import Array, Image

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from padseg.commands.label import names_of
-from padseg.methods.options import Options
+from padseg.methods.seg4diff import Options
 from padseg.system.libraries import require
 from padseg.system.progress import shown
 

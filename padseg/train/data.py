@@ -91,7 +91,7 @@ def batch(seed: int, index: int, size: int, folders: Sequence[Photographs], mixt
         else:
             examples.append(Example(drawn.image, soft_masks(drawn.labels), drawn.caption))
     pixels = np.stack([example.image for example in examples])
-    masks = np.stack([np.pad(each.masks, ((0, ROWS - len(each.masks)), (0, 0), (0, 0))) for each in examples])
+    masks = np.stack([np.pad(example.masks, ((0, ROWS - len(example.masks)), (0, 0), (0, 0))) for example in examples])
     return Batch(
         torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1,
         torch.from_numpy(masks),

@@ -62,8 +62,8 @@ def pair_costs(maps: Tensor, masks: Tensor, counts: Tensor) -> Tensor:
     """Share of every pair in a picture's loss: (B, T, P), (B, M, P) and (B,) masks to average over -> (B, T, M)."""
     labelled = masks.sum(1, keepdim=True)  # (B, 1, P), zero where the truth is to be ignored
     area = masks.sum(2)[:, None, :]  # (B, 1, M), zero where padded
-    each = 1 / counts.clamp_min(1)[:, None, None]
-    return (1 - dice(maps * labelled, masks)) * each + cross_entropy(maps, masks) * area / area.sum(2, keepdim=True).clamp_min(EPS)
+    share = 1 / counts.clamp_min(1)[:, None, None]
+    return (1 - dice(maps * labelled, masks)) * share + cross_entropy(maps, masks) * area / area.sum(2, keepdim=True).clamp_min(EPS)
 
 
 def affinity_loss(maps: Tensor, masks: Tensor) -> Tensor:

@@ -194,7 +194,7 @@ def reconstruction(decoded: Tensor, pixels: Tensor) -> Tensor:
     opponent = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [1, -1, 0], [-0.5, -0.5, 1]], device=pixels.device)
     difference = torch.einsum('ij,bjhw->bihw', opponent, decoded - pixels)  # (B, 3, H, W)
     scales = [F.avg_pool2d(difference, side) for side in (1, 2, 4, 8)]
-    return torch.stack([each.abs().mean() + 2 * each.square().mean() for each in scales]).sum()
+    return torch.stack([scaled.abs().mean() + 2 * scaled.square().mean() for scaled in scales]).sum()
 
 
 @torch.no_grad()
@@ -266,11 +266,11 @@ def train(learner: nn.ModuleDict, run: Training, name: str) -> None:
             maps = [kept[layer] for layer in settings.supervised]  # (B, 77, h, w) each
             if not named.all():
                 losses |= grouping_losses(
-                    [share_over_tokens(each[~named]) for each in maps], masks[~named], examples.counts.to(device)[~named]
+                    [share_over_tokens(layer[~named]) for layer in maps], masks[~named], examples.counts.to(device)[~named]
                 )
             if named.any():
-                by_name = [share_over_tokens(torch.einsum('bmt,bthw->bmhw', words[named], each[named])) for each in maps]
-                losses['words'] = torch.stack([named_mask_loss(each, masks[named]) for each in by_name]).mean() * named.float().mean()
+                by_name = [share_over_tokens(torch.einsum('bmt,bthw->bmhw', words[named], layer[named])) for layer in maps]
+                losses['words'] = torch.stack([named_mask_loss(layer, masks[named]) for layer in by_name]).mean() * named.float().mean()
 
         # flow matching: captions or the null prompt, every noise level, whole forward; the latents are given
         if step % settings.flow_every == 0:
@@ -340,8 +340,8 @@ def grouping_losses(maps: list[Tensor], masks: Tensor, counts: Tensor) -> dict[s
     """Mask and affinity loss, mean over the layers: (B, 77, h, w) each as shares of a pixel, (B, M, h, w), (B,)."""
     cells = F.avg_pool2d(masks, 2)
     return {
-        'mask': torch.stack([mask_loss(each, masks, counts) for each in maps]).mean(),
-        'affinity': torch.stack([affinity_loss(F.avg_pool2d(each, 2), cells) for each in maps]).mean(),
+        'mask': torch.stack([mask_loss(layer, masks, counts) for layer in maps]).mean(),
+        'affinity': torch.stack([affinity_loss(F.avg_pool2d(layer, 2), cells) for layer in maps]).mean(),
     }
 
 
@@ -363,7 +363,7 @@ def held_out(count: int = 8, height: int = 208, width: int = 320) -> list[Scene]
 @torch.no_grad()
 def draw_rebuilt(vae: Any, stage: Stage) -> None:
     """OUT/autoencoder.sheet.png: held-out scenes, each over what the autoencoder makes of it."""
-    images = [each.image for each in held_out()]
+    images = [shown.image for shown in held_out()]
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().to(stage.device) / 127.5 - 1
     decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample
     rebuilt = ((decoded + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -373,7 +373,7 @@ def draw_rebuilt(vae: Any, stage: Stage) -> None:
 def draw_regions(model: pathlib.Path, stage: Stage) -> None:
     """OUT/<stage>.sheet.png: held-out scenes, each over the regions that the model written so far finds in it."""
     backbone = load(str(model), device=stage.device.type)
-    images = [each.image for each in held_out()]
+    images = [shown.image for shown in held_out()]
     write_training_sheet(images, [overlay(image, segment(image, backbone).labels) for image in images], stage)
 
 

@@ -63,7 +63,7 @@ def build_tiny(words: list[str], transformer: dict[str, Any] = TRANSFORMER, vae:
 
 @torch.no_grad()
 def open_gates(transformer: SD3Transformer2DModel, gate: float = 0.5) -> None:
-    """Let every block count from the start: the gates of attention and MLP begin near 0.07 otherwise, and short trainings stay there."""
+    """Let every block count from the start: the gates of attention and MLP begin near 0.07 otherwise, and short trainings stay at it."""
     for block in transformer.transformer_blocks:
         for norm in (block.norm1, block.norm1_context):
             chunks = norm.linear.bias.chunk(norm.linear.out_features // transformer.inner_dim)
@@ -124,13 +124,13 @@ def vocabulary_and_merges(words: list[str]) -> tuple[dict[str, int], list[tuple[
 def merged(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
     """The pieces of a word after all merges, in the order of the list (Sennrich et al. 2016)."""
     for first, second in merges:
-        found: list[str] = []
+        joined: list[str] = []
         for piece in pieces:
-            if found and (found[-1], piece) == (first, second):
-                found[-1] = first + second
+            if joined and (joined[-1], piece) == (first, second):
+                joined[-1] = first + second
             else:
-                found.append(piece)
-        pieces = found
+                joined.append(piece)
+        pieces = joined
     return pieces
 
 

@@ -14,7 +14,7 @@ from padseg.analysis.figures import COLUMNS, WIDTH, anatomy_figure, grouping_fig
 from padseg.analysis.measure import Analysis, labelled_pictures
 from padseg.commands import main
 from padseg.errors import NoImages
-from padseg.methods.options import Options
+from padseg.methods.seg4diff import Options
 
 DATA = pathlib.Path(__file__).parents[2] / 'data'
 ANALYSIS = Analysis(

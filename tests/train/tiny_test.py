@@ -115,13 +115,13 @@ def test_the_twin_without_masks_learns_by_flow_matching_alone(tmp_path):
 def test_a_model_is_trained_further_without_its_autoencoder(trained, tmp_path):
     train(tmp_path, '--start', str(trained / 'model'), '--transformer-steps', '1')
     assert not list(tmp_path.glob('autoencoder*')) and not list(tmp_path.glob('together*'))
-    before, after = (load_file(each / 'model/vae/diffusion_pytorch_model.safetensors') for each in (trained, tmp_path))
+    before, after = (load_file(out / 'model/vae/diffusion_pytorch_model.safetensors') for out in (trained, tmp_path))
     assert all(before[name].equal(after[name]) for name in before)
-    configs = [json.loads((each / 'model/vae/config.json').read_text()) for each in (trained, tmp_path)]
+    configs = [json.loads((out / 'model/vae/config.json').read_text()) for out in (trained, tmp_path)]
     for config in configs:
         config['shift_factor'], config['scaling_factor'] = round(config['shift_factor'], 5), round(config['scaling_factor'], 5)
     assert configs[0] == configs[1]
-    before, after = (load_file(each / 'model/transformer/diffusion_pytorch_model.safetensors') for each in (trained, tmp_path))
+    before, after = (load_file(out / 'model/transformer/diffusion_pytorch_model.safetensors') for out in (trained, tmp_path))
     assert any(not before[name].equal(after[name]) for name in before)
     rows = list(csv.DictReader((tmp_path / 'transformer.csv').open(newline='')))
     assert len(rows) == 1 and rows[0]['reconstruction'] == '' and float(rows[0]['flow']) > 0
@@ -173,7 +173,7 @@ def test_muon_has_the_matrices_of_the_blocks_and_every_weight_is_learnt_once():
 
     learner = nn.ModuleDict(tiny.build_tiny(WORDS)._asdict())
     muon, adam = make_optimisers(learner, TrainingSettings(), TrainingSettings.together)
-    of_muon, of_adam = ([id(weight) for group in each.param_groups for weight in group['params']] for each in (muon, adam))
+    of_muon, of_adam = ([id(weight) for group in optimiser.param_groups for weight in group['params']] for optimiser in (muon, adam))
     assert sorted(of_muon + of_adam) == sorted(id(weight) for weight in learner.parameters())
     block = learner['transformer'].transformer_blocks[2]
     assert {id(block.attn.to_q.weight), id(block.ff.net[2].weight)} <= set(of_muon)
