@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -54,7 +55,8 @@ def command(
 
     classes = names_of(None, classes_file) if classes_file else ()
     pairs = labelled_pictures(images, labels, count)
-    backbone, options = load(model, revision=revision, device=device, dtype=dtype, whole=True), Options(normalisation=normalisation)
+    given: dict[str, Any] = {'normalisation': normalisation}
+    backbone, options = load(model, revision=revision, device=device, dtype=dtype, whole=True), Options(**given)
     analysis = analyze(pairs, backbone, options, classes, shown(quiet))
     write_analysis(analysis, map_sheet(pairs[0][0], backbone, options), out)
     print(json.dumps(as_object(analysis)) if as_json else '\n'.join(tables(analysis)))
