@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from padseg.backbones.family import Dimensions
 from padseg.backbones.layout import LAYOUTS
 from padseg.backbones.noise import NoiseLevel, flow_level, scheduled
-from padseg.backbones.parts import clip_tokenizer, read_part, read_text_encoders
+from padseg.backbones.parts import clip_tokenizer, read_part, read_text_encoders, without_advice
 from padseg.backbones.source import Source, check_files, text_files, text_parts
 from padseg.errors import ModelUnavailable
 from padseg.types import Prompt
@@ -87,7 +87,8 @@ def compute_null_prompt(source: Source, transformer: FluxTransformer2DModel, slo
 
 def text_pipeline(source: Source, transformer: FluxTransformer2DModel) -> Any:
     """diffusers' pipeline with the two text encoders, enough to encode texts."""
-    from diffusers import FluxPipeline
+    with without_advice():
+        from diffusers import FluxPipeline
 
     text_files(source)
     check_files(source, text_parts(source))

@@ -158,6 +158,19 @@ def without_bars() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
+@contextmanager
+def without_advice() -> Iterator[None]:
+    """None of transformers' advice to programmers, such as on what is imported with diffusers' pipelines and not used here."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
 def clip_tokenizer(source: Source, part: str, slots: int) -> Any:
     """A tokenizer that fills `slots` places. Its vocabulary is looked for first: transformers would make an empty one."""
     from transformers import CLIPTokenizer

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from padseg.backbones.family import Dimensions
 from padseg.backbones.layout import LAYOUTS
 from padseg.backbones.noise import NoiseLevel, flow_level, scheduled
-from padseg.backbones.parts import clip_tokenizer, read_text_encoders
+from padseg.backbones.parts import clip_tokenizer, read_text_encoders, without_advice
 from padseg.backbones.source import Source, check_files, text_files, text_parts
 from padseg.types import Prompt
 
@@ -61,7 +61,8 @@ def compute_null_prompt(source: Source, transformer: SD3Transformer2DModel, slot
 
 def text_pipeline(source: Source, transformer: SD3Transformer2DModel) -> Any:
     """diffusers' pipeline with the two CLIP text encoders, enough to encode texts."""
-    from diffusers import StableDiffusion3Pipeline
+    with without_advice():
+        from diffusers import StableDiffusion3Pipeline
 
     text_files(source)
     check_files(source, text_parts(source))
