@@ -43,9 +43,9 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Measure every block of a model on pictures with labels: how well it groups them, where attention goes, how long values are.
+    """Measure what every block of a model does.
 
-    Prints tables. Results: OUT/analysis.json, the figures OUT/grouping.png and OUT/anatomy.png, and OUT/maps.png, the token maps of
+    On pictures with labels: how well a block groups them, where its attention goes, how long its values are. Prints tables. Results: OUT/analysis.json, the figures OUT/grouping.png and OUT/anatomy.png, and OUT/maps.png, the token maps of
     the first picture.
     """
     require('matplotlib', 'train')

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 @click.option('--out', type=click.Path(path_type=Path), default='.', show_default=True, help='where results would be written')
 @click.option('--json', 'as_json', is_flag=True, help='print one JSON object')
 def command(model: str, revision: str | None, device: str | None, dtype: str | None, out: Path, as_json: bool) -> int:
-    """Look at versions, processors, disk and memory, and whether a model can be loaded. Downloads nothing.
+    """Check that a run would find all it needs.
+
+    Looks at versions, processors, disk and memory, and whether a model can be loaded. Nothing is downloaded.
 
     Exit code 0: a run can load the model, from this disk or from the hub. 4: it cannot, and the last lines say what to do.
     """

@@ -18,7 +18,10 @@ HEADS = ('name', 'here?', 'size', 'licence', 'gated', 'repo')
 @click.option('--json', 'as_json', is_flag=True, help='print one JSON object')
 @click.option('-v', '--verbose', is_flag=True, help='also print the settings of every model')
 def command(as_json: bool, verbose: bool) -> int:
-    """List the models that have a name: whether they are here, their size on disk, and on which terms they may be used."""
+    """List the models that have a name.
+
+    Whether they are here, their size on disk, and on which terms they may be used. Nothing is downloaded.
+    """
     from padseg.backbones.named import model_row
 
     rows = {name: model_row(name) for name in BACKBONES}

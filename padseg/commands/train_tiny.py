@@ -42,8 +42,9 @@ def command(
     workers: int,
     save_every: int,
 ) -> int:
-    """Train the embedded model: on synthetic scenes and, with --data, on annotated photographs.
+    """Train the embedded model, from nothing or further.
 
+    It learns from synthetic scenes and, with --data, from annotated photographs:
     FOLDER has images/x.jpg with labels/x.png, or x_0.png, x_1.png, … of several annotators; with train/ inside where there are splits.
     WEIGHT says how often it is drawn, VOID which label is void. The same command again continues a training that was stopped.
     Results: OUT/model, a folder for --model; for each stage a checkpoint, curves and a sheet of predictions.

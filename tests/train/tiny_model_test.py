@@ -89,7 +89,7 @@ def test_the_shipped_model_finds_the_objects_of_a_plain_scene(shipped, picture):
     from skimage.metrics import contingency_table
 
     from padseg import load
-    from padseg.methods import seg4diff as segment
+    from padseg import segment
 
     truth = np.zeros((192, 320), int)
     truth[:, 120:] = 1
