@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -91,9 +90,9 @@ def normed(tokens: torch.Tensor, norm: nn.Module) -> torch.Tensor:
     return norm.weight.double() * tokens.double() / (tokens.double().square().mean(-1, keepdim=True) + norm.eps).sqrt()
 
 
-def explicit_maps(backbone, pipeline, z, timestep, layer):
+def explicit_maps(backbone, pipeline, z, timestep, layer, prompt):
     """Another forward, as diffusers' pipeline does it, whose attention's inputs are noted, and from them on all by hand in float64."""
-    transformer, prompt, count = backbone.transformer, backbone.null_prompt, len(z)
+    transformer, count = backbone.transformer, len(z)
     h, w = z.shape[2] // 2, z.shape[3] // 2
     ids = pipeline._prepare_latent_image_ids(1, h, w, 'cpu', torch.float32)
     attention = [*transformer.transformer_blocks, *transformer.single_transformer_blocks][layer].attn
@@ -137,7 +136,7 @@ def heads_of(attention, query, key, norm):
 def test_maps_equal_the_explicit_softmax(flux, pipeline, shape, layer):
     """Two double blocks, then two single ones; text before the image; all turned by their places."""
     z = latents(*shape)
-    expected, velocity = explicit_maps(flux, pipeline, z, 400.0, layer)
+    expected, velocity = explicit_maps(flux, pipeline, z, 400.0, layer, flux.null_prompt)
     torch.testing.assert_close(attention_maps(z, 400.0, flux, flux.null_prompt, layer), expected, atol=1e-6, rtol=1e-4)
     with torch.no_grad():
         torch.testing.assert_close(flux.denoise(z, 400.0, flux.null_prompt), velocity, atol=1e-4, rtol=1e-4)
@@ -320,8 +319,7 @@ def test_scores_of_names_are_means_of_columns(flux, pipeline, picture, layers):
     options = LabelOptions(layers=layers).resolve(flux.spec)
     (prompt,) = prompts_of(names, texts_of(flux), options)
     latent = encode(picture, flux, Options().resolve(flux.spec))
-    named = dataclasses.replace(flux, prompt=prompt)
-    maps = torch.stack([explicit_maps(named, pipeline, latent.z, latent.timestep, layer)[0][0] for layer in layers]).mean(0)
+    maps = torch.stack([explicit_maps(flux, pipeline, latent.z, latent.timestep, layer, prompt)[0][0] for layer in layers]).mean(0)
     expected = torch.stack((maps[0], maps[1:4].mean(0)))
     assert scores.names == tuple(names)
     torch.testing.assert_close(scores.maps.float(), expected, atol=1e-6, rtol=1e-4)
