@@ -88,8 +88,7 @@ def test_the_shipped_model_finds_the_objects_of_a_plain_scene(shipped, picture):
     import numpy as np
     from skimage.metrics import contingency_table
 
-    from padseg import load
-    from padseg import segment
+    from padseg import load, segment
 
     truth = np.zeros((192, 320), int)
     truth[:, 120:] = 1
