@@ -45,8 +45,9 @@ def command(
 ) -> int:
     """Measure what every block of a model does.
 
-    On pictures with labels: how well a block groups them, where its attention goes, how long its values are. Prints tables. Results: OUT/analysis.json, the figures OUT/grouping.png and OUT/anatomy.png, and OUT/maps.png, the token maps of
-    the first picture.
+    On pictures with labels: how well a block groups them, where its attention goes, how long its values are. Prints tables.
+    Results: OUT/analysis.json, the figures OUT/grouping.png and OUT/anatomy.png, and OUT/maps.png, the token maps of the first
+    picture.
     """
     require('matplotlib', 'train')
     from padseg.analysis.figures import map_sheet, tables, write_analysis
