@@ -41,9 +41,6 @@ README = TEXTS['README.md']
 WORDS = '\n'.join(TEXTS[path.relative_to(ROOT).as_posix()] for path in PAGES)
 PICTURES = ('chelsea.jpg', 'more/rocket.jpg', 'scene-43.png')
 ELSEWHERE = {'--help', '--version', '--force-reinstall', '--no-deps', '--array', '--head', '--generate'}  # of click, pip, Slurm, Ray
-# What is still being built elsewhere, and what that replaces; both go when it is merged.
-COMING = re.compile(r'--verbose')
-LEAVING = {'bin/baseline'}
 
 
 def blocks(text: str, *languages: str) -> list[str]:
@@ -93,7 +90,7 @@ def run_lines() -> list[str]:
     """Lines of bash blocks of README and docs/; what needs a package index does not run."""
     every = [line.removeprefix('bin/') for line in lines(WORDS, 'bash')]
     assert {line.split()[0] for line in every} == {'padseg', 'mkdir', 'pip'}
-    return [line for line in dict.fromkeys(every) if line.split()[0] != 'pip' and not COMING.search(line)]
+    return [line for line in dict.fromkeys(every) if line.split()[0] != 'pip']
 
 
 def test_commands_run_and_write_what_is_said(checkout):
@@ -140,8 +137,6 @@ CALLS = {
 @pytest.mark.parametrize('call', CALLS.values(), ids=CALLS.keys())
 def test_every_command_line_parses(call, monkeypatch):
     monkeypatch.chdir(ROOT)  # some paths have to exist
-    if COMING.search(' '.join(call)):
-        pytest.xfail('the command is being built')
     command = group.get_command(click.Context(group), call[0])
     assert command, call
     command.make_context(call[0], list(call[1:]))
@@ -162,13 +157,13 @@ def test_every_flag_in_the_text_exists():
     programs += [path.read_text(encoding='utf-8') for path in (ROOT / 'padseg/bench').glob('*.py')]
     used = {flag for span in re.findall(r'`([^`\n]+)`', text) for flag in re.findall(r'(?<![\w-])--[a-z][\w-]*', span)}
     known = flags_of_commands() | ELSEWHERE | {flag for program in programs for flag in re.findall(r'--[a-z][\w-]*', program)}
-    assert {flag for flag in used - known if not COMING.search(flag)} == set()
+    assert used - known == set()
 
 
 def test_programs_of_the_checkout_exist():
     for program in re.findall(r'(?<![\w/])bin/[a-z-]+', WORDS):
         assert os.access(ROOT / program, os.X_OK), program
-    assert {f'bin/{path.name}' for path in (ROOT / 'bin').iterdir()} - LEAVING == set(names('program'))
+    assert {f'bin/{path.name}' for path in (ROOT / 'bin').iterdir()} == set(names('program'))
 
 
 # tables
@@ -181,8 +176,7 @@ def test_readme_is_short_and_begins_with_the_picture():
 
 
 def test_commands():
-    written = [name for name in names('command', README) if name.removeprefix('padseg ') in COMMANDS or not COMING.search(name)]
-    assert written == [f'padseg {name}' for name in COMMANDS]
+    assert names('command', README) == [f'padseg {name}' for name in COMMANDS]
 
 
 def test_geometries_and_normalisations():

@@ -57,7 +57,7 @@ class EvalCommand(MethodCommand):
 @click.option('--ignore', type=int, default=255, show_default=True, help='with --labels or folder: value of pixels that do not count')
 @click.option('--background', type=click.IntRange(min=0), help='with --labels or folder: class that is the background')
 @click.option('--regions', is_flag=True, help='with --labels or folder: the ground truth has no classes, compare partitions')
-@click.option('--protocol', help='how regions become classes and what is compared; see README (default: seg4diff-paper)')
+@click.option('--protocol', help='how regions become classes and what is compared, see docs/evaluation.md (default: seg4diff-paper)')
 @click.option('--compare', help="pixels that are compared: native, crop, 512, 128, short-640 (default: the protocol's; native with --pred)")
 @click.option('--raw-ids', is_flag=True, help='match ids of predictions as they are, gaps included, as released code does')
 @click.option('--resize', is_flag=True, help="bring predictions of another size to the ground truth's by nearest neighbour")

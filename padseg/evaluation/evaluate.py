@@ -52,7 +52,7 @@ def evaluate(
     """Score the label maps below `pred` against those below `labels`; without `num_classes`, as partitions without classes.
 
     A label map a.jpg.png or a.png belongs to the truth a.png; for partitions also to a_0.png, a_1.png, … of several annotators.
-    rules: a protocol of `padseg.protocols`; by default the whole picture is compared and the rest is as in Seg4Diff's paper.
+    rules: a protocol of `padseg.evaluation.protocols`; by default the whole picture is compared and the rest is as in Seg4Diff's paper.
     background: the class that protocols treat as background. Pictures that cannot be read are counted as failed and left out.
     Raises NoImages if a picture has no partner (unless `allow_missing`), UsageError for a prediction of another size (unless
     `resize`) and for ground truth outside 0..num_classes-1 other than `ignore`.
