@@ -11,12 +11,14 @@ import click
 
 from padseg.backbones import DTYPES
 from padseg.errors import ModelUnavailable, UsageError
+from padseg.methods import check_settings
 from padseg.system.disk import free_space, human
 from padseg.system.machine import memory_available, memory_in_all, usable_cpus
 from padseg.system.versions import versions
 
 if TYPE_CHECKING:
     from padseg.backbones.availability import Memory, State
+    from padseg.backbones.source import Source
 
 
 @click.command('doctor')
@@ -76,6 +78,7 @@ def examine(model: str, revision: str | None, device: str | None, dtype: str | N
         raise UsageError(f'dtype is one of {", ".join(DTYPES)}; got {dtype}')
     place = choose_device(device)
     state, source = model_state(model, revision)
+    state = with_settings(state, source)
     kind = dtype or (chosen_dtype(place, source) if source or place.type == 'cpu' else None)
     report = Diagnosis(
         versions=versions(),
@@ -101,6 +104,16 @@ def examine(model: str, revision: str | None, device: str | None, dtype: str | N
         warnings=[],
     )
     return report._replace(warnings=shortages(report))
+
+
+def with_settings(state: State, source: Source | None) -> State:
+    """The state, or what is wrong with the settings that the model's folder states for methods."""
+    try:
+        if source:
+            check_settings(source.spec)
+    except ModelUnavailable as error:
+        return state._replace(state=error.state, message=str(error))
+    return state
 
 
 def shortages(report: Diagnosis) -> list[str]:
