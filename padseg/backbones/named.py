@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from padseg.backbones.source import locate
-from padseg.backbones.spec import BACKBONES, CARDS
+from padseg.backbones.spec import BACKBONES, CARDS, Spec
 from padseg.errors import ModelUnavailable
 
 
-def model_row(name: str) -> dict[str, Any]:
-    """A named model: repo, family, state, local, folder, bytes on disk, licence, gated, settings. Nothing is downloaded."""
+def model_row(name: str, settings_of: Callable[[Spec], dict[str, Any]]) -> dict[str, Any]:
+    """A named model: repo, family, state, local, folder, bytes on disk, licence, gated, settings. Nothing is downloaded.
+
+    settings_of: those that a method has for it, which stand among the facts.
+    """
     spec, folder = BACKBONES[name], None
     try:
         source = locate(name, fetch=False)
         spec, folder, state = source.spec, source.folder, 'here'
     except ModelUnavailable as error:
         state = 'not here' if error.state == 'offline and not cached' else error.state
-    settings = spec._asdict()
+    facts = spec._asdict() | settings_of(spec)
     return {
-        'repo': settings.pop('repo'),
-        'family': settings.pop('family'),
+        'repo': spec.repo,
+        'family': spec.family,
         'state': state,
         'local': folder is not None,
         'folder': str(folder) if folder else None,
         'bytes': folder_size(folder) if folder else None,
         **CARDS[name]._asdict(),
-        'settings': settings,
+        'settings': {name: value for name, value in facts.items() if name not in ('repo', 'family', 'own')},
     }
 
 

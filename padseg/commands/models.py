@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from padseg.backbones.spec import BACKBONES
+from padseg.methods import seg4diff
 from padseg.system.disk import human
 
 HEADS = ('name', 'here?', 'size', 'licence', 'gated', 'repo')
@@ -24,7 +25,7 @@ def command(as_json: bool, verbose: bool) -> int:
     """
     from padseg.backbones.named import model_row
 
-    rows = {name: model_row(name) for name in BACKBONES}
+    rows = {name: model_row(name, seg4diff.settings_of) for name in BACKBONES}
     if as_json:
         print(json.dumps(rows))
         return 0
