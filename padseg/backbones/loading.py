@@ -75,13 +75,13 @@ def check_loadable(family: Family, source: Source, whole: bool = False) -> None:
     """
     for part in family.LAYOUT.networks:
         known = set(built(family, source, part).state_dict())
-        there = {name for path in weight_files(source.folder, (part,)) for name in tensor_shapes(path)}
+        held = {name for path in weight_files(source.folder, (part,)) for name in tensor_shapes(path)}
         refuse_lost(
-            tensors_needed(family, source, part, None if whole else source.spec.layer).keys() - there,
+            tensors_needed(family, source, part, None if whole else source.spec.layer).keys() - held,
             source.folder / part,
             part_name(source, part),
         )
-        refuse_surplus(there - known, source.folder / part, part_name(source, part))
+        refuse_surplus(held - known, source.folder / part, part_name(source, part))
     read_scheduler(family, source)
     if not prompt_is_cached(source):
         check_files(source, text_parts(source))

@@ -74,7 +74,7 @@ class SD3Texts:
         If the two CLIP tokenizers cut a text differently, UsageError where that is due to `!`, else ModelUnavailable.
         """
         slots = self.source.spec.sequence
-        found = {}
+        tokens = {}
         cuts = [clip_tokens(self.clip_tokenizers[part], text, slots) for part in CLIPS[encoders]]
         if cuts:
             if cuts[0].spans != cuts[-1].spans:
@@ -83,10 +83,10 @@ class SD3Texts:
                         f'the two CLIP tokenizers cut {text!r} differently, as one pads with {PAD}: use encoders l or g, or no {PAD}'
                     )
                 raise ModelUnavailable(f'the two CLIP tokenizers of {self.source.model} cut {text!r} differently: use encoders l or g')
-            found['clip'] = cuts[0]._replace(strange=tuple(map(any, zip(cuts[0].strange, cuts[-1].strange, strict=True))))
+            tokens['clip'] = cuts[0]._replace(strange=tuple(map(any, zip(cuts[0].strange, cuts[-1].strange, strict=True))))
         if 't5' in encoders:
-            found['t5'] = tokens_of(self.t5_tokenizer, text, slots, slots)
-        return found
+            tokens['t5'] = tokens_of(self.t5_tokenizer, text, slots, slots)
+        return tokens
 
     def encode(self, text: str, encoders: str, unused: str) -> tuple[Tensor, Tensor]:
         """The arms of Yamaguchi and Yanai's comparison: channels of a CLIP encoder that is not used are zeros, of the pooled vector too."""

@@ -201,14 +201,14 @@ def needed(folder: pathlib.Path, part: str) -> list[str]:
 
 def weight_files(folder: pathlib.Path, parts: Sequence[str]) -> list[pathlib.Path]:
     """The safetensors of these parts: one each, or the shards that its index lists; they need not be there."""
-    found = []
+    paths = []
     for part in parts:
         if name := weights_name(part):
             whole = folder / part / f'{name}.safetensors'
             index = whole.with_name(f'{whole.name}.index.json')
             sharded = not whole.is_file() and index.is_file()
-            found += [folder / part / name for name in shards(index)] if sharded else [whole]
-    return found
+            paths += [folder / part / name for name in shards(index)] if sharded else [whole]
+    return paths
 
 
 def shards(index: pathlib.Path) -> list[str]:

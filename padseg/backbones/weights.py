@@ -30,17 +30,17 @@ def fill_weights(
     """
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     state: dict[str, Tensor] = {}
-    there: set[str] = set()
+    held: set[str] = set()
     for path in paths:
         names = names_in(path)
-        there |= names
+        held |= names
         for name in sorted(names & wanted.keys()):
             # opened for each anew: an open file keeps all that was read of it in memory. A copy even of the right dtype: in the file,
             # tensors lie at any address, by which matrix products round
             with safe_open(path, 'pt') as file:
                 state[name] = file.get_tensor(name).to(place, dtype, copy=True)
-    refuse_lost(wanted.keys() - there, paths[0].parent, label)
-    refuse_surplus(there - set(known), paths[0].parent, label)
+    refuse_lost(wanted.keys() - held, paths[0].parent, label)
+    refuse_surplus(held - set(known), paths[0].parent, label)
     for name, tensor in state.items():
         if tensor.shape != wanted[name]:
             raise ModelUnavailable(

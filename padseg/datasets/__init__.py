@@ -50,7 +50,7 @@ def open_dataset(name: str, root: Path, split: str | None = None, raw_labels: bo
     raw = raw_labels and bool(row.facts) and RAW in facts(row.facts)['values']
     layouts = [layout for layout in row.layouts if not raw or layout.values == 'index']
     place = find_place(root, layouts, f'{name} ({split})', split, chosen.folder)
-    found, missing = samples(place, chosen, allow_missing)
+    pictures, missing = samples(place, chosen, allow_missing)
     return Dataset(
         name=name,
         classes=row_class_names(row),
@@ -58,7 +58,7 @@ def open_dataset(name: str, root: Path, split: str | None = None, raw_labels: bo
         split=split,
         layout=place.layout.name,
         root=root,
-        samples=found,
+        samples=pictures,
         table=value_table(row, RAW if raw else place.layout.values),
         reader=place.layout.reader,
         annotations=place.annotations,

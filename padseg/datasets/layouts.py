@@ -45,11 +45,11 @@ def find_place(root: Path, layouts: Iterable[Layout], title: str, split: str, fo
         if layout.splits and split not in layout.splits:
             continue
         tried = [parts(layout, root / home, folder) for home in homes(layout)]
-        for found in tried:
-            if all(part.path for part in found.values()):
-                paths = {kind: part.path for kind, part in found.items()}
+        for pieces in tried:
+            if all(part.path for part in pieces.values()):
+                paths = {kind: part.path for kind, part in pieces.items()}
                 return FoundLayout(layout, paths['images'] or root, paths.get('labels'), paths.get('listing'), paths.get('annotations'))
-        trees.append(folder_tree(layout, max(tried, key=lambda found: sum(part.path is not None for part in found.values()))))
+        trees.append(folder_tree(layout, max(tried, key=lambda pieces: sum(part.path is not None for part in pieces.values()))))
     known = '\n'.join(dict.fromkeys(trees))
     raise LayoutError(f'{root} holds no {title} in a layout that padseg knows; it holds {content(root)}. Expected one of:\n{known}')
 
@@ -67,14 +67,14 @@ def parts(layout: Layout, home: Path, folder: str) -> dict[str, Part]:
         below = [in_split(path, folder) for path in paths]
         return Part(tuple(path + files for path in below), next((home / path for path in below if present(home / path)), None))
 
-    found = {'images': part(layout.images, Path.is_dir, f'/*{layout.image_end or ".jpg"}')}
+    pieces = {'images': part(layout.images, Path.is_dir, f'/*{layout.image_end or ".jpg"}')}
     if layout.labels:
-        found['labels'] = part(layout.labels, lambda path: any(True for _ in label_files(path, layout)), f'/*{layout.label_end}')
+        pieces['labels'] = part(layout.labels, lambda path: any(True for _ in label_files(path, layout)), f'/*{layout.label_end}')
     if layout.listing:
-        found['listing'] = part([layout.listing], Path.is_file)
+        pieces['listing'] = part([layout.listing], Path.is_file)
     if layout.annotations:
-        found['annotations'] = part(layout.annotations, Path.is_file)
-    return found
+        pieces['annotations'] = part(layout.annotations, Path.is_file)
+    return pieces
 
 
 def in_split(path: str, folder: str) -> str:
@@ -82,12 +82,12 @@ def in_split(path: str, folder: str) -> str:
     return path.replace('{split}', folder).rstrip('/')
 
 
-def folder_tree(layout: Layout, found: dict[str, Part]) -> str:
+def folder_tree(layout: Layout, pieces: dict[str, Part]) -> str:
     """What a layout looks like, each piece marked as found or missing."""
     usual = ' or '.join(filter(None, layout.homes))
     lines = [f'  {layout.name}{f" (there or in {usual})" if usual else ""}:']
-    width = max(len(path) for part in found.values() for path in part.wanted)
-    for part in found.values():
+    width = max(len(path) for part in pieces.values() for path in part.wanted)
+    for part in pieces.values():
         state = 'missing' if part.path is None else f'found: {part.path}'
         lines += [f'    {part.wanted[0]:{width}}  {state}', *(f'      or {path}' for path in part.wanted[1:])]
     return '\n'.join(lines)
@@ -118,8 +118,10 @@ def samples(place: FoundLayout, split: Split, allow_missing: bool) -> tuple[tupl
     expected = split.pictures if split.exact and split.pictures else len(wanted)
     if len(complete) != expected and not allow_missing:
         raise LayoutError(f'the split has {expected} pictures; {place.images} has {len(complete)} ({ALLOW})')
-    found = [Sample(pictures[name].relative_to(place.images).with_suffix('').as_posix(), pictures[name], truths[name]) for name in complete]
-    return tuple(sorted(found)), max(0, expected - len(complete))
+    members = [
+        Sample(pictures[name].relative_to(place.images).with_suffix('').as_posix(), pictures[name], truths[name]) for name in complete
+    ]
+    return tuple(sorted(members)), max(0, expected - len(complete))
 
 
 def listed_files(place: FoundLayout, split: Split) -> Collection[str] | None:
@@ -136,8 +138,8 @@ def labels_by_picture(place: FoundLayout, pictures: Container[str]) -> dict[str,
     """Files of labels by the name of their picture."""
     if place.labels is None:
         return dict.fromkeys(detail_paintings(place.annotations), (place.annotations,)) if place.annotations else {}
-    found = unique(label_files(place.labels, place.layout))
-    return by_annotator(found, pictures) if place.layout.annotators else {name: (path,) for name, path in found.items()}
+    paths = unique(label_files(place.labels, place.layout))
+    return by_annotator(paths, pictures) if place.layout.annotators else {name: (path,) for name, path in paths.items()}
 
 
 def label_files(folder: Path, layout: Layout) -> Iterator[tuple[str, Path]]:
@@ -159,20 +161,20 @@ def files_below(folder: Path, ends: Collection[str]) -> Iterator[tuple[str, Path
                 yield (name if below == '.' else f'{below}/{name}'), Path(parent, entry)
 
 
-def unique(found: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+def unique(files: Iterable[tuple[str, Path]]) -> dict[str, Path]:
     """Paths by name. LayoutError if two have the same name."""
     paths: dict[str, Path] = {}
-    for name, path in found:
+    for name, path in files:
         if name in paths:
             raise LayoutError(f'two files for {name}: {paths[name]} and {path}')
         paths[name] = path
     return paths
 
 
-def by_annotator(found: dict[str, Path], pictures: Container[str]) -> dict[str, tuple[Path, ...]]:
+def by_annotator(paths: dict[str, Path], pictures: Container[str]) -> dict[str, tuple[Path, ...]]:
     """Files of labels by picture: x_0, x_1, … belong to x, in order of their numbers, unless there is a picture of the full name."""
     groups: dict[str, list[tuple[int, Path]]] = {}
-    for name, path in found.items():
+    for name, path in paths.items():
         stem, _, number = name.rpartition('_')
         if stem and number.isascii() and number.isdigit() and name not in pictures:
             groups.setdefault(stem, []).append((int(number), path))
@@ -181,8 +183,8 @@ def by_annotator(found: dict[str, Path], pictures: Container[str]) -> dict[str, 
     return {name: tuple(path for _, path in sorted(group)) for name, group in groups.items()}
 
 
-def require_all(names: Iterable[str], there: Container[str], words: str, folder: Path) -> None:
-    missing = [name for name in names if name not in there]
+def require_all(names: Iterable[str], known: Container[str], words: str, folder: Path) -> None:
+    missing = [name for name in names if name not in known]
     if missing:
         raise LayoutError(f'no {words} in {folder} for {len(missing)} of the split: {some(missing)} ({ALLOW})')
 

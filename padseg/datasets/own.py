@@ -67,7 +67,7 @@ def open_folder(root: Path, split: str | None, settings: FolderSettings, allow_m
         holds = any((root / in_split(path, DEFAULT_SPLIT)).is_dir() for layout in layouts for path in layout.images)
         split = DEFAULT_SPLIT if holds else ''
     place = find_place(root, layouts, f'pictures with labels{f" ({split})" if split else ""}', split, split)
-    found, missing = samples(place, Split(split), allow_missing)
+    pictures, missing = samples(place, Split(split), allow_missing)
     return Dataset(
         name=FOLDER,
         classes=names,
@@ -75,7 +75,7 @@ def open_folder(root: Path, split: str | None, settings: FolderSettings, allow_m
         split=split or 'all',
         layout=place.layout.name,
         root=root,
-        samples=found,
+        samples=pictures,
         missing=missing,
         table=folder_class_table(settings, len(names)),
     )
@@ -160,10 +160,10 @@ def label_folder(
     names, background = folder_class_names(settings)
     if not labels.is_dir():
         raise LayoutError(f'there is no folder {labels}')
-    found = unique((picture_name(path.relative_to(labels)), path) for _, path in files_below(labels, ('.png',)))
-    if not found:
+    paths = unique((picture_name(path.relative_to(labels)), path) for _, path in files_below(labels, ('.png',)))
+    if not paths:
         raise LayoutError(f'there are no PNG files in {labels}')
-    truths = {name: (path,) for name, path in found.items()} if names else by_annotator(found, pictures)
+    truths = {name: (path,) for name, path in paths.items()} if names else by_annotator(paths, pictures)
     return Dataset(
         name=FOLDER,
         classes=names,

@@ -64,8 +64,8 @@ def annotated(
         def add(picture: LabelledPicture, annotations: Iterable[dict[str, Any]]) -> None:
             height, width = picture.labels.shape
             images.append(json.dumps({'id': picture.number, 'file_name': picture.name, 'width': width, 'height': height}))
-            for each in annotations:
-                file.write(next(separators) + json.dumps(each))
+            for row in annotations:
+                file.write(next(separators) + json.dumps(row))
 
         yield add
         file.write('\n], "images": [\n' + ',\n'.join(images) + '\n]}\n')

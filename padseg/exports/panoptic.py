@@ -42,7 +42,7 @@ def writer(place: Place) -> Iterator[Add]:
 def coloured(place: Place) -> list[dict[str, Any]]:
     """Categories with the colours that classes have in label maps."""
     colours = voc_colours(len(place.classes) + 1)[1:].tolist() or [COLOUR]
-    return [{**each, 'isthing': 1, 'color': colour} for each, colour in zip(categories(place), colours, strict=True)]
+    return [{**category, 'isthing': 1, 'color': colour} for category, colour in zip(categories(place), colours, strict=True)]
 
 
 def segment_info(region: Region, category: int) -> dict[str, Any]:

@@ -91,12 +91,12 @@ def find(source: Path, skip: Path | None = None) -> list[Found]:
     if not source.is_dir():
         raise NoImages(f'there is no folder or picture {source}')
     hidden = skip.resolve() if skip else None
-    found = []
+    pictures = []
     for folder, folders, files in os.walk(source, onerror=refuse):
         folders[:] = [name for name in folders if name[0] != '.' and Path(folder, name).resolve() != hidden]
         paths = [Path(folder, name) for name in files if name[0] != '.' and Path(name).suffix.lower() in SUFFIXES]
-        found += [Found(path, path.relative_to(source).as_posix()) for path in paths if not is_special(path)]
-    return sorted(found, key=lambda picture: picture.name)
+        pictures += [Found(path, path.relative_to(source).as_posix()) for path in paths if not is_special(path)]
+    return sorted(pictures, key=lambda picture: picture.name)
 
 
 def refuse(error: OSError) -> NoReturn:
@@ -111,28 +111,28 @@ def is_special(path: Path) -> bool:
         return False
 
 
-def frames_of(found: Found, reading: Reading) -> list[Found]:
+def frames_of(picture: Found, reading: Reading) -> list[Found]:
     """The frames of a file as pictures `a.gif.f0000`, `a.gif.f0001`, … if all are wanted and there are several; else the file as it is.
 
     It also stays one if it cannot be read or has more than MAX_FRAMES frames: decoding it says so.
     """
     if reading.frames == 'first':
-        return [found]
+        return [picture]
     try:
-        check_file(found.path, reading)
-        with found.path.open('rb') as file, reasons():
+        check_file(picture.path, reading)
+        with picture.path.open('rb') as file, reasons():
             number = count_frames(file, reading)
     except (ImageError, OSError):
-        return [found]
+        return [picture]
     if not 1 < number <= MAX_FRAMES:
-        return [found]
-    return [Found(found.path, f'{found.name}.f{frame:04d}', frame) for frame in range(number)]
+        return [picture]
+    return [Found(picture.path, f'{picture.name}.f{frame:04d}', frame) for frame in range(number)]
 
 
 def file_and_frame(name: str) -> tuple[str, int]:
     """The file's name and the frame of it that a picture's name stands for: `a.gif.f0003` is frame 3 of `a.gif`."""
-    found = FRAME.fullmatch(name)  # no file that is taken for a picture has such a suffix
-    return (found[1], int(found[2])) if found else (name, 0)
+    match = FRAME.fullmatch(name)  # no file that is taken for a picture has such a suffix
+    return (match[1], int(match[2])) if match else (name, 0)
 
 
 def collisions(names: Iterable[str]) -> list[tuple[str, str]]:
@@ -155,7 +155,7 @@ def ignores_case(folder: Path) -> bool:
 
 def as_images(image: Any) -> list[Image]:
     """The pictures of a list or a tuple, or the one that this is."""
-    return [as_image(each) for each in image] if isinstance(image, (list, tuple)) else [as_image(image)]
+    return [as_image(picture) for picture in image] if isinstance(image, (list, tuple)) else [as_image(image)]
 
 
 def as_image(image: Readable) -> Image:

@@ -184,15 +184,15 @@ def maps(images: Sequence[Image], prepared: Prepared) -> list[TokenMaps]:
         read = partial(
             stages.maps_of_layers, backbone=backbone, prompt=prompt, layers=options.layers, head=options.head, softmax=options.softmax
         )
-        by_step = [stages.batched([each[number] for each in latents], backbone, read) for number in range(len(options.steps))]
+        by_step = [stages.batched([by_noise[number] for by_noise in latents], backbone, read) for number in range(len(options.steps))]
         for own_scores, several in zip(scores, zip(*by_step, strict=True), strict=True):
-            own_scores.append(stages.means(stages.mean_of_steps([each.maps for each in several]), prompt, options.scores))
+            own_scores.append(stages.means(stages.mean_of_steps([token_maps.maps for token_maps in several]), prompt, options.scores))
     names = classes + ((BACKGROUND,) if options.background_words else ())
     scaled = [stages.scale_scores(stages.joined_maps(own_scores), len(classes), options.scores) for own_scores in scores]
-    results = [TokenMaps(each, names, of_steps[0].frame) for each, of_steps in zip(scaled, latents, strict=True)]
+    results = [TokenMaps(values, names, of_steps[0].frame) for values, of_steps in zip(scaled, latents, strict=True)]
     if not proposals:
         return results
-    noised = [each[steps.index(proposals.options.step)] for each in latents]
+    noised = [by_noise[steps.index(proposals.options.step)] for by_noise in latents]
     pads = stages.batched(noised, backbone, partial(stages.latent_token_maps, backbone=backbone, options=proposals.options))
     return [
         TokenMaps(stages.joined_maps([words.maps, pad.maps]), words.names + pad.names, words.frame)
@@ -260,7 +260,7 @@ def label(
     """
     pictures = as_images(image)
     prepared = prepare(opened(backbone, partial(deepest, options)), options, classes)
-    results = [labels(picture, each, prepared) for picture, each in zip(pictures, maps(pictures, prepared), strict=True)]
+    results = [labels(picture, token_maps, prepared) for picture, token_maps in zip(pictures, maps(pictures, prepared), strict=True)]
     return results if isinstance(image, (list, tuple)) else results[0]
 
 

@@ -110,10 +110,10 @@ def check_value(options: type[MethodOptions], field: dataclasses.Field[Any], val
         require(value in choices, f'{field.name} is one of {", ".join(choices)}; got {value}')
     elif range_:
         verb = 'are' if several else 'is'
-        good = all(of_kind(each, kind) and range_.holds(each) for each in values) and len(set(values)) == len(values) > 0
+        good = all(of_kind(element, kind) and range_.holds(element) for element in values) and len(set(values)) == len(values) > 0
         require(good, f'{field.name} {verb} {range_.words}; got {in_list(values)}')
     else:
-        require(all(of_kind(each, kind) for each in values), f'{field.name} is {KINDS[kind]}; got {value!r}')
+        require(all(of_kind(element, kind) for element in values), f'{field.name} is {KINDS[kind]}; got {value!r}')
 
 
 KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text'}

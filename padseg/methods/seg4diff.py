@@ -118,7 +118,7 @@ def maps(images: Sequence[Image], prepared: Prepared) -> list[TokenMaps]:
     assert backbone is not None
     latents = [stages.encode(image, backbone, options) for image in images]  # (1, C, H', W') each
     token_maps = stages.batched(latents, backbone, partial(stages.latent_token_maps, backbone=backbone, options=options))
-    return [each._replace(settings=settings) for each in token_maps]
+    return [picture_maps._replace(settings=settings) for picture_maps in token_maps]
 
 
 def labels(image: Image, maps: TokenMaps, prepared: Prepared) -> LabelMap:
@@ -146,7 +146,7 @@ def segment(image: Any, backbone: Backbone | str = 'tiny', options: Options = Op
     """
     pictures = as_images(image)
     prepared = prepare(opened(backbone, partial(deepest, options)), options)
-    results = [labels(picture, each, prepared) for picture, each in zip(pictures, maps(pictures, prepared), strict=True)]
+    results = [labels(picture, picture_maps, prepared) for picture, picture_maps in zip(pictures, maps(pictures, prepared), strict=True)]
     return results if isinstance(image, (list, tuple)) else results[0]
 
 

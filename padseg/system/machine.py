@@ -27,5 +27,5 @@ def memory_in_all() -> int | None:
 def memory_available() -> int | None:
     """Bytes that can be had without swapping; SC_AVPHYS_PAGES would leave out what the system only caches. None where it does not say."""
     text = MEMINFO.read_text() if MEMINFO.is_file() else ''
-    found = re.search(r'^MemAvailable: +(\d+) kB$', text, re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
+    match = re.search(r'^MemAvailable: +(\d+) kB$', text, re.MULTILINE)
+    return int(match[1]) * 1024 if match else None

@@ -36,6 +36,6 @@ def ahead(pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[
 
 def batches(items: Iterable[A], size: int) -> Iterator[list[A]]:
     """The items in lists of `size`, the last one shorter."""
-    each = iter(items)
-    while batch := list(islice(each, size)):
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
         yield batch
