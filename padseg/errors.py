@@ -1,4 +1,4 @@
-"""What a user can put right, each with the exit code that the command line gives for it."""
+"""Errors that a user can fix, with the exit codes of the command line."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from pathlib import Path
 
 
 class PadsegError(RuntimeError):
-    """A mistake or a lack that the message tells the user how to mend."""
+    """An error whose message tells the user how to fix it."""
 
     exit_code = 1
 
 
 class UsageError(PadsegError):
-    """A value that is not allowed; the message says what is."""
+    """A value that is not allowed; the message says which values are."""
 
     exit_code = 2
 
 
 class ModelUnavailable(PadsegError):
-    """The model's files cannot be had; state says why in a word or two: `damaged`, `incomplete`, `no token`, …"""
+    """The model's files are not available; state says why in a word or two: `damaged`, `incomplete`, `no token`, …"""
 
     exit_code = 4
 

@@ -112,7 +112,7 @@ def test_regions_of_the_embedded_model_with_its_own_settings():
 
 def test_maps_that_do_not_say_which_model_made_them(backbone, picture):
     maps = padseg.token_maps(picture, backbone)._replace(settings={})
-    with pytest.raises(UsageError, match='do not say what the model has for normalisation, threshold, refine'):
+    with pytest.raises(UsageError, match='do not record the model.s settings for normalisation, threshold, refine'):
         padseg.regions(picture, maps)
     whole = padseg.Options().resolve(backbone.spec)
     assert same(padseg.regions(picture, maps, whole), padseg.segment(picture, backbone))

@@ -1,4 +1,4 @@
-"""Loaded models: where a name leads, what is read from it, and the little that the method needs to know of it."""
+"""Loading models by name, and what the methods need to know of a loaded model."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Identity(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Backbone:
-    """A loaded model. null_prompt: the empty one, a constant of the model. layers: transformer blocks that were read; of the last of them
-    only queries and keys, unless the whole transformer was.
+    """A loaded model. null_prompt: the empty prompt, a constant of the model. layers: how many transformer blocks were
+    read; only queries and keys of the last one, unless `whole`.
 
     Sizes are in latent cells (patch) and pixels (multiple); limit is the longest side it can take, in pixels. compiled: how many of the
-    blocks are compiled, the first ones, whose attention is not to be read.
+    first blocks are compiled; their attention cannot be read.
     """
 
     spec: Spec
@@ -63,15 +63,15 @@ class Backbone:
         return self.transformer.dtype
 
     def attention_module(self, layer: int, what: Sequence[What] = ('queries', 'keys')) -> nn.Module:
-        """The attention of one block, in which image and text tokens meet. UsageError if this of it was not read, or it is compiled."""
+        """The attention of one block, in which image and text tokens meet. UsageError if `what` was not read, or the block is compiled."""
         if layer >= self.layers:
             raise UsageError(f'{self.identity.model} was read up to block {self.layers - 1}: load(layer={layer}) reads block {layer} too')
         if layer < self.compiled:
             raise UsageError(
-                f'blocks 0..{self.compiled - 1} are compiled: load(layer={layer}, compile=True) leaves block {layer} to be read'
+                f'blocks 0..{self.compiled - 1} are compiled: load(layer={layer}, compile=True) does not compile block {layer}'
             )
         if not self.whole and layer == self.layers - 1 and not {'queries', 'keys'}.issuperset(what):
-            raise UsageError(f'of block {layer} of {self.identity.model} only queries and keys were read: load(whole=True) reads all of it')
+            raise UsageError(f'only queries and keys of block {layer} of {self.identity.model} were read: load(whole=True) reads all of it')
         return self.family.attention_module(self.transformer, layer)
 
     def text_columns(self, prompt: Prompt, image_tokens: int) -> list[int]:
@@ -83,7 +83,7 @@ class Backbone:
         return self.family.first_image_token(prompt)
 
     def noise_level(self, step: int, image_tokens: int) -> NoiseLevel:
-        """Of the step-th step from the end of the model's schedule, 1 has least noise. ValueError for a step that it does not have."""
+        """The noise level of the step-th step from the end of the model's schedule; 1 has least noise. ValueError for an unknown step."""
         return self.family.noise_level(self.scheduler, self.spec.steps, step, image_tokens)
 
     def denoise(self, z: Tensor, timestep: float, prompt: Prompt) -> Tensor:
@@ -108,7 +108,7 @@ def load(
     models of more than a gigabyte float16 on a GPU and bfloat16 on a CPU that multiplies in it. layer: the last block whose token maps
     are wanted, by default the model's expert block; what comes after it is not read, nor the VAE's decoder, unless `whole` is true.
     vae: another VAE for the same latents in the layout of AutoencoderTiny, by hub id or folder; 'tiny' is TAESD3 or TAEF1.
-    compile: let torch compile the blocks before that layer when the first picture comes.
+    compile: torch compiles the blocks before that layer at the first picture.
 
     Raises UsageError for an unknown name or value, ModelUnavailable when files are missing.
     """
@@ -123,7 +123,7 @@ def load(
 
 
 def family_of(spec: Spec) -> Family:
-    """What is known of the architecture that a row names."""
+    """The module for the architecture that a row names."""
     from padseg.backbones import flux, sd3
 
     families: dict[str, Family] = {'sd3': sd3, 'flux': flux}
@@ -131,7 +131,7 @@ def family_of(spec: Spec) -> Family:
 
 
 def opened(model: Backbone | str, deepest: Callable[[Spec], int | None]) -> Backbone:
-    """A loaded model as it is; one that is named is loaded, up to the block that `deepest` says (None: whole), and kept by the process."""
+    """A loaded model unchanged; a named one is loaded up to the block from `deepest` (None: whole) and kept by the process."""
     if isinstance(model, Backbone):
         return model
     if not isinstance(model, str):
@@ -141,7 +141,7 @@ def opened(model: Backbone | str, deepest: Callable[[Spec], int | None]) -> Back
 
 @cache
 def spec_of(model: str) -> Spec:
-    """The facts of a model that is named."""
+    """The facts of a named model."""
     from padseg.backbones.source import locate
 
     return locate(model).spec

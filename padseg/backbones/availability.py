@@ -50,16 +50,16 @@ class State(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes that the weights take, by reckoning from their shapes: on the device, and in the computer's memory while loading."""
+    """Bytes that the weights take, computed from their shapes: on the device, and in the computer's memory while loading."""
 
     device: int
     host: int
 
 
 def model_state(model: str, revision: str | None = None, whole: bool = False) -> tuple[State, Source | None]:
-    """What `load` would meet, in its words; and the model if it is here. The hub is asked only about files that are not here.
+    """What `load` would report; and the model if it is here. The hub is asked only about files that are not here.
 
-    whole: of `load(whole=True)`.
+    whole: as in `load(whole=True)`.
     """
     source = None
     try:
@@ -71,7 +71,7 @@ def model_state(model: str, revision: str | None = None, whole: bool = False) ->
         if error.state not in ABSENT or Path(spec.repo).exists() or not on_hub(spec.repo):
             return here, None
         return ask_hub(spec.repo, wanted, here), None
-    return State(READY, 'all files are here; it loads without a network', str(source.folder), source.commit), source
+    return State(READY, 'all files are here; the model loads without a network', str(source.folder), source.commit), source
 
 
 def on_hub(repo: str) -> bool:
@@ -105,7 +105,7 @@ def ask_hub(repo: str, revision: str | None, here: State) -> State:
     sizes = [wanted[name] for name in absent]
     total = None if None in sizes else sum(size or 0 for size in sizes)
     amount = f'{len(absent)} files' if total is None else f'{len(absent)} files, {human(total)}'
-    return State(DOWNLOADABLE, f'the hub grants it: the first run downloads {amount}', commit=info.sha, download=total)
+    return State(DOWNLOADABLE, f'access granted: the first run downloads {amount}', commit=info.sha, download=total)
 
 
 def chosen_dtype(place: torch.device, source: Source | None) -> str:
@@ -115,7 +115,7 @@ def chosen_dtype(place: torch.device, source: Source | None) -> str:
 
 
 def reckon_memory(source: Source, place: torch.device, dtype: str, whole: bool = False) -> Memory:
-    """The weights alone, of what `load` reads by default or of the whole.
+    """Memory for the weights alone, those that `load` reads by default or all of them.
 
     On another device they pass through the computer's memory part by part; text encoders stay there.
     """

@@ -1,4 +1,4 @@
-"""Transformer blocks compiled by torch, which pays for many pictures."""
+"""Transformer blocks compiled by torch, which pays off for many pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a family of models is: all that differs between architectures, as a module has it."""
+"""What a module for a family of models provides: all that differs between architectures."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Family(Protocol):
     TEXT_DTYPE: torch.dtype  # of the text encoders, which always run on the CPU: what they give is a constant of the model
 
     def size(self, config: Any) -> Dimensions:
-        """From the configuration of the transformer."""
+        """The dimensions from the configuration of the transformer."""
 
     def blocks(self, transformer: Any) -> Sequence[nn.Module]:
-        """All of them, in the order of layers."""
+        """All transformer blocks, in the order of layers."""
 
     @property
     def cut(self) -> Callable[[Any, int], None] | None:
@@ -48,10 +48,10 @@ class Family(Protocol):
         """
 
     def tokenizers(self, source: Source) -> dict[str, Any]:
-        """By the names of their folders. Raises ModelUnavailable if one cannot be used."""
+        """The tokenizers by the names of their folders. Raises ModelUnavailable if one cannot be used."""
 
     def prompt_shapes(self, slots: int, config: Any) -> dict[str, tuple[int, ...]]:
-        """Of the tensors of a prompt, `embeds` and `pooled`."""
+        """Shapes of the tensors of a prompt, `embeds` and `pooled`."""
 
     def compute_null_prompt(self, source: Source, transformer: Any, slots: int) -> dict[str, Tensor]:
         """The empty prompt by the text encoders: `embeds` (1, L, D) and `pooled` (1, E), float32."""

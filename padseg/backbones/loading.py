@@ -1,4 +1,4 @@
-"""Loading a model of any family, and the check that looks for what loading would refuse."""
+"""Loading a model of any family, and checking beforehand whether it would load."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def load_family(
     with ThreadPoolExecutor(1) as beside:  # hashing four gigabytes takes as long as reading what is needed of them
         hashed = beside.submit(weights_hash, family, source, vae)
         transformer = filled_part(family, source, family.LAYOUT.denoiser, last, place, kind)
-        encoder = filled_part(family, owner, part, last, place, kind).to(memory_format=torch.channels_last)  # how convolutions are quick
+        encoder = filled_part(family, owner, part, last, place, kind).to(memory_format=torch.channels_last)  # faster for convolutions
     taken = family.size(transformer.config)
     if encoder.config.latent_channels != taken.channels:
         raise UsageError(
-            f'the latents of {owner.model} have {encoder.config.latent_channels} channels, the transformer takes {taken.channels}'
+            f'the latents of {owner.model} have {encoder.config.latent_channels} channels, but the transformer takes {taken.channels}'
         )
     if compile:
         compile_blocks(family.blocks(transformer)[:layer])
@@ -71,7 +71,7 @@ def load_family(
 def check_loadable(family: Family, source: Source, whole: bool = False) -> None:
     """Raises ModelUnavailable for what `load` would refuse, as far as it shows without reading weights and without a network.
 
-    whole: of `load(whole=True)`.
+    whole: as in `load(whole=True)`.
     """
     for part in family.LAYOUT.networks:
         known = set(built(family, source, part).state_dict())

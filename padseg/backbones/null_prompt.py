@@ -38,7 +38,7 @@ def null_prompt(family: Family, source: Source, transformer: Any, device: torch.
 
 
 def prompt_is_cached(source: Source) -> bool:
-    """Whether loading does without the text encoders."""
+    """Whether loading needs no text encoders."""
     return bool(read_cache(cache_path(source)))
 
 
@@ -47,7 +47,7 @@ def shapes_of(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def cache_path(source: Source, text: str = '') -> pathlib.Path:
-    """One file a model and text."""
+    """The file for a model and a text."""
     return path_of(source, encoders_key(source), text)
 
 
@@ -57,7 +57,7 @@ def encoders_key(source: Source) -> str:
 
 
 def path_of(source: Source, key: str, text: str = '') -> pathlib.Path:
-    """Where a text is kept that the encoders of this key gave."""
+    """Where the embedding of a text by the encoders of this key is kept."""
     words = f'{source.spec.repo if source.commit else ""} {key} {source.spec.sequence}' + (f' {text}' if text else '')
     return cache_home() / 'prompts' / f'{hashlib.sha256(words.encode()).hexdigest()}.safetensors'
 

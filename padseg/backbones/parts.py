@@ -32,7 +32,7 @@ def choose_device(device: str | None) -> torch.device:
         place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f'device {device} is not to be had here: {str(error).splitlines()[0]}') from error
+        raise UsageError(f'device {device} is not available here: {str(error).splitlines()[0]}') from error
     return place
 
 

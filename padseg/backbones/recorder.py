@@ -1,4 +1,4 @@
-"""What chosen layers of an unchanged transformer attend with: queries, keys, values and outputs, reduced while the layer runs."""
+"""Queries, keys, values and outputs of chosen layers of an unchanged transformer, reduced while the layer runs."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Attention:
     if is_causal or scale is not None or enable_gqa:
-        raise PadsegError('padseg reads attention without an order, a scale or grouped heads of its own')
+        raise PadsegError('padseg cannot read attention that is causal, has its own scale or groups heads')
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
     return Attention(query, key, value, attn_mask)

@@ -88,7 +88,7 @@ def unknown(model: str) -> UsageError:
 
 def no_layout(name: str) -> ModelUnavailable:
     lacks = ' or '.join(f'{part}/config.json' for part in denoisers())
-    return ModelUnavailable(f'{name} is no model in diffusers layout: {lacks} is missing', 'incomplete')
+    return ModelUnavailable(f'{name} is not a model in diffusers layout: {lacks} is missing', 'incomplete')
 
 
 def main_files() -> tuple[str, ...]:
@@ -150,7 +150,7 @@ def refusal(repo: str, revision: str | None, error: Exception) -> PadsegError:
     if isinstance(error, errors.HfHubHTTPError) and status in (401, 403):
         reason = error.response.headers.get('X-Error-Message') or f'HTTP {status}'
         remedy = (
-            '`hf auth login` again, or mend HF_TOKEN'
+            '`hf auth login` again, or fix HF_TOKEN'
             if status == 401
             else 'change what it may read on https://huggingface.co/settings/tokens'
         )
@@ -167,7 +167,7 @@ def refusal(repo: str, revision: str | None, error: Exception) -> PadsegError:
 
 
 def check_files(source: Source, parts: Sequence[str]) -> None:
-    """Raises ModelUnavailable if a file of these parts is missing, a configuration is no JSON, or weights do not fit their header."""
+    """Raises ModelUnavailable if a file of these parts is missing, a configuration is not JSON, or weights do not fit their header."""
     from safetensors import SafetensorError
 
     refuse_missing(source.model, source.folder, source.commit, parts)
@@ -214,7 +214,7 @@ def weight_files(folder: pathlib.Path, parts: Sequence[str]) -> list[pathlib.Pat
 def shards(index: pathlib.Path) -> list[str]:
     names = read_json(index).get('weight_map')
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise ModelUnavailable(f'{index} must say weight_map, the file of each tensor')
+        raise ModelUnavailable(f'{index} must contain weight_map, the file of each tensor')
     return sorted(set(names.values()))
 
 
@@ -232,7 +232,7 @@ def read_row(spec: Spec, folder: pathlib.Path) -> Spec:
     values = read_json(config)
     kind = str(values.get('_class_name', 'SD3Transformer2DModel'))
     if kind not in FAMILIES:
-        raise ModelUnavailable(f'{config} is that of a {kind}; known: {", ".join(FAMILIES)}')
+        raise ModelUnavailable(f'{config} describes a {kind}; known: {", ".join(FAMILIES)}')
     if FAMILIES[kind] != spec.family:
         spec = BACKBONES[FAMILIES[kind]]._replace(repo=spec.repo)
     layers = sum(block_count(values, name, config) for name in DEPTHS[spec.family])
@@ -284,7 +284,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding='utf-8'))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ModelUnavailable(
-            f'{path.parent.parent} is no model in diffusers layout: {path.parent.name}/{path.name} is missing', 'incomplete'
+            f'{path.parent.parent} is not a model in diffusers layout: {path.parent.name}/{path.name} is missing', 'incomplete'
         ) from error
     except (OSError, ValueError) as error:
         raise ModelUnavailable(f'{path} is not valid JSON: {error}') from error

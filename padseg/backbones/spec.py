@@ -1,4 +1,4 @@
-"""A model as data: where its files are, and facts of it."""
+"""A model as data: where its files are, and facts about it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TINY = pathlib.Path(__file__).parent.parent / 'models' / 'tiny'
 class Spec(NamedTuple):
     """One row, by default that of SD3-medium. A model's folder may state facts of its own in `padseg.json`.
 
-    own: settings of methods for this model, by the method's name, as `padseg.json` states them; what they mean is the methods' matter.
+    own: settings of methods for this model, by the method's name, as `padseg.json` states them; the methods define their meaning.
     """
 
     repo: str  # hub id, or a local folder in diffusers' layout

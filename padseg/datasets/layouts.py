@@ -24,7 +24,7 @@ class Part(NamedTuple):
 
 
 class FoundLayout(NamedTuple):
-    """A layout found. labels, listing, annotations: None where the layout has none."""
+    """A layout that was found. labels, listing, annotations: None where the layout has none."""
 
     layout: Layout
     images: Path

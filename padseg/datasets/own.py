@@ -1,4 +1,4 @@
-"""One's own pictures and labels: a folder described by a small padseg.toml beside it, or a folder of labels alone."""
+"""Your own pictures and labels: a folder described by a small padseg.toml beside it, or a folder of labels alone."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def read_settings(root: Path) -> FolderSettings:
     except FileNotFoundError as error:
         raise LayoutError(f'there is no {path}, which says what the labels mean; for example:\n{EXAMPLE}') from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f'{path} is no TOML: {error}') from error
+        raise UsageError(f'{path} is not valid TOML: {error}') from error
     except ValidationError as error:
         raise UsageError(f'{path}: {"; ".join(map(complaint, error.errors()))}') from error
 
@@ -113,7 +113,7 @@ def complaint(error: Any) -> str:
     """One thing that is wrong with the settings, in words."""
     if error['type'] == 'extra_forbidden':
         known = (FolderSettings if len(error['loc']) == 1 else Suffixes).model_fields
-        return f'{error["loc"][-1]} is no setting; there are {", ".join(known)}'
+        return f'{error["loc"][-1]} is not a setting; the settings are {", ".join(known)}'
     return f'{".".join(map(str, error["loc"]))}: {error["msg"][0].lower()}{error["msg"][1:]}; got {error["input"]!r}'
 
 

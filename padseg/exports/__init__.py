@@ -1,4 +1,4 @@
-"""Label maps to files. FORMATS writes one label map, CONVERTERS a whole run; each has one module a format.
+"""Label maps to files. FORMATS writes one label map, CONVERTERS a whole run; each has one module per format.
 
 A key of FORMATS is also the folder of a run's output that holds the results.
 """

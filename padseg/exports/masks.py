@@ -62,6 +62,6 @@ def read_masks(folder: Path) -> Array:
         raise UsageError(f'there is no mask in {folder}')
     masks = np.stack([read_label_map(path) > 0 for path in paths])  # (K, H, W)
     if masks.sum(0).max() > 1:
-        raise UsageError(f'the masks in {folder} overlap: they are no label map')
+        raise UsageError(f'the masks in {folder} overlap, so they are not a label map')
     numbers = np.array([int(path.stem) + 1 for path in paths], np.int32)
     return np.tensordot(numbers, masks.astype(np.int32), axes=1)  # (H, W)

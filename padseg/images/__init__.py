@@ -70,7 +70,7 @@ SUFFIXES = frozenset('.jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .tif .tif
 
 
 class WrongPicture(UsageError, ValueError):
-    """An argument that is no picture; the message names what is."""
+    """An argument that is not a picture; the message says what is accepted."""
 
 
 class Found(NamedTuple):
@@ -104,7 +104,7 @@ def refuse(error: OSError) -> NoReturn:
 
 
 def is_special(path: Path) -> bool:
-    """Whether this is no file but a pipe, a socket, a device. Not so a dangling link: it is to be reported and not lost."""
+    """Whether this is a pipe, a socket or a device. A dangling link is not special: it has to be reported."""
     try:
         return not stat.S_ISREG(path.stat().st_mode)
     except OSError:
@@ -159,7 +159,7 @@ def as_images(image: Any) -> list[Image]:
 
 
 def as_image(image: Readable) -> Image:
-    """A picture, from whatever a person has of it, as (H, W, 3) uint8 RGB.
+    """A picture in any accepted form as (H, W, 3) uint8 RGB.
 
     A path, an open file or a PIL image is read as `read` does: upright, transparent parts on white. An array is (H, W) grey, (H, W, 3)
     RGB or (H, W, 4) RGBA of uint8. Raises WrongPicture for anything else, ImageError for a file that is no picture, OSError.
@@ -201,7 +201,7 @@ def read(path: str | Path, reading: Reading = Reading()) -> Image:
 
 
 def contents(path: Path, reading: Reading = Reading()) -> bytes:
-    """The bytes of a file. Raises ImageError if it is too large or no file, which is found out before it is read; and OSError."""
+    """The bytes of a file. Raises ImageError if it is too large or not a file, which is found out before it is read; and OSError."""
     check_file(path, reading)
     return path.read_bytes()
 

@@ -59,7 +59,7 @@ DAMAGE = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOF
 
 
 class ImageError(PadsegError):
-    """A file that is no picture padseg can use; the message is the reason."""
+    """A file that padseg cannot use as a picture; the message is the reason."""
 
     exit_code = 3
 
@@ -123,7 +123,7 @@ def decode_with_notes(data: bytes, reading: Reading = Reading(), frame: int = 0)
 
 @contextlib.contextmanager
 def reasons() -> Iterator[None]:
-    """What decoding raises as ImageError."""
+    """Turn what decoding raises into ImageError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # oddities that do not stop Pillow

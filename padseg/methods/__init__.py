@@ -1,4 +1,4 @@
-"""The methods, one file a paper. Run, label, eval and merge know a method by this protocol and by nothing else."""
+"""The methods, one file per paper. Run, label, eval and merge use a method only through this protocol."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def open_backbone(method: Method, options: Any, model: str, revision: str | None
 
 
 def check_settings(spec: Spec) -> None:
-    """ModelUnavailable for what a model's `padseg.json` states and no method takes."""
+    """ModelUnavailable for settings in a model's `padseg.json` that no method takes."""
     strange = sorted(spec.own.keys() - METHODS.keys())
     if strange:
         raise ModelUnavailable(f'padseg.json of {spec.repo} has settings of unknown methods: {", ".join(strange)}')

@@ -1,4 +1,4 @@
-"""Classical segmenters, which need no model: the lines to beat.
+"""Classical segmenters, which need no model: baselines.
 
 Felzenszwalb and Huttenlocher, Efficient Graph-Based Image Segmentation, 2004; SLIC superpixels (Achanta et al., 2012) merged by mean
 colour; k-means of colour and place; a grid.

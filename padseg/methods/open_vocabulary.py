@@ -100,7 +100,7 @@ class LabelOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
-        require(self.softmax or self.scores != 'share', 'scores before the softmax have no shares: softmax with share')
+        require(self.softmax or self.scores != 'share', 'scores before the softmax have no shares: use softmax with share')
 
     def resolve(self, spec: Spec) -> LabelOptions:
         """These options on a model, with nothing left open. UsageError for what the model does not have, or what contradicts itself."""
@@ -108,8 +108,8 @@ class LabelOptions:
         used = COLUMNS_OF[resolved.encoders]
         resolved = filled(resolved, {'columns': used, 'scores': 'minmax' if self.prompt == 'per-class' else 'raw'})
         layers, steps, encoders = resolved.layers, resolved.steps, resolved.encoders
-        require(max(layers) < spec.layers, f'layers are of 0..{spec.layers - 1} for {spec.repo}; got {in_list(layers)}')
-        require(max(steps) <= spec.steps, f'steps are of 1..{spec.steps} for {spec.repo}; got {in_list(steps)}')
+        require(max(layers) < spec.layers, f'layers are in 0..{spec.layers - 1} for {spec.repo}; got {in_list(layers)}')
+        require(max(steps) <= spec.steps, f'steps are in 1..{spec.steps} for {spec.repo}; got {in_list(steps)}')
         require(used in ('both', resolved.columns), f'columns of {resolved.columns} need its encoder; encoders are {encoders}')
         require(
             not (encoders in ('t5', 'l+g+t5') and self.unused == 'dropped'),
@@ -154,7 +154,7 @@ def prepare(backbone: Backbone, options: LabelOptions, classes: Sequence[str] = 
 
     require_family('open-vocabulary', FAMILIES, backbone)
     if isinstance(classes, (str, set, frozenset)):
-        raise UsageError(f'classes are a list of names in their order, such as ["cat", "grass"]; got {type(classes).__name__}')
+        raise UsageError(f'classes must be a list of names in order, such as ["cat", "grass"]; got {type(classes).__name__}')
     resolved = options.resolve(backbone.spec)
     for layer in resolved.layers:
         backbone.attention_module(layer)  # refused now if it was not read

@@ -77,7 +77,7 @@ class ViewOptions(Protocol):
 
 
 class ForwardOptions(ViewOptions, Protocol):
-    """And those that decide which maps are read."""
+    """The options that decide what a model sees and which maps are read."""
 
     @property
     def layer(self) -> int: ...
@@ -95,7 +95,7 @@ T = TypeVar('T', bound=MethodOptions)
 
 
 def check_options(options: MethodOptions) -> None:
-    """UsageError for a value that its field does not allow, naming what it does. None is allowed where it is the default."""
+    """UsageError for a value that its field does not allow; the message names the allowed ones. None is allowed where it is the default."""
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if value is not None or field.default is not None:

@@ -169,5 +169,5 @@ def regions(image: Readable, maps: TokenMaps, options: Options = Options()) -> L
     resolved = options.with_settings(maps.settings)
     missing = [name for name in LATER if getattr(resolved, name) is None]
     if missing:
-        raise UsageError(f'these token maps do not say what the model has for {", ".join(missing)}: give these options')
+        raise UsageError(f"these token maps do not record the model's settings for {', '.join(missing)}: set these options")
     return labels(as_image(image), maps, Prepared(resolved, maps.settings, None))

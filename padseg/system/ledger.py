@@ -37,7 +37,7 @@ def read_header(path: Path, of: type[Record], what: str) -> Record | None:
     except FileNotFoundError:
         return None
     except UNREADABLE as error:
-        raise OutputConflict(f'{path} is no record of {what}: {REMEDY}') from error
+        raise OutputConflict(f'{path} is not a record of {what}: {REMEDY}') from error
 
 
 def line(record: BaseModel, exclude_defaults: bool = False) -> str:
@@ -69,7 +69,7 @@ def read_lines(path: Path, of: type[Record], what: str = 'a picture') -> Iterato
             try:
                 record = read_line(text, of)
             except UNREADABLE:
-                fault = f'{path}, line {number} is no record of {what}: {REMEDY}'
+                fault = f'{path}, line {number} is not a record of {what}: {REMEDY}'
                 continue
             yield record
 
@@ -88,7 +88,7 @@ def continued(kept: Iterable[str], path: Path) -> Iterator[Callable[[str], None]
 
 
 def refuse_other_settings(out: Path, earlier: Settings, now: Settings, what: str = 'results', remedy: str = REMEDY) -> None:
-    """OutputConflict if `what` is in the output folder was made with other settings."""
+    """OutputConflict if `what` is in the output folder was made with different settings."""
     different = differences(earlier, json.loads(json.dumps(now)))  # as a header would give them back
     if different:
         raise OutputConflict(f'{out} holds {what} of other settings ({"; ".join(different)}): {remedy}')

@@ -11,7 +11,7 @@ CONTAINER = Path('/sys/fs/cgroup/memory.max')
 
 
 def usable_cpus() -> int:
-    """Those this process may use, where the system says."""
+    """The number of CPUs that this process may use, where the system says."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
@@ -25,7 +25,7 @@ def memory_in_all() -> int | None:
 
 
 def memory_available() -> int | None:
-    """Bytes that can be had without swapping; SC_AVPHYS_PAGES would leave out what the system only caches. None where it does not say."""
+    """Bytes available without swapping; SC_AVPHYS_PAGES would leave out what the system only caches. None where it does not say."""
     text = MEMINFO.read_text() if MEMINFO.is_file() else ''
     match = re.search(r'^MemAvailable: +(\d+) kB$', text, re.MULTILINE)
     return int(match[1]) * 1024 if match else None

@@ -1,4 +1,4 @@
-"""How far a run is, on stderr: a bar on a terminal, a plain line now and then elsewhere, or a JSON object an event."""
+"""How far a run is, on stderr: a bar on a terminal, a plain line now and then elsewhere, or a JSON object per event."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Bar:
 
 
 class Lines:
-    """The same words as a line of text, at most one every ten seconds."""
+    """The same figures as a line of text, at most one every ten seconds."""
 
     def start(self, total: int) -> None:
         self.total = total

@@ -228,7 +228,7 @@ def test_another_vae_for_the_same_latents(flux_folder, tmp_path, picture):
     backbone = load(str(flux_folder), device='cpu', vae=str(tmp_path))
     assert token_maps(picture, backbone).maps.shape == (TEXT, 6, 10)
     AutoencoderTiny(latent_channels=16, num_decoder_blocks=(1, 1), **small).save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match=r'have 16 channels, the transformer takes 4$'):
+    with pytest.raises(UsageError, match=r'have 16 channels, but the transformer takes 4$'):
         load(str(flux_folder), device='cpu', vae=str(tmp_path))
 
 
@@ -394,8 +394,8 @@ def test_a_t5_tokenizer_of_too_few_places(folder, empty_cache):
         ('num_single_layers', None, 'must say num_single_layers, a number >= 1; got None'),
         ('num_single_layers', 0, 'must say num_single_layers, a number >= 1; got 0'),
         ('num_layers', '2', 'must say num_layers, a number >= 1; got 2'),
-        ('_class_name', 'PixArtTransformer2DModel', 'is that of a PixArtTransformer2DModel; known: SD3Transformer2DModel, Flux'),
-        ('_class_name', ['Flux'], r"is that of a \['Flux'\]; known"),
+        ('_class_name', 'PixArtTransformer2DModel', 'describes a PixArtTransformer2DModel; known: SD3Transformer2DModel, Flux'),
+        ('_class_name', ['Flux'], r"describes a \['Flux'\]; known"),
         ('_class_name', 'SD3Transformer2DModel', 'transformer of .* cannot be read|does not fit its configuration|is incomplete'),
     ],
 )

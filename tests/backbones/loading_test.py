@@ -95,13 +95,13 @@ def test_an_unknown_dtype_lists_the_known_ones(sd3_folder, dtype):
 
 @pytest.mark.parametrize('device', ['cuda:99', 'nonsense', ''])
 def test_a_device_that_is_not_there(sd3_folder, device):
-    with pytest.raises(UsageError, match=f'^device {device} is not to be had here: .'):
+    with pytest.raises(UsageError, match=f'^device {device} is not available here: .'):
         load(str(sd3_folder), device=device)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
 def test_no_gpu_here(sd3_folder):
-    with pytest.raises(UsageError, match='^device cuda is not to be had here: .'):
+    with pytest.raises(UsageError, match='^device cuda is not available here: .'):
         load(str(sd3_folder), device='cuda')
 
 
@@ -296,7 +296,7 @@ def test_text_encoders_that_do_not_fit_the_transformer(folder, empty_cache):
 
 def test_a_folder_of_something_else(tmp_path):
     (tmp_path / 'notes.txt').write_text('no model')
-    assert refusal(tmp_path) == f'{tmp_path} is no model in diffusers layout: transformer/config.json is missing'
+    assert refusal(tmp_path) == f'{tmp_path} is not a model in diffusers layout: transformer/config.json is missing'
 
 
 def test_what_is_not_read_takes_no_memory(sd3_folder, make_model, tmp_path):
@@ -358,7 +358,7 @@ def test_vaes_that_cannot_be_used(sd3_folder, small_vae, tmp_path, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     monkeypatch.setenv('HF_HOME', str(tmp_path))
     AutoencoderTiny(latent_channels=16).save_pretrained(tmp_path / 'other')
-    with pytest.raises(UsageError, match=r'the latents of .*other have 16 channels, the transformer takes 4'):
+    with pytest.raises(UsageError, match=r'the latents of .*other have 16 channels, but the transformer takes 4'):
         load(str(sd3_folder), device='cpu', vae=str(tmp_path / 'other'))
     broken = shutil.copytree(folder, tmp_path / 'broken')
     (broken / 'diffusion_pytorch_model.safetensors').unlink()

@@ -285,7 +285,7 @@ def test_what_the_hub_grants_is_not_downloaded(hub, tmp_path):
     assert (report['downloaded'], loaded) == (0, COMMIT)
     assert len([path for path in home.rglob('*') if path.is_symlink()]) == len(files)
     assert (other[0], other[1]['state']['state'], other[1]['state']['message']) == (4, 'incomplete', other[2])
-    assert other[2] == 'org/other is no model in diffusers layout: transformer/config.json is missing'
+    assert other[2] == 'org/other is not a model in diffusers layout: transformer/config.json is missing'
 
 
 def test_the_remedy_for_a_damaged_file_mends_it(hub, tmp_path):
@@ -358,7 +358,7 @@ def test_a_folder_is_judged_like_the_cache(sd3_folder, tmp_path, capsys):
         (['--model', 'sd99'], 'unknown model sd99: use tiny, sd3, sd3.5'),
         (['--revision', 'main'], 'is a folder, which has no revisions'),
         (['--dtype', 'float8'], 'dtype is one of float32, bfloat16, float16; got float8'),
-        (['--device', 'nonsense'], 'device nonsense is not to be had here'),
+        (['--device', 'nonsense'], 'device nonsense is not available here'),
         (['surplus'], 'unexpected extra argument'),
     ],
 )

@@ -901,7 +901,7 @@ def test_own_folders_without_classes_are_regions_of_annotators(tmp_path):
 @pytest.mark.parametrize(
     ('content', 'message'),
     [
-        ('num_classes = ', 'is no TOML: '),
+        ('num_classes = ', 'is not valid TOML: '),
         ('num_classes = 0', 'num_classes: input should be greater than or equal to 1; got 0'),
         ('num_classes = 2.0', 'num_classes: input should be a valid integer; got 2.0'),
         ('num_classes = true', 'num_classes: input should be a valid integer; got True'),
@@ -911,8 +911,11 @@ def test_own_folders_without_classes_are_regions_of_annotators(tmp_path):
         ('classes = [1]', r'classes\.0: input should be a valid string; got 1'),
         ("num_classes = 2\nbackground = 'sea'", "background is one of the 2 classes, by name or number from 0; got 'sea'"),
         ('num_classes = 2\nignore_index = -1', 'ignore_index: input should be greater than or equal to 0; got -1'),
-        ('ignore = 3', 'ignore is no setting; there are num_classes, classes, ignore_index, background, reduce_zero_label, images'),
-        ("[suffixes]\nmask = '.png'", 'mask is no setting; there are images, labels'),
+        (
+            'ignore = 3',
+            'ignore is not a setting; the settings are num_classes, classes, ignore_index, background, reduce_zero_label, images',
+        ),
+        ("[suffixes]\nmask = '.png'", 'mask is not a setting; the settings are images, labels'),
         ("[suffixes]\nlabels = '.tif'", r"suffixes\.labels: .*; got '\.tif'"),
     ],
 )

@@ -158,7 +158,7 @@ def test_records_that_cannot_be_are_scored_again_and_lines_that_are_none_refused
         assert printed(capsys)['scores'] == expected and sorted(path.read_text().splitlines(keepends=True)) == sorted(lines)
     path.write_bytes(b'\xff no record\n' + ''.join(lines).encode())
     evaluated(*arguments, code=6)
-    assert 'pictures.jsonl, line 1 is no record of a picture: choose another --out, or --overwrite' in capsys.readouterr().err
+    assert 'pictures.jsonl, line 1 is not a record of a picture: choose another --out, or --overwrite' in capsys.readouterr().err
     evaluated(*arguments, '--overwrite')
     assert printed(capsys)['scores'] == expected
 

@@ -153,7 +153,7 @@ def test_a_line_that_is_no_record_is_named_unless_it_is_the_last(text):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, 'items.jsonl')
         path.write_bytes(good + text + b'\n' + good)
-        with pytest.raises(OutputConflict, match='items.jsonl, line 2 is no record of a picture: choose another --out, or --overwrite'):
+        with pytest.raises(OutputConflict, match='items.jsonl, line 2 is not a record of a picture: choose another --out, or --overwrite'):
             list(read_lines(path, Item))
         path.write_bytes(good + text)
         assert list(read_lines(path, Item)) == [Item(name='a')]
@@ -178,7 +178,7 @@ def test_a_header_that_is_no_record_is_named(text):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, 'job.json')
         path.write_bytes(text)
-        with pytest.raises(OutputConflict, match=re.escape(f'{path} is no record of a job: choose another --out, or --overwrite')):
+        with pytest.raises(OutputConflict, match=re.escape(f'{path} is not a record of a job: choose another --out, or --overwrite')):
             read_header(path, Item, 'a job')
 
 
