@@ -61,7 +61,7 @@ def noise_level(scheduler: Any, steps: int, step: int, image_tokens: int) -> Noi
 
 
 def tokenizers(source: Source) -> dict[str, Any]:
-    """CLIP's and T5's, whose vocabulary is looked for first: transformers would make an empty one."""
+    """CLIP's and T5's, whose vocabulary is checked first: transformers would make an empty one."""
     from transformers import T5TokenizerFast
 
     clip = clip_tokenizer(source, 'tokenizer', CLIP_SLOTS)

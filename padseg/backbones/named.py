@@ -1,4 +1,4 @@
-"""The models that have a name: whether they are here, and on which terms."""
+"""The named models: whether they are here, and their licences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from padseg.errors import ModelUnavailable
 def model_row(name: str, settings_of: Callable[[Spec], dict[str, Any]]) -> dict[str, Any]:
     """A named model: repo, family, state, local, folder, bytes on disk, licence, gated, settings. Nothing is downloaded.
 
-    settings_of: those that a method has for it, which stand among the facts.
+    settings_of: gives the settings that a method has for the model; they are listed with its facts.
     """
     spec, folder = BACKBONES[name], None
     try:

@@ -146,7 +146,7 @@ def read_scheduler(family: Family, source: Source) -> Any:
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """None of transformers' progress bars while weights are read from disk or written to it; those of downloads stay."""
+    """Hide transformers' progress bars while weights are read from disk or written to it; those of downloads stay visible."""
     from transformers.utils import logging as bars
 
     shown = bars.is_progress_bar_enabled()
@@ -160,7 +160,7 @@ def without_bars() -> Iterator[None]:
 
 @contextmanager
 def without_advice() -> Iterator[None]:
-    """None of transformers' advice to programmers, such as on what is imported with diffusers' pipelines and not used here."""
+    """Hide transformers' advice to programmers, such as on imports of diffusers' pipelines that are not used here."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -185,7 +185,7 @@ def clip_tokenizer(source: Source, part: str, slots: int) -> Any:
 
 
 def tokens_of(tokenizer: Any, text: str, first: int, slots: int) -> Tokens:
-    """All tokens of a text, more than there is room for too, with the places in it that they stand for."""
+    """All tokens of a text, even more than fit, with the places in the text that they stand for."""
     encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
     special = set(tokenizer.all_special_ids)
     words = tokenizer.convert_ids_to_tokens(encoded.input_ids)

@@ -1,4 +1,4 @@
-"""Any text as a prompt of a loaded model: what a reader of texts offers, and which one each family has."""
+"""Any text as a prompt of a loaded model: the protocol of a text reader, and the reader of each family."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from padseg.types import Tokens
 
 
 class Texts(Protocol):
-    """The tokenizers of a model, and its text encoders, which are read when the first text comes that is not cached, and then stay."""
+    """The tokenizers of a model, and its text encoders, which are loaded for the first text that is not cached, and then kept."""
 
     def tokens(self, text: str, encoders: str) -> dict[str, Tokens]:
-        """The text as the tokenizers cut it whose tokens have columns, as keys of COLUMNS. UsageError for encoders that are not there."""
+        """The text as cut by the tokenizers whose tokens have columns, by keys of COLUMNS. UsageError for encoders the model lacks."""
 
     def encode(self, text: str, encoders: str, unused: str) -> tuple[Tensor, Tensor]:
         """Embeddings (1, L, D) and pooled (1, E) of a text that fits, in the transformer's type and place."""
@@ -26,7 +26,7 @@ class Texts(Protocol):
 
 @lru_cache(maxsize=4)
 def texts_of(backbone: Backbone, keep: bool = True) -> Texts:
-    """What reads texts for a model, made once. keep: whether embeddings are kept in padseg's cache."""
+    """The text reader of a model, made once. keep: whether embeddings are kept in padseg's cache."""
     readers: dict[str, Callable[[Source, Any, bool], Texts]] = {'sd3': sd3_text.SD3Texts, 'flux': flux_text.FluxTexts}
     identity = backbone.identity
     source = Source(backbone.spec, identity.model, Path(identity.folder), identity.revision)

@@ -26,7 +26,7 @@ def fill_weights(
 ) -> AnyModule:
     """Give a model the tensors it has, read one at a time. known: the names of the whole model's, which the files should hold.
 
-    Raises ModelUnavailable, with `label` for the model, if the files lack a tensor that it has, or hold one that the whole has not.
+    Raises ModelUnavailable, with `label` for the model, if the files lack one of its tensors, or hold one that the whole model lacks.
     """
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     state: dict[str, Tensor] = {}

@@ -61,7 +61,7 @@ def writer(place: Place) -> Iterator[Add]:
 
 
 def write_legend(classes: Sequence[str], path: Path) -> None:
-    """Names by the values of label maps, all of which have one."""
+    """Write the name of every value in label maps."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(dict(enumerate((UNLABELED, *classes))), indent=2) + '\n', encoding='ascii')
 

@@ -40,7 +40,7 @@ class Place(NamedTuple):
 
     @property
     def categories(self) -> tuple[str, ...]:
-        """What a region can be; without classes all are one."""
+        """The categories of regions; without classes there is only one."""
         return self.classes or (REGION,)
 
     def category(self, region: Region) -> int:

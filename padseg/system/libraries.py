@@ -9,9 +9,9 @@ from padseg.errors import PadsegError
 
 
 def quiet() -> None:
-    """Keep the advice of transformers and diffusers, which is for programmers, from the user, whose own choice of a level stays.
+    """Hide advice to programmers from transformers and diffusers, unless the user has chosen a level.
 
-    To be called before they are imported; processes that this one starts are quiet too.
+    Call this before they are imported; processes that this one starts are quiet too.
     """
     for library in ('TRANSFORMERS', 'DIFFUSERS'):
         os.environ.setdefault(f'{library}_VERBOSITY', 'error')

@@ -17,7 +17,7 @@ UNIT = ' pictures'
 
 
 class Progress(Protocol):
-    """What the engine tells: the number of pictures, each one that is finished with what is known of it, the end."""
+    """What the engine reports: the number of pictures, each finished picture with its record, and the end."""
 
     def start(self, total: int) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Work in threads, ahead of whoever asks for it, in order and bounded."""
+"""Work in threads ahead of its use, in order and bounded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ B = TypeVar('B')
 
 @contextlib.contextmanager
 def threads(number: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool that after an error starts nothing more."""
+    """A pool that starts nothing more after an error."""
     pool = ThreadPoolExecutor(number)
     try:
         yield pool
