@@ -103,7 +103,7 @@ def run_stages(folder: Path, out: Path, count: int) -> Cost:
     height, width = read(pictures[0].path).shape[:2]
     labels = made_labels((height, width))
 
-    stages = Stages(lambda taken: [each._replace(maps=MAPS) for each in taken], lambda image, maps: labels)
+    stages = Stages(lambda taken: [picture._replace(maps=MAPS) for picture in taken], lambda image, maps: labels)
     job = Job(folder, out)
     out.mkdir()
     with Stop() as stop:

@@ -58,8 +58,8 @@ def command(size: str, repeats: int, dtype: str, device: str, folder: Path, reco
         'side': setting.side,
         'dtype': dtype,
         **surroundings(device),
-        'run': [each.run for each in turns],
-        'classes': {count: label_columns([each.named[count] for each in turns]) for count in classes},
+        'run': [turn.run for turn in turns],
+        'classes': {count: label_columns([turn.named[count] for turn in turns]) for count in classes},
     }
     finish_bench('label', f'{size}-{dtype}', measured, record, as_json, in_words)
 

@@ -165,9 +165,9 @@ def plain_label_map(proposals: Proposals) -> LabelMap:
 
 def plain_refined(proposals: Proposals, inside: Array, components: bool, min_area: float) -> LabelMap:
     """The refinements with a pass over all pixels for each superpixel's numbers, and for each region that is absorbed."""
-    values = [upsample(each, proposals.frame.size).ravel() for each in scaled_proposals(proposals)]
+    values = [upsample(proposal, proposals.frame.size).ravel() for proposal in scaled_proposals(proposals)]
     index = np.unique(inside, return_inverse=True)[1].ravel()
-    means = [np.bincount(index, each) / np.bincount(index) for each in values]
+    means = [np.bincount(index, shares) / np.bincount(index) for shares in values]
     winner = np.argmax(means, 0)[index].reshape(inside.shape)
     regions = connected_components(winner + 1, connectivity=1) if components else winner + 1
     return in_order(plain_absorb(regions, min_area * regions.size), proposals, winner, regions)

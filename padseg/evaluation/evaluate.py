@@ -126,10 +126,10 @@ def stamp_of(*paths: Path | None) -> str:
     marks = []
     for path in paths:
         try:
-            found = path.stat() if path else None
+            status = path.stat() if path else None
         except OSError:
-            found = None
-        marks.append(f'{found.st_size}:{found.st_mtime_ns}' if found else '-')
+            status = None
+        marks.append(f'{status.st_size}:{status.st_mtime_ns}' if status else '-')
     return ' '.join(marks)
 
 

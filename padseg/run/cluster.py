@@ -108,9 +108,9 @@ def connected(job: Job, record: Run, address: str | None) -> Iterator[None]:
 
 def knock(address: str) -> None:
     """UsageError if nobody listens at host:port, where Ray itself would try for many minutes."""
-    if found := re.fullmatch(r'([^/]+):(\d+)', address):
+    if match := re.fullmatch(r'([^/]+):(\d+)', address):
         try:
-            socket.create_connection((found[1], int(found[2])), timeout=10).close()
+            socket.create_connection((match[1], int(match[2])), timeout=10).close()
         except OSError as error:
             raise UsageError(f'no Ray cluster answers at {address}') from error
 
@@ -135,19 +135,19 @@ def model_from_anywhere(model: str) -> str:
 
 def cluster_share(job: Job, record: Run, nodes: list[dict[str, Any]]) -> Share:
     """A GPU for each copy of the model if the cluster has any and the job may use them; otherwise the cores that torch uses."""
-    there = [node['Resources'] for node in nodes if node['Alive']]
-    gpus = sum(int(resources.get('GPU', 0)) for resources in there)
+    machines = [node['Resources'] for node in nodes if node['Alive']]
+    gpus = sum(int(resources.get('GPU', 0)) for resources in machines)
     wanted = (job.device or 'cuda').startswith('cuda')
     if wanted and gpus:
         return Share(gpus, 'cuda', 0, 1)
     if wanted and job.device:
         raise UsageError(f'the Ray cluster has no GPU for --device {job.device}')
-    cores = [int(resources.get('CPU', 0)) for resources in there]
+    cores = [int(resources.get('CPU', 0)) for resources in machines]
     if sum(cores) < 2:
         raise UsageError('the Ray cluster has fewer than two CPUs: one for the model, one for reading and writing')
     cpus = max(1, min(record.threads, max(cores) - 1))
     device = 'cpu' if record.device.startswith('cuda') else record.device
-    return Share(max(1, sum(each // (cpus + 1) for each in cores)), device, cpus, 0)
+    return Share(max(1, sum(count // (cpus + 1) for count in cores)), device, cpus, 0)
 
 
 def dataset(job: Job, record: Run, pending: list[Found], share: Share) -> ray.data.Dataset:
@@ -166,8 +166,8 @@ def dataset(job: Job, record: Run, pending: list[Found], share: Share) -> ray.da
     # the pool may grow with a cluster that adds machines with GPUs
     pool = ray.data.ActorPoolStrategy(min_size=share.copies, max_size=None if share.gpus else share.copies)
     with ray.data.DataContext.current(context):
-        found = ray.data.from_items(rows, override_num_blocks=math.ceil(len(rows) / BLOCK_PICTURES))
-        taken = found.flat_map(
+        rows_on_ray = ray.data.from_items(rows, override_num_blocks=math.ceil(len(rows) / BLOCK_PICTURES))
+        taken = rows_on_ray.flat_map(
             read_pictures, fn_args=(job,), num_cpus=1
         )  # Ray would move a map into the actors, whose model would wait for it
         labelled = taken.map_batches(

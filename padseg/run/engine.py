@@ -62,12 +62,12 @@ def run(job: Job, progress: Progress = Silent()) -> Counts:
     is being written.
     """
     began = time.perf_counter()
-    found, pictures = choose(job)
+    frames, pictures = choose(job)
     shard = job.selection.shard
     own = home(job.out, shard)
     with full_disk(job.out), held(job), Stop() as stop:
         refuse_collisions(job.out, pictures)
-        pending, records, earlier = plan(job, found, pictures)
+        pending, records, earlier = plan(job, frames, pictures)
         skipped = len(pictures) - len(pending)
         worked = bool(pending) or earlier is None or earlier.requested != requested(job)
         if worked:
@@ -119,9 +119,9 @@ def prepare_job(job: Job, earlier: Run | None) -> tuple[Stages, Run]:
         return stages, record
     with briefly(job.out):  # the first of several shards that begin at a time says what the settings are
         others = shard_homes(job.out).keys() - {job.selection.shard}
-        there = read_run(job.out / 'run.json') if earlier or others else None
-        agree(job.out, there, record)
-        if there is None:
+        existing = read_run(job.out / 'run.json') if earlier or others else None
+        agree(job.out, existing, record)
+        if existing is None:
             write_header(record, job.out / 'run.json')
     return stages, record
 

@@ -28,8 +28,8 @@ def home(out: Path, shard: Shard | None) -> Path:
 def shard_homes(out: Path) -> dict[Shard, Path]:
     """The shards that have records in an output folder."""
     folders = [path for path in (out / SHARDS).glob('*-of-*') if path.is_dir()]
-    found = {path: path.name.split('-of-') for path in folders}
-    return {(int(i), int(n)): path for path, (i, n) in sorted(found.items()) if i.isdecimal() and n.isdecimal()}
+    names = {path: path.name.split('-of-') for path in folders}
+    return {(int(i), int(n)): path for path, (i, n) in sorted(names.items()) if i.isdecimal() and n.isdecimal()}
 
 
 @contextlib.contextmanager
@@ -85,7 +85,7 @@ def unfinished(folders: Sequence[Path]) -> list[str]:
     for (i, n), folder in [item for out in folders for item in shard_homes(out).items()]:
         run = read_run(folder / 'run.json')
         states.setdefault(n, {})[i] = run is not None and run.status == 'finished'
-    missing = [[f'{i}/{n}' for i in range(1, n + 1) if not found.get(i)] for n, found in states.items()]
+    missing = [[f'{i}/{n}' for i in range(1, n + 1) if not finished.get(i)] for n, finished in states.items()]
     return min(missing, key=len, default=[])
 
 
