@@ -77,7 +77,7 @@ def attention_shares(seen: Attention, groups: Mapping[str, Sequence[int]]) -> Ar
     """
     tokens = seen.key.shape[2]
     if sorted(token for group in groups.values() for token in group) != list(range(tokens)):
-        raise ValueError('every token belongs to one group')
+        raise ValueError('every token must belong to exactly one group')
     whole = token_attention(seen, tokens, range(tokens))[0].cpu().numpy()  # (L, L)
     return np.array([[whole[np.ix_(rows, columns)].sum(1).mean() for columns in groups.values()] for rows in groups.values()])
 
@@ -123,7 +123,7 @@ def grouping(image: Image, truth: Array, backbone: Backbone, options: Options, s
     """
     resolved = options.resolve(backbone.spec)
     if resolved.geometry not in ('whole', 'stretch'):
-        raise UsageError(f'geometry is whole or stretch here; got {resolved.geometry}')
+        raise UsageError(f'geometry must be whole or stretch here; got {resolved.geometry}')
     by_cell: dict[Cell, Array] = {}
     wanted = [resolved.step, *(step for step in steps if step != resolved.step)]
     for step, latent in zip(wanted, encode_steps(image, backbone, resolved, wanted), strict=True):

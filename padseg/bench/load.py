@@ -70,7 +70,7 @@ def load_whole(setting: BenchSetting) -> Loading:
 
 
 def load_published(setting: BenchSetting) -> Loading:
-    """As diffusers' users load it: the pipeline without its text encoders."""
+    """Load the pipeline as users of diffusers do, without its text encoders."""
     from diffusers import StableDiffusion3Pipeline
     from diffusers.utils.logging import disable_progress_bar
 

@@ -185,7 +185,7 @@ def in_order(numbers: Array, proposals: Proposals, winner: Array, before: Array 
 
 
 def plain_absorb(regions: Array, smallest: float) -> Array:
-    """Again and again the smallest region to the neighbour with the longest border, all counted afresh."""
+    """Merge the smallest region into the neighbour with the longest border, again and again, counting everything afresh."""
     regions = regions.astype(np.int32)
     while True:
         areas = np.bincount(regions.ravel())
@@ -223,7 +223,7 @@ def memory_of_attention(maps: int) -> float:
 
 
 def in_words(measured: dict[str, Any]) -> str:
-    """One measure a line, each with its plain way and the ratio."""
+    """One line per measure, with its plain way and the ratio."""
     lines = [f'{measured["maps"]} maps of {SIDE} x {SIDE}; one core of: {in_place(measured)}']
     for size, taken in measured['pictures'].items():
         lines.append(f'picture of {size:12} {"ms":>12} {"plainly":>10} {"ratio":>9}')

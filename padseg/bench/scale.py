@@ -174,13 +174,13 @@ def forwards(setting: BenchSetting) -> Forwards:
 
 
 def pays_after(plain: Forwards, other: Forwards) -> int | None:
-    """The number of pictures from which on compiling saves time; None if never."""
+    """The number of pictures from which compiling saves time; None if never."""
     gain = plain.later - other.later
     return max(1, 1 + int(np.ceil((other.first - plain.first) / gain))) if gain > 0 else None
 
 
 def in_words(measured: dict[str, Any]) -> str:
-    """A table for each thing that grows."""
+    """One table for each quantity that grows."""
     lines = [f'{measured["size"]} model, {measured["dtype"]}; {in_place(measured)}']
     lines.append(heading('side', 'VAE, s', 'transformer, s', 'most memory, MiB'))
     for side, taken in measured['sides'].items():

@@ -97,5 +97,5 @@ def predict_classes(
 def otherwise(labels: Array, background: int | None) -> int:
     """The class of pixels that were given none. UsageError if there are such pixels and the data set has no class for them."""
     if background is None and not labels.all():
-        raise UsageError('the data set has no class for pixels without class, which --background-below and some geometries leave')
+        raise UsageError('the data set has no class for unlabelled pixels, which --background-below and some geometries leave')
     return background or 0

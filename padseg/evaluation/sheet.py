@@ -166,7 +166,7 @@ def outlined(labels: Array, image: Image | None) -> Image:
 
 
 def blank() -> Image:
-    """In place of a picture that cannot be shown."""
+    """A blank thumbnail for a picture that cannot be shown."""
     return np.full((WIDTH, WIDTH, 3), 224, np.uint8)
 
 
@@ -183,7 +183,7 @@ def small(labels: Array) -> Array:
 
 
 def sheet(rows: list[SheetRow], columns: int) -> PIL.Image.Image:
-    """Rows below each other, each with its title above it."""
+    """The rows one below the other, each under its title."""
     line = LETTERS + GAP
     width = GAP + columns * (WIDTH + GAP)
     heads = ('picture', 'ground truth', 'prediction')[-columns:]
@@ -200,7 +200,7 @@ def sheet(rows: list[SheetRow], columns: int) -> PIL.Image.Image:
 
 
 def within(text: str, font: Any, width: int) -> str:
-    """The text, or as much of it as has room in `width` pixels."""
+    """The text, or as much of it as fits into `width` pixels."""
     text = shortened(text, LONGEST)
     length = len(text)
     while font.getlength(shortened(text, length)) > width:

@@ -68,14 +68,12 @@ def results_on_ray(job: Job, record: Run, pending: list[Found], stop: Stop, addr
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
         except (ray.exceptions.OutOfMemoryError, ray.exceptions.OutOfDiskError) as error:
-            raise ResourceExhausted(
-                'a machine of the Ray cluster ran out of memory, or of disk to spill to; what is finished stays'
-            ) from error
+            raise ResourceExhausted('a machine of the Ray cluster ran out of memory or disk space; finished pictures are kept') from error
 
 
 @contextlib.contextmanager
 def connected(job: Job, record: Run, address: str | None) -> Iterator[None]:
-    """A Ray that is there already stays; one that was started for this run is shut down."""
+    """Use Ray if it is already running; otherwise start it for this run and shut it down afterwards."""
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
     os.environ.setdefault('RAY_BACKEND_LOG_LEVEL', 'fatal')  # its C++ part would warn on stderr of what Ray Data itself does
     try:
@@ -97,7 +95,7 @@ def connected(job: Job, record: Run, address: str | None) -> Iterator[None]:
     except ConnectionError as error:
         raise UsageError(f'no Ray cluster answers at {address}') from error
     except ray.exceptions.AuthenticationError as error:
-        raise UsageError(f'the Ray cluster at {address} wants its token, in RAY_AUTH_TOKEN or ~/.ray/auth_token') from error
+        raise UsageError(f'the Ray cluster at {address} needs a token in RAY_AUTH_TOKEN or ~/.ray/auth_token') from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, asked)  # Ray puts its own handler there, which would end the process at once
     try:
@@ -117,7 +115,7 @@ def knock(address: str) -> None:
 
 @contextlib.contextmanager
 def hushed() -> Iterator[None]:
-    """Without stderr for a moment: the C++ part of Ray says there that it was told to say nothing."""
+    """Silence stderr for a moment: the C++ part of Ray writes there that it was told to be quiet."""
     with open(os.devnull, 'wb') as nothing:
         kept = os.dup(2)
         os.dup2(nothing.fileno(), 2)
@@ -144,7 +142,7 @@ def cluster_share(job: Job, record: Run, nodes: list[dict[str, Any]]) -> Share:
         raise UsageError(f'the Ray cluster has no GPU for --device {job.device}')
     cores = [int(resources.get('CPU', 0)) for resources in machines]
     if sum(cores) < 2:
-        raise UsageError('the Ray cluster has fewer than two CPUs: one for the model, one for reading and writing')
+        raise UsageError('the Ray cluster has fewer than two CPUs: it needs one for the model and one for reading and writing')
     cpus = max(1, min(record.threads, max(cores) - 1))
     device = 'cpu' if record.device.startswith('cuda') else record.device
     return Share(max(1, sum(count // (cpus + 1) for count in cores)), device, cpus, 0)

@@ -72,7 +72,7 @@ def to_be_copied(record: Recorded, here: Recorded | None, folder: Path, out: Pat
         return False
     entry = entry_of(record)
     if entry.sha256 != entry_of(here).sha256:
-        raise OutputConflict(f'{folder} and {out} hold results of different pictures of the name {entry.input}')
+        raise OutputConflict(f'{folder} and {out} hold results of different pictures named {entry.input}')
     return not all((out / path).exists() for path in entry.outputs.values())
 
 

@@ -89,7 +89,7 @@ def run(job: Job, progress: Progress = Silent()) -> Counts:
             for name, reason in write_coco(job.out).items():
                 log.warning('not in the COCO files: %s: %s', name, reason)
     if counts.failed == counts.images and all(records[picture.name].error == OutOfMemory.__name__ for picture in pictures):
-        raise ResourceExhausted('no picture fits into memory: try a smaller --side, or --dtype bfloat16')
+        raise ResourceExhausted('no picture fits in memory: try a smaller --side, or --dtype bfloat16')
     return counts
 
 
@@ -175,7 +175,7 @@ def map_all(job: Job, stages: Stages, taken: Iterable[Taken], stop: Stop) -> Ite
 
 
 def complete(job: Job, stages: Stages, taken: Taken) -> Entry:
-    """What is left to do for a picture when the model is done with it."""
+    """Do what is left to do for a picture after the model."""
     return save(job, labelled(stages, taken))
 
 
@@ -187,7 +187,7 @@ def count(images: int, records: Collection[Recorded], skipped: int, seconds: flo
 
 
 def finish_records(out: Path, run: Run, records: dict[str, Recorded], counts: Counts, worked: bool) -> None:
-    """Bring the records into their last form: one line a picture, sorted by name."""
+    """Write the records in their final form: one line per picture, sorted by name."""
     ordered = [records[name] for name in sorted(records)]
     write_lines((record.line for record in ordered), out / 'manifest.jsonl')
     write_lines((record.line for record in ordered if record.status == 'failed'), out / 'failures.jsonl')

@@ -34,7 +34,7 @@ def shard_homes(out: Path) -> dict[Shard, Path]:
 
 @contextlib.contextmanager
 def exclusive(out: Path, *foreign: str) -> Iterator[None]:
-    """Make the output folder, keep all other runs out, of shards too, and remove what killed ones left half written beside the records.
+    """Make the output folder, keep all other runs out, shards too, and remove what killed runs left half written beside the records.
 
     OutputConflict if a run is in it, or if it holds a file `foreign`, the header of another command.
     """
@@ -55,7 +55,7 @@ def shared(out: Path, shard: Shard, *foreign: str) -> Iterator[None]:
             sweep(out, {'run.json'})  # all that a shard writes there, and only while it holds the folder
             for (i, n), folder in shard_homes(out).items():
                 if n != shard[1]:
-                    with locked(folder, f'a run of shard {i}/{n} is writing to {out}: it can be shared by shards of one number only'):
+                    with locked(folder, f'a run of shard {i}/{n} is writing to {out}: only shards of the same N can share it'):
                         pass
             home(out, shard).mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(home(out, shard), f'another run of shard {shard[0]}/{shard[1]} is writing to {out}'))
@@ -69,7 +69,7 @@ def briefly(out: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def all_records(out: Path) -> dict[str, Recorded]:
-    """The last record of every picture of an output folder, those of shards too."""
+    """The last record of every picture in an output folder, including those of shards."""
     # the folder's own manifest is written last by a run that has joined what shards were there before: theirs are newer
     manifests = [folder / 'manifest.jsonl' for folder in shard_homes(out).values()]
     newest_last = sorted((path for path in manifests if path.exists()), key=lambda path: path.stat().st_mtime_ns)
@@ -90,6 +90,6 @@ def unfinished(folders: Sequence[Path]) -> list[str]:
 
 
 def forget_shards(out: Path) -> None:
-    """Remove the shards' records, once they are joined."""
+    """Remove the shards' records after they are joined."""
     if (out / SHARDS).is_dir():
         remove(out / SHARDS)

@@ -70,7 +70,7 @@ def take(job: Job, picture: Found) -> Taken:
 
 
 def mapped(stages: Stages, taken: list[Taken]) -> Iterator[Taken]:
-    """A batch with its token maps."""
+    """The pictures of a batch with their token maps."""
     good = [picture for picture in taken if picture.image is not None]
     began = time.perf_counter()
     made = iter(stages.maps(good) if good else ())
@@ -167,7 +167,7 @@ def write_results(job: Job, entry: Entry, image: Image, maps: TokenMaps | None, 
 
 
 def count_regions(labels: LabelMap) -> int:
-    """How many there are; of classes those that the picture shows."""
+    """The number of regions, or of the classes that the picture shows."""
     if not labels.names:
         return int(labels.labels.max())
     import numpy as np

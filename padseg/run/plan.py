@@ -1,4 +1,4 @@
-"""Which pictures a run is about, and which of them are still to be done."""
+"""Which pictures a run processes, and which of them are still to be done."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from padseg.run.selection import select
 
 
 class Plan(NamedTuple):
-    """What there is to do. kept: records of pictures that stay as they are; earlier: the run that made results which are there."""
+    """What is to be done. kept: records of pictures that stay as they are; earlier: the run that made the existing results."""
 
     pending: list[Found]
     kept: dict[str, Recorded]
@@ -28,9 +28,9 @@ class Plan(NamedTuple):
 
 
 def choose(job: Job) -> tuple[list[Found], list[Found]]:
-    """All pictures of the source, and those that the run is about. Raises NoImages if there are none, and UsageError."""
+    """All pictures of the source, and those that the run processes. Raises NoImages if there are none, and UsageError."""
     if job.source.resolve() == job.out.resolve():
-        raise UsageError(f'the output cannot be the folder of the pictures itself: {job.out}')
+        raise UsageError(f'the output folder cannot be the folder of pictures: {job.out}')
     frames = [frame for picture in find(job.source, skip=job.out) for frame in frames_of(picture, job.reading)]
     if not frames:
         raise NoImages(f'there are no pictures in {job.source}')
@@ -41,14 +41,14 @@ def choose(job: Job) -> tuple[list[Found], list[Found]]:
 
 
 def refuse_collisions(out: Path, pictures: list[Found]) -> None:
-    """UsageError if two pictures' results would be one file."""
+    """UsageError if two pictures would have the same result files."""
     same = collisions(picture.name for picture in pictures)
     if same and ignores_case(out):
-        raise UsageError(f'{same[0][0]} and {same[0][1]} are one name on the file system of {out}: rename one, or --exclude it')
+        raise UsageError(f'{same[0][0]} and {same[0][1]} are the same name on the file system of {out}: rename one, or --exclude it')
 
 
 def plan(job: Job, frames: list[Found], pictures: list[Found]) -> Plan:
-    """Compare the chosen pictures with the results that are there. OutputConflict if these cannot be understood."""
+    """Compare the chosen pictures with the existing results. OutputConflict if these cannot be understood."""
     shard = job.selection.shard
     earlier = None if job.overwrite and not shard else read_run(job.out / 'run.json')
     records = all_records(job.out) if earlier else {}

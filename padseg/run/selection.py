@@ -1,4 +1,4 @@
-"""Which of the pictures found a run is about: name patterns, shards, a limit."""
+"""Which pictures a run processes: name patterns, shards, a limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The disk space that a run's results take, by reckoning, and what there is."""
+"""The disk space that a run's results are estimated to need, and how much is free."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def warn_if_short(job: Job, pending: list[Found], side: int) -> None:
     free, needed = free_space(job.out), reckon_space(job, pending, side)
     if needed > free:
         log.warning(
-            '%s has %s free; the results of %d pictures take about %s. A full disk ends the run and loses nothing',
+            '%s has %s free; the results of %d pictures take about %s. If the disk fills up, the run ends and nothing is lost',
             job.out,
             human(free),
             len(pending),
