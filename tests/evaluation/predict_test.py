@@ -82,7 +82,7 @@ def test_options_of_names_reach_the_model(root, texts_folder, capsys):
         (('--threshold', '0.1'), '--threshold is not for --protocol seg4diff-ovss'),
         (('--protocol', 'goca', '--names', 'all'), '--names is for --protocol seg4diff-ovss'),
         (('--protocol', 'diffseg', '--background-words', 'sky'), '--background-words is for --protocol seg4diff-ovss'),
-        (('--protocol', 'goca'), 'regions that have names'),
+        (('--protocol', 'goca'), 'scores named regions'),
         (('--names', 'some'), "'some' is not one of"),
     ):
         assert main(arguments(root, texts_folder, *wrong)) == 2
