@@ -77,7 +77,7 @@ def attention_shares(seen: Attention, groups: Mapping[str, Sequence[int]]) -> Ar
     """
     tokens = seen.key.shape[2]
     if sorted(token for group in groups.values() for token in group) != list(range(tokens)):
-        raise ValueError('every token belongs to one group')
+        raise ValueError('every token must belong to exactly one group')
     whole = token_attention(seen, tokens, range(tokens))[0].cpu().numpy()  # (L, L)
     return np.array([[whole[np.ix_(rows, columns)].sum(1).mean() for columns in groups.values()] for rows in groups.values()])
 
@@ -112,8 +112,8 @@ def coverings(maps: Tensor, truth: Array, normalisation: str, thresholds: Sequen
     size = (maps.shape[1] * ENLARGED, maps.shape[2] * ENLARGED)
     seen = cv2.resize(truth.astype(np.int32), size[::-1], interpolation=cv2.INTER_NEAREST)
     read = TokenMaps(maps, tuple(map(str, range(len(maps)))), Frame(size, (0, 0, *size)))
-    found = [label_map(merge(read, threshold, normalisation)).labels for threshold in thresholds]
-    return np.array([region_scores(seen, labels).covering for labels in found])
+    label_maps = [label_map(merge(read, threshold, normalisation)).labels for threshold in thresholds]
+    return np.array([region_scores(seen, labels).covering for labels in label_maps])
 
 
 def grouping(image: Image, truth: Array, backbone: Backbone, options: Options, steps: Sequence[int] = ()) -> dict[Cell, Array]:
@@ -123,14 +123,14 @@ def grouping(image: Image, truth: Array, backbone: Backbone, options: Options, s
     """
     resolved = options.resolve(backbone.spec)
     if resolved.geometry not in ('whole', 'stretch'):
-        raise UsageError(f'geometry is whole or stretch here; got {resolved.geometry}')
-    found: dict[Cell, Array] = {}
+        raise UsageError(f'geometry must be whole or stretch here; got {resolved.geometry}')
+    by_cell: dict[Cell, Array] = {}
     wanted = [resolved.step, *(step for step in steps if step != resolved.step)]
     for step, latent in zip(wanted, encode_steps(image, backbone, resolved, wanted), strict=True):
         reduce = partial(head_coverings, truth=truth, normalisation=resolved.normalisation, heads=step == resolved.step)
         for layer, scores in enumerate(block_maps(latent, backbone, backbone.null_prompt, reduce)):
-            found |= {Cell(step, layer, head): covering for head, covering in scores.items()}
-    return found
+            by_cell |= {Cell(step, layer, head): covering for head, covering in scores.items()}
+    return by_cell
 
 
 def head_coverings(maps: dict[int | None, Tensor], truth: Array, normalisation: str, heads: bool) -> dict[int | None, Array]:
@@ -141,15 +141,15 @@ def head_coverings(maps: dict[int | None, Tensor], truth: Array, normalisation: 
 def mean_iou(counts: Iterable[dict[Cell, ClassCounts]]) -> dict[Cell, float]:
     """mIoU over the classes that the truth has, pixels of all pictures added up, of each cell: in 0..1."""
     total: dict[Cell, ClassCounts] = {}
-    for each in counts:
-        for cell, one in each.items():
+    for by_cell in counts:
+        for cell, one in by_cell.items():
             total[cell] = total[cell].plus(one) if cell in total else one
     return {cell: class_scores(one, absent='left-out').miou for cell, one in total.items()}
 
 
 def best(scores: Sequence[dict[Cell, Array]]) -> dict[Cell, float]:
     """The mean over pictures at the threshold that is best for all of them, of each cell: in 0..1."""
-    return {cell: float(np.mean([each[cell] for each in scores], axis=0).max()) for cell in scores[0]}
+    return {cell: float(np.mean([by_cell[cell] for by_cell in scores], axis=0).max()) for cell in scores[0]}
 
 
 def word_counts(image: Image, truth: Array, backbone: Backbone, classes: Sequence[str], options: LabelOptions) -> dict[Cell, ClassCounts]:
@@ -158,17 +158,17 @@ def word_counts(image: Image, truth: Array, backbone: Backbone, classes: Sequenc
     truth: (H, W), numbers of classes from 0, others are void. The names are those of the classes in the picture, as in Seg4Diff's Sec. 4.3;
     pixels are compared without refinement, at the first of the options' steps.
     """
-    there = [number for number in np.unique(truth).tolist() if 0 <= number < len(classes)]
-    found: dict[Cell, ClassCounts] = {}
-    if not there:
-        return found
-    for cell, maps in named_maps(image, backbone, [classes[number] for number in there], options).items():
+    numbers = [number for number in np.unique(truth).tolist() if 0 <= number < len(classes)]
+    counts: dict[Cell, ClassCounts] = {}
+    if not numbers:
+        return counts
+    for cell, maps in named_maps(image, backbone, [classes[number] for number in numbers], options).items():
         height, width = truth.shape
         enlarged = np.stack([upsample(values, (height, width)) for values in maps.cpu().numpy()])  # (C', H, W)
-        pred = np.array(there)[enlarged.argmax(0)]
+        pred = np.array(numbers)[enlarged.argmax(0)]
         table = widened(class_table(truth, pred, len(classes), compacted=False))  # (C, C)
-        found[cell] = counts_of(table, np.arange(len(classes)))
-    return found
+        counts[cell] = counts_of(table, np.arange(len(classes)))
+    return counts
 
 
 def named_maps(image: Image, backbone: Backbone, classes: Sequence[str], options: LabelOptions) -> dict[Cell, Tensor]:

@@ -51,7 +51,7 @@ def labelled_pictures(images: Path, labels: Path, count: int) -> list[tuple[Imag
     dataset = label_folder(labels, None, pictures=files)
     samples = [sample for sample in dataset.samples if sample.name in files][:count]
     if not samples:
-        raise NoImages(f'no picture of {images} has labels in {labels}')
+        raise NoImages(f'no picture in {images} has labels in {labels}')
     return [(read(files[sample.name]), dataset.read(sample)[0]) for sample in samples]
 
 

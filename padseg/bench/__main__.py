@@ -1,4 +1,4 @@
-"""Times parts of padseg on this machine: bin/bench."""
+"""Time parts of padseg on this machine: bin/bench."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run costs beside the model: bin/bench engine."""
+"""What a run costs apart from the model: bin/bench engine."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class Cost(NamedTuple):
 @click.option('--folder', type=click.Path(exists=True, path_type=Path), help='on the disk to write to (default: for temporary files)')
 @output_flags
 def command(pictures: int, many: int, folder: Path | None, record: bool, as_json: bool) -> None:
-    """What a run costs beside the model: a picture's reading, decoding, label map, masks and record.
+    """What a run costs apart from the model: reading and decoding a picture, its label map, masks and record.
 
-    The model's place takes a stored label map with 14 regions. The difference of a long and a short run leaves out the start.
+    A stored label map with 14 regions takes the model's place. Start-up is left out: times are differences between a long and a short run.
     """
     with tempfile.TemporaryDirectory(prefix='padseg-bench-', dir=folder) as name:
         large, small = (make_pictures(Path(name) / kind, size, count) for kind, size, count in sizes(pictures, many))
@@ -103,7 +103,7 @@ def run_stages(folder: Path, out: Path, count: int) -> Cost:
     height, width = read(pictures[0].path).shape[:2]
     labels = made_labels((height, width))
 
-    stages = Stages(lambda taken: [each._replace(maps=MAPS) for each in taken], lambda image, maps: labels)
+    stages = Stages(lambda taken: [picture._replace(maps=MAPS) for picture in taken], lambda image, maps: labels)
     job = Job(folder, out)
     out.mkdir()
     with Stop() as stop:
@@ -131,7 +131,7 @@ def engine_steps(folder: Path, out: Path) -> dict[str, float]:
 
 
 def in_words(measured: dict[str, Any]) -> str:
-    """One measure a line."""
+    """One line per measure."""
     (few, less), (many, more) = measured['memory_mib'].items()
     taken = measured['milliseconds']
     rows = [

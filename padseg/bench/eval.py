@@ -158,7 +158,7 @@ def loop_table(pred: Array, truth: Array, classes: int) -> Array:
 
 
 def in_words(measured: dict[str, Any]) -> str:
-    """One measure a line, each with its ratio where there is one."""
+    """One line per measure, with its ratio if it has one."""
     per_second, start, taken = measured['pairs_per_second'], measured['with_start'], measured['milliseconds']
     (few, less), (many, more) = measured['memory_mib'].items()
     ratio = measured['two_workers_to_one']

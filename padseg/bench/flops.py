@@ -51,7 +51,7 @@ def block(width: int, image: int, text: int) -> int:
 
 
 def unused(width: int, text: int) -> int:
-    """What the last block has not: the text's output, its wide layers and the modulation of these."""
+    """What the last block lacks: the text's output, its wide layers and their modulation."""
     return linear(1, width, 4 * width) + linear(text, width, width) + 2 * linear(text, width, 4 * width)
 
 

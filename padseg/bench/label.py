@@ -48,7 +48,7 @@ class Turn(NamedTuple):
 def command(size: str, repeats: int, dtype: str, device: str, folder: Path, record: bool, as_json: bool, classes: tuple[int, ...]) -> None:
     """Seconds of a picture against the number of classes, beside those of a picture whose regions get no names.
 
-    A model of SD3-medium's shape with random weights; every name is two tokens. As long as one prompt holds all names a forward is all.
+    A model of SD3-medium's shape with random weights; every name is two tokens. One forward is enough while one prompt holds all names.
     """
     os.environ |= QUIET  # which the processes inherit
     setting = BenchSetting(fresh(make_model, folder / size, size), own_side(size), dtype=dtype, device=device)
@@ -58,8 +58,8 @@ def command(size: str, repeats: int, dtype: str, device: str, folder: Path, reco
         'side': setting.side,
         'dtype': dtype,
         **surroundings(device),
-        'run': [each.run for each in turns],
-        'classes': {count: label_columns([each.named[count] for each in turns]) for count in classes},
+        'run': [turn.run for turn in turns],
+        'classes': {count: label_columns([turn.named[count] for turn in turns]) for count in classes},
     }
     finish_bench('label', f'{size}-{dtype}', measured, record, as_json, in_words)
 
@@ -70,7 +70,7 @@ def label_columns(rows: list[Named]) -> dict[str, Any]:
 
 
 def turn(setting: BenchSetting, counts: tuple[int, ...]) -> Turn:
-    """All in one process; embeddings go to a cache of its own."""
+    """Everything in one process, with its own cache of embeddings."""
     backbone = bench_backbone(setting)
     image = bench_picture(setting.side, 0)
     segment(image, backbone, Options(side=setting.side // 4))  # for libraries to start
@@ -99,7 +99,7 @@ def seconds(setting: BenchSetting, function: Any) -> float:
 
 
 def in_words(measured: dict[str, Any]) -> str:
-    """One number of classes a line."""
+    """One line per number of classes."""
     run = statistics.median(measured['run'])
     lines = [
         f'SD3 {measured["size"]}, {measured["side"]} x {measured["side"]}, {measured["dtype"]}; {in_place(measured)}',

@@ -39,9 +39,9 @@ def command(size: str, repeats: int, dtype: str, device: str, folder: Path, reco
         'size': size,
         'dtype': dtype,
         **surroundings(device),
-        'seconds': {name: [each.seconds for each in column] for name, column in columns.items()},
-        'before_mib': {name: [each.before for each in column] for name, column in columns.items()},
-        'peak_mib': {name: [each.peak for each in column] for name, column in columns.items()},
+        'seconds': {name: [loading.seconds for loading in column] for name, column in columns.items()},
+        'before_mib': {name: [loading.before for loading in column] for name, column in columns.items()},
+        'peak_mib': {name: [loading.peak for loading in column] for name, column in columns.items()},
         'whole_to_ours': spread([b.seconds / a.seconds for a, b, _ in turns]),
         'pipeline_to_ours': spread([c.seconds / a.seconds for a, _, c in turns]),
         'memory_ours_to_whole': spread([a.peak / b.peak for a, b, _ in turns]),
@@ -70,7 +70,7 @@ def load_whole(setting: BenchSetting) -> Loading:
 
 
 def load_published(setting: BenchSetting) -> Loading:
-    """As diffusers' users load it: the pipeline without its text encoders."""
+    """Load the pipeline as users of diffusers do, without its text encoders."""
     from diffusers import StableDiffusion3Pipeline
     from diffusers.utils.logging import disable_progress_bar
 

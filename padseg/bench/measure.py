@@ -88,7 +88,7 @@ def finish_bench(
 
 
 def surroundings(device: str = 'cpu') -> dict[str, Any]:
-    """The machine, versions and revision that figures belong to."""
+    """The machine, versions and revision that the figures belong to."""
     import torch  # which would count as memory of processes that do without
 
     return {
@@ -122,7 +122,7 @@ def revision() -> str | None:
 
 
 def in_place(measured: dict[str, Any]) -> str:
-    """Where it was measured, in a few words."""
+    """Where the figures were measured, in a few words."""
     where = f'{measured["processor"]}, {measured["processors"]} processors, {measured["threads"]} threads, load {measured["load"]:.2f}'
     return where if measured['device'] == 'cpu' else f'{measured["device"]}; {where}'
 

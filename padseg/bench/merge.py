@@ -165,9 +165,9 @@ def plain_label_map(proposals: Proposals) -> LabelMap:
 
 def plain_refined(proposals: Proposals, inside: Array, components: bool, min_area: float) -> LabelMap:
     """The refinements with a pass over all pixels for each superpixel's numbers, and for each region that is absorbed."""
-    values = [upsample(each, proposals.frame.size).ravel() for each in scaled_proposals(proposals)]
+    values = [upsample(proposal, proposals.frame.size).ravel() for proposal in scaled_proposals(proposals)]
     index = np.unique(inside, return_inverse=True)[1].ravel()
-    means = [np.bincount(index, each) / np.bincount(index) for each in values]
+    means = [np.bincount(index, shares) / np.bincount(index) for shares in values]
     winner = np.argmax(means, 0)[index].reshape(inside.shape)
     regions = connected_components(winner + 1, connectivity=1) if components else winner + 1
     return in_order(plain_absorb(regions, min_area * regions.size), proposals, winner, regions)
@@ -185,7 +185,7 @@ def in_order(numbers: Array, proposals: Proposals, winner: Array, before: Array 
 
 
 def plain_absorb(regions: Array, smallest: float) -> Array:
-    """Again and again the smallest region to the neighbour with the longest border, all counted afresh."""
+    """Merge the smallest region into the neighbour with the longest border, again and again, counting everything afresh."""
     regions = regions.astype(np.int32)
     while True:
         areas = np.bincount(regions.ravel())
@@ -223,7 +223,7 @@ def memory_of_attention(maps: int) -> float:
 
 
 def in_words(measured: dict[str, Any]) -> str:
-    """One measure a line, each with its plain way and the ratio."""
+    """One line per measure, with its plain way and the ratio."""
     lines = [f'{measured["maps"]} maps of {SIDE} x {SIDE}; one core of: {in_place(measured)}']
     for size, taken in measured['pictures'].items():
         lines.append(f'picture of {size:12} {"ms":>12} {"plainly":>10} {"ratio":>9}')

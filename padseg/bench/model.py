@@ -127,7 +127,7 @@ def build_random(architecture: Architecture) -> Parts:
         shift_factor=0.0609,
         **architecture.vae,
     )
-    first, second = (random_text_encoder(**each) for each in architecture.text)
+    first, second = (random_text_encoder(**settings) for settings in architecture.text)
     return Parts(transformer, vae, first, second)
 
 

@@ -44,7 +44,9 @@ class WholeAttention:
         query = torch.cat([attn.to_q(hidden_states), attn.add_q_proj(encoder_hidden_states)], 1)
         key = torch.cat([attn.to_k(hidden_states), attn.add_k_proj(encoder_hidden_states)], 1)
         value = torch.cat([attn.to_v(hidden_states), attn.add_v_proj(encoder_hidden_states)], 1)
-        query, key, value = (each.unflatten(2, (attn.heads, -1)).transpose(1, 2) for each in (query, key, value))  # (1, heads, L, d)
+        query, key, value = (
+            projected.unflatten(2, (attn.heads, -1)).transpose(1, 2) for projected in (query, key, value)
+        )  # (1, heads, L, d)
         scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
         shares = scores.softmax(-1)  # (1, heads, L, L)
         self.seen = shares[0, :, :image, image : image + SLOTS]

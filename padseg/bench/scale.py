@@ -130,8 +130,8 @@ def law(sides: list[int], seconds: list[float]) -> dict[str, float]:
     terms = np.stack([tokens, tokens**2], 1)
     scaled = terms / np.array(seconds)[:, None]
     unit = scaled.max(0)
-    found = nnls(scaled / unit, np.ones(len(sides)))[0] / unit
-    return {'linear': float(found[0]), 'square': float(found[1]), 'error': float(np.abs(scaled @ found - 1).max())}
+    factors = nnls(scaled / unit, np.ones(len(sides)))[0] / unit
+    return {'linear': float(factors[0]), 'square': float(factors[1]), 'error': float(np.abs(scaled @ factors - 1).max())}
 
 
 def run_over(folder: Path, out: Path, count: int, batch: int, device: str) -> Ran:
@@ -153,7 +153,7 @@ def compiled(setting: BenchSetting, repeats: int) -> dict[str, Any]:
             os.environ['TORCHINDUCTOR_CACHE_DIR'] = cache
             quick = setting._replace(vae=setting.folder / TINY_VAE)  # whose time does not count here
             kinds = {'plain': False, 'compiled': True, 'again': True}
-            turns.append({name: fresh(forwards, quick._replace(compile=each)) for name, each in kinds.items()})
+            turns.append({name: fresh(forwards, quick._replace(compile=compiles)) for name, compiles in kinds.items()})
     result: dict[str, Any] = {name: scale_columns([turn[name] for turn in turns]) for name in turns[0]}
     middle = {name: Forwards(*map(statistics.median, result[name].values())) for name in turns[0]}
     pays = {name: pays_after(middle['plain'], middle[name]) for name in ('compiled', 'again')}
@@ -174,21 +174,21 @@ def forwards(setting: BenchSetting) -> Forwards:
 
 
 def pays_after(plain: Forwards, other: Forwards) -> int | None:
-    """The number of pictures from which on compiling saves time; None if never."""
+    """The number of pictures from which compiling saves time; None if never."""
     gain = plain.later - other.later
     return max(1, 1 + int(np.ceil((other.first - plain.first) / gain))) if gain > 0 else None
 
 
 def in_words(measured: dict[str, Any]) -> str:
-    """A table for each thing that grows."""
+    """One table for each quantity that grows."""
     lines = [f'{measured["size"]} model, {measured["dtype"]}; {in_place(measured)}']
     lines.append(heading('side', 'VAE, s', 'transformer, s', 'most memory, MiB'))
     for side, taken in measured['sides'].items():
         lines.append(fitted_line(side, *taken.values()))
-    for part, found in measured['law'].items():
+    for part, law in measured['law'].items():
         lines.append(
-            f'{part}: {1e3 * found["linear"]:.3g} ms for each of n image tokens and {1e6 * found["square"]:.3g} us n^2, '
-            f'within {found["error"]:.0%}'
+            f'{part}: {1e3 * law["linear"]:.3g} ms for each of n image tokens and {1e6 * law["square"]:.3g} us n^2, '
+            f'within {law["error"]:.0%}'
         )
     for name, key in (('pictures', 'pictures'), (f'batch, {measured["batched"]} pictures', 'batches')):
         lines.append(heading(name, 'run of tiny, s', 'most memory, MiB'))
@@ -207,4 +207,4 @@ def heading(*names: str) -> str:
 
 
 def fitted_line(name: object, *values: list[float]) -> str:
-    return f'{name!s:20}' + ''.join(f'{between(spread(each), 0 if min(each) > 100 else 2):>26}' for each in values)
+    return f'{name!s:20}' + ''.join(f'{between(spread(column), 0 if min(column) > 100 else 2):>26}' for column in values)

@@ -129,9 +129,9 @@ def ours(setting: BenchSetting) -> Side:
         with stage('transformer'):
             maps = batched(latents, backbone, partial(latent_token_maps, backbone=backbone, options=options))
         with stage('merge'):
-            merged = [merge(each, options.threshold, options.normalisation) for each in maps]
+            merged = [merge(token_maps, options.threshold, options.normalisation) for token_maps in maps]
         with stage('labels'):
-            labels = [label_map(each) for each in merged]
+            labels = [label_map(proposals) for proposals in merged]
         return Comparison(maps[0].maps.cpu().numpy(), merged[0].members, labels[0].labels)
 
     return Side(loading, loaded, *repeated(run, setting))
@@ -150,8 +150,8 @@ def reference(setting: BenchSetting) -> Side:
     def run(side: int, taken: dict[str, float]) -> Comparison:
         stage = partial(timed_stage, taken, setting.device, 1)
         options = Options(side=side, threshold=THRESHOLD).resolve(spec)
-        found = segment_obviously(bench_picture(side, 0), pipeline, options, stage)
-        return Comparison(found.maps.cpu().numpy(), found.groups, sd3_in_order(found.labels))
+        result = segment_obviously(bench_picture(side, 0), pipeline, options, stage)
+        return Comparison(result.maps.cpu().numpy(), result.groups, sd3_in_order(result.labels))
 
     return Side(loading, loaded, *repeated(run, setting))
 
@@ -219,8 +219,8 @@ def lines_of_summary(setting: BenchSetting, size: str, turns: list[tuple[Side, S
     """All that is reported, as JSON has it: of every measure the values of all turns."""
     sides = {'ours': [a for a, _ in turns], 'reference': [b for _, b in turns]}
     best = {name: max(one.ceiling[name] for turn in turns for one in turn) for name in turns[0][0].ceiling}
-    seconds = {name: {stage: [one.seconds[stage] for one in each] for stage in STAGES} for name, each in sides.items()}
-    total = {name: [sum(one.seconds.values()) for one in each] for name, each in sides.items()}
+    seconds = {name: {stage: [one.seconds[stage] for one in column] for stage in STAGES} for name, column in sides.items()}
+    total = {name: [sum(one.seconds.values()) for one in column] for name, column in sides.items()}
     needed = operations(setting)
     return {
         'size': size,
@@ -237,14 +237,14 @@ def lines_of_summary(setting: BenchSetting, size: str, turns: list[tuple[Side, S
         'total': total,
         'reference_to_ours': spread([b / a for a, b in zip(total['ours'], total['reference'], strict=True)]),
         'ceiling_share': {
-            name: {stage: each[stage] / statistics.median(seconds[name][stage]) / best[setting.dtype] for stage in each}
-            for name, each in needed.items()
+            name: {stage: stages[stage] / statistics.median(seconds[name][stage]) / best[setting.dtype] for stage in stages}
+            for name, stages in needed.items()
         },
         'rest_share': statistics.median(1 - (a.seconds['vae'] + a.seconds['transformer']) / sum(a.seconds.values()) for a in sides['ours']),
-        'peak_mib': {name: [one.peak for one in each] for name, each in sides.items()},
+        'peak_mib': {name: [one.peak for one in column] for name, column in sides.items()},
         'memory_ours_to_reference': spread([a.peak / b.peak for a, b in turns]),
-        'loading': {name: [one.loading for one in each] for name, each in sides.items()},
-        'loaded_mib': {name: [one.loaded for one in each] for name, each in sides.items()},
+        'loading': {name: [one.loading for one in column] for name, column in sides.items()},
+        'loaded_mib': {name: [one.loaded for one in column] for name, column in sides.items()},
         'alike': compare(turns[0][0].outcome, turns[0][1].outcome) if setting.vae is None else None,
     }
 

@@ -58,7 +58,7 @@ def own_side(size: str) -> int:
 
 
 def import_libraries() -> None:
-    """What `load` would import, which is not what is timed."""
+    """Import what `load` would import, so that this is not timed."""
     import padseg.backbones.flux
     import padseg.backbones.loading
     import padseg.backbones.sd3  # noqa: F401

@@ -100,7 +100,7 @@ def correlation(a: Array, b: Array) -> float:
 
 
 def in_words(measured: dict[str, Any]) -> str:
-    """One case a line."""
+    """One line per case."""
     lines = [f'{measured["pictures"]} pictures, tiny; {in_place(measured)}', f'{"":22}{"correlation of maps":>22}{"covering":>12}']
     return '\n'.join(
         [*lines, *(f'{name:22}{case["correlation"]:22.3f}{case["covering"]:12.3f}' for name, case in measured['cases'].items())]

@@ -1,4 +1,4 @@
-"""The command line: finds the command, and turns what the user can mend into one line and an exit code."""
+"""The command line: find the command, and turn errors that the user can fix into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def show_version(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 @click.group(cls=Commands, context_settings={'help_option_names': ['-h', '--help'], 'max_content_width': 120})
 @click.option('--version', is_flag=True, is_eager=True, expose_value=False, callback=show_version, help='Show the versions and exit.')
 def group() -> None:
-    """Masks for pictures, from the attention of a diffusion transformer to its padding tokens; and names for masks, to words."""
+    """Segment pictures with the attention of a diffusion transformer: to its padding tokens for masks, to words for names."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""`padseg doctor`: whether a run would find all it needs, and the remedy if not."""
+"""`padseg doctor`: whether a run would find all that it needs, and what to do if not."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @click.option('--out', type=click.Path(path_type=Path), default='.', show_default=True, help='where results would be written')
 @click.option('--json', 'as_json', is_flag=True, help='print one JSON object')
 def command(model: str, revision: str | None, device: str | None, dtype: str | None, out: Path, as_json: bool) -> int:
-    """Check that a run would find all it needs.
+    """Check that a run would find all that it needs.
 
     Looks at versions, processors, disk and memory, and whether a model can be loaded. Nothing is downloaded.
 
@@ -121,17 +121,17 @@ def shortages(report: Diagnosis) -> list[str]:
     lines = []
     if report.needed and report.device_memory is not None and report.device_memory < report.needed.device:
         lines.append(
-            f'{report.device} has {human(report.device_memory)} free, the weights alone take {human(report.needed.device)}: '
+            f'{report.device} has {human(report.device_memory)} free, but the weights alone take {human(report.needed.device)}: '
             'free it, or `--dtype float16`, or `--device cpu`'
         )
     memory = min((size for size in (report.memory, report.memory_free) if size is not None), default=None)
     if report.needed and memory is not None and memory < report.needed.host:
         lines.append(
-            f'{human(memory)} of memory is free, the weights alone take {human(report.needed.host)}: `--dtype bfloat16` halves them'
+            f'{human(memory)} of memory is free, but the weights alone take {human(report.needed.host)}: `--dtype bfloat16` halves them'
         )
     if report.state.download and report.cache_free < report.state.download:
         lines.append(
-            f'{report.cache} has {human(report.cache_free)} free, the download takes {human(report.state.download)}: '
+            f'{report.cache} has {human(report.cache_free)} free, but the download takes {human(report.state.download)}: '
             'set HF_HOME to another disk'
         )
     return lines

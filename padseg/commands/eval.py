@@ -61,7 +61,7 @@ class EvalCommand(MethodCommand):
 @click.option('--compare', help="pixels that are compared: native, crop, 512, 128, short-640 (default: the protocol's; native with --pred)")
 @click.option('--raw-ids', is_flag=True, help='match ids of predictions as they are, gaps included, as released code does')
 @click.option('--resize', is_flag=True, help="bring predictions of another size to the ground truth's by nearest neighbour")
-@click.option('--allow-missing', is_flag=True, help='score the pictures that are there when others are missing')
+@click.option('--allow-missing', is_flag=True, help='score the other pictures when some are missing')
 @click.option('--sweep', help='partitions: thresholds to try, as 0.01,0.02,0.05; the token maps are kept in OUT/maps')
 @click.option('--workers', type=click.IntRange(min=1), default=1, show_default=True, help='processes that score stored label maps')
 @click.option('--out', type=FOLDER, help='folder for scores.json, tables, charts, and records from which the same command continues')
@@ -102,7 +102,7 @@ def command(ctx: click.Context, /, as_json: bool, quiet: bool, check: bool, **gi
 
 
 def show_check(given: dict[str, Any], as_json: bool, progress: Progress) -> int:
-    """Print what the data hold; 3 if files cannot be used or values are out of range."""
+    """Print what the data set holds; 3 if files cannot be used or values are out of range."""
     from padseg.evaluation.job import check_of
     from padseg.evaluation.words import check_lines
 

@@ -17,7 +17,7 @@ from padseg.run.job import ENGINES
 POSITIVE = click.IntRange(min=1)
 METHOD = 'padseg.method'  # where a context keeps the method's name
 compile_flag = click.option(
-    '--compile', is_flag=True, help='let torch compile the transformer, at the first picture; needs a C++ compiler; for many pictures'
+    '--compile', is_flag=True, help='compile the transformer at the first picture; pays off for many pictures; needs a C++ compiler'
 )
 JOB = (
     click.option('--dir', 'source', type=click.Path(path_type=Path), help='folder of pictures, or one picture'),
@@ -29,44 +29,54 @@ JOB = (
     click.option('--vae', help="a quicker VAE for SD3's latents: tiny (TAESD3), a hub id, or a folder with an AutoencoderTiny"),
     compile_flag,
     click.option(
-        '--batch', type=click.IntRange(min=1), default=1, show_default=True, help='pictures of a forward pass; results stay the same'
+        '--batch', type=click.IntRange(min=1), default=1, show_default=True, help='pictures per forward pass; results stay the same'
     ),
-    click.option('--workers', type=click.IntRange(min=1), default=1, show_default=True, help='threads that read, and as many that write'),
-    click.option('--engine', type=click.Choice(ENGINES), default='local', show_default=True, help='what runs it; ray needs padseg[ray]'),
-    click.option('--address', help='of a Ray cluster, as HOST:PORT (default: $RAY_ADDRESS, or a Ray of its own on this machine)'),
-    click.option('--include', multiple=True, metavar='PATTERN', help='only pictures with such names, as *.jpg or cats/*; may be repeated'),
-    click.option('--exclude', multiple=True, metavar='PATTERN', help='no pictures with such names; may be repeated'),
-    click.option('--shard', metavar='I/N', help='only the I-th of N parts, from 1; runs of all parts may share OUT at a time'),
-    click.option('--limit', type=click.IntRange(min=1), help='only the first so many pictures'),
     click.option(
-        '--retry-failed/--no-retry-failed', default=True, show_default=True, help='try unchanged pictures again that failed before'
+        '--workers', type=click.IntRange(min=1), default=1, show_default=True, help='threads for reading, and as many for writing'
     ),
+    click.option(
+        '--engine', type=click.Choice(ENGINES), default='local', show_default=True, help='what runs the job; ray needs padseg[ray]'
+    ),
+    click.option('--address', help='HOST:PORT of a Ray cluster (default: $RAY_ADDRESS, or a new cluster on this machine)'),
+    click.option('--include', multiple=True, metavar='PATTERN', help='only pictures with matching names (*.jpg, cats/*); may be repeated'),
+    click.option('--exclude', multiple=True, metavar='PATTERN', help='skip pictures with matching names; may be repeated'),
+    click.option('--shard', metavar='I/N', help='only the I-th of N parts, from 1; runs of different parts may share OUT'),
+    click.option('--limit', type=click.IntRange(min=1), help='only the first pictures, up to this number'),
+    click.option('--retry-failed/--no-retry-failed', default=True, show_default=True, help='retry unchanged pictures that failed before'),
     click.option('--max-failures', type=click.IntRange(min=0), help='stop when more pictures than this have failed'),
-    click.option('--checksum', is_flag=True, help='tell changed pictures by their content, not by size and time of change'),
-    click.option('--dry-run', is_flag=True, help='print the pictures that would be worked on, and do nothing'),
+    click.option('--checksum', is_flag=True, help='detect changed pictures by content, not by size and modification time'),
+    click.option('--dry-run', is_flag=True, help='print the pictures that would be processed, and do nothing'),
     click.option('--overlay', is_flag=True, help='also write the picture with its regions in colour'),
     click.option('--coco', is_flag=True, help='also write OUT/coco: instances.json, and panoptic.json with its PNGs'),
     click.option(
         '--save-maps',
         is_flag=True,
-        help='also keep the maps behind the label maps: those of tokens, for `padseg merge`, or the scores of classes',
+        help='also keep the maps behind the label maps: token maps, for `padseg merge`, or class scores',
     ),
-    click.option('--overwrite', is_flag=True, help='do everything again, also over results of other settings'),
+    click.option('--overwrite', is_flag=True, help='do everything again, even over results of other settings'),
     click.option('--json', 'as_json', is_flag=True, help='print the counts as one JSON object on stdout'),
-    click.option('--log-json', is_flag=True, help='all on stderr as JSON, a line for each picture and each event'),
+    click.option('--log-json', is_flag=True, help='write JSON on stderr, one line for each picture and event'),
     click.option('--no-progress', is_flag=True, help='no progress on stderr'),
     click.option('-q', '--quiet', is_flag=True, help='nothing on stderr but errors'),
 )
 READING = (
-    click.option('--max-pixels', type=POSITIVE, default=MAX_PIXELS, show_default=True, help='larger pictures fail undecoded'),
-    click.option('--max-file-size', type=POSITIVE, default=MAX_BYTES, show_default=True, help='larger files, in bytes, fail unread'),
-    click.option('--shrink', type=POSITIVE, metavar='PIXELS', help='reduce larger pictures to at most so many pixels, label maps too'),
+    click.option('--max-pixels', type=POSITIVE, default=MAX_PIXELS, show_default=True, help='larger pictures fail without being decoded'),
+    click.option(
+        '--max-file-size', type=POSITIVE, default=MAX_BYTES, show_default=True, help='larger files (in bytes) fail without being read'
+    ),
+    click.option('--shrink', type=POSITIVE, metavar='PIXELS', help='shrink larger pictures to at most this many pixels, label maps too'),
     click.option(
         '--exif', type=click.Choice(EXIF), default='apply', show_default=True, help='turn pictures upright as their EXIF data say'
     ),
-    click.option('--frames', type=click.Choice(FRAMES), default='first', show_default=True, help='of animations and files of many pages'),
-    click.option('--value-range', type=(float, float), metavar='LOW HIGH', help='black and white of float or 32-bit samples'),
-    click.option('--background', default='white', show_default=True, help='colour behind what is transparent: a name or #rrggbb'),
+    click.option(
+        '--frames',
+        type=click.Choice(FRAMES),
+        default='first',
+        show_default=True,
+        help='frames to take from animations and multi-page files',
+    ),
+    click.option('--value-range', type=(float, float), metavar='LOW HIGH', help='values of black and white in float or 32-bit files'),
+    click.option('--background', default='white', show_default=True, help='colour behind transparent pixels: a name or #rrggbb'),
     click.option('--void-transparent', is_flag=True, help='leave fully transparent pixels unassigned'),
 )
 
@@ -172,7 +182,7 @@ class MethodCommand(click.Command):
             type=click.Choice(self.methods()),
             default=name,
             show_default=self.shown_default,
-            help='how pictures are segmented; its options are below, those of another: --method NAME --help',
+            help='how to segment pictures; its options are below; for those of another, use --method NAME --help',
         )
         return [*own, choice, *option_flags(METHODS[name].Options), help_flag]
 

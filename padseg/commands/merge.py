@@ -25,8 +25,8 @@ class LaterCommand(click.Command):
 @click.option('--out', type=click.Path(path_type=Path), required=True, help='folder for the new results')
 @click.option('--dir', 'source', type=click.Path(path_type=Path), help='the pictures (default: where the run found them)')
 @click.option('--overlay', is_flag=True, help='also write the picture with its regions in colour')
-@click.option('--overwrite', is_flag=True, help='do everything again, also over results of other settings')
-@click.option('--workers', type=click.IntRange(min=1), default=1, show_default=True, help='threads that read, and as many that write')
+@click.option('--overwrite', is_flag=True, help='do everything again, even over results of other settings')
+@click.option('--workers', type=click.IntRange(min=1), default=1, show_default=True, help='threads for reading, and as many for writing')
 @click.option('--json', 'as_json', is_flag=True, help='print the counts as one JSON object on stdout')
 @click.option('-q', '--quiet', is_flag=True, help='nothing on stderr but errors')
 def command(made: Path, source: Path | None, as_json: bool, quiet: bool, **settings: Any) -> int:
@@ -46,7 +46,7 @@ def command(made: Path, source: Path | None, as_json: bool, quiet: bool, **setti
     if earlier is None:
         raise NoImages(f'{made} holds no results of `padseg run`')
     if settings['out'].resolve() == made.resolve():
-        raise UsageError(f'--out is another folder than {made}, whose results stay')
+        raise UsageError(f'--out must be a folder other than {made}')
     reading = settings_from(earlier.settings).reading
     job = Job(
         source or Path(earlier.source),

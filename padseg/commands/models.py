@@ -40,7 +40,7 @@ def command(as_json: bool, verbose: bool) -> int:
 
 
 def cells_of(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
-    """What stands in the columns HEADS."""
+    """The contents of the columns HEADS."""
     size = '' if row['bytes'] is None else human(row['bytes'])
     return name, row['state'], size, row['licence'], 'yes' if row['gated'] else 'no', row['repo']
 

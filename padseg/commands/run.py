@@ -40,7 +40,7 @@ def command(folders: tuple[Path, ...], collect: bool, log_json: bool, method: st
     PNG a picture), OUT/masks (one PNG a region, metadata.csv), OUT/manifest.jsonl, OUT/failures.jsonl, OUT/run.json.
     """
     if folders and not collect:
-        raise click.UsageError(f'the folder of pictures is given by its option: --dir {folders[0]}')
+        raise click.UsageError(f'give the folder of pictures with --dir {folders[0]}')
     if not (settings['source'] or collect):
         raise click.UsageError('which pictures? --dir FOLDER')
     with as_events() if log_json else contextlib.nullcontext():
@@ -73,17 +73,17 @@ def join(folders: tuple[Path, ...], log_json: bool, out: Path, coco: bool, quiet
 
     given = click.get_current_context().get_parameter_source('out') is not click.core.ParameterSource.DEFAULT
     if len(folders) > 1 and not given:
-        raise click.UsageError('several folders are joined in another: --out OUT')
+        raise click.UsageError('to join several folders, name another one with --out OUT')
     target = out if given or not folders else folders[0]
     counts, missing = collect(folders or (out,), target, coco)
     if missing:
-        log.warning('no finished run was found of the shards %s', ', '.join(missing))
+        log.warning('no finished run was found for the shards %s', ', '.join(missing))
     return report(counts, target, quiet, as_json, log_json) or (SOME_FAILED if missing else 0)
 
 
 @contextlib.contextmanager
 def as_events() -> Iterator[None]:
-    """What goes wrong, and what libraries log, as events on stderr."""
+    """Write errors, and what libraries log, as events on stderr."""
     handler = EventHandler()
     logging.getLogger().addHandler(handler)
     logging.captureWarnings(True)
@@ -98,7 +98,7 @@ def as_events() -> Iterator[None]:
 
 
 def report(counts: Counts, out: Path, quiet: bool, as_json: bool, log_json: bool = False) -> int:
-    """Say how a run went; its exit code."""
+    """Report how a run went; returns its exit code."""
     if log_json:
         event('end', **counts._asdict(), out=str(out))
     elif not quiet:

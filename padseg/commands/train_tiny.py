@@ -23,9 +23,11 @@ DEFAULTS = TrainingSettings()
 @click.option(
     '--transformer-steps', type=click.IntRange(min=0), default=DEFAULTS.transformer.steps, help='then steps without the autoencoder'
 )
-@click.option('--start', type=click.Path(exists=True, path_type=Path), help='a model of this command to train further, in the last stage')
-@click.option('--seed', type=int, default=DEFAULTS.seed, help='of all random numbers')
-@click.option('--masks/--no-masks', default=True, help='without: flow matching alone, at every step; a twin to compare with')
+@click.option(
+    '--start', type=click.Path(exists=True, path_type=Path), help='a model made by this command, to train further in the last stage'
+)
+@click.option('--seed', type=int, default=DEFAULTS.seed, help='for all random numbers')
+@click.option('--masks/--no-masks', default=True, help='--no-masks: flow matching alone, at every step, for comparison')
 @click.option('--device', help='cpu, cuda, cuda:1, mps, … (default: the best there is)')
 @click.option('--workers', type=click.IntRange(min=0), default=1, help='processes that make examples')
 @click.option('--save-every', type=POSITIVE, default=250, help='steps between two checkpoints')
@@ -42,11 +44,11 @@ def command(
     workers: int,
     save_every: int,
 ) -> int:
-    """Train the embedded model, from nothing or further.
+    """Train the embedded model, from scratch or further.
 
     It learns from synthetic scenes and, with --data, from annotated photographs:
     FOLDER has images/x.jpg with labels/x.png, or x_0.png, x_1.png, … of several annotators; with train/ inside where there are splits.
-    WEIGHT says how often it is drawn, VOID which label is void. The same command again continues a training that was stopped.
+    WEIGHT says how often it is drawn, VOID which label is void. Running the same command again continues a training that was stopped.
     Results: OUT/model, a folder for --model; for each stage a checkpoint, curves and a sheet of predictions.
     """
     require('matplotlib', 'train')

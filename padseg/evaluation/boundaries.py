@@ -85,14 +85,14 @@ def count_matches(pred: Array, truths: Sequence[Array], tolerance: float = TOLER
         raise ValueError(f'expected at least one annotator and a tolerance >= 0; got {len(truths)} and {tolerance}')
     radius = tolerance * float(np.hypot(*pred.shape))
     pixels = np.argwhere(pred)
-    found = np.zeros(len(pixels), bool)
+    has_partner = np.zeros(len(pixels), bool)
     matched = drawn = 0
     for truth in truths:
         partners, _ = match_boundaries(pixels, np.argwhere(truth), radius)
-        found[partners] = True
+        has_partner[partners] = True
         matched += len(partners)
         drawn += int(np.count_nonzero(truth))
-    return BoundaryCounts(matched, drawn, int(np.count_nonzero(found)), len(pixels))
+    return BoundaryCounts(matched, drawn, int(np.count_nonzero(has_partner)), len(pixels))
 
 
 def match_boundaries(a: Array, b: Array, radius: float) -> tuple[Array, Array]:

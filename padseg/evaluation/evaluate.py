@@ -126,10 +126,10 @@ def stamp_of(*paths: Path | None) -> str:
     marks = []
     for path in paths:
         try:
-            found = path.stat() if path else None
+            status = path.stat() if path else None
         except OSError:
-            found = None
-        marks.append(f'{found.st_size}:{found.st_mtime_ns}' if found else '-')
+            status = None
+        marks.append(f'{status.st_size}:{status.st_mtime_ns}' if status else '-')
     return ' '.join(marks)
 
 
@@ -164,7 +164,7 @@ def fitting(pred: Array, size: tuple[int, int], path: Path, resize: bool) -> Arr
     if pred.shape == size:
         return pred
     if not resize:
-        raise UsageError(f'{path} is {size_in_words(pred.shape)}, its ground truth {size_in_words(size)}: --resize brings it to that size')
+        raise UsageError(f'{path} is {size_in_words(pred.shape)}, but its ground truth is {size_in_words(size)}: use --resize')
     return pred[nearest(pred.shape[0], size[0])[:, None], nearest(pred.shape[1], size[1])]
 
 
@@ -194,7 +194,8 @@ def paired(dataset: Dataset, preds: dict[str, Path], allow_missing: bool) -> tup
     samples = tuple(sample for sample in dataset.samples if sample.name in preds)
     if not samples:
         raise NoImages(
-            f'no label map is named as a ground truth of {dataset.root}: {some(sorted(preds))} there, {some(sorted(names))} here'
+            f'no label map has the name of a ground truth in {dataset.root}: '
+            f'label maps {some(sorted(preds))}, ground truths {some(sorted(names))}'
         )
     return dataset._replace(samples=samples), {sample.name: preds[sample.name] for sample in samples}
 

@@ -161,15 +161,13 @@ def of_method(asked: Asked, ground: Ground, contender: Contender) -> Evaluation:
 def check_task(ground: Ground, contender: Contender, method: Method) -> None:
     classes = method.TASK == 'classes'
     if classes and not ground.dataset.classes:
-        raise UsageError(f'{contender.method} is for ground truth with classes')
+        raise UsageError(f'{contender.method} needs ground truth with classes')
     if classes and ground.rules.matching != 'none':
-        raise UsageError(f'{ground.protocol} is for regions, {contender.method} gives classes: score it by --protocol seg4diff-ovss')
+        raise UsageError(f'{ground.protocol} is for regions, but {contender.method} gives classes: score it with --protocol seg4diff-ovss')
     if not classes and ground.dataset.classes and ground.rules.matching == 'none':
-        raise UsageError(
-            f'{ground.protocol} scores regions that have names, which {contender.model} alone does not give: name them with --pred'
-        )
+        raise UsageError(f'{ground.protocol} scores named regions, but {contender.model} alone gives no names: use --pred')
     if not classes and contender.names:
-        raise UsageError(f'--names is for a method that is given names of classes; {contender.method} is not')
+        raise UsageError(f'--names is for methods that take class names; {contender.method} takes none')
     if ground.thresholds and not hasattr(contender.options, 'threshold'):
         raise UsageError(f'{contender.method} has no threshold for --sweep')
 

@@ -109,7 +109,7 @@ def run_starts(flat: Array) -> Array:
 
 
 def count_ids(labels: Array) -> int:
-    """How many different ids there are."""
+    """The number of different ids."""
     flat = labels.ravel()
     return len(np.unique(flat[run_starts(flat)]))
 

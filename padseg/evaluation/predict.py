@@ -35,7 +35,7 @@ def predict_regions(
 
     def predict(name: str, image: Image, where: View, present: Sequence[int] = ()) -> list[Array]:
         maps = kept_maps(method, prepared, image, out / 'maps' / f'{name}.npz') if out and keep_maps else method.maps([image], prepared)[0]
-        predictions = [compared_labels(method, each, image, maps, where) for each in settings]
+        predictions = [compared_labels(method, setting, image, maps, where) for setting in settings]
         if out:
             write_label_map(LabelMap(predictions[0], ()), out / 'labels' / f'{name}.png')
         return predictions
@@ -97,5 +97,5 @@ def predict_classes(
 def otherwise(labels: Array, background: int | None) -> int:
     """The class of pixels that were given none. UsageError if there are such pixels and the data set has no class for them."""
     if background is None and not labels.all():
-        raise UsageError('the data set has no class for pixels without class, which --background-below and some geometries leave')
+        raise UsageError('the data set has no class for unlabelled pixels, which --background-below and some geometries leave')
     return background or 0

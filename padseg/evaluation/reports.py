@@ -1,4 +1,4 @@
-"""The files that a person reads of an evaluation: a table of pictures, the scores in words, a chart, and a sheet of pictures."""
+"""The files of an evaluation for people to read: a table of pictures, the scores in words, a chart, and a sheet of pictures."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def write_reports(out: Path, report: ScoresRecord, task: Task, pictures: Callabl
     if task.classes.names:
         write_class_chart(report.iou, report.scores['miou'], out / 'classes.png')
     else:
-        write_covering_chart([value for each in pictures() if (value := rating(each)) is not None], out / 'covering.png')
+        write_covering_chart([value for picture in pictures() if (value := rating(picture)) is not None], out / 'covering.png')
     write_sheet(task, pictures(), out)
 
 
 def write_table(pictures: Iterable[PictureScores], with_classes: bool, path: Path) -> None:
-    """One line a picture, by name; a score that there is not is left empty."""
-    rows = sorted(table_row(each, with_classes) for each in pictures)
+    """One line per picture, by name; missing scores are left empty."""
+    rows = sorted(table_row(picture, with_classes) for picture in pictures)
     with atomic(path) as temporary, temporary.open('w', newline='', encoding='utf-8', errors='backslashreplace') as file:
         table = csv.writer(file, lineterminator='\n')
         table.writerow(COLUMNS + (OF_CLASSES if with_classes else OF_PARTITIONS))

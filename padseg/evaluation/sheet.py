@@ -63,7 +63,7 @@ class SheetRow(NamedTuple):
 def write_sheet(task: Task, pictures: Iterable[PictureScores], out: Path) -> None:
     """sheet.jpg: the best pictures, then the worst, each with its ground truth and its prediction."""
     samples = {sample.name: sample for sample in task.dataset.samples}
-    rows = [sheet_row(task, samples[each.name], title, out) for title, each in ranked(pictures)]
+    rows = [sheet_row(task, samples[picture.name], title, out) for title, picture in ranked(pictures)]
     drawn = sheet(rows, 3 if any(sample.image for sample in samples.values()) else 2)
     with atomic(out / 'sheet.jpg') as temporary:
         drawn.save(temporary, 'JPEG', quality=QUALITY)
@@ -73,15 +73,17 @@ def ranked(pictures: Iterable[PictureScores]) -> list[tuple[str, PictureScores]]
     """The best and the worst pictures, none twice, from the best down, each with what is written above it."""
     top: list[tuple[float, str, PictureScores]] = []
     bottom: list[tuple[float, str, PictureScores]] = []
-    for each in pictures:
-        value = rating(each)
+    for picture in pictures:
+        value = rating(picture)
         if value is not None:
-            top = heapq.nlargest(SHOWN, [*top, (value, each.name, each)], key=lambda item: item[:2])
-            bottom = heapq.nsmallest(SHOWN, [*bottom, (value, each.name, each)], key=lambda item: item[:2])
+            top = heapq.nlargest(SHOWN, [*top, (value, picture.name, picture)], key=lambda item: item[:2])
+            bottom = heapq.nsmallest(SHOWN, [*bottom, (value, picture.name, picture)], key=lambda item: item[:2])
     names = {name for _, name, _ in top}
     chosen = [('best', item) for item in top] + [('worst', item) for item in reversed(bottom) if item[1] not in names]
     measure = {False: 'mIoU', True: 'covering'}
-    return [(f'{end}, {measure[bool(each.regions)]} {value:.4f}: {ascii(name)[1:-1]}', each) for end, (value, name, each) in chosen]
+    return [
+        (f'{end}, {measure[bool(picture.regions)]} {value:.4f}: {ascii(name)[1:-1]}', picture) for end, (value, name, picture) in chosen
+    ]
 
 
 def sheet_row(task: Task, sample: Sample, title: str, out: Path) -> SheetRow:
@@ -164,7 +166,7 @@ def outlined(labels: Array, image: Image | None) -> Image:
 
 
 def blank() -> Image:
-    """In place of a picture that cannot be shown."""
+    """A blank thumbnail for a picture that cannot be shown."""
     return np.full((WIDTH, WIDTH, 3), 224, np.uint8)
 
 
@@ -181,24 +183,24 @@ def small(labels: Array) -> Array:
 
 
 def sheet(rows: list[SheetRow], columns: int) -> PIL.Image.Image:
-    """Rows below each other, each with its title above it."""
+    """The rows one below the other, each under its title."""
     line = LETTERS + GAP
     width = GAP + columns * (WIDTH + GAP)
     heads = ('picture', 'ground truth', 'prediction')[-columns:]
-    places = np.cumsum([line, *(line + max((len(cell) for cell in each.cells), default=0) + GAP for each in rows)]).tolist()
+    places = np.cumsum([line, *(line + max((len(cell) for cell in row.cells), default=0) + GAP for row in rows)]).tolist()
     drawn = PIL.Image.new('RGB', (width, places[-1]), 'white')
     pen, font = ImageDraw.Draw(drawn), ImageFont.load_default(LETTERS)
     for column, head in enumerate(heads):
         pen.text((GAP + column * (WIDTH + GAP), GAP // 2), head, 'black', font)
-    for top, each in zip(places, rows, strict=False):
-        pen.text((GAP, top), within(each.title, font, width - 2 * GAP), 'black', font)
-        for column, cell in enumerate(each.cells):
+    for top, row in zip(places, rows, strict=False):
+        pen.text((GAP, top), within(row.title, font, width - 2 * GAP), 'black', font)
+        for column, cell in enumerate(row.cells):
             drawn.paste(PIL.Image.fromarray(cell), (GAP + column * (WIDTH + GAP), top + line))
     return drawn
 
 
 def within(text: str, font: Any, width: int) -> str:
-    """The text, or as much of it as has room in `width` pixels."""
+    """The text, or as much of it as fits into `width` pixels."""
     text = shortened(text, LONGEST)
     length = len(text)
     while font.getlength(shortened(text, length)) > width:

@@ -1,4 +1,4 @@
-"""Scores, and what a data set holds, in words: scores.md, and lines for a terminal."""
+"""Scores and the contents of a data set in words: scores.md, and lines for a terminal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NONE = '–'
 
 
 def score_lines(report: ScoresRecord) -> list[str]:
-    """One measure a line, then one line a class or threshold."""
+    """One line per measure, then one line per class or threshold."""
     lines = [f'{"protocol":16} {report.protocol}, compared at {report.settings["compare"]}']
     lines += [f'{name:16} {number}' for name, number in report.counts.items() if number or name == 'pictures']
     lines += [f'{name:16} {four_decimals(score)}' for name, score in report.scores.items()]
@@ -45,7 +45,7 @@ def in_a_row(values: Mapping[str, float]) -> str:
 
 
 def check_lines(checked: Check) -> list[str]:
-    """What the data hold, a line each."""
+    """What the data set holds, one line per fact."""
     published = f' of {checked.published} published' if checked.published else ''
     sizes = [size_in_words(size) for size in (checked.smallest, checked.largest) if size]
     lines = [

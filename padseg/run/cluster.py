@@ -68,14 +68,12 @@ def results_on_ray(job: Job, record: Run, pending: list[Found], stop: Stop, addr
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
         except (ray.exceptions.OutOfMemoryError, ray.exceptions.OutOfDiskError) as error:
-            raise ResourceExhausted(
-                'a machine of the Ray cluster ran out of memory, or of disk to spill to; what is finished stays'
-            ) from error
+            raise ResourceExhausted('a machine of the Ray cluster ran out of memory or disk space; finished pictures are kept') from error
 
 
 @contextlib.contextmanager
 def connected(job: Job, record: Run, address: str | None) -> Iterator[None]:
-    """A Ray that is there already stays; one that was started for this run is shut down."""
+    """Use Ray if it is already running; otherwise start it for this run and shut it down afterwards."""
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
     os.environ.setdefault('RAY_BACKEND_LOG_LEVEL', 'fatal')  # its C++ part would warn on stderr of what Ray Data itself does
     try:
@@ -97,7 +95,7 @@ def connected(job: Job, record: Run, address: str | None) -> Iterator[None]:
     except ConnectionError as error:
         raise UsageError(f'no Ray cluster answers at {address}') from error
     except ray.exceptions.AuthenticationError as error:
-        raise UsageError(f'the Ray cluster at {address} wants its token, in RAY_AUTH_TOKEN or ~/.ray/auth_token') from error
+        raise UsageError(f'the Ray cluster at {address} needs a token in RAY_AUTH_TOKEN or ~/.ray/auth_token') from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, asked)  # Ray puts its own handler there, which would end the process at once
     try:
@@ -108,16 +106,16 @@ def connected(job: Job, record: Run, address: str | None) -> Iterator[None]:
 
 def knock(address: str) -> None:
     """UsageError if nobody listens at host:port, where Ray itself would try for many minutes."""
-    if found := re.fullmatch(r'([^/]+):(\d+)', address):
+    if match := re.fullmatch(r'([^/]+):(\d+)', address):
         try:
-            socket.create_connection((found[1], int(found[2])), timeout=10).close()
+            socket.create_connection((match[1], int(match[2])), timeout=10).close()
         except OSError as error:
             raise UsageError(f'no Ray cluster answers at {address}') from error
 
 
 @contextlib.contextmanager
 def hushed() -> Iterator[None]:
-    """Without stderr for a moment: the C++ part of Ray says there that it was told to say nothing."""
+    """Silence stderr for a moment: the C++ part of Ray writes there that it was told to be quiet."""
     with open(os.devnull, 'wb') as nothing:
         kept = os.dup(2)
         os.dup2(nothing.fileno(), 2)
@@ -135,19 +133,19 @@ def model_from_anywhere(model: str) -> str:
 
 def cluster_share(job: Job, record: Run, nodes: list[dict[str, Any]]) -> Share:
     """A GPU for each copy of the model if the cluster has any and the job may use them; otherwise the cores that torch uses."""
-    there = [node['Resources'] for node in nodes if node['Alive']]
-    gpus = sum(int(resources.get('GPU', 0)) for resources in there)
+    machines = [node['Resources'] for node in nodes if node['Alive']]
+    gpus = sum(int(resources.get('GPU', 0)) for resources in machines)
     wanted = (job.device or 'cuda').startswith('cuda')
     if wanted and gpus:
         return Share(gpus, 'cuda', 0, 1)
     if wanted and job.device:
         raise UsageError(f'the Ray cluster has no GPU for --device {job.device}')
-    cores = [int(resources.get('CPU', 0)) for resources in there]
+    cores = [int(resources.get('CPU', 0)) for resources in machines]
     if sum(cores) < 2:
-        raise UsageError('the Ray cluster has fewer than two CPUs: one for the model, one for reading and writing')
+        raise UsageError('the Ray cluster has fewer than two CPUs: it needs one for the model and one for reading and writing')
     cpus = max(1, min(record.threads, max(cores) - 1))
     device = 'cpu' if record.device.startswith('cuda') else record.device
-    return Share(max(1, sum(each // (cpus + 1) for each in cores)), device, cpus, 0)
+    return Share(max(1, sum(count // (cpus + 1) for count in cores)), device, cpus, 0)
 
 
 def dataset(job: Job, record: Run, pending: list[Found], share: Share) -> ray.data.Dataset:
@@ -166,8 +164,8 @@ def dataset(job: Job, record: Run, pending: list[Found], share: Share) -> ray.da
     # the pool may grow with a cluster that adds machines with GPUs
     pool = ray.data.ActorPoolStrategy(min_size=share.copies, max_size=None if share.gpus else share.copies)
     with ray.data.DataContext.current(context):
-        found = ray.data.from_items(rows, override_num_blocks=math.ceil(len(rows) / BLOCK_PICTURES))
-        taken = found.flat_map(
+        rows_on_ray = ray.data.from_items(rows, override_num_blocks=math.ceil(len(rows) / BLOCK_PICTURES))
+        taken = rows_on_ray.flat_map(
             read_pictures, fn_args=(job,), num_cpus=1
         )  # Ray would move a map into the actors, whose model would wait for it
         labelled = taken.map_batches(

@@ -38,20 +38,20 @@ def collect(folders: Sequence[Path], out: Path, coco: bool = False) -> Collected
         stack.enter_context(full_disk(out))
         for folder in (out, *others):
             stack.enter_context(exclusive(folder, FOREIGN))
-        there = read_run(out / 'run.json')
+        existing = read_run(out / 'run.json')
         for folder, run in zip(made, known, strict=True):
-            agree(folder, there or known[0], run)
+            agree(folder, existing or known[0], run)
         missing = unfinished([out, *others])
-        found = all_records(out)
+        records = all_records(out)
         for folder in others:
             for name, record in all_records(folder).items():
-                if to_be_copied(record, found.get(name), folder, out):
+                if to_be_copied(record, records.get(name), folder, out):
                     bring(entry_of(record), folder, out)
-                    found[name] = record
+                    records[name] = record
         seconds = sum(run.seconds or 0.0 for folder in {out, *others} for run in recorded_runs(folder))
-        done = sum(record.status == 'done' for record in found.values())
-        counts = count(len(found), found.values(), done, seconds)
-        finish_records(out, there or known[0], found, counts, worked=True)
+        done = sum(record.status == 'done' for record in records.values())
+        counts = count(len(records), records.values(), done, seconds)
+        finish_records(out, existing or known[0], records, counts, worked=True)
         if not missing:
             forget_shards(out)
         if coco and counts.done:
@@ -72,7 +72,7 @@ def to_be_copied(record: Recorded, here: Recorded | None, folder: Path, out: Pat
         return False
     entry = entry_of(record)
     if entry.sha256 != entry_of(here).sha256:
-        raise OutputConflict(f'{folder} and {out} hold results of different pictures of the name {entry.input}')
+        raise OutputConflict(f'{folder} and {out} hold results of different pictures named {entry.input}')
     return not all((out / path).exists() for path in entry.outputs.values())
 
 

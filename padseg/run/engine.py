@@ -62,12 +62,12 @@ def run(job: Job, progress: Progress = Silent()) -> Counts:
     is being written.
     """
     began = time.perf_counter()
-    found, pictures = choose(job)
+    frames, pictures = choose(job)
     shard = job.selection.shard
     own = home(job.out, shard)
     with full_disk(job.out), held(job), Stop() as stop:
         refuse_collisions(job.out, pictures)
-        pending, records, earlier = plan(job, found, pictures)
+        pending, records, earlier = plan(job, frames, pictures)
         skipped = len(pictures) - len(pending)
         worked = bool(pending) or earlier is None or earlier.requested != requested(job)
         if worked:
@@ -89,7 +89,7 @@ def run(job: Job, progress: Progress = Silent()) -> Counts:
             for name, reason in write_coco(job.out).items():
                 log.warning('not in the COCO files: %s: %s', name, reason)
     if counts.failed == counts.images and all(records[picture.name].error == OutOfMemory.__name__ for picture in pictures):
-        raise ResourceExhausted('no picture fits into memory: try a smaller --side, or --dtype bfloat16')
+        raise ResourceExhausted('no picture fits in memory: try a smaller --side, or --dtype bfloat16')
     return counts
 
 
@@ -119,9 +119,9 @@ def prepare_job(job: Job, earlier: Run | None) -> tuple[Stages, Run]:
         return stages, record
     with briefly(job.out):  # the first of several shards that begin at a time says what the settings are
         others = shard_homes(job.out).keys() - {job.selection.shard}
-        there = read_run(job.out / 'run.json') if earlier or others else None
-        agree(job.out, there, record)
-        if there is None:
+        existing = read_run(job.out / 'run.json') if earlier or others else None
+        agree(job.out, existing, record)
+        if existing is None:
             write_header(record, job.out / 'run.json')
     return stages, record
 
@@ -175,7 +175,7 @@ def map_all(job: Job, stages: Stages, taken: Iterable[Taken], stop: Stop) -> Ite
 
 
 def complete(job: Job, stages: Stages, taken: Taken) -> Entry:
-    """What is left to do for a picture when the model is done with it."""
+    """Do what is left to do for a picture after the model."""
     return save(job, labelled(stages, taken))
 
 
@@ -187,7 +187,7 @@ def count(images: int, records: Collection[Recorded], skipped: int, seconds: flo
 
 
 def finish_records(out: Path, run: Run, records: dict[str, Recorded], counts: Counts, worked: bool) -> None:
-    """Bring the records into their last form: one line a picture, sorted by name."""
+    """Write the records in their final form: one line per picture, sorted by name."""
     ordered = [records[name] for name in sorted(records)]
     write_lines((record.line for record in ordered), out / 'manifest.jsonl')
     write_lines((record.line for record in ordered if record.status == 'failed'), out / 'failures.jsonl')

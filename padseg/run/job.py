@@ -83,7 +83,7 @@ def requested(job: Job) -> dict[str, Setting]:
 
 
 def method_settings(job: Job) -> dict[str, Setting]:
-    """The method's name, if it is not the one that is meant where none is named."""
+    """The method's name, unless it is a default."""
     return {} if job.method in DEFAULTS.values() else {'method': job.method}
 
 
@@ -92,7 +92,7 @@ def naming_settings(job: Job) -> dict[str, Setting]:
 
 
 def reading_settings(reading: Reading) -> dict[str, Setting]:
-    """What decides which pictures there are and how they look, as JSON can hold it."""
+    """The settings that decide which pictures there are and how they look, as JSON values."""
     return {
         'exif': reading.exif,
         'frames': reading.frames,
@@ -104,11 +104,11 @@ def reading_settings(reading: Reading) -> dict[str, Setting]:
 
 
 def rgb(text: str) -> tuple[int, int, int]:
-    """A colour such as #ffffff or white. UsageError for what is none."""
+    """A colour such as #ffffff or white. UsageError for anything else."""
     try:
         red, green, blue = PIL.ImageColor.getrgb(text)[:3]
     except ValueError as error:
-        raise UsageError(f'{text} is no colour: use a name, or #rrggbb') from error
+        raise UsageError(f'{text} is not a colour: use a name or #rrggbb') from error
     return red, green, blue
 
 
@@ -144,7 +144,7 @@ class RunSettings(pydantic.BaseModel):
 
 
 def settings_from(settings: Mapping[str, Setting]) -> RunSettings:
-    """OutputConflict for what no run would have recorded."""
+    """The settings of a record. OutputConflict for what no run would have recorded."""
     try:
         return RunSettings.model_validate(settings)
     except pydantic.ValidationError as error:

@@ -28,13 +28,13 @@ def home(out: Path, shard: Shard | None) -> Path:
 def shard_homes(out: Path) -> dict[Shard, Path]:
     """The shards that have records in an output folder."""
     folders = [path for path in (out / SHARDS).glob('*-of-*') if path.is_dir()]
-    found = {path: path.name.split('-of-') for path in folders}
-    return {(int(i), int(n)): path for path, (i, n) in sorted(found.items()) if i.isdecimal() and n.isdecimal()}
+    names = {path: path.name.split('-of-') for path in folders}
+    return {(int(i), int(n)): path for path, (i, n) in sorted(names.items()) if i.isdecimal() and n.isdecimal()}
 
 
 @contextlib.contextmanager
 def exclusive(out: Path, *foreign: str) -> Iterator[None]:
-    """Make the output folder, keep all other runs out, of shards too, and remove what killed ones left half written beside the records.
+    """Make the output folder, keep all other runs out, shards too, and remove what killed runs left half written beside the records.
 
     OutputConflict if a run is in it, or if it holds a file `foreign`, the header of another command.
     """
@@ -55,7 +55,7 @@ def shared(out: Path, shard: Shard, *foreign: str) -> Iterator[None]:
             sweep(out, {'run.json'})  # all that a shard writes there, and only while it holds the folder
             for (i, n), folder in shard_homes(out).items():
                 if n != shard[1]:
-                    with locked(folder, f'a run of shard {i}/{n} is writing to {out}: it can be shared by shards of one number only'):
+                    with locked(folder, f'a run of shard {i}/{n} is writing to {out}: only shards of the same N can share it'):
                         pass
             home(out, shard).mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(home(out, shard), f'another run of shard {shard[0]}/{shard[1]} is writing to {out}'))
@@ -69,7 +69,7 @@ def briefly(out: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def all_records(out: Path) -> dict[str, Recorded]:
-    """The last record of every picture of an output folder, those of shards too."""
+    """The last record of every picture in an output folder, including those of shards."""
     # the folder's own manifest is written last by a run that has joined what shards were there before: theirs are newer
     manifests = [folder / 'manifest.jsonl' for folder in shard_homes(out).values()]
     newest_last = sorted((path for path in manifests if path.exists()), key=lambda path: path.stat().st_mtime_ns)
@@ -85,11 +85,11 @@ def unfinished(folders: Sequence[Path]) -> list[str]:
     for (i, n), folder in [item for out in folders for item in shard_homes(out).items()]:
         run = read_run(folder / 'run.json')
         states.setdefault(n, {})[i] = run is not None and run.status == 'finished'
-    missing = [[f'{i}/{n}' for i in range(1, n + 1) if not found.get(i)] for n, found in states.items()]
+    missing = [[f'{i}/{n}' for i in range(1, n + 1) if not finished.get(i)] for n, finished in states.items()]
     return min(missing, key=len, default=[])
 
 
 def forget_shards(out: Path) -> None:
-    """Remove the shards' records, once they are joined."""
+    """Remove the shards' records after they are joined."""
     if (out / SHARDS).is_dir():
         remove(out / SHARDS)

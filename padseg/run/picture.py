@@ -70,15 +70,15 @@ def take(job: Job, picture: Found) -> Taken:
 
 
 def mapped(stages: Stages, taken: list[Taken]) -> Iterator[Taken]:
-    """A batch with its token maps."""
-    good = [each for each in taken if each.image is not None]
+    """The pictures of a batch with their token maps."""
+    good = [picture for picture in taken if picture.image is not None]
     began = time.perf_counter()
     made = iter(stages.maps(good) if good else ())
     share = round((time.perf_counter() - began) / max(1, len(good)), 4)
-    for each in taken:
-        if each.image is not None:
-            each.entry.stages['segment'] = share
-        yield each if each.image is None else next(made)
+    for picture in taken:
+        if picture.image is not None:
+            picture.entry.stages['segment'] = share
+        yield picture if picture.image is None else next(made)
 
 
 def labelled(stages: Stages, taken: Taken) -> Taken:
@@ -98,7 +98,7 @@ def by_method(forward: Callable[[Sequence[Image]], Sequence[Any]], taken: list[T
 
     Alone, such a picture fails.
     """
-    images = [each.image for each in taken if each.image is not None]
+    images = [picture.image for picture in taken if picture.image is not None]
     try:
         maps = forward(images)
     except RuntimeError as error:
@@ -111,7 +111,7 @@ def by_method(forward: Callable[[Sequence[Image]], Sequence[Any]], taken: list[T
         log.warning('%s with %d pictures at once: trying half as many', 'out of memory' if memory else error, len(taken))
         half = len(taken) // 2
         return by_method(forward, taken[:half]) + by_method(forward, taken[half:])
-    return [each._replace(maps=own) for each, own in zip(taken, maps, strict=True)]
+    return [picture._replace(maps=own) for picture, own in zip(taken, maps, strict=True)]
 
 
 def of_memory(error: Exception) -> bool:
@@ -125,15 +125,15 @@ def by_maps(folder: Path, known: dict[str, str | None], taken: list[Taken]) -> l
     """Token maps of a batch that were kept. A picture without them, or another one than they were made from, has failed."""
     from padseg.methods.stages.saved_maps import read_maps
 
-    found = []
-    for each in taken:
-        maps = read_maps(folder / f'{each.entry.input}.npz')
-        if maps is None or known.get(each.entry.input) != each.entry.sha256:
-            fail(each.entry, ImageError('there are no token maps of this picture: run the model with --save-maps'))
-            found.append(each._replace(image=None))
+    mapped_pictures = []
+    for picture in taken:
+        maps = read_maps(folder / f'{picture.entry.input}.npz')
+        if maps is None or known.get(picture.entry.input) != picture.entry.sha256:
+            fail(picture.entry, ImageError('there are no token maps of this picture: run the model with --save-maps'))
+            mapped_pictures.append(picture._replace(image=None))
         else:
-            found.append(each._replace(maps=maps))
-    return found
+            mapped_pictures.append(picture._replace(maps=maps))
+    return mapped_pictures
 
 
 def save(job: Job, taken: Taken) -> Entry:
@@ -167,7 +167,7 @@ def write_results(job: Job, entry: Entry, image: Image, maps: TokenMaps | None, 
 
 
 def count_regions(labels: LabelMap) -> int:
-    """How many there are; of classes those that the picture shows."""
+    """The number of regions, or of the classes that the picture shows."""
     if not labels.names:
         return int(labels.labels.max())
     import numpy as np

@@ -1,4 +1,4 @@
-"""Which pictures a run is about, and which of them are still to be done."""
+"""Which pictures a run processes, and which of them are still to be done."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from padseg.run.selection import select
 
 
 class Plan(NamedTuple):
-    """What there is to do. kept: records of pictures that stay as they are; earlier: the run that made results which are there."""
+    """What is to be done. kept: records of pictures that stay as they are; earlier: the run that made the existing results."""
 
     pending: list[Found]
     kept: dict[str, Recorded]
@@ -28,27 +28,27 @@ class Plan(NamedTuple):
 
 
 def choose(job: Job) -> tuple[list[Found], list[Found]]:
-    """All pictures of the source, and those that the run is about. Raises NoImages if there are none, and UsageError."""
+    """All pictures of the source, and those that the run processes. Raises NoImages if there are none, and UsageError."""
     if job.source.resolve() == job.out.resolve():
-        raise UsageError(f'the output cannot be the folder of the pictures itself: {job.out}')
-    found = [frame for picture in find(job.source, skip=job.out) for frame in frames_of(picture, job.reading)]
-    if not found:
+        raise UsageError(f'the output folder cannot be the folder of pictures: {job.out}')
+    frames = [frame for picture in find(job.source, skip=job.out) for frame in frames_of(picture, job.reading)]
+    if not frames:
         raise NoImages(f'there are no pictures in {job.source}')
-    pictures = select(found, job.selection)
+    pictures = select(frames, job.selection)
     if not pictures:
-        raise NoImages(f'none of the {len(found)} pictures in {job.source} is selected')
-    return found, pictures
+        raise NoImages(f'none of the {len(frames)} pictures in {job.source} is selected')
+    return frames, pictures
 
 
 def refuse_collisions(out: Path, pictures: list[Found]) -> None:
-    """UsageError if two pictures' results would be one file."""
+    """UsageError if two pictures would have the same result files."""
     same = collisions(picture.name for picture in pictures)
     if same and ignores_case(out):
-        raise UsageError(f'{same[0][0]} and {same[0][1]} are one name on the file system of {out}: rename one, or --exclude it')
+        raise UsageError(f'{same[0][0]} and {same[0][1]} are the same name on the file system of {out}: rename one, or --exclude it')
 
 
-def plan(job: Job, found: list[Found], pictures: list[Found]) -> Plan:
-    """Compare the chosen pictures with the results that are there. OutputConflict if these cannot be understood."""
+def plan(job: Job, frames: list[Found], pictures: list[Found]) -> Plan:
+    """Compare the chosen pictures with the existing results. OutputConflict if these cannot be understood."""
     shard = job.selection.shard
     earlier = None if job.overwrite and not shard else read_run(job.out / 'run.json')
     records = all_records(job.out) if earlier else {}
@@ -56,8 +56,8 @@ def plan(job: Job, found: list[Found], pictures: list[Found]) -> Plan:
     pending = [picture for picture in pictures if not settled(picture, past.get(picture.name), job)]
     again = {picture.name for picture in pending}
     # failed pictures that this run is not about keep their records, unless they are gone
-    there = {picture.name for picture in found} - {picture.name for picture in pictures}
-    kept = {name: record for name, record in records.items() if name not in again and (record.status == 'done' or name in there)}
+    unselected = {picture.name for picture in frames} - {picture.name for picture in pictures}
+    kept = {name: record for name, record in records.items() if name not in again and (record.status == 'done' or name in unselected)}
     kept |= {picture.name: records[picture.name] for picture in pictures if picture.name not in again}
     if shard:  # what is not of the shard is recorded elsewhere
         kept = {picture.name: kept[picture.name] for picture in pictures if picture.name in kept}

@@ -27,7 +27,7 @@ def from_model(job: Job) -> tuple[Stages, Run]:
     """The method by the model that it needs, if it needs one. UsageError for what does not fit together."""
     method = method_named(job.method, 'classes' if job.classes else 'regions')
     if job.save_maps and not method.FAMILIES:
-        raise UsageError(f'{job.method} has no maps to keep: leave --save-maps out')
+        raise UsageError(f'{job.method} has no maps to keep: leave out --save-maps')
     prepared = prepared_for(job, method, device=job.device, dtype=job.dtype)
     return stages_of(method, prepared), record_of(job, method, prepared)
 
@@ -44,7 +44,7 @@ def stages_of(method: Method, prepared: Any) -> Stages:
 
 
 def record_of(job: Job, method: Method, prepared: Any) -> Run:
-    """The run in words."""
+    """The record of the run."""
     backbone: Backbone | None = prepared.backbone
     settings = {
         **method_settings(job),
@@ -70,7 +70,7 @@ def record_of(job: Job, method: Method, prepared: Any) -> Run:
 
 
 def settings_of_model(job: Job, backbone: Backbone | None) -> dict[str, Setting]:
-    """What of the model decides the results."""
+    """The settings of the model that affect the results."""
     if backbone is None:
         return {}
     return {'weights': backbone.identity.weights, 'dtype': dtype_of(backbone), 'compile': job.compile}
@@ -81,7 +81,7 @@ def dtype_of(backbone: Backbone) -> str:
 
 
 def torch_threads() -> int:
-    """That torch uses, by whose number sums may round differently."""
+    """The number of threads that torch uses: with another number sums may round differently."""
     import torch
 
     return torch.get_num_threads()
@@ -92,9 +92,9 @@ def from_maps(job: Job) -> tuple[Stages, Run]:
     assert job.maps is not None
     made = read_run(job.maps / 'run.json')
     if made is None or not (job.maps / 'maps').is_dir():
-        raise NoImages(f'{job.maps} holds no token maps: make them by `padseg run --save-maps --out {job.maps}`')
+        raise NoImages(f'{job.maps} holds no token maps: make them with `padseg run --save-maps --out {job.maps}`')
     if settings_from(made.settings).method_name != job.method:
-        raise UsageError(f'{job.maps} holds maps of classes: `padseg label` makes them into other label maps')
+        raise UsageError(f'{job.maps} holds maps of classes: use `padseg label` to make other label maps')
     changes = {name: value for name, value in plain_settings(job.options).items() if name in seg4diff.LATER and value is not None}
     settings = {**made.settings, **changes}
     known = {name: entry_of(record).sha256 for name, record in all_records(job.maps).items()}

@@ -1,4 +1,4 @@
-"""Which of the pictures found a run is about: name patterns, shards, a limit."""
+"""Which pictures a run processes: name patterns, shards, a limit."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def parse_shard(text: str | None) -> tuple[int, int] | None:
     """`2/4` as (2, 4). UsageError unless 1 <= i <= N."""
     if text is None:
         return None
-    found = re.fullmatch(r'(\d+)/(\d+)', text)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
+    match = re.fullmatch(r'(\d+)/(\d+)', text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise UsageError(f'a shard is i/N with 1 <= i <= N, such as 2/4; got {text}')
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])

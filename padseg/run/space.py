@@ -1,4 +1,4 @@
-"""The disk space that a run's results take, by reckoning, and what there is."""
+"""The disk space that a run's results are estimated to need, and how much is free."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ log = logging.getLogger(__name__)
 
 def warn_if_short(job: Job, pending: list[Found], side: int) -> None:
     """Log a warning if the results of these pictures will hardly fit; side: of the model's view, in pixels."""
-    there, needed = free_space(job.out), reckon_space(job, pending, side)
-    if needed > there:
+    free, needed = free_space(job.out), reckon_space(job, pending, side)
+    if needed > free:
         log.warning(
-            '%s has %s free; the results of %d pictures take about %s. A full disk ends the run and loses nothing',
+            '%s has %s free; the results of %d pictures take about %s. If the disk fills up, the run ends and nothing is lost',
             job.out,
-            human(there),
+            human(free),
             len(pending),
             human(needed),
         )

@@ -54,7 +54,7 @@ def resume(stage: Stage, model: nn.Module, optimisers: Sequence[torch.optim.Opti
         return 0
     state = torch.load(path, map_location=stage.device, weights_only=True)
     if state['made_with'] != stage.made_with:
-        raise UsageError(f'{path} was made with {state["made_with"]}, this run has {stage.made_with}: choose another --out')
+        raise UsageError(f'{path} was made with {state["made_with"]}, but this run has {stage.made_with}: choose another --out')
     model.load_state_dict(state['model'])
     for optimiser, saved in zip(optimisers, state['optimisers'], strict=True):
         optimiser.load_state_dict(saved)

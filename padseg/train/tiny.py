@@ -127,7 +127,7 @@ class Training:
 
 
 def leave_cores(worker: int) -> None:
-    """Pictures are small, and the cores belong to the training."""
+    """Limit OpenCV's threads: pictures are small, and the training needs the cores."""
     cv2.setNumThreads(1)
 
 

@@ -170,9 +170,9 @@ def read_tiny(folder: pathlib.Path, words: list[str]) -> Parts:
         )
         known = CLIPTokenizer.from_pretrained(folder / 'tokenizer').get_vocab()
     except OSError as error:
-        raise ModelUnavailable(f'{folder} has no model to start with: {error}') from error
+        raise ModelUnavailable(f'{folder} has no model to start from: {error}') from error
     if known != vocabulary_and_merges(words)[0]:
-        raise ModelUnavailable(f'the tokenizer in {folder} has another vocabulary than this program gives its models')
+        raise ModelUnavailable(f'the tokenizer in {folder} has a different vocabulary from the one this program uses')
     return parts
 
 

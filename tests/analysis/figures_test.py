@@ -90,7 +90,7 @@ def test_the_first_annotator_counts(tmp_path, picture):
     (tmp_path / 'labels' / 'a_0.png').rename(tmp_path / 'labels' / 'z.png')
     for path in (tmp_path / 'labels').glob('?_?.png'):
         path.unlink()
-    with pytest.raises(NoImages, match=r'no picture of .*images has labels in .*labels'):
+    with pytest.raises(NoImages, match=r'no picture in .*images has labels in .*labels'):
         labelled_pictures(tmp_path / 'images', tmp_path / 'labels', 2)
 
 

@@ -87,4 +87,4 @@ def test_a_warning_as_an_event(run, pictures, tmp_path):
     assert sorted(codes) == [0, 5]
     code, (warning, end), _ = run('--collect', tmp_path / 'out')
     assert (code, warning['event'], warning['level'], end['event'], end['done']) == (3, 'log', 'warning', 'end', 1)
-    assert warning['message'] == f'no finished run was found of the shards {1 + codes.index(5)}/2'
+    assert warning['message'] == f'no finished run was found for the shards {1 + codes.index(5)}/2'

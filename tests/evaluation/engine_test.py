@@ -219,7 +219,7 @@ def test_maps_of_other_settings_are_not_taken(bsds, sd3_folder, tmp_path, capsys
 
 def test_regions_without_names_are_no_classes(camvid, sd3_folder, capsys):
     assert main(['eval', 'camvid', '--root', str(camvid), '--model', str(sd3_folder), '--protocol', 'goca']) == 2
-    assert 'scores regions that have names' in capsys.readouterr().err
+    assert 'scores named regions' in capsys.readouterr().err
 
 
 def test_a_look_at_the_data_only(camvid, capsys):

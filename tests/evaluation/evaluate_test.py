@@ -97,7 +97,7 @@ def test_pictures_without_a_partner_are_named(folders):
         evaluate(pred, truth)
     assert evaluate(pred, truth, allow_missing=True).pictures == 2
     put(truth.parent / 'other' / 'z.png', '1')
-    with pytest.raises(NoImages, match='no label map is named as a ground truth'):
+    with pytest.raises(NoImages, match='no label map has the name of a ground truth'):
         evaluate(pred, truth.parent / 'other', allow_missing=True)
 
 
@@ -115,7 +115,7 @@ def test_a_prediction_of_another_size_is_resized_only_on_demand(folders, num_cla
     pred, truth = folders
     put(pred / 'a.png', '12')
     put(truth / 'a.png', '1122', '1122')
-    with pytest.raises(UsageError, match=r'a.png is 2 x 1 \(width x height\), its ground truth 4 x 2.*--resize'):
+    with pytest.raises(UsageError, match=r'a.png is 2 x 1 \(width x height\), but its ground truth is 4 x 2.*--resize'):
         evaluate(pred, truth, num_classes)
     assert evaluate(pred, truth, num_classes, resize=True)[3] == 1.0
 

@@ -82,7 +82,7 @@ def test_options_of_names_reach_the_model(root, texts_folder, capsys):
         (('--threshold', '0.1'), '--threshold is not for --protocol seg4diff-ovss'),
         (('--protocol', 'goca', '--names', 'all'), '--names is for --protocol seg4diff-ovss'),
         (('--protocol', 'diffseg', '--background-words', 'sky'), '--background-words is for --protocol seg4diff-ovss'),
-        (('--protocol', 'goca'), 'regions that have names'),
+        (('--protocol', 'goca'), 'scores named regions'),
         (('--names', 'some'), "'some' is not one of"),
     ):
         assert main(arguments(root, texts_folder, *wrong)) == 2
@@ -94,7 +94,7 @@ def test_pixels_without_a_class_are_background_if_there_is_one(root, speller, pi
     where = compared_view(picture.shape[:2], 'native')
     (found,) = NamePredictor(speller, options, CLASSES, 0, 'all', None)('a', picture, where)
     assert found.shape == picture.shape[:2] and not found.any()
-    with pytest.raises(UsageError, match='no class for pixels without class'):
+    with pytest.raises(UsageError, match='no class for unlabelled pixels'):
         NamePredictor(speller, options, CLASSES, None, 'all', None)('a', picture, where)
     (nothing,) = NamePredictor(speller, options, CLASSES, None, 'present', None)('a', picture, where, ())
     assert not nothing.any()  # nothing to look for, nothing that counts

@@ -324,7 +324,7 @@ def test_an_output_inside_the_input_is_not_an_input(job):
     job = job._replace(out=job.source / 'out')
     engine.run(job)
     assert engine.run(job).images == 3
-    with pytest.raises(UsageError, match='cannot be the folder of the pictures'):
+    with pytest.raises(UsageError, match='cannot be the folder of pictures'):
         engine.run(job._replace(out=job.source))
 
 
@@ -619,7 +619,7 @@ def test_names_that_differ_in_case_alone(job):
 def test_flags_of_reading(job, capsys):
     arguments = ['run', '--dir', str(job.source), '--out', str(job.out), '--model', job.model, '--device', 'cpu', '-q']
     for wrong, words in {
-        '--background no-colour': 'no-colour is no colour',
+        '--background no-colour': 'no-colour is not a colour',
         '--value-range 2 1': 'LOW < HIGH',
         '--shrink 0': 'x>=1',
     }.items():
@@ -644,7 +644,7 @@ def test_where_nothing_fits_into_memory(job, backbone, monkeypatch):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(sd3.SD3Transformer2DModel, 'forward', full)
-    with pytest.raises(ResourceExhausted, match='no picture fits into memory'):
+    with pytest.raises(ResourceExhausted, match='no picture fits in memory'):
         engine.run(job._replace(batch=2))
     assert [entry['error'] for entry in records(job, 'failures.jsonl')] == ['OutOfMemory'] * 3
 

@@ -112,7 +112,7 @@ def test_a_missing_shard_is_named(job):
     assert unfinished([job.out]) == ['1/4', '3/4', '4/4']
     ran = padseg('run', '--collect', job.out, '-q', '--json')
     assert ran.returncode == 3
-    assert ran.stderr == 'no finished run was found of the shards 1/4, 3/4, 4/4\n'
+    assert ran.stderr == 'no finished run was found for the shards 1/4, 3/4, 4/4\n'
     assert json.loads(ran.stdout)['done'] == len(alike(job.out))
     for i in (1, 3, 4):
         engine.run(part(job, i, 4))
@@ -147,7 +147,7 @@ def test_what_cannot_be_joined(job, tmp_path):
         collect([one.out, two.out], tmp_path / 'all')
     shutil.copy(job.source / '0.png', job.source / '2.png')
     engine.run(two._replace(overwrite=True))
-    with pytest.raises(OutputConflict, match='different pictures of the name 2.png'):
+    with pytest.raises(OutputConflict, match='different pictures named 2.png'):
         collect([one.out, two.out], tmp_path / 'all')
 
 
@@ -160,7 +160,7 @@ def test_runs_at_a_time(job, whole):
         engine.run(job)
     with pytest.raises(OutputConflict, match='another run of shard 2/2 is writing'):
         engine.run(part(job, 2, 2))
-    with pytest.raises(OutputConflict, match='shard 1/2 is writing to .* shards of one number only'):
+    with pytest.raises(OutputConflict, match='shard 1/2 is writing to .* only shards of the same N'):
         engine.run(part(job, 1, 3))
     with pytest.raises(OutputConflict, match='is writing to'):
         collect([job.out], job.out)

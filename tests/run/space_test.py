@@ -52,7 +52,7 @@ def test_a_warning_where_there_is_less(pictures, tmp_path, caplog):
     assert caplog.text == ''
     enough = free_space(tmp_path) // reckon_space(job, found, 256) + 1
     warn_if_short(job, Many(found, enough * 3), 256)
-    assert 'A full disk ends the run and loses nothing' in caplog.text
+    assert 'If the disk fills up, the run ends and nothing is lost' in caplog.text
 
 
 class Many(list):

@@ -111,5 +111,5 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     model, optimiser = learner()
     loop.resume(stage_in(tmp_path), model, [optimiser])
     loop.finish_step(stage_in(tmp_path), 0, {'loss': torch.tensor(1.0)}, model, [optimiser])
-    with pytest.raises(UsageError, match='made with settings, this run has others: choose another --out'):
+    with pytest.raises(UsageError, match='made with settings, but this run has others: choose another --out'):
         loop.resume(stage_in(tmp_path, 'others'), model, [optimiser])

@@ -146,9 +146,9 @@ def test_a_folder_without_a_model_of_this_kind_is_refused(trained, tmp_path):
     from padseg.train import tiny_model as tiny
     from padseg.train.tiny import WORDS
 
-    with pytest.raises(ModelUnavailable, match='no model to start with'):
+    with pytest.raises(ModelUnavailable, match='no model to start from'):
         tiny.read_tiny(tmp_path, WORDS)
-    with pytest.raises(ModelUnavailable, match='another vocabulary'):
+    with pytest.raises(ModelUnavailable, match='different vocabulary'):
         tiny.read_tiny(trained / 'model', [*WORDS, 'unheard'])
 
 
