@@ -24,10 +24,15 @@ class Texts(Protocol):
         """Embeddings (1, L, D) and pooled (1, E) of a text that fits, in the transformer's type and place."""
 
 
-@lru_cache(maxsize=4)
 def texts_of(backbone: Backbone, keep: bool = True) -> Texts:
     """The text reader of a model, made once. keep: whether embeddings are kept in padseg's cache."""
     readers: dict[str, Callable[[Source, Any, bool], Texts]] = {'sd3': sd3_text.SD3Texts, 'flux': flux_text.FluxTexts}
     identity = backbone.identity
     source = Source(backbone.spec, identity.model, Path(identity.folder), identity.revision)
     return readers[backbone.spec.family](source, backbone.transformer, keep)
+
+
+@lru_cache(maxsize=4)
+def kept_texts(backbone: Backbone, keep: bool) -> Texts:
+    """The same, made once for a model: its text encoders are not read again."""
+    return texts_of(backbone, keep)

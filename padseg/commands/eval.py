@@ -37,7 +37,7 @@ class EvalCommand(MethodCommand):
         return f'{DEFAULTS["regions"]}; {DEFAULTS["classes"]} with --protocol {NAMING}'
 
     def default(self, args: Sequence[str]) -> str:
-        return DEFAULTS['classes' if named_in(args, '--protocol', (NAMING,)) else 'regions']
+        return DEFAULTS['classes' if named_in(args, '--protocol') == NAMING else 'regions']
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         *own, help_flag = super().get_params(ctx)

@@ -169,7 +169,8 @@ class MethodCommand(click.Command):
 
     def method_of(self, args: Sequence[str]) -> str:
         """The method that the arguments name; the default where they name none, or one that click will refuse."""
-        return named_in(args, '--method', self.methods()) or self.default(args)
+        name = named_in(args, '--method')
+        return name if name in self.methods() else self.default(args)
 
     def default(self, args: Sequence[str]) -> str:
         return DEFAULTS[self.task]
@@ -187,11 +188,11 @@ class MethodCommand(click.Command):
         return [*own, choice, *option_flags(METHODS[name].Options), help_flag]
 
 
-def named_in(args: Sequence[str], flag: str, values: Collection[str]) -> str | None:
-    """The last value that a flag has among arguments, if it is one of these."""
-    given = [value for name, value in zip(args, args[1:], strict=False) if name == flag]
-    given += [arg.removeprefix(f'{flag}=') for arg in args if arg.startswith(f'{flag}=')]
-    return next((value for value in reversed(given) if value in values), None)
+def named_in(args: Sequence[str], flag: str) -> str | None:
+    """The last value that a flag has among arguments."""
+    values = [value for name, value in zip(['', *args], args, strict=False) if name == flag]
+    equal = [arg.removeprefix(f'{flag}=') for arg in args if arg.startswith(f'{flag}=')]
+    return (values + equal)[-1] if values or equal else None
 
 
 def options_given(method: str, settings: dict[str, Any]) -> MethodOptions:

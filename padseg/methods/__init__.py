@@ -87,6 +87,9 @@ def check_settings(spec: Spec) -> None:
     strange = sorted(spec.own.keys() - METHODS.keys())
     if strange:
         raise ModelUnavailable(f'padseg.json of {spec.repo} has settings of unknown methods: {", ".join(strange)}')
-    for method in METHODS.values():
+    for name, method in METHODS.items():
         if spec.family in method.FAMILIES:
-            method.recorded(method.Options(), spec)
+            try:
+                method.recorded(method.Options(), spec)
+            except UsageError as error:  # a block or a noise level that the model does not have
+                raise ModelUnavailable(f'padseg.json of {spec.repo}: {name}: {error}') from error

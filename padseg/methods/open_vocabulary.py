@@ -150,7 +150,7 @@ def prepare(backbone: Backbone, options: LabelOptions, classes: Sequence[str] = 
 
     UsageError for options that the model cannot take, and for names that are none, twice the same, too long, or unknown to the tokenizers.
     """
-    from padseg.backbones.texts import texts_of
+    from padseg.backbones.texts import kept_texts
 
     require_family('open-vocabulary', FAMILIES, backbone)
     if isinstance(classes, (str, set, frozenset)):
@@ -163,7 +163,7 @@ def prepare(backbone: Backbone, options: LabelOptions, classes: Sequence[str] = 
         raise UsageError(f'head is one of 0..{heads - 1} for {backbone.identity.model}; got {resolved.head}')
     names = stages.checked_names(classes)
     everything = stages.checked_names([*names, *resolved.background_words])
-    prompts = tuple(stages.prompts_of(everything, texts_of(backbone, keep), resolved))
+    prompts = tuple(stages.prompts_of(everything, kept_texts(backbone, keep), resolved))
     proposals = seg4diff.prepare(backbone, proposal_options(options)) if options.on == 'proposals' else None
     return Prepared(resolved, names, prompts, proposals, backbone)
 

@@ -146,7 +146,7 @@ def model_settings(options: type[MethodOptions], method: str, spec: Spec, row: M
 
     ModelUnavailable, naming the setting, for one that is not known or not allowed.
     """
-    stated = {name: tuple(value) if isinstance(value, list) else value for name, value in spec.own.get(method, {}).items()}
+    stated = {name: in_kind(options, name, value) for name, value in spec.own.get(method, {}).items()}
     try:
         options(**stated)
     except TypeError as error:
@@ -155,6 +155,14 @@ def model_settings(options: type[MethodOptions], method: str, spec: Spec, row: M
     except UsageError as error:
         raise ModelUnavailable(f'padseg.json of {spec.repo}: {method}: {error}') from error
     return {**row, **stated}
+
+
+def in_kind(options: type[MethodOptions], name: str, value: Any) -> Any:
+    """A value of JSON as a field holds it: a list as a tuple, a whole number as a float where the field is one."""
+    if isinstance(value, list):
+        return tuple(value)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if whole and name in options.__dataclass_fields__ and kind_of(options, name) == (float, False) else value
 
 
 def plain_settings(options: MethodOptions) -> dict[str, Setting]:

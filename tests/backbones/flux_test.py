@@ -187,7 +187,7 @@ def test_a_model_without_guidance(make_flux, tmp_path, picture):
 
 
 def test_a_folder_is_loaded(flux, flux_folder):
-    assert (flux.spec.family, flux.spec.layers, flux.spec.layer, flux.spec.steps, flux.spec.step) == ('flux', 4, 2, 50, 8)
+    assert (flux.spec.family, flux.spec.layers, flux.spec.layer, flux.spec.steps) == ('flux', 4, 2, 50)
     assert (flux.patch, flux.multiple, flux.limit, flux.layers) == (2, 4, 768, 4)
     assert flux.identity.model == str(flux_folder)
     double = [hasattr(flux.attention_module(layer), 'add_q_proj') for layer in range(4)]

@@ -20,9 +20,11 @@ from safetensors.torch import load_file, save_file
 from support.replies import Replies
 
 from padseg.backbones import load
+from padseg.backbones.source import locate
 from padseg.backbones.spec import BACKBONES
 from padseg.errors import ModelUnavailable, UsageError
-from padseg.methods.seg4diff import Options, token_maps
+from padseg.methods import check_settings
+from padseg.methods.seg4diff import Options, settings_of, token_maps
 from padseg.methods.stages.latents import encode_pixels
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -128,14 +130,17 @@ def test_padseg_json_overrides_the_row(folder):
     }
     (folder / 'padseg.json').write_text(json.dumps(row))
     spec = load(str(folder), device='cpu').spec
-    assert spec._asdict() == {'repo': str(folder), 'family': 'sd3', 'layers': 4, 'steps': 28, 'sequence': 77, 'encoders': 'l+g', **row}
-    assert isinstance(spec.superpixels, float)
+    own = {name: value for name, value in row.items() if name not in ('layer', 'side')}  # as version 0.1 wrote them
+    facts = {'repo': str(folder), 'family': 'sd3', 'layers': 4, 'layer': 1, 'steps': 28, 'side': 64, 'sequence': 77, 'encoders': 'l+g'}
+    assert spec._asdict() == {**facts, 'own': {'seg4diff': own}}
+    settings = settings_of(spec)
+    assert settings == row and isinstance(settings['superpixels'], float)
 
 
 def test_without_padseg_json_the_defaults_stand_within_the_models_depth(folder):
     (folder / 'padseg.json').unlink()
     spec = load(str(folder), device='cpu').spec
-    assert (spec.layers, spec.layer, spec.step, spec.side, spec.threshold) == (4, 3, 8, 1024, 0.1)
+    assert (spec.layers, spec.layer, spec.side, spec.own) == (4, 3, 1024, {})
 
 
 @pytest.mark.parametrize(
@@ -163,7 +168,7 @@ def test_without_padseg_json_the_defaults_stand_within_the_models_depth(folder):
 def test_a_bad_padseg_json_is_refused_with_the_key(folder, row, key):
     (folder / 'padseg.json').write_text(json.dumps(row))
     with pytest.raises(ModelUnavailable, match=rf'padseg\.json.*\b{key}\b') as caught:
-        load(str(folder))
+        check_settings(locate(str(folder)).spec)
     assert caught.value.exit_code == 4
 
 

@@ -19,10 +19,11 @@ from padseg.datasets.rows import DATASETS
 from padseg.datasets.tables import row_class_names
 from padseg.errors import UsageError
 from padseg.evaluation.evaluate import Task, evaluate, present
-from padseg.evaluation.predict import NamePredictor, Predictor
+from padseg.evaluation.predict import predict_classes, predict_regions
 from padseg.evaluation.protocols import compared_view, protocol
 from padseg.exports import read_label_map
 from padseg.images import read
+from padseg.methods import open_vocabulary, seg4diff
 from padseg.methods.open_vocabulary import LabelOptions, label, prepare
 from padseg.methods.seg4diff import Options, segment
 from padseg.methods.stages.prompts import checked_names
@@ -79,9 +80,9 @@ def test_options_of_names_reach_the_model(root, texts_folder, capsys):
     assert (said['encoders'], said['geometry'], said['proposals_layer']) == ('l', 'whole', 2)
     for wrong, words in (
         (('--layer', '1', '--layers', '2'), 'Give either --layer or --layers'),
-        (('--threshold', '0.1'), '--threshold is not for --protocol seg4diff-ovss'),
-        (('--protocol', 'goca', '--names', 'all'), '--names is for --protocol seg4diff-ovss'),
-        (('--protocol', 'diffseg', '--background-words', 'sky'), '--background-words is for --protocol seg4diff-ovss'),
+        (('--threshold', '0.1'), '--threshold is an option of --method seg4diff.'),
+        (('--protocol', 'diffseg', '--names', 'all'), '--names is for methods that take class names; seg4diff takes none'),
+        (('--protocol', 'diffseg', '--background-words', 'sky'), '--background-words is an option of --method open-vocabulary.'),
         (('--protocol', 'goca'), 'scores named regions'),
         (('--names', 'some'), "'some' is not one of"),
     ):
@@ -92,11 +93,11 @@ def test_options_of_names_reach_the_model(root, texts_folder, capsys):
 def test_pixels_without_a_class_are_background_if_there_is_one(root, speller, picture):
     options = LabelOptions(geometry='stretch', background_below=9.0)
     where = compared_view(picture.shape[:2], 'native')
-    (found,) = NamePredictor(speller, options, CLASSES, 0, 'all', None)('a', picture, where)
+    (found,) = predict_classes(open_vocabulary, speller, options, CLASSES, 0, 'all')('a', picture, where, ())
     assert found.shape == picture.shape[:2] and not found.any()
     with pytest.raises(UsageError, match='no class for unlabelled pixels'):
-        NamePredictor(speller, options, CLASSES, None, 'all', None)('a', picture, where)
-    (nothing,) = NamePredictor(speller, options, CLASSES, None, 'present', None)('a', picture, where, ())
+        predict_classes(open_vocabulary, speller, options, CLASSES, None, 'all')('a', picture, where, ())
+    (nothing,) = predict_classes(open_vocabulary, speller, options, CLASSES, None)('a', picture, where, ())
     assert not nothing.any()  # nothing to look for, nothing that counts
 
 
@@ -224,7 +225,7 @@ def test_scenes_for_an_evaluation(tmp_path):
 @pytest.mark.parametrize('refined', [{'refine': 'guided'}, {'superpixels': 20.0, 'join': 0.2}, {'superpixels': 20.0, 'min_area': 0.05}])
 def test_regions_that_are_scored_are_refined_as_those_of_a_run(refined, backbone, picture):
     options = Options(**{'refine': 'none', 'superpixels': 0.0, 'join': 0.0, 'min_area': 0.0, 'components': False, **refined})
-    (found,) = Predictor(backbone, options)('a', picture, compared_view(picture.shape[:2], 'native'))
+    (found,) = predict_regions(seg4diff, seg4diff.prepare(backbone, options))('a', picture, compared_view(picture.shape[:2], 'native'), ())
     expected = segment(picture, backbone, options).labels
     assert np.array_equal(found, expected)
     plain = Options(refine='none', superpixels=0.0, join=0.0, min_area=0.0, components=False)

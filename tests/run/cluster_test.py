@@ -335,7 +335,7 @@ def test_the_jobs_in_the_docs_do_every_shard_once():
     (command,) = spec['template']['spec']['containers'][0]['args']
     shards = [shard_of(command, JOB_COMPLETION_INDEX=str(index)) for index in range(spec['completions'])]
     assert shards == [(i, len(shards)) for i in range(1, len(shards) + 1)]
-    (slurm,) = (block for block in blocks('bash') if '#SBATCH --array' in block)
+    (slurm,) = (block for block in blocks('sh') if '#SBATCH --array' in block)
     first, last = map(int, re.findall(r'--array=(\d+)-(\d+)', slurm)[0])
     shards = [shard_of(slurm, SLURM_ARRAY_TASK_ID=str(index)) for index in range(first, last + 1)]
     assert shards == [(i, last) for i in range(1, last + 1)]
@@ -347,7 +347,7 @@ def shard_of(command: str, **environment: str) -> tuple[int, int] | None:
     return parse_shard(subprocess.run(['bash', '-ec', f'echo {word}'], env=environment, capture_output=True, text=True).stdout.strip())
 
 
-@pytest.mark.parametrize('block', blocks('bash'))
+@pytest.mark.parametrize('block', blocks('sh'))
 def test_shell_lines_in_the_docs_can_be_parsed(block):
     ran = subprocess.run(['bash', '-n'], input=block, capture_output=True, text=True)
     assert (ran.returncode, ran.stderr) == (0, '')

@@ -24,7 +24,7 @@ from padseg.images import Found, Reading, ignores_case, read
 from padseg.methods.seg4diff import Options
 from padseg.run import engine, picture as stages
 from padseg.run.convert import convert
-from padseg.run.job import Job, reading_from
+from padseg.run.job import Job, settings_from
 from padseg.run.selection import Selection
 from padseg.system.progress import Silent
 
@@ -630,7 +630,7 @@ def test_flags_of_reading(job, capsys):
     settings = run_record(job)['settings']
     expected = {'background': '#102030', 'value_range': '0.0 2.5', 'shrink': 900, 'exif': 'ignore', 'frames': 'all', 'void': True}
     assert {name: settings[name] for name in expected} == expected
-    again = reading_from(settings)
+    again = settings_from(settings).reading
     assert again._replace(max_pixels=1, max_bytes=1) == Reading(1, 1, 'ignore', 'all', (0.0, 2.5), (16, 32, 48), True, 900)
 
 

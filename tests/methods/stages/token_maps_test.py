@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from support.explicit_attention import ExplicitAttention
@@ -93,9 +92,3 @@ def test_attention_that_is_not_finite_is_an_error(sd3_folder, picture):
     broken.transformer.transformer_blocks[0].attn.to_q.bias.fill_(float('nan'))
     with pytest.raises(PadsegError, match='not finite'):
         token_maps(picture, broken)
-
-
-def test_pictures_of_another_form_are_refused(backbone):
-    for image in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)):
-        with pytest.raises(ValueError, match=r'\(H, W, 3\)'):
-            token_maps(image, backbone)
