@@ -90,6 +90,41 @@ def test_a_checkpoint_is_one_file_and_replaces_the_one_before(tmp_path):
     assert [row['step'] for row in loop.read_rows(stage)] == ['0', '1']
 
 
+def trained_until(stop: int, folder) -> AveragedModel:
+    """The average after steps up to `stop` of six, with the optimisers and the schedule of the real training; goes on from a checkpoint."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    matrices, rest = ([weight for weight in model.parameters() if (weight.ndim == 2) == wanted] for wanted in (True, False))
+    muon = torch.optim.Muon([{'params': matrices, 'initial_lr': 0.1}], weight_decay=0.02, adjust_lr_fn='match_rms_adamw')
+    optimisers = [muon, torch.optim.AdamW([{'params': rest, 'initial_lr': 0.1}], betas=(0.9, 0.98))]
+    averaged = AveragedModel(model, multi_avg_fn=loop.moving_average(0.8))
+    stage = loop.Stage(folder, 'x', 6, 1, ('loss',), 'settings', 1, torch.device('cpu'))
+    start = loop.resume(stage, model, optimisers, averaged)
+    schedules = [loop.trapezoid(optimiser, 6, 2, 0.5, start) for optimiser in optimisers]
+    for step in range(start, stop):
+        inputs = torch.randn((5, 8), generator=torch.Generator().manual_seed(step))
+        loss = model(inputs).square().sum()
+        for optimiser in optimisers:
+            optimiser.zero_grad()
+        loss.backward()
+        for optimiser, schedule in zip(optimisers, schedules, strict=True):
+            optimiser.step()
+            schedule.step()
+        averaged.update_parameters(model)
+        loop.finish_step(stage, step, {'loss': loss}, model, optimisers, averaged)
+    return averaged
+
+
+def test_a_training_that_goes_on_is_the_same_to_the_last_bit(tmp_path):
+    for folder in ('straight', 'stopped'):
+        (tmp_path / folder).mkdir()
+    straight = trained_until(6, tmp_path / 'straight').state_dict()
+    half = trained_until(3, tmp_path / 'stopped').state_dict()
+    whole = trained_until(6, tmp_path / 'stopped').state_dict()
+    assert all(straight[name].equal(whole[name]) for name in straight)
+    assert not any(half[name].equal(whole[name]) for name in half)
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
     model, optimiser = learner()
     stage = stage_in(tmp_path)
