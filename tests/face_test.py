@@ -155,7 +155,7 @@ def test_a_tensor_is_refused(backbone):
 
 @pytest.mark.parametrize('classes', ['cat', {'cat', 'dog'}, frozenset({'cat'})])
 def test_classes_are_a_list(classes, speller, picture):
-    with pytest.raises(UsageError, match=f'^classes are a list of names in their order, .*; got {type(classes).__name__}$'):
+    with pytest.raises(UsageError, match=f'^classes must be a list of names in order, .*; got {type(classes).__name__}$'):
         padseg.label(picture, speller, classes)
 
 
