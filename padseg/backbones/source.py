@@ -228,7 +228,7 @@ def tensor_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
 
 def read_row(spec: Spec, folder: pathlib.Path) -> Spec:
     """The row of the family and with the number of blocks of the folder's transformer, and whatever its `padseg.json` says."""
-    config = folder / 'transformer' / 'config.json'
+    config = folder / denoiser_in(folder) / 'config.json'
     values = read_json(config)
     kind = str(values.get('_class_name', 'SD3Transformer2DModel'))
     if kind not in FAMILIES:

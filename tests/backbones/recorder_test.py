@@ -228,5 +228,8 @@ def test_masks_of_truth_values_become_additive():
 @pytest.mark.parametrize('options', [{'is_causal': True}, {'scale': 0.1}, {'enable_gqa': True}])
 def test_attention_of_another_kind_is_refused(options):
     module = Plain()
-    with pytest.raises(PadsegError, match='order, a scale or grouped heads'), watch({0: Request(module, whole_call)}):
+    with (
+        pytest.raises(PadsegError, match='cannot read attention that is causal, has its own scale or groups heads'),
+        watch({0: Request(module, whole_call)}),
+    ):
         module(torch.zeros(1, 2, 6, 8), **options)

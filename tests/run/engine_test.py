@@ -21,10 +21,12 @@ from padseg.commands import main
 from padseg.errors import NoImages, OutputConflict, ResourceExhausted, UsageError
 from padseg.exports import CONVERTERS, read_label_map, read_masks
 from padseg.images import Found, Reading, ignores_case, read
+from padseg.methods import seg4diff
 from padseg.methods.seg4diff import Options
 from padseg.run import engine, picture as stages
 from padseg.run.convert import convert
 from padseg.run.job import Job, settings_from
+from padseg.run.prepare import stages_of
 from padseg.run.selection import Selection
 from padseg.system.progress import Silent
 
@@ -267,7 +269,7 @@ def test_the_same_settings_in_other_words_continue(done):
 
 def test_overwrite_does_everything_again(done):
     (done.out / 'run.json').write_text('nonsense')
-    with pytest.raises(OutputConflict, match='no record of a padseg run'):
+    with pytest.raises(OutputConflict, match='is not a record of a padseg run'):
         engine.run(done)
     counts = engine.run(done._replace(options=Options(threshold=float('inf')), overwrite=True))
     assert (counts.done, counts.skipped, counts.regions) == (3, 0, 1.0)
@@ -482,7 +484,8 @@ def test_where_memory_runs_out_batches_are_halved(job, backbone):
     def read_all():
         return [stages.take(job, Found(job.source / name, name)) for name in SIZES]
 
-    expected = stages.method_of(backbone, job).maps(read_all())
+    options = Options()
+    expected = stages_of(seg4diff, seg4diff.prepare(backbone, options)).maps(read_all())
     family = backbone.family
 
     class Small:
@@ -497,7 +500,8 @@ def test_where_memory_runs_out_batches_are_halved(job, backbone):
                 raise torch.OutOfMemoryError
             return family.denoise(*arguments, **options)
 
-    found = stages.method_of(dataclasses.replace(backbone, family=Small()), job).maps(read_all())
+    small = dataclasses.replace(backbone, family=Small())
+    found = stages_of(seg4diff, seg4diff.prepare(small, options)).maps(read_all())
     assert found[0].maps is None and 'out of memory' in found[0].entry.reason
     assert all(torch.equal(one.maps.maps, two.maps.maps) for one, two in zip(found[1:], expected[1:], strict=True))
 

@@ -14,6 +14,8 @@ import pytest
 from safetensors.torch import load_file
 
 ROOT = pathlib.Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(900)  # a training of a few steps takes minutes where the machine is busy
+
 STEPS = ['--steps', '3', '--transformer-steps', '1']
 SHORT = ['--vae-steps', '2', '--workers', '0', '--save-every', '1']
 
