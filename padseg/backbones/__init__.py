@@ -23,12 +23,19 @@ DTYPES = ('float32', 'bfloat16', 'float16')
 
 
 class Identity(NamedTuple):
-    """Which model this is. folder: where its files are; revision: commit of a hub model; weights: SHA-256 over the weight files read."""
+    """Which model this is. folder: where its files are; revision: commit of a hub model.
+
+    All that decides its results, as SHA-256 of contents, names included: weights, over the files of transformer and VAE, with their
+    configurations; scheduler, over its configuration and the number of steps; text_encoders, over text encoders and tokenizers whose
+    embeddings are used, and the number of slots.
+    """
 
     model: str
     folder: str
     revision: str | None
     weights: str
+    scheduler: str
+    text_encoders: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,6 +127,18 @@ def load(
     source = locate(model, revision)
     other = locate_vae(vae, source.spec.family) if vae else None
     return load_family(family_of(source.spec), source, device, dtype, layer, whole, other, compile)
+
+
+def identity(model: str, *, revision: str | None = None, vae: str | None = None) -> Identity:
+    """Which model `load` would load with the same arguments: its files are read, but nothing is loaded. Nothing is downloaded.
+
+    Raises UsageError for an unknown name or value, ModelUnavailable when files are missing.
+    """
+    from padseg.backbones.loading import identify
+    from padseg.backbones.source import locate, locate_vae
+
+    source = locate(model, revision, fetch=False)
+    return identify(family_of(source.spec), source, locate_vae(vae, source.spec.family) if vae else None)
 
 
 def family_of(spec: Spec) -> Family:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from padseg.backbones.flux import encode_text, prompt_shapes, text_pipeline, tokenizers
-from padseg.backbones.null_prompt import cache_path, read_cache, shapes_of, write_cache
+from padseg.backbones.null_prompt import cache_path, read_cache, refuse_not_finite, shapes_of, write_cache
 from padseg.backbones.parts import tokens_of
 from padseg.backbones.source import Source, text_files
 from padseg.errors import UsageError
@@ -23,6 +23,7 @@ class FluxTexts:
     source: Source
     transformer: Any
     keep: bool  # whether embeddings are kept in padseg's cache
+    encoders_identity: str = ''  # SHA-256 over the text encoders of the null prompt
 
     @cached_property
     def t5_tokenizer(self) -> Any:
@@ -39,13 +40,17 @@ class FluxTexts:
             raise UsageError(f'only T5 has columns in {self.source.model}: encoders is t5; got {encoders}')
         return {'t5': tokens_of(self.t5_tokenizer, text, 0, self.source.spec.sequence)}
 
+    def identity(self, encoders: str) -> str:
+        return self.encoders_identity
+
     def encode(self, text: str, encoders: str, unused: str) -> tuple[Tensor, Tensor]:
         """By T5 and CLIP, from the cache or computed; the empty text is the null prompt itself."""
         slots = self.source.spec.sequence
         path = cache_path(self.source, text)
-        tensors = read_cache(path)
+        tensors, _ = read_cache(path)
         if shapes_of(tensors) != prompt_shapes(slots, self.transformer.config):
             tensors = encode_text(self.pipeline, slots, text)
+            refuse_not_finite(self.source, tensors)
             if self.keep:
                 write_cache(tensors, path, 'a prompt')
         place, kind = self.transformer.device, self.transformer.dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -9,10 +10,9 @@ import torch
 from padseg.backbones import Backbone, Identity
 from padseg.backbones.compiled import compile_blocks
 from padseg.backbones.family import Family
-from padseg.backbones.null_prompt import null_prompt, prompt_is_cached
-from padseg.backbones.parts import built, choose_device, choose_dtype, filled_part, part_name, read_scheduler, tensors_needed, weights_hash
-from padseg.backbones.source import Source, check_files, tensor_shapes, text_parts, weight_files
-from padseg.backbones.weights import refuse_lost, refuse_surplus
+from padseg.backbones.null_prompt import encoders_hash, null_prompt, prompt_is_cached
+from padseg.backbones.parts import choose_device, choose_dtype, encoder_values, filled_part, outlined, read_scheduler, weights_hash
+from padseg.backbones.source import Source, check_files, content_hash, part_files, text_parts, weight_files
 from padseg.errors import UsageError
 
 
@@ -50,15 +50,17 @@ def load_family(
         )
     if compile:
         compile_blocks(family.blocks(transformer)[:layer])
+    scheduler = read_scheduler(family, source)
+    prompt, encoders = null_prompt(family, source, transformer, place, kind)
     multiple = taken.patch * 2 ** (len(encoder.config.block_out_channels) - 1)
     return Backbone(
         spec=source.spec,
-        identity=Identity(source.model, str(source.folder), source.commit, hashed.result()),
+        identity=identity_of(source, hashed.result(), encoders),
         family=family,
         transformer=transformer,
         vae=encoder,
-        scheduler=read_scheduler(family, source),
-        null_prompt=null_prompt(family, source, transformer, place, kind),
+        scheduler=scheduler,
+        null_prompt=prompt,
         layers=source.spec.layers if whole or not family.cut else layer + 1,
         whole=whole or not family.cut,
         patch=taken.patch,
@@ -68,21 +70,41 @@ def load_family(
     )
 
 
+def identify(family: Family, source: Source, vae: Source | None = None) -> Identity:
+    """Which model `load` would load, without loading it. ModelUnavailable if text encoders are missing that it would need."""
+    encoders = encoders_hash(source)
+    if encoders is None:
+        check_files(source, text_parts(source))
+    return identity_of(source, weights_hash(family, source, vae), encoders or '')
+
+
+def identity_of(source: Source, weights: str, encoders: str) -> Identity:
+    schedule = content_hash(source.folder, part_files(source.folder, ('scheduler',)))
+    return Identity(
+        source.model,
+        str(source.folder),
+        source.commit,
+        weights,
+        scheduler=joint_hash(schedule, source.spec.steps),
+        text_encoders=joint_hash(encoders, source.spec.sequence),
+    )
+
+
+def joint_hash(*parts: object) -> str:
+    """SHA-256 over several facts."""
+    return hashlib.sha256(' '.join(map(str, parts)).encode()).hexdigest()
+
+
 def check_loadable(family: Family, source: Source, whole: bool = False) -> None:
     """Raises ModelUnavailable for what `load` would refuse, as far as it shows without reading weights and without a network.
 
     whole: as in `load(whole=True)`.
     """
     for part in family.LAYOUT.networks:
-        known = set(built(family, source, part).state_dict())
-        held = {name for path in weight_files(source.folder, (part,)) for name in tensor_shapes(path)}
-        refuse_lost(
-            tensors_needed(family, source, part, None if whole else source.spec.layer).keys() - held,
-            source.folder / part,
-            part_name(source, part),
-        )
-        refuse_surplus(held - known, source.folder / part, part_name(source, part))
+        outlined(family, source, part, None if whole else source.spec.layer)
     read_scheduler(family, source)
     if not prompt_is_cached(source):
         check_files(source, text_parts(source))
         family.tokenizers(source)
+        for part in family.LAYOUT.text_encoders:
+            encoder_values(source, part)

@@ -31,7 +31,7 @@ def model_row(name: str, settings_of: Callable[[Spec], dict[str, Any]]) -> dict[
         'folder': str(folder) if folder else None,
         'bytes': folder_size(folder) if folder else None,
         **CARDS[name]._asdict(),
-        'settings': {name: value for name, value in facts.items() if name not in ('repo', 'family', 'own')},
+        'settings': {name: value for name, value in facts.items() if name not in ('repo', 'family', 'words', 'own')},
     }
 
 

@@ -9,37 +9,58 @@ import tempfile
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from padseg.backbones.family import Family
-from padseg.backbones.source import Source, cache_home, content_hash, text_files
+from padseg.backbones.source import Source, cache_home, check_files, content_hash, part_files, text_files, text_parts
 from padseg.errors import ModelUnavailable
 from padseg.types import Prompt
 
 log = logging.getLogger(__name__)
 
 
-def null_prompt(family: Family, source: Source, transformer: Any, device: torch.device, dtype: torch.dtype) -> Prompt:
-    """The empty prompt: from the cache, or computed once and cached."""
+def null_prompt(family: Family, source: Source, transformer: Any, device: torch.device, dtype: torch.dtype) -> tuple[Prompt, str]:
+    """The empty prompt, from the cache, or computed once and cached; and the `content_hash` of the text encoders that made it."""
     slots = source.spec.sequence
     shapes = family.prompt_shapes(slots, transformer.config)
     cached = cache_path(source)
-    tensors = read_cache(cached)
+    tensors, encoders = read_cache(cached)
     if shapes_of(tensors) != shapes:
         tensors = family.compute_null_prompt(source, transformer, slots)
         if shapes_of(tensors) != shapes:
             raise ModelUnavailable(f'the text encoders of {source.model} give {shapes_of(tensors)}; its transformer takes {shapes}')
-        write_cache(tensors, cached)
+        refuse_not_finite(source, tensors)
+        encoders = content_hash(source.folder, part_files(source.folder, text_parts(source)))
+        write_cache(tensors, cached, encoders=encoders)
     embeds, pooled = (tensors[name].to(device, dtype) for name in shapes)
     names = tuple(family.null_names(slots))
-    return Prompt(embeds, pooled, tuple(range(len(names))), names)
+    return Prompt(embeds, pooled, tuple(range(len(names))), names), encoders
+
+
+def refuse_not_finite(source: Source, tensors: dict[str, Tensor]) -> None:
+    """ModelUnavailable for the embedding of a text that no picture could be segmented with."""
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise ModelUnavailable(f'the text encoders of {source.model} give values that are not finite: their weights are damaged')
 
 
 def prompt_is_cached(source: Source) -> bool:
     """Whether loading needs no text encoders."""
-    return bool(read_cache(cache_path(source)))
+    return bool(read_cache(cache_path(source))[0])
+
+
+def encoders_hash(source: Source) -> str | None:
+    """The `content_hash` of a model's text encoders and tokenizers as `null_prompt` gives it; None if neither they nor what they made
+    are here."""
+    tensors, encoders = read_cache(cache_path(source))
+    if tensors:
+        return encoders
+    try:
+        check_files(source, text_parts(source))
+    except ModelUnavailable:
+        return None
+    return content_hash(source.folder, part_files(source.folder, text_parts(source)))
 
 
 def shapes_of(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -62,21 +83,38 @@ def path_of(source: Source, key: str, text: str = '') -> pathlib.Path:
     return cache_home() / 'prompts' / f'{hashlib.sha256(words.encode()).hexdigest()}.safetensors'
 
 
-def read_cache(path: pathlib.Path) -> dict[str, Tensor]:
-    """The cached tensors, none if there are none; what cannot be read is computed again."""
+def read_cache(path: pathlib.Path) -> tuple[dict[str, Tensor], str]:
+    """The cached tensors and the hash of what made them. No tensors if there are none, or others than `write_cache` wrote under this very
+    name, or some that are not finite: those are computed again."""
     try:
-        return load_file(path)
+        if not path.is_file():
+            return {}, ''
+        with safe_open(path, 'pt') as file:
+            said = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError):
-        return {}
+        return {}, ''
+    encoders = said.get('encoders', '')
+    good = said.get('content') == signature(tensors, path.stem, encoders) and all(tensor.isfinite().all() for tensor in tensors.values())
+    return (tensors, encoders) if good else ({}, '')
 
 
-def write_cache(tensors: dict[str, Tensor], path: pathlib.Path, what: str = 'the null prompt') -> None:
-    """Whole or not at all; a cache that cannot be written costs time only."""
+def signature(tensors: dict[str, Tensor], key: str, encoders: str) -> str:
+    """SHA-256 over what a file of the cache holds and what it is for."""
+    digest = hashlib.sha256(f'{key} {encoders}'.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f' {name} {tensor.dtype} {tuple(tensor.shape)} '.encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_cache(tensors: dict[str, Tensor], path: pathlib.Path, what: str = 'the null prompt', encoders: str = '') -> None:
+    """Whole or not at all; a cache that cannot be written costs time only. encoders: hash of what made the tensors."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             partial = pathlib.Path(folder) / path.name
-            save_file(tensors, partial)
+            save_file(tensors, partial, {'encoders': encoders, 'content': signature(tensors, path.stem, encoders)})
             partial.replace(path)
     except (OSError, SafetensorError) as error:
         log.warning('%s cannot be cached in %s: %s', what, path.parent, error)

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import math
+import pathlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import diffusers
 import torch
-from safetensors import SafetensorError
 
+from padseg.backbones.configuration import check_network, read_json
 from padseg.backbones.family import Family
 from padseg.backbones.layout import LAYOUTS, config_name
-from padseg.backbones.source import Source, content_hash, part_files, read_json, weight_files
-from padseg.backbones.weights import build_empty, fill_weights, refuse_lost
+from padseg.backbones.source import Source, content_hash, part_files, tensor_shapes, weight_files, weights_variant
+from padseg.backbones.weights import build_empty, fill_weights, refuse_lost, refuse_misfits, refuse_whole_numbers, shapes_of_model
 from padseg.errors import ModelUnavailable, UsageError
 from padseg.types import Tokens
 
 BLANK = '▁'  # T5's token for a space before what it has no token for with a space
+SLACK = 1e-3  # for the rounding of noise levels
+MOST_TOKENS = 192 * 192  # of a picture; families have no more along a side
 SMALL = 1 << 30  # bytes: smaller models run in float32 everywhere
 BFLOAT16 = ('avx512_bf16', 'amx_bf16', 'bf16', 'sve_bf16')  # what CPUs call it
-# what diffusers and transformers raise on files that are missing, damaged or of another kind
-DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
+# what diffusers, transformers and tokenizers raise on files that are missing, damaged or of another kind: whatever they run into, such as
+# a division by a number of heads that is 0, and tokenizers a plain Exception
+DAMAGE = Exception
 
 
 def choose_device(device: str | None) -> torch.device:
@@ -57,15 +62,42 @@ def weights_hash(family: Family, source: Source, vae: Source | None) -> str:
     return hashlib.sha256(' '.join(hashes).encode()).hexdigest()
 
 
-def built(family: Family, source: Source, part: str) -> Any:
-    """The whole transformer or VAE without weights. ModelUnavailable for a configuration that cannot be used."""
-    config = read_json(source.folder / part / 'config.json')
+def built(family: Family, source: Source, part: str, held: Mapping[str, tuple[int, ...]]) -> Any:
+    """The whole transformer or VAE without weights. ModelUnavailable for a configuration that cannot be used, or is not that of weights
+    of the shapes `held`: building what it asks for could take for ever."""
+    path = source.folder / part / 'config.json'
+    config = read_json(path)
     layout = family.LAYOUT
-    kinds = {layout.denoiser: layout.network, 'vae': layout.vae, '.': 'AutoencoderTiny'}
+    kind = {layout.denoiser: layout.network, 'vae': layout.vae, '.': 'AutoencoderTiny'}[part]
+    if config.get('_class_name', kind) != kind:
+        raise ModelUnavailable(f'{path} describes a {str(config["_class_name"])[:100]}; expected {kind}')
+    check_network(config, path, held)
     try:
-        return build_empty(getattr(diffusers, kinds[part]), config)
+        return build_empty(getattr(diffusers, kind), {name: value for name, value in config.items() if not name.startswith('_')})
     except DAMAGE as error:
         raise unreadable(source, part, error) from error
+
+
+def outlined(family: Family, source: Source, part: str, layer: int | None) -> Any:
+    """A transformer or VAE cut as by `cut_model`, without weights, but checked against those that the files hold, by their headers."""
+    files, label = weight_files(source.folder, (part,)), part_name(source, part)
+    held = {name: shape for path in files for name, shape in tensor_shapes(path).items()}
+    model = built(family, source, part, held)
+    known = set(model.state_dict())
+    cut_model(family, model, part, layer)
+    refuse_misfits(shapes_of_model(model), known, held, source.folder / part, label)
+    for path in files:
+        refuse_whole_numbers(path, label)
+    check_scales(model, source.folder / part / 'config.json')
+    return model
+
+
+def check_scales(model: Any, path: pathlib.Path) -> None:
+    """ModelUnavailable for a VAE whose configuration has no usable scale of its latents."""
+    for name, optional in (('scaling_factor', False), ('shift_factor', True)):
+        value = getattr(model.config, name, None)
+        if hasattr(model, 'encoder') and not (isinstance(value, (int, float)) or (optional and value is None)):
+            raise ModelUnavailable(f'{path}: {name} is a number; got {repr(value)[:100]}')
 
 
 def cut_model(family: Family, model: Any, part: str, layer: int | None) -> None:
@@ -80,11 +112,9 @@ def cut_model(family: Family, model: Any, part: str, layer: int | None) -> None:
 
 def filled_part(family: Family, source: Source, part: str, layer: int | None, place: torch.device, kind: torch.dtype) -> Any:
     """A model with its weights, cut as by `cut_model`."""
-    model = built(family, source, part)
-    known = set(model.state_dict())
-    cut_model(family, model, part, layer)
+    model = outlined(family, source, part, layer)
     try:
-        return fill_weights(model, weight_files(source.folder, (part,)), known, place, kind, part_name(source, part))
+        return fill_weights(model, weight_files(source.folder, (part,)), place, kind, part_name(source, part))
     except ModelUnavailable:
         raise
     except DAMAGE as error:
@@ -93,9 +123,7 @@ def filled_part(family: Family, source: Source, part: str, layer: int | None, pl
 
 def tensors_needed(family: Family, source: Source, part: str, layer: int | None) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what `load` reads of the transformer or VAE for blocks 0..layer, or of the whole."""
-    model = built(family, source, part)
-    cut_model(family, model, part, layer)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return shapes_of_model(outlined(family, source, part, layer))
 
 
 def part_name(source: Source, part: str) -> str:
@@ -107,7 +135,7 @@ def unreadable(source: Source, part: str, error: Exception) -> ModelUnavailable:
     return ModelUnavailable(f'{part_name(source, part)} cannot be read from {source.folder / part}: {reason}')
 
 
-def read_part(kind: Any, source: Source, part: str, config: str, **options: Any) -> Any:
+def read_part(kind: Any, source: Source, part: str, config: str, /, **options: Any) -> Any:
     """A component from its folder, where its configuration must be. Raises ModelUnavailable for missing and damaged files."""
     folder = source.folder / part
     read_json(folder / config)
@@ -118,11 +146,53 @@ def read_part(kind: Any, source: Source, part: str, config: str, **options: Any)
 
 
 def read_model(kind: Any, source: Source, part: str, **options: Any) -> Any:
-    """A component with weights, from safetensors only. ModelUnavailable also when a tensor is missing: it would be left random."""
+    """A text encoder with weights, from safetensors only. ModelUnavailable also when a tensor is missing: it would be left random."""
+    config = encoder_config(kind, source, part)
     with without_bars():
-        model, info = read_part(kind, source, part, 'config.json', use_safetensors=True, output_loading_info=True, **options)
+        model, info = read_part(
+            kind,
+            source,
+            part,
+            'config.json',
+            config=config,
+            attn_implementation='sdpa',  # else the name of a repository in the configuration would be looked up on the hub
+            trust_remote_code=False,
+            use_safetensors=True,
+            variant=weights_variant(source.folder, part),
+            output_loading_info=True,
+            **options,
+        )
     refuse_lost(info['missing_keys'], source.folder / part, f'{part} of {source.model}')
     return model
+
+
+def encoder_config(kind: Any, source: Source, part: str) -> Any:
+    """The configuration of a text encoder, of which only what describes the network is taken. ModelUnavailable for one that cannot be
+    used, or that describes more than its weights hold."""
+    values, held = encoder_values(source, part)
+    known = kind.config_class.__annotations__.keys() | {'tie_word_embeddings'}
+    try:
+        config = kind.config_class(**{name: value for name, value in values.items() if name in known})
+        with torch.device('meta'):
+            described = sum(tensor.numel() for tensor in kind(config).parameters())
+    except DAMAGE as error:
+        raise unreadable(source, part, error) from error
+    if described > 2 * held:
+        folder = source.folder / part
+        raise ModelUnavailable(f'{part} of {source.model} is incomplete: {folder} holds {held} weights, its configuration has {described}')
+    return config
+
+
+def encoder_values(source: Source, part: str) -> tuple[dict[str, Any], int]:
+    """What the configuration of a text encoder says, and how many weights there are. ModelUnavailable for one that is not theirs."""
+    folder = source.folder / part
+    if (folder / 'adapter_config.json').exists():
+        raise ModelUnavailable(f'{folder} has an adapter, which padseg does not read')
+    values = read_json(folder / 'config.json')
+    shapes = {name: shape for path in weight_files(source.folder, (part,)) for name, shape in tensor_shapes(path).items()}
+    check_network(values, folder / 'config.json', shapes)
+    inner = values.get('text_config')  # of a model that has more than a text encoder
+    return (inner if isinstance(inner, dict) else values), sum(map(math.prod, shapes.values()))
 
 
 def read_text_encoders(source: Source, dtype: torch.dtype) -> dict[str, Any]:
@@ -136,12 +206,23 @@ def read_text_encoders(source: Source, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def read_scheduler(family: Family, source: Source) -> Any:
-    """The scheduler that the model comes with. ModelUnavailable for one that its family does not have."""
+    """The scheduler that the model comes with. ModelUnavailable for one that its family does not have, or that gives no noise levels."""
     known = family.LAYOUT.schedulers
-    kind = read_json(source.folder / 'scheduler' / config_name('scheduler')).get('_class_name', known[0])
+    path = source.folder / 'scheduler' / config_name('scheduler')
+    config = read_json(path)
+    kind = config.get('_class_name', known[0])
     if kind not in known:
-        raise ModelUnavailable(f'the scheduler of {source.model} is a {kind}; known: {", ".join(known)}')
-    return read_part(getattr(diffusers, kind), source, 'scheduler', config_name('scheduler'))
+        raise ModelUnavailable(f'the scheduler of {source.model} is a {str(kind)[:100]}; known: {", ".join(known)}')
+    check_network(config, path, {})
+    scheduler = read_part(getattr(diffusers, kind), source, 'scheduler', config_name('scheduler'))
+    steps = source.spec.steps
+    try:
+        levels = [family.noise_level(scheduler, steps, step, image_tokens) for step in (1, steps) for image_tokens in (1, MOST_TOKENS)]
+    except DAMAGE as error:
+        raise unreadable(source, 'scheduler', error) from error
+    if not all(math.isfinite(level.timestep) and -SLACK < level.signal < 1 + SLACK and -SLACK < level.sigma < 1 + SLACK for level in levels):
+        raise ModelUnavailable(f'{path} describes a schedule whose noise levels are not in 0..1')
+    return scheduler
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import pathlib
 from functools import cached_property
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from padseg.backbones.null_prompt import encoders_key, path_of, read_cache, shapes_of, write_cache
+from padseg.backbones.configuration import read_json
+from padseg.backbones.null_prompt import encoders_key, path_of, read_cache, refuse_not_finite, shapes_of, write_cache
 from padseg.backbones.parts import SMALL, read_model, read_part, tokens_of
 from padseg.backbones.sd3 import encode_text, prompt_shapes, text_pipeline, tokenizers
-from padseg.backbones.source import Source, check_files, content_hash, part_files, read_json, snapshot, text_files, weight_files
+from padseg.backbones.source import Source, check_files, content_hash, part_files, snapshot, text_files, weight_files
 from padseg.errors import ModelUnavailable, UsageError
 from padseg.types import Tokens
 
@@ -31,6 +33,7 @@ class SD3Texts:
     source: Source
     transformer: Any
     keep: bool  # whether embeddings are kept in padseg's cache
+    encoders_identity: str = ''  # SHA-256 over the text encoders of the null prompt
 
     @cached_property
     def clip_tokenizers(self) -> dict[str, Any]:
@@ -45,7 +48,8 @@ class SD3Texts:
     def t5_tokenizer(self) -> Any:
         from transformers import T5TokenizerFast
 
-        if read_json(self.source.folder / 'model_index.json').get('text_encoder_3', [None])[0] is None:
+        listed = read_json(self.source.folder / 'model_index.json').get('text_encoder_3')
+        if not isinstance(listed, list) or listed[:1] in ([], [None]):
             raise UsageError(f'{self.source.model} has no T5: encoders is one of l, g, l+g')
         t5_files(self.source)
         check_files(self.source, T5_PARTS)
@@ -88,6 +92,13 @@ class SD3Texts:
             tokens['t5'] = tokens_of(self.t5_tokenizer, text, slots, slots)
         return tokens
 
+    def identity(self, encoders: str) -> str:
+        """The null prompt comes from CLIP's encoders alone."""
+        if 't5' not in encoders:
+            return self.encoders_identity
+        t5 = content_hash(self.source.folder, t5_files(self.source))
+        return hashlib.sha256(f'{self.encoders_identity} {t5}'.encode()).hexdigest()
+
     def encode(self, text: str, encoders: str, unused: str) -> tuple[Tensor, Tensor]:
         """The arms of Yamaguchi and Yanai's comparison: channels of a CLIP encoder that is not used are zeros, of the pooled vector too."""
         shapes = prompt_shapes(self.source.spec.sequence, self.transformer.config)
@@ -110,17 +121,17 @@ class SD3Texts:
         """First and last + 1 of a CLIP encoder's channels, of a token and of the pooled vector."""
         bounds = []
         for name in ('hidden_size', 'projection_dim'):
-            first = int(read_json(self.source.folder / 'text_encoder' / 'config.json')[name])
-            size = int(read_json(self.source.folder / part / 'config.json')[name])
+            first, size = (channel_count(self.source.folder / encoder / 'config.json', name) for encoder in ('text_encoder', part))
             bounds.append((0, first) if part == 'text_encoder' else (first, first + size))
         return bounds[0], bounds[1]
 
     def clip(self, text: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """By both CLIP encoders, from the cache or computed; the empty text is the null prompt itself."""
         path = path_of(self.source, self.clip_key, text)
-        tensors = read_cache(path)
+        tensors, _ = read_cache(path)
         if shapes_of(tensors) != shapes:
             tensors = encode_text(self.pipeline, self.source.spec.sequence, text)
+            refuse_not_finite(self.source, tensors)
             self.store(tensors, path)
         return tensors
 
@@ -129,17 +140,25 @@ class SD3Texts:
         source, slots = self.source, self.source.spec.sequence
         tokenizer = self.t5_tokenizer
         path = path_of(source, self.t5_key, f't5 {text}')
-        tensors = read_cache(path)
+        tensors, _ = read_cache(path)
         if shapes_of(tensors) != {'embeds': (1, slots, self.transformer.config.joint_attention_dim)}:
             numbers = tokenizer(text, padding='max_length', max_length=slots, truncation=True, return_tensors='pt').input_ids
             with torch.no_grad():
                 tensors = {'embeds': self.t5_encoder(numbers)[0].float().contiguous()}
+            refuse_not_finite(source, tensors)
             self.store(tensors, path)
         return tensors['embeds']
 
     def store(self, tensors: dict[str, Tensor], path: Any) -> None:
         if self.keep:
             write_cache(tensors, path, 'a prompt')
+
+
+def channel_count(config: pathlib.Path, name: str) -> int:
+    count = read_json(config).get(name)
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ModelUnavailable(f'{config} must say {name}, a number >= 1; got {repr(count)[:100]}')
+    return count
 
 
 def t5_files(source: Source) -> list[pathlib.Path]:

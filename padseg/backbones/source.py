@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import pathlib
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import pydantic
 
+from padseg.backbones.configuration import read_json, refuse_pointer, some_digits
 from padseg.backbones.layout import LAYOUTS, all_main, config_name, denoiser_in, denoisers, weights_name
 from padseg.backbones.spec import BACKBONES, DEPTHS, FAMILIES, Spec
 from padseg.errors import ModelUnavailable, PadsegError, UsageError
@@ -20,7 +21,15 @@ SMALL_VAE = 'tiny'  # stands for the one that a family has on the hub
 # what `padseg.json` of version 0.1 stated beside the facts: settings of Seg4Diff
 BESIDE_FACTS = ('step', 'normalisation', 'threshold', 'refine', 'superpixels', 'join', 'components', 'min_area')
 HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
+PLAIN_NAME = re.compile(r'[\w-][\w.-]*\.safetensors')
+VARIANTS = ('', 'fp16', 'bf16')  # of weights; the first that is there is read
+PICKLED = ('.bin', '.pt', '.pth', '.ckpt', '.h5', '.msgpack', '.onnx', '.gguf')  # weights that are not read
 BLOCK = 1 << 24
+LARGE = 1 << 26  # bytes
+# what a `padseg.json` may ask for at most
+MOST_STEPS = 10_000  # of a noise schedule, of which all models here were trained with 1000
+MOST_PIXELS = 1 << 16  # along a side
+MOST_SLOTS = 1 << 13  # of a prompt
 
 
 class Source(NamedTuple):
@@ -173,6 +182,8 @@ def check_files(source: Source, parts: Sequence[str]) -> None:
     refuse_missing(source.model, source.folder, source.commit, parts)
     for part in parts:
         read_json(source.folder / part / config_name(part))
+        for name in needed(source.folder, part):
+            refuse_pointer(source.folder / part / name)
     for path in weight_files(source.folder, parts):
         try:
             tensor_shapes(path)
@@ -186,6 +197,9 @@ def refuse_missing(model: str, folder: pathlib.Path, commit: str | None, parts: 
     missing = [f'{name} in {part}' for part in parts for name in needed(folder, part) if not (folder / part / name).is_file()]
     if missing:
         remedy = 'run again with a network to fetch the rest' if commit else 'copy or download the folder again'
+        others = sorted(path.name for part in parts for path in (folder / part).glob('*') if is_other_form(path.name, part))
+        if others:
+            remedy = f'of weights, padseg reads safetensors of the whole precision, fp16 or bf16, not {", ".join(others[:3])}'
         raise ModelUnavailable(f'{model} is incomplete: no file named {", ".join(missing)} of {folder}; {remedy}', 'incomplete')
 
 
@@ -199,22 +213,41 @@ def needed(folder: pathlib.Path, part: str) -> list[str]:
     return [config_name(part), *weights, *vocabulary]
 
 
+def is_other_form(name: str, part: str) -> bool:
+    """Whether a file holds weights of a part in a form that is not read: pickled, of another framework, or of another variant."""
+    own = weights_name(part)
+    return own is not None and (name.endswith(PICKLED) or (name.startswith(f'{own}.') and name.endswith('.safetensors')))
+
+
 def weight_files(folder: pathlib.Path, parts: Sequence[str]) -> list[pathlib.Path]:
     """The safetensors of these parts: one each, or the shards that its index lists; they need not be there."""
-    paths = []
-    for part in parts:
-        if name := weights_name(part):
-            whole = folder / part / f'{name}.safetensors'
-            index = whole.with_name(f'{whole.name}.index.json')
-            sharded = not whole.is_file() and index.is_file()
-            paths += [folder / part / name for name in shards(index)] if sharded else [whole]
-    return paths
+    return [path for part in parts if weights_name(part) for path in chosen_weights(folder / part, str(weights_name(part)))[1]]
+
+
+def weights_variant(folder: pathlib.Path, part: str) -> str | None:
+    """'fp16' or 'bf16' for a part whose folder has only weights of that type."""
+    return chosen_weights(folder / part, str(weights_name(part)))[0] or None
+
+
+def chosen_weights(folder: pathlib.Path, name: str) -> tuple[str, list[pathlib.Path]]:
+    """The first variant of a part's weights that is there, and its files; the usual name if there is none."""
+    for variant in VARIANTS:
+        own = f'.{variant}' if variant else ''
+        if (folder / f'{name}{own}.safetensors').is_file():
+            return variant, [folder / f'{name}{own}.safetensors']
+        for index in (f'{name}.safetensors.index{own}.json', f'{name}{own}.safetensors.index.json'):
+            if (folder / index).is_file():
+                return variant, [folder / shard for shard in shards(folder / index)]
+    return '', [folder / f'{name}.safetensors']
 
 
 def shards(index: pathlib.Path) -> list[str]:
     names = read_json(index).get('weight_map')
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ModelUnavailable(f'{index} must contain weight_map, the file of each tensor')
+    strange = [name for name in names.values() if not PLAIN_NAME.fullmatch(name)]
+    if strange:
+        raise ModelUnavailable(f'{index} names a file that is no safetensors beside it: {strange[0]!r}')
     return sorted(set(names.values()))
 
 
@@ -232,7 +265,7 @@ def read_row(spec: Spec, folder: pathlib.Path) -> Spec:
     values = read_json(config)
     kind = str(values.get('_class_name', 'SD3Transformer2DModel'))
     if kind not in FAMILIES:
-        raise ModelUnavailable(f'{config} describes a {kind}; known: {", ".join(FAMILIES)}')
+        raise ModelUnavailable(f'{config} describes a {kind[:100]}; known: {", ".join(FAMILIES)}')
     if FAMILIES[kind] != spec.family:
         spec = BACKBONES[FAMILIES[kind]]._replace(repo=spec.repo)
     layers = sum(block_count(values, name, config) for name in DEPTHS[spec.family])
@@ -243,8 +276,8 @@ def read_row(spec: Spec, folder: pathlib.Path) -> Spec:
 
 def block_count(values: dict[str, Any], name: str, config: pathlib.Path) -> int:
     count = values.get(name)
-    if not isinstance(count, int) or count < 1:
-        raise ModelUnavailable(f'{config} must say {name}, a number >= 1; got {count}')
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ModelUnavailable(f'{config} must say {name}, a number >= 1; got {repr(count)[:100]}')
     return count
 
 
@@ -263,34 +296,17 @@ def own_row(spec: Spec, path: pathlib.Path) -> Spec:
     if beside:
         own = {**own, 'seg4diff': {**beside, **own.get('seg4diff', {})}}
     try:
+        facts |= {name: tuple(value) for name, value in facts.items() if name == 'words' and isinstance(value, list)}
         row = pydantic.TypeAdapter(Spec).validate_python({**spec._asdict(), **facts, 'own': own}, strict=True)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        raise ModelUnavailable(f'{path}: {first["loc"][0]}: {first["msg"]}; got {first["input"]!r}') from error
+        raise ModelUnavailable(f'{path}: {first["loc"][0]}: {first["msg"]}; got {repr(first["input"])[:100]}') from error
     if row.layers != spec.layers:
         raise ModelUnavailable(f'{path}: layers is {row.layers}, but the transformer has {spec.layers}')
-    for name, low, high in (('layer', 0, row.layers - 1), ('steps', 1, None), ('side', 1, None), ('sequence', 1, None)):
-        value = getattr(row, name)
-        if value < low or (high is not None and value > high):
-            raise ModelUnavailable(
-                f'{path}: {name} is {f"one of {low}..{high}" if high is not None else f"a number >= {low}"}; got {value}'
-            )
+    for name, low, high in (('layer', 0, row.layers - 1), ('steps', 1, MOST_STEPS), ('side', 1, MOST_PIXELS), ('sequence', 1, MOST_SLOTS)):
+        if not low <= getattr(row, name) <= high:
+            raise ModelUnavailable(f'{path}: {name} is one of {low}..{high}; got {some_digits(getattr(row, name))}')
     return row
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file of a model's part. Raises ModelUnavailable if there is none."""
-    try:
-        value = json.loads(path.read_text(encoding='utf-8'))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ModelUnavailable(
-            f'{path.parent.parent} is not a model in diffusers layout: {path.parent.name}/{path.name} is missing', 'incomplete'
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ModelUnavailable(f'{path} is not valid JSON: {error}') from error
-    if not isinstance(value, dict):
-        raise ModelUnavailable(f'{path} must hold a JSON object')
-    return value
 
 
 def text_files(source: Source) -> list[pathlib.Path]:
@@ -314,13 +330,43 @@ def content_hash(folder: pathlib.Path, paths: Sequence[pathlib.Path]) -> str:
     """SHA-256 over names and contents; a large file of the hub's cache is named after its SHA-256 and not read again."""
     digest = hashlib.sha256()
     for path in paths:
-        blob = path.resolve().name
-        whole = blob if path.is_symlink() and re.fullmatch('[0-9a-f]{64}', blob) else file_hash(path)
-        digest.update(f'{path.relative_to(folder).as_posix()} {whole}\n'.encode())
+        whole = path.resolve().name if is_large_blob(path) else file_hash(path)
+        digest.update(f'{path.relative_to(folder).as_posix()} {whole}\n'.encode('utf-8', 'surrogateescape'))
     return digest.hexdigest()
 
 
+def is_large_blob(path: pathlib.Path) -> bool:
+    """Whether this is a link in a snapshot of the hub's own cache to a blob that the hub's client named after its SHA-256.
+
+    A link anywhere else may have any name.
+    """
+    from huggingface_hub import constants
+
+    blob, cache = path.resolve(), pathlib.Path(constants.HF_HUB_CACHE).resolve()
+    repo = blob.parent.parent
+    return (
+        path.is_symlink()
+        and re.fullmatch('[0-9a-f]{64}', blob.name) is not None
+        and blob.parent.name == 'blobs'
+        and repo.parent == cache
+        and path.parent.resolve().is_relative_to(repo / 'snapshots')
+    )
+
+
 def file_hash(path: pathlib.Path) -> str:
+    """SHA-256 of the content. A process reads a large file once, as long as it is not written again."""
+    facts = path.stat()
+    if facts.st_size < LARGE:
+        return read_hash(path)
+    return large_hash(path, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino)
+
+
+@lru_cache(maxsize=64)
+def large_hash(path: pathlib.Path, *_: int) -> str:
+    return read_hash(path)
+
+
+def read_hash(path: pathlib.Path) -> str:
     digest = hashlib.sha256()
     with path.open('rb') as file:
         while block := file.read(BLOCK):

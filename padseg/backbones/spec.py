@@ -23,6 +23,7 @@ class Spec(NamedTuple):
     side: int = 1024  # pixels of the square picture the model was trained on
     sequence: int = 77  # slots of the text: of each half, CLIP's and T5's, of SD3; of T5's of Flux
     encoders: str = 'l+g'  # text encoders that names of classes go through, unless others are asked for
+    words: tuple[str, ...] = ()  # all that names were made of in training; none where there is no such list
     own: Mapping[str, Mapping[str, Any]] = {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -20,16 +21,25 @@ class Texts(Protocol):
     def tokens(self, text: str, encoders: str) -> dict[str, Tokens]:
         """The text as cut by the tokenizers whose tokens have columns, by keys of COLUMNS. UsageError for encoders the model lacks."""
 
+    def identity(self, encoders: str) -> str:
+        """SHA-256 over these text encoders and their tokenizers; that of the null prompt's encoders if there are no others."""
+
     def encode(self, text: str, encoders: str, unused: str) -> tuple[Tensor, Tensor]:
         """Embeddings (1, L, D) and pooled (1, E) of a text that fits, in the transformer's type and place."""
 
 
 def texts_of(backbone: Backbone, keep: bool = True) -> Texts:
     """The text reader of a model, made once. keep: whether embeddings are kept in padseg's cache."""
-    readers: dict[str, Callable[[Source, Any, bool], Texts]] = {'sd3': sd3_text.SD3Texts, 'flux': flux_text.FluxTexts}
+    readers: dict[str, Callable[[Source, Any, bool, str], Texts]] = {'sd3': sd3_text.SD3Texts, 'flux': flux_text.FluxTexts}
     identity = backbone.identity
     source = Source(backbone.spec, identity.model, Path(identity.folder), identity.revision)
-    return readers[backbone.spec.family](source, backbone.transformer, keep)
+    return readers[backbone.spec.family](source, backbone.transformer, keep, identity.text_encoders)
+
+
+def with_encoders(backbone: Backbone, encoders: str) -> Backbone:
+    """The model with an identity that depends on all text encoders which are used, T5 too."""
+    text_encoders = texts_of(backbone).identity(encoders)
+    return dataclasses.replace(backbone, identity=backbone.identity._replace(text_encoders=text_encoders))
 
 
 @lru_cache(maxsize=4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -21,38 +21,63 @@ def build_empty(kind: Any, config: dict[str, Any]) -> Any:
         return kind.from_config(config)
 
 
-def fill_weights(
-    model: AnyModule, paths: Sequence[pathlib.Path], known: Collection[str], place: torch.device, dtype: torch.dtype, label: str
-) -> AnyModule:
-    """Give a model the tensors it has, read one at a time. known: the names of the whole model's, which the files should hold.
+def shapes_of_model(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
-    Raises ModelUnavailable, with `label` for the model, if the files lack one of its tensors, or hold one that the whole model lacks.
+
+def fill_weights(model: AnyModule, paths: Sequence[pathlib.Path], place: torch.device, dtype: torch.dtype, label: str) -> AnyModule:
+    """Give a model the tensors it has, read one at a time; `refuse_misfits` has compared files and model.
+
+    Raises ModelUnavailable, with `label` for the model, for values that are not finite.
     """
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    wanted = model.state_dict().keys()
     state: dict[str, Tensor] = {}
-    held: set[str] = set()
     for path in paths:
-        names = names_in(path)
-        held |= names
-        for name in sorted(names & wanted.keys()):
+        for name in sorted(names_in(path) & wanted):
             # opened for each anew: an open file keeps all that was read of it in memory. A copy even of the right dtype: in the file,
             # tensors lie at any address, by which matrix products round
             with safe_open(path, 'pt') as file:
                 state[name] = file.get_tensor(name).to(place, dtype, copy=True)
-    refuse_lost(wanted.keys() - held, paths[0].parent, label)
-    refuse_surplus(held - set(known), paths[0].parent, label)
-    for name, tensor in state.items():
-        if tensor.shape != wanted[name]:
-            raise ModelUnavailable(
-                f'{label} cannot be read from {paths[0].parent}: {name} is {tuple(tensor.shape)}, expected {tuple(wanted[name])}'
-            )
+            if not all_finite(state[name]):
+                raise ModelUnavailable(f'{label} cannot be used: {name} in {path} has values that are not finite in {dtype}')
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Without a second tensor of that size: extremes are NaN where any value is."""
+    return tensor.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in tensor.aminmax())
 
 
 def names_in(path: pathlib.Path) -> set[str]:
     with safe_open(path, 'pt') as file:
         return set(file.keys())
+
+
+def refuse_misfits(
+    needed: Mapping[str, tuple[int, ...]],
+    known: Collection[str],
+    held: Mapping[str, tuple[int, ...]],
+    folder: pathlib.Path,
+    label: str,
+) -> None:
+    """ModelUnavailable if weights lack one of the needed tensors, have it in another shape, or hold one that the whole model lacks.
+
+    needed: shapes of what is read; known: names of all tensors of the whole model; held: shapes in the headers of the files.
+    """
+    refuse_lost(needed.keys() - held.keys(), folder, label)
+    refuse_surplus(held.keys() - set(known), folder, label)
+    for name, shape in needed.items():
+        if held[name] != shape:
+            raise ModelUnavailable(f'{label} cannot be read from {folder}: {name} is {held[name]}, expected {shape}')
+
+
+def refuse_whole_numbers(path: pathlib.Path, label: str) -> None:
+    """ModelUnavailable if a file holds tensors of whole numbers, which are quantised weights without what they stand for."""
+    with safe_open(path, 'pt') as file:
+        for name in file.keys():
+            if not file.get_slice(name).get_dtype().startswith(('F', 'BF')):
+                raise ModelUnavailable(f'{label} cannot be used: {name} in {path} holds whole numbers, as quantised weights do')
 
 
 def refuse_lost(names: Iterable[str], folder: pathlib.Path, label: str) -> None:

@@ -16,7 +16,8 @@ import click
 import numpy as np
 import torch
 
-from padseg.backbones.source import locate, read_json
+from padseg.backbones.configuration import read_json
+from padseg.backbones.source import locate
 from padseg.bench import flops
 from padseg.bench.measure import between, finish_bench, fresh, in_place, row_of_numbers, spread, surroundings
 from padseg.bench.model import TINY_VAE, make_model

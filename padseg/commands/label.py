@@ -40,7 +40,7 @@ def names_of(classes: str | None, file: Path | None) -> tuple[str, ...]:
     if (classes is None) == (file is None):
         raise click.UsageError('which classes? Give either --classes or --classes-file.')
     try:
-        parts = file.read_text(encoding='utf-8').splitlines() if file else (classes or '').split(',')
+        parts = file.read_text(encoding='utf-8-sig').splitlines() if file else (classes or '').split(',')
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f'{file} cannot be read as text: {error}') from error
     names = tuple(part.strip() for part in parts if part.strip())

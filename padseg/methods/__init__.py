@@ -79,7 +79,13 @@ def open_backbone(method: Method, options: Any, model: str, revision: str | None
     spec = locate(model, revision).spec
     check_settings(spec)
     layer = method.deepest(options, spec)
-    return load(model, revision=revision, layer=layer, whole=layer is None, **how)
+    backbone = load(model, revision=revision, layer=layer, whole=layer is None, **how)
+    encoders = method.recorded(options, spec).get('encoders')  # of a method that encodes texts of its own
+    if not encoders:
+        return backbone
+    from padseg.backbones.texts import with_encoders
+
+    return with_encoders(backbone, str(encoders))
 
 
 def check_settings(spec: Spec) -> None:

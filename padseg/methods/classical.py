@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from padseg.methods import stages
-from padseg.methods.options import MethodOptions, Range, check_options, option, plain_settings
+from padseg.methods.options import SCALE, MethodOptions, Range, check_options, option, plain_settings
 from padseg.types import LabelMap
 
 if TYPE_CHECKING:
@@ -26,14 +26,13 @@ CLOSENESS = 0.5  # of a pixel's distance on that copy, in units of 8-bit Lab
 ATTEMPTS = 2
 SUPERPIXELS = 300
 COMPACTNESS = 10
-COUNT = Range('a whole number >= 1', 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class FelzenszwalbOptions:
     """Options of the graph-based regions."""
 
-    scale: float = option(600.0, 'regions are larger for a larger scale', range=Range('a number >= 0', 0, float('inf')))
+    scale: float = option(600.0, 'regions are larger for a larger scale', range=SCALE)
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -55,7 +54,7 @@ class SlicOptions:
 class KMeansOptions:
     """Options of k-means."""
 
-    clusters: int = option(4, 'clusters of colour and place', range=COUNT)
+    clusters: int = option(4, 'clusters of colour and place', range=Range('a whole number in 1..14400', 1, SIDE**2 + 1))
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -65,7 +64,7 @@ class KMeansOptions:
 class GridOptions:
     """Options of the grid."""
 
-    cells: int = option(4, 'rectangles down, and as many across; 1 is the whole picture', range=COUNT)
+    cells: int = option(4, 'rectangles down, and as many across; 1 is the whole picture', range=Range('a whole number in 1..10000', 1, 10_001))
 
     def __post_init__(self) -> None:
         check_options(self)

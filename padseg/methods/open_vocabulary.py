@@ -7,9 +7,10 @@ columns that are read of it.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
@@ -19,7 +20,9 @@ from padseg.errors import UsageError
 from padseg.images import Readable, as_images
 from padseg.methods import seg4diff, stages
 from padseg.methods.options import (
+    RANGE_ADDED,
     REFINEMENTS,
+    SCALE,
     SHARE,
     Range,
     check_options,
@@ -52,6 +55,7 @@ UNUSED = ('zeros', 'dropped')
 SCORES = ('raw', 'minmax', 'minmax-token', 'share')
 NAMED = ('words', 'proposals')
 COLUMNS_OF = {'l': 'clip', 'g': 'clip', 'l+g': 'clip', 't5': 't5', 'l+g+t5': 'both'}  # whose tokens have columns, by encoders
+log = logging.getLogger(__name__)
 BACKGROUND = '(background)'  # the name of the map of all background words
 
 
@@ -92,9 +96,7 @@ class LabelOptions:
     geometry: str = geometry_option()
     side: int = side_option()
     refine: str = own('how maps are enlarged, as for `padseg run`', choices=REFINEMENTS)
-    superpixels: float = own(
-        'superpixels inside which maps are averaged, as for `padseg run`', range=Range('a finite scale >= 0', 0, math.inf)
-    )
+    superpixels: float = own('superpixels inside which maps are averaged, as for `padseg run`', range=SCALE)
     min_area: float = own('parts below this share of the picture go to the neighbour with the longest common border', range=SHARE)
     seed: int = seed_option()
 
@@ -153,19 +155,32 @@ def prepare(backbone: Backbone, options: LabelOptions, classes: Sequence[str] = 
     from padseg.backbones.texts import kept_texts
 
     require_family('open-vocabulary', FAMILIES, backbone)
-    if isinstance(classes, (str, set, frozenset)):
-        raise UsageError(f'classes must be a list of names in order, such as ["cat", "grass"]; got {type(classes).__name__}')
+    names = stages.checked_names(classes)
     resolved = options.resolve(backbone.spec)
     for layer in resolved.layers:
         backbone.attention_module(layer)  # refused now if it was not read
     heads = backbone.transformer.config.num_attention_heads
     if resolved.head is not None and resolved.head >= heads:
         raise UsageError(f'head is one of 0..{heads - 1} for {backbone.identity.model}; got {resolved.head}')
-    names = stages.checked_names(classes)
     everything = stages.checked_names([*names, *resolved.background_words])
+    warn_of_untrained(backbone, everything)
     prompts = tuple(stages.prompts_of(everything, kept_texts(backbone, keep), resolved))
     proposals = seg4diff.prepare(backbone, proposal_options(options)) if options.on == 'proposals' else None
     return Prepared(resolved, names, prompts, proposals, backbone)
+
+
+def warn_of_untrained(backbone: Backbone, names: Sequence[str]) -> None:
+    """One warning for each name that a model was not trained on, where its folder lists the words that it was trained on."""
+    words = {word.casefold() for word in backbone.spec.words}
+    for name in names:
+        if words and not words.issuperset(name.casefold().split()):
+            warn_once(backbone.identity.model, name)
+
+
+@cache
+def warn_once(model: str, name: str) -> None:
+    """A process prepares prompts again and again, such as those of the classes that single pictures show."""
+    log.warning('%s was not trained on the name %r: what it finds for it means little', model, name)
 
 
 def proposal_options(options: LabelOptions) -> seg4diff.Options:
@@ -220,7 +235,10 @@ def recorded(options: LabelOptions, spec: Spec) -> dict[str, Setting]:
     proposals: dict[str, Setting] = {'proposals': None}
     if options.on == 'proposals':
         proposals = {f'proposals_{name}': value for name, value in seg4diff.recorded(proposal_options(options), spec).items()}
-    return {**plain_settings(options.resolve(spec)), **proposals}
+    resolved = options.resolve(spec)
+    # version 0.1 divided by the range itself: what it made is not what is made now
+    added: dict[str, Setting] = {'range_added': RANGE_ADDED} if resolved.scores.startswith('minmax') else {}
+    return {**plain_settings(resolved), **added, **proposals}
 
 
 def name_regions(regions: LabelMap, scores: TokenMaps, classes: tuple[str, ...], below: float | None = None) -> LabelMap:

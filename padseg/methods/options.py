@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 Setting = str | int | float | bool | None  # as a record holds it
 
-NORMALISATIONS = ('minmax-softmax', 'sum', 'share')
+RANGE_ADDED = 1e-6  # by Seg4Diff's released code, to the range of values that it divides by
+NORMALISATIONS = ('released', 'minmax-softmax', 'sum', 'share')
 GEOMETRIES = ('whole', 'stretch', 'diffseg', 'diffcut', 'seg4diff-paper', 'seg4diff-release', 'seg4diff-ovss')
 REFINEMENTS = ('none', 'guided')
 
@@ -37,7 +38,8 @@ class Range(NamedTuple):
         return self.low <= value and (self.below is None or value < self.below)
 
 
-PIXELS = Range('a number of pixels >= 1', 1)
+PIXELS = Range('a number of pixels in 1..65536', 1, 65537)
+SCALE = Range('a scale from 0 to below 1e9', 0, 1e9)  # half of which has to be a number of pixels
 SHARE = Range('a share of the picture in 0..1', 0, 1)
 
 
@@ -104,7 +106,8 @@ def check_options(options: MethodOptions) -> None:
 
 def check_value(options: type[MethodOptions], field: dataclasses.Field[Any], value: Any) -> None:
     kind, several = kind_of(options, field.name)
-    values = tuple(value) if several and isinstance(value, (tuple, list)) else (value,)
+    require(not several or isinstance(value, (tuple, list)), f'{field.name} is a list or a tuple; got {value!r}')
+    values = tuple(value) if several else (value,)
     choices, range_ = field.metadata.get('choices'), field.metadata.get('range')
     if choices:
         require(value in choices, f'{field.name} is one of {", ".join(choices)}; got {value}')
@@ -161,7 +164,7 @@ def in_kind(options: type[MethodOptions], name: str, value: Any) -> Any:
     """A value of JSON as a field holds it: a list as a tuple, a whole number as a float where the field is one."""
     if isinstance(value, list):
         return tuple(value)
-    whole = isinstance(value, int) and not isinstance(value, bool)
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 53  # others stay as they are, to be refused
     return float(value) if whole and name in options.__dataclass_fields__ and kind_of(options, name) == (float, False) else value
 
 

@@ -14,6 +14,7 @@ from padseg.methods import stages
 from padseg.methods.options import (
     NORMALISATIONS,
     REFINEMENTS,
+    SCALE,
     SHARE,
     Range,
     check_options,
@@ -38,7 +39,7 @@ TASK = 'regions'
 FAMILIES = frozenset({'sd3', 'flux'})
 LATER = ('normalisation', 'threshold', 'refine', 'superpixels', 'join', 'components', 'min_area')  # options that come after the token maps
 UNREFINED = {'refine': 'none', 'superpixels': 0.0, 'join': 0.0, 'components': False, 'min_area': 0.0}  # the papers end with the argmax
-RELEASED = {'step': 8, 'normalisation': 'minmax-softmax', 'threshold': 0.1, **UNREFINED}  # of the released code, for SD3-medium
+RELEASED = {'step': 8, 'normalisation': 'released', 'threshold': 0.1, **UNREFINED}  # of the released code, for SD3-medium
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Options:
     refine: str = own('how maps are enlarged: bilinear, or guided by the edges of the picture (guided filter)', choices=REFINEMENTS)
     superpixels: float = own(
         'average maps inside Felzenszwalb superpixels of this scale before the argmax; 0 = off',
-        range=Range('a finite scale >= 0', 0, float('inf')),
+        range=SCALE,
     )
     join: float = own(
         'join neighbouring superpixels whose proposals, colours and border differ by less than this, instead of the argmax; 0 = off',

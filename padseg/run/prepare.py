@@ -73,7 +73,14 @@ def settings_of_model(job: Job, backbone: Backbone | None) -> dict[str, Setting]
     """The settings of the model that affect the results."""
     if backbone is None:
         return {}
-    return {'weights': backbone.identity.weights, 'dtype': dtype_of(backbone), 'compile': job.compile}
+    model = backbone.identity
+    return {
+        'weights': model.weights,
+        'scheduler': model.scheduler,
+        'text_encoders': model.text_encoders,
+        'dtype': dtype_of(backbone),
+        'compile': job.compile,
+    }
 
 
 def dtype_of(backbone: Backbone) -> str:

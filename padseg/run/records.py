@@ -35,12 +35,14 @@ class Entry(BaseModel):
 
 
 class ModelRecord(BaseModel):
-    """The model that made the results; weights: sha256 of its files."""
+    """The model that made the results; weights, scheduler, text_encoders: sha256 of its files, the last two unknown to version 0.1."""
 
     model: str
     folder: Name
     revision: str | None
     weights: str
+    scheduler: str | None = None
+    text_encoders: str | None = None
 
 
 class RunTotals(BaseModel):

@@ -21,6 +21,7 @@ from padseg.methods.stages.labels import label_map
 from padseg.methods.stages.latents import encode
 from padseg.methods.stages.proposals import merge
 from padseg.methods.stages.superpixels import superpixels_of
+from padseg.types import Proposals
 
 SIZES = [(48, 80), (80, 48), (64, 64), (48, 80), (33, 47), (64, 64), (1, 40)]
 SPLITTING = Options(threshold=0.001)  # low enough that random models give several regions
@@ -154,6 +155,46 @@ def test_the_row_of_the_model_decides_what_is_left_open(backbone, picture):
     expected = segment(picture, backbone, Options(threshold=0.0, normalisation='share', components=True, layer=1))
     assert same(segment(picture, settled), expected)
     assert not same(segment(picture, backbone), expected)
+
+
+@pytest.mark.parametrize('family', ['backbone', 'backbone35', 'flux'])
+def test_the_default_is_the_released_path_by_loops(family, picture, request):
+    """Random models of SD3, SD3.5 and Flux, whose folders state no settings of the method: pixel by pixel, token by token."""
+    backbone = request.getfixturevalue(family)
+    resolved = Options().resolve(backbone.spec)
+    assert (resolved.normalisation, resolved.threshold, resolved.step) == ('released', 0.1, 8)
+    maps = token_maps(picture, backbone)
+    tokens, h, w = maps.maps.shape
+    rows = [released_row([[float(value) for value in row] for row in maps.maps.flatten(1).tolist()], token) for token in range(tokens)]
+    for threshold in (0.1, divide_in_two(rows)):
+        groups, taken = [], set()
+        for anchor in range(tokens):
+            if anchor not in taken:
+                groups.append([other for other in range(tokens) if other == anchor or half_symmetric_kl(rows[anchor], rows[other]) < threshold])
+                taken.update(groups[-1])
+        means = torch.tensor(np.array([np.mean([rows[member] for member in group], 0) for group in groups]).reshape(-1, h, w))
+        expected = label_map(Proposals(means, tuple(map(tuple, groups)), maps.frame))
+        found = segment(picture, backbone, Options(threshold=None if threshold == 0.1 else threshold))
+        assert same(found, expected)
+    assert found.labels.max() > 1  # else the last threshold would have shown nothing
+
+
+def released_row(maps: list[list[float]], token: int) -> np.ndarray:
+    """One of the maps (T, h w) on the scale of all tokens' values at each pixel, with 1e-6 added to the range; then a softmax over space."""
+    columns = list(zip(*maps, strict=True))
+    unit = [(column[token] - min(column)) / (max(column) - min(column) + 1e-6) for column in columns]
+    raised = np.exp(np.array(unit))
+    return raised / raised.sum()
+
+
+def half_symmetric_kl(one: np.ndarray, other: np.ndarray) -> float:
+    return float((one * np.log(one / other)).sum() + (other * np.log(other / one)).sum()) / 2
+
+
+def divide_in_two(rows: list[np.ndarray]) -> float:
+    """A threshold between the distances of the first map from the others."""
+    far = sorted(half_symmetric_kl(rows[0], other) for other in rows[1:])
+    return (far[len(far) // 2] + far[len(far) // 2 + 1]) / 2
 
 
 def test_the_seed_decides(backbone, picture):

@@ -32,7 +32,7 @@ class Graph(NamedTuple):
 def graph_of(index: Array, values: Array, image: Image) -> Graph:
     """Graph of the superpixels of a picture.
 
-    index: (H, W), number 0..K-1 of each pixel's superpixel; values: (K, M) >= 0, mean of every proposal inside; image: (H, W, 3) uint8 RGB.
+    index: (H, W), number 0..K-1 of each pixel's superpixel; values: (K, M), mean of every proposal inside, where what is below 0 counts as 0; image: (H, W, 3) uint8 RGB.
     """
     count = len(values)
     areas = np.bincount(index.ravel(), minlength=count) / index.size
@@ -42,6 +42,7 @@ def graph_of(index: Array, values: Array, image: Image) -> Graph:
     lab = cv2.GaussianBlur(cv2.cvtColor(small, cv2.COLOR_RGB2LAB), (0, 0), BLUR)  # (h, w, 3)
     pixels = np.maximum(np.bincount(index.ravel(), minlength=count), 1)
     colours = np.stack([np.bincount(index.ravel(), channel.ravel(), count) for channel in cv2.split(lab)], 1) / pixels[:, None]
+    values = np.maximum(values, 0)  # a guided filter goes below 0 beside edges, and a share has a root
     shares = values / np.maximum(values.sum(1, keepdims=True), 1e-300)
     return Graph(shares, colours, areas, contrasts(index, lab, count))
 

@@ -36,7 +36,11 @@ class Wording(NamedTuple):
 
 
 def checked_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Names with single spaces. UsageError if there are none, or one that is empty or there twice."""
+    """Names with single spaces. UsageError if there are none, or one that is no text, empty or there twice; and for what has no order, or
+    is a text itself, whose letters would be taken for names."""
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        kind = type(names).__name__ if not isinstance(names, (list, tuple)) else f'{names!r:.100}'
+        raise UsageError(f'classes must be a list of names in order, such as ["cat", "grass"]; got {kind}')
     tidy = tuple(' '.join(name.split()) for name in names)
     if not tidy:
         raise UsageError('there are no names of classes: give at least one')

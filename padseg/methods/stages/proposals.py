@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from padseg.errors import UsageError
-from padseg.methods.options import NORMALISATIONS
+from padseg.methods.options import NORMALISATIONS, RANGE_ADDED
 from padseg.types import Proposals, TokenMaps
 
 EPS = 1e-12  # floor of a probability inside a logarithm; the smallest share that 77 maps of 64 x 64 give is about 1e-6
 
 
-def merge(maps: TokenMaps, threshold: float = 0.1, normalisation: str = 'minmax-softmax') -> Proposals:
+def merge(maps: TokenMaps, threshold: float = 0.1, normalisation: str = 'released') -> Proposals:
     """Proposals from token maps: normalised, then every group of near maps averaged (DiffSeg, Sec. 3.3; Seg4Diff, Sec. 4.2).
 
     threshold >= 0 bounds half the symmetric KL divergence between maps as distributions over space: 0 merges nothing, inf everything.
@@ -29,10 +29,14 @@ def merge(maps: TokenMaps, threshold: float = 0.1, normalisation: str = 'minmax-
 def normalise(maps: Tensor, normalisation: str) -> Tensor:
     """(T, h, w) -> the same in float64.
 
-    `minmax-softmax`: each map to 0..1 over space, then a softmax over space (Seg4Diff's release); `sum`: each map divided by its sum
-    over space (DiffSeg); `share`: each pixel divided by its sum over tokens.
+    `released`: each pixel to 0..1 over the tokens, then a softmax of each map over space (Seg4Diff's released code, whose range has
+    1e-6 added); `minmax-softmax`: each map to 0..1 over space, then the same softmax; `sum`: each map divided by its sum over space
+    (DiffSeg); `share`: each pixel divided by its sum over tokens.
     """
     maps = maps.to(torch.float64, copy=True)  # which is changed in place: page faults would take as long as the sums
+    if normalisation == 'released':
+        low, high = maps.amin(0, keepdim=True), maps.amax(0, keepdim=True)
+        return maps.sub_(low).div_((high - low).add_(RANGE_ADDED)).flatten(1).softmax(1).view_as(maps)
     if normalisation == 'minmax-softmax':
         low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
         return maps.sub_(low).div_((high - low).clamp_min_(EPS)).flatten(1).softmax(1).view_as(maps)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from padseg.methods.options import RANGE_ADDED
 from padseg.methods.stages.proposals import EPS
 from padseg.types import Prompt
 
@@ -30,9 +31,9 @@ def scale_scores(maps: Tensor, classes: int, scores: str) -> Tensor:
 
 
 def minmax(maps: Tensor) -> Tensor:
-    """Each map from 0 to 1 over space; a flat one is 0."""
+    """Each map from 0 to nearly 1 over space; a flat one is 0. As in Seg4Diff's released code its range has 1e-6 added."""
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    return (maps - low) / (high - low).clamp_min(EPS)
+    return (maps - low) / (high - low + RANGE_ADDED)
 
 
 def mean_of_steps(maps: list[Tensor]) -> Tensor:

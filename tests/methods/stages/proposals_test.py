@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from padseg.errors import UsageError
+from padseg.methods.options import NORMALISATIONS
 from padseg.methods.stages.proposals import EPS, greedy_groups, merge, normalise, symmetric_kl
 from padseg.types import Frame, TokenMaps
 
@@ -23,13 +24,23 @@ def token_maps(maps):
     return TokenMaps(maps, tuple(map(str, range(len(maps)))), Frame((10, 14), (0, 0, 10, 14)))
 
 
+def released_unit(maps, token, y, x):
+    """A map's value on the scale of all maps' values at that pixel, as Seg4Diff's released code has it."""
+    here = [float(each[y, x]) for each in maps]
+    return (here[token] - min(here)) / (max(here) - min(here) + 1e-6)
+
+
 def normalised_by_loop(maps, normalisation):
     maps = maps.numpy().astype(np.float64)
     result = np.empty_like(maps)
     for t, each in enumerate(maps):
         for y in range(each.shape[0]):
             for x in range(each.shape[1]):
-                if normalisation == 'minmax-softmax':
+                if normalisation == 'released':
+                    result[t, y, x] = math.exp(released_unit(maps, t, y, x)) / sum(
+                        math.exp(released_unit(maps, t, row, column)) for row in range(each.shape[0]) for column in range(each.shape[1])
+                    )
+                elif normalisation == 'minmax-softmax':
                     unit = (each - each.min()) / (each.max() - each.min())
                     result[t, y, x] = math.exp(unit[y, x]) / sum(math.exp(value) for value in unit.ravel())
                 elif normalisation == 'sum':
@@ -61,7 +72,7 @@ def merged_by_loop(normalised, threshold):
     return groups, np.array(means)
 
 
-@pytest.mark.parametrize('normalisation', ['minmax-softmax', 'sum', 'share'])
+@pytest.mark.parametrize('normalisation', NORMALISATIONS)
 def test_normalisations_equal_the_loop(normalisation):
     maps = random_maps(4)
     got = normalise(maps, normalisation)
@@ -69,12 +80,19 @@ def test_normalisations_equal_the_loop(normalisation):
     np.testing.assert_allclose(got.numpy(), normalised_by_loop(maps, normalisation), rtol=1e-12)
 
 
-@pytest.mark.parametrize('normalisation', ['minmax-softmax', 'sum', 'share'])
+@pytest.mark.parametrize('normalisation', NORMALISATIONS)
 def test_maps_without_content_stay_finite(normalisation):
     maps = torch.zeros((3, 4, 4))
     maps[1] = 0.5
     assert torch.isfinite(normalise(maps, normalisation)).all()
     assert merge(token_maps(maps), 0.1, normalisation).maps.isfinite().all()
+
+
+def test_the_released_normalisation_by_hand():
+    """At the left pixel the tokens have 0, 1e-6 and 3e-6, so the range is 4e-6 with what is added; at the right one all have the same."""
+    maps = torch.tensor([[[0, 5e-3]], [[1e-6, 5e-3]], [[3e-6, 5e-3]]], dtype=torch.float64)
+    expected = [[1 / (1 + math.exp(-unit)), 1 / (1 + math.exp(unit))] for unit in (0, 0.25, 0.75)]
+    np.testing.assert_allclose(normalise(maps, 'released')[:, 0].numpy(), expected, rtol=1e-12)
 
 
 def test_symmetric_kl_equals_the_loop():
@@ -88,7 +106,7 @@ def test_symmetric_kl_by_hand():
     torch.testing.assert_close(symmetric_kl(p), torch.tensor([[0, expected], [expected, 0]], dtype=torch.float64))
 
 
-@pytest.mark.parametrize('normalisation', ['minmax-softmax', 'sum', 'share'])
+@pytest.mark.parametrize('normalisation', NORMALISATIONS)
 @pytest.mark.parametrize('threshold', [0, 1e-4, 0.01, 0.1, 0.5, math.inf])
 def test_merge_equals_the_plain_loop(normalisation, threshold):
     maps = random_maps(12)
@@ -115,7 +133,7 @@ def test_every_token_is_a_member_and_the_ends_are_exact(tokens, seed, threshold)
     assert merge(maps, math.inf, 'sum').members == (tuple(range(tokens)),)
 
 
-@pytest.mark.parametrize('normalisation', ['minmax-softmax', 'sum', 'share'])
+@pytest.mark.parametrize('normalisation', NORMALISATIONS)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 def test_the_maps_themselves_stay_as_they_are(normalisation, dtype):
     maps = random_maps(5).to(dtype)
@@ -129,5 +147,5 @@ def test_bad_values_name_what_is_allowed():
     for threshold in (-0.1, math.nan):
         with pytest.raises(UsageError, match='>= 0'):
             merge(maps, threshold)
-    with pytest.raises(UsageError, match='minmax-softmax, sum, share'):
+    with pytest.raises(UsageError, match='released, minmax-softmax, sum, share'):
         merge(maps, 0.1, 'softmax')
