@@ -11,6 +11,7 @@ from torch import Tensor
 
 from padseg.backbones import Backbone
 from padseg.backbones.cpu_attention import by_rows
+from padseg.backbones.cpu_norm import exact_norms
 from padseg.backbones.noise import noised
 from padseg.methods.options import ForwardOptions, ViewOptions
 from padseg.methods.stages.geometry import view
@@ -36,7 +37,7 @@ def encode_pixels(pixels: Tensor, backbone: Backbone) -> Tensor:
     """(B, 3, H, W) in -1..1 -> (B, C, H', W') in the units that the transformer was trained on."""
     config = backbone.vae.config
     pixels = pixels.to(backbone.device, backbone.vae.dtype, memory_format=torch.channels_last)
-    with by_rows():
+    with by_rows(), exact_norms():
         encoded = backbone.vae.encode(pixels)
     mean = encoded.latent_dist.mean if 'latent_dist' in encoded else encoded.latents  # a small VAE has no posterior
     return (mean - (config.shift_factor or 0.0)) * config.scaling_factor
