@@ -90,12 +90,11 @@ def read_cache(path: pathlib.Path) -> tuple[dict[str, Tensor], str]:
         if not path.is_file():
             return {}, ''
         with safe_open(path, 'pt') as file:
-            said = file.metadata() or {}
+            encoders, _, content = (file.metadata() or {}).get('padseg', '').partition(' ')
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError):
         return {}, ''
-    encoders = said.get('encoders', '')
-    good = said.get('content') == signature(tensors, path.stem, encoders) and all(tensor.isfinite().all() for tensor in tensors.values())
+    good = content == signature(tensors, path.stem, encoders) and all(bool(tensor.isfinite().all()) for tensor in tensors.values())
     return (tensors, encoders) if good else ({}, '')
 
 
@@ -114,7 +113,7 @@ def write_cache(tensors: dict[str, Tensor], path: pathlib.Path, what: str = 'the
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             partial = pathlib.Path(folder) / path.name
-            save_file(tensors, partial, {'encoders': encoders, 'content': signature(tensors, path.stem, encoders)})
+            save_file(tensors, partial, {'padseg': f'{encoders} {signature(tensors, path.stem, encoders)}'})
             partial.replace(path)
     except (OSError, SafetensorError) as error:
         log.warning('%s cannot be cached in %s: %s', what, path.parent, error)

@@ -197,7 +197,8 @@ def refuse_missing(model: str, folder: pathlib.Path, commit: str | None, parts: 
     missing = [f'{name} in {part}' for part in parts for name in needed(folder, part) if not (folder / part / name).is_file()]
     if missing:
         remedy = 'run again with a network to fetch the rest' if commit else 'copy or download the folder again'
-        others = sorted(path.name for part in parts for path in (folder / part).glob('*') if is_other_form(path.name, part))
+        without = [part for part in parts if not all(path.is_file() for path in weight_files(folder, (part,)))]
+        others = sorted(path.name for part in without for path in (folder / part).glob('*') if is_other_form(path.name, part))
         if others:
             remedy = f'of weights, padseg reads safetensors of the whole precision, fp16 or bf16, not {", ".join(others[:3])}'
         raise ModelUnavailable(f'{model} is incomplete: no file named {", ".join(missing)} of {folder}; {remedy}', 'incomplete')
@@ -207,9 +208,10 @@ def needed(folder: pathlib.Path, part: str) -> list[str]:
     """Names of the files that a part is loaded from, whether they are there or not."""
     weights = [path.name for path in weight_files(folder, (part,))]
     vocabulary: list[str] = []
-    if part.startswith('tokenizer') and not (folder / part / 'tokenizer.json').is_file():
+    if part.startswith('tokenizer'):
         split = ['vocab.json', 'merges.txt']
-        vocabulary = split if any((folder / part / name).is_file() for name in split) else ['tokenizer.json']
+        is_split = not (folder / part / 'tokenizer.json').is_file() and any((folder / part / name).is_file() for name in split)
+        vocabulary = split if is_split else ['tokenizer.json']
     return [config_name(part), *weights, *vocabulary]
 
 

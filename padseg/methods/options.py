@@ -125,7 +125,7 @@ KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: '
 def of_kind(value: object, kind: type) -> bool:
     """Whether a value is of a field's kind. True and False are no numbers; every number but NaN is a float."""
     if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+        return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and not math.isnan(value))
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 

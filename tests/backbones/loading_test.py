@@ -131,7 +131,7 @@ def test_padseg_json_overrides_the_row(folder):
     (folder / 'padseg.json').write_text(json.dumps(row))
     spec = load(str(folder), device='cpu').spec
     own = {name: value for name, value in row.items() if name not in ('layer', 'side')}  # as version 0.1 wrote them
-    facts = {'repo': str(folder), 'family': 'sd3', 'layers': 4, 'layer': 1, 'steps': 28, 'side': 64, 'sequence': 77, 'encoders': 'l+g'}
+    facts = {'repo': str(folder), 'family': 'sd3', 'layers': 4, 'layer': 1, 'steps': 28, 'side': 64, 'sequence': 77, 'encoders': 'l+g', 'words': ()}
     assert spec._asdict() == {**facts, 'own': {'seg4diff': own}}
     settings = settings_of(spec)
     assert settings == row and isinstance(settings['superpixels'], float)
@@ -172,7 +172,7 @@ def test_a_bad_padseg_json_is_refused_with_the_key(folder, row, key):
     assert caught.value.exit_code == 4
 
 
-@pytest.mark.parametrize('text', ['', '{"layer": 2', '[2]', 'null', '\ufeff{}'])
+@pytest.mark.parametrize('text', ['', '{"layer": 2', '[2]', 'null', '\ufeff', '{"side": NaN}', '{"side": 1e999}', '[' * 100_000])
 def test_a_padseg_json_that_holds_no_object(folder, text):
     (folder / 'padseg.json').write_text(text)
     with pytest.raises(ModelUnavailable, match=r'padseg\.json (is not valid JSON|must hold a JSON object)'):
@@ -599,8 +599,8 @@ def test_a_hub_model_is_downloaded_and_loads_offline_afterwards(hub, tmp_path, b
     }
     absent = ('org/gated', 'org/none', 'org/model@no-such', 'org/cut')
     online = json.loads(python(TRY, 'org/model', *absent, **home, HF_ENDPOINT=hub))
-    model, revision, weights, embeds = online[0][0], online[0][2], online[0][3], online[0][4]
-    assert (model, revision, weights) == ('org/model', COMMIT, backbone.identity.weights)
+    model, _, revision, *hashes, embeds = online[0]
+    assert (model, revision, hashes) == ('org/model', COMMIT, list(backbone.identity[3:]))
     assert embeds == float(backbone.null_prompt.embeds.double().sum())
     assert online[1:] == [
         [4, 'org/gated is gated: accept its licence on https://huggingface.co/org/gated, then `hf auth login`'],
