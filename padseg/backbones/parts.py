@@ -221,7 +221,9 @@ def read_scheduler(family: Family, source: Source) -> Any:
         levels = [family.noise_level(scheduler, steps, step, image_tokens) for step in some for image_tokens in (1, MOST_TOKENS)]
     except DAMAGE as error:
         raise unreadable(source, 'scheduler', error) from error
-    if not all(math.isfinite(level.timestep) and -SLACK < level.signal < 1 + SLACK and -SLACK < level.sigma < 1 + SLACK for level in levels):
+    if not all(
+        math.isfinite(level.timestep) and -SLACK < level.signal < 1 + SLACK and -SLACK < level.sigma < 1 + SLACK for level in levels
+    ):
         raise ModelUnavailable(f'{path} describes a schedule whose noise levels are not in 0..1')
     return scheduler
 

@@ -279,7 +279,7 @@ def read_row(spec: Spec, folder: pathlib.Path) -> Spec:
 def block_count(values: dict[str, Any], name: str, config: pathlib.Path) -> int:
     count = values.get(name)
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ModelUnavailable(f'{config} must say {name}, a number >= 1; got {repr(count)[:100]}')
+        raise ModelUnavailable(f'{config} must say {name}, a number >= 1; got {str(count)[:100]}')
     return count
 
 

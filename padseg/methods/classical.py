@@ -64,7 +64,9 @@ class KMeansOptions:
 class GridOptions:
     """Options of the grid."""
 
-    cells: int = option(4, 'rectangles down, and as many across; 1 is the whole picture', range=Range('a whole number in 1..10000', 1, 10_001))
+    cells: int = option(
+        4, 'rectangles down, and as many across; 1 is the whole picture', range=Range('a whole number in 1..10000', 1, 10_001)
+    )
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -131,7 +131,17 @@ def test_padseg_json_overrides_the_row(folder):
     (folder / 'padseg.json').write_text(json.dumps(row))
     spec = load(str(folder), device='cpu').spec
     own = {name: value for name, value in row.items() if name not in ('layer', 'side')}  # as version 0.1 wrote them
-    facts = {'repo': str(folder), 'family': 'sd3', 'layers': 4, 'layer': 1, 'steps': 28, 'side': 64, 'sequence': 77, 'encoders': 'l+g', 'words': ()}
+    facts = {
+        'repo': str(folder),
+        'family': 'sd3',
+        'layers': 4,
+        'layer': 1,
+        'steps': 28,
+        'side': 64,
+        'sequence': 77,
+        'encoders': 'l+g',
+        'words': (),
+    }
     assert spec._asdict() == {**facts, 'own': {'seg4diff': own}}
     settings = settings_of(spec)
     assert settings == row and isinstance(settings['superpixels'], float)

@@ -189,7 +189,9 @@ def test_whole_numbers_are_no_weights(folder):
 
 
 @pytest.mark.parametrize('part', WEIGHTS)
-@pytest.mark.parametrize('shard', ['../../elsewhere.safetensors', '/etc/weights.safetensors', 'sub/a.safetensors', '.a.safetensors', 'a.bin', ''])
+@pytest.mark.parametrize(
+    'shard', ['../../elsewhere.safetensors', '/etc/weights.safetensors', 'sub/a.safetensors', '.a.safetensors', 'a.bin', '']
+)
 def test_an_index_names_files_beside_it(folder, part, shard):
     own = folder / part / f'{WEIGHTS[part]}.safetensors'
     own.rename(folder.parent / 'elsewhere.safetensors')
@@ -228,8 +230,12 @@ def test_a_folder_of_half_precision_alone_is_loaded(folder, backbone, picture, s
         path = folder / 'transformer' / 'diffusion_pytorch_model.fp16.safetensors'
         tensors = load_file(path)
         for number, names in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), start=1):
-            save_file({name: tensors[name] for name in names}, path.with_name(f'diffusion_pytorch_model.fp16-0000{number}-of-00002.safetensors'))
-        places = {name: f'diffusion_pytorch_model.fp16-0000{1 + number % 2}-of-00002.safetensors' for number, name in enumerate(sorted(tensors))}
+            save_file(
+                {name: tensors[name] for name in names}, path.with_name(f'diffusion_pytorch_model.fp16-0000{number}-of-00002.safetensors')
+            )
+        places = {
+            name: f'diffusion_pytorch_model.fp16-0000{1 + number % 2}-of-00002.safetensors' for number, name in enumerate(sorted(tensors))
+        }
         path.with_name('diffusion_pytorch_model.safetensors.index.fp16.json').write_text(json.dumps({'weight_map': places}))
         path.unlink()
     rough = load(str(folder), device='cpu')
@@ -282,7 +288,9 @@ def test_a_planted_embedding_is_made_again(folder, backbone, how):
 
 
 def test_text_encoders_that_give_nothing_finite_are_not_cached(folder):
-    rewrite(folder / 'text_encoder' / 'model.safetensors', lambda name, tensor: tensor * float('nan') if name.endswith('norm.bias') else tensor)
+    rewrite(
+        folder / 'text_encoder' / 'model.safetensors', lambda name, tensor: tensor * float('nan') if name.endswith('norm.bias') else tensor
+    )
     assert 'the text encoders of' in refusals(folder) and not (folder.parent / 'cache').exists()
 
 

@@ -83,7 +83,7 @@ def test_settings_beside_the_facts_are_read_as_version_0_1_wrote_them(model):
         ({'open-vocabulary': {'scores': 'best'}}, 'open-vocabulary: scores is one of raw, minmax'),
         ({'colour': 1}, 'has keys that are not settings of a model: colour'),
         ({'layer': 9}, 'layer is one of 0..3; got 9'),
-        ({'side': 0}, 'side is a number >= 1; got 0'),
+        ({'side': 0}, r'side is one of 1..65536; got 0'),
         ({'own': 1}, 'has keys that are not settings of a model: own'),
     ],
 )

@@ -107,6 +107,17 @@ def test_colours_are_means_and_shares_sum_to_one():
     assert graph.borders[0][1][0] < 0.1 * graph.borders[1][2][0]
 
 
+def test_what_a_guided_filter_takes_below_zero_counts_as_zero():
+    """Shares have a root: one of -0.01 made every distance from its superpixel NaN, and NaN is never below the threshold."""
+    index = np.repeat([[0, 1, 2]], 4, 0).repeat(4, 1)  # (4, 12)
+    image = np.full((4, 12, 3), 128, np.uint8)
+    values = np.array([[1.0, -0.01], [1.0, 0.0], [-0.01, 1.0]])
+    graph = graph_of(index, values, image)
+    assert graph.shares.tolist() == [[1, 0], [1, 0], [0, 1]]
+    assert joined(graph, 0.5).tolist() == [0, 0, 2]  # the two that agree are 0 apart, the others (1 / 6) ** 0.18 or more
+    assert joined(graph_of(index, np.maximum(values, 0), image), 0.5).tolist() == [0, 0, 2]
+
+
 def test_a_large_picture_is_reduced_and_loses_no_superpixel():
     rng = np.random.default_rng(1)
     small = rng.integers(0, 255, (30, 40, 3), dtype=np.uint8)
