@@ -80,13 +80,14 @@ class Tokens(NamedTuple):
     """A text as one tokenizer cuts it. first: column of its first token; slots: how many there are room for, start and end included.
 
     spans: (start, end) of each token in the text, (0, 0) for one that stands for none of it; strange: whether it is a special token or
-    one for what the tokenizer does not know.
+    one for what the tokenizer does not know; blanks: places of those that stand for a space alone.
     """
 
     first: int
     slots: int
     spans: tuple[tuple[int, int], ...]
     strange: tuple[bool, ...]
+    blanks: tuple[int, ...] = ()
 
 
 class LabelMap(NamedTuple):

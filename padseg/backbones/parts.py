@@ -274,4 +274,5 @@ def tokens_of(tokenizer: Any, text: str, first: int, slots: int) -> Tokens:
     special = set(tokenizer.all_special_ids)
     words = tokenizer.convert_ids_to_tokens(encoded.input_ids)
     spans = tuple((0, 0) if word == BLANK else span for word, span in zip(words, encoded.offset_mapping, strict=True))
-    return Tokens(first, slots, spans, tuple(number in special for number in encoded.input_ids))
+    blanks = tuple(place for place, word in enumerate(words) if word == BLANK)
+    return Tokens(first, slots, spans, tuple(number in special for number in encoded.input_ids), blanks)

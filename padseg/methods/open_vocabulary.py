@@ -77,6 +77,10 @@ class LabelOptions:
     encoders: str = own('text encoders that are used: CLIP-L, CLIP-G, T5', choices=ENCODERS)
     unused: str = option('zeros', "what stands in T5's places where T5 is not used", choices=UNUSED)
     columns: str = own("whose tokens' attention is read", choices=COLUMNS, default="the encoders' own")
+    blanks: bool = own(
+        "count T5's token for a space alone to the name behind it, as Seg4Diff's released code does",
+        default='only with --geometry seg4diff-ovss',
+    )
     softmax: bool = option(True, 'read shares of the attention, not the scores before the softmax')
     scores: str = own(
         'scores of classes as they are, from 0 to 1 over the picture (by class or by token), or as shares over classes',
@@ -108,7 +112,8 @@ class LabelOptions:
         """These options on a model, with nothing left open. UsageError for what the model does not have, or what contradicts itself."""
         resolved = filled(self, settings_of(spec) | (seg4diff.UNREFINED if self.geometry != 'whole' else {}))
         used = COLUMNS_OF[resolved.encoders]
-        resolved = filled(resolved, {'columns': used, 'scores': 'minmax' if self.prompt == 'per-class' else 'raw'})
+        released = self.geometry == 'seg4diff-ovss' and used != 'clip'
+        resolved = filled(resolved, {'columns': used, 'scores': 'minmax' if self.prompt == 'per-class' else 'raw', 'blanks': released})
         layers, steps, encoders = resolved.layers, resolved.steps, resolved.encoders
         require(max(layers) < spec.layers, f'layers are in 0..{spec.layers - 1} for {spec.repo}; got {in_list(layers)}')
         require(max(steps) <= spec.steps, f'steps are in 1..{spec.steps} for {spec.repo}; got {in_list(steps)}')
@@ -238,7 +243,10 @@ def recorded(options: LabelOptions, spec: Spec) -> dict[str, Setting]:
     resolved = options.resolve(spec)
     # version 0.1 divided by the range itself: what it made is not what is made now
     added: dict[str, Setting] = {'range_added': RANGE_ADDED} if resolved.scores.startswith('minmax') else {}
-    return {**plain_settings(resolved), **added, **proposals}
+    settings = plain_settings(resolved)
+    if not resolved.blanks:  # which version 0.1 never did, nor said
+        del settings['blanks']
+    return {**settings, **added, **proposals}
 
 
 def name_regions(regions: LabelMap, scores: TokenMaps, classes: tuple[str, ...], below: float | None = None) -> LabelMap:

@@ -63,7 +63,7 @@ def test_the_number_of_threads_changes_nothing(threads):
 
 
 def test_a_vae_is_as_exact_as_float32_is():
-    """One of four levels: its error is 5e-6 standard deviations, as with torch's own for contiguous tensors; with channels last that has 4e-5."""
+    """One of four levels: 5e-6 standard deviations, as torch's own has for contiguous tensors; with channels last that has 4e-5."""
     torch.manual_seed(0)
     vae = AutoencoderKL(
         down_block_types=('DownEncoderBlock2D',) * 4,

@@ -27,6 +27,7 @@ from padseg.backbones.spec import BACKBONES
 from padseg.backbones.texts import texts_of
 from padseg.commands import main
 from padseg.errors import ModelUnavailable, UsageError
+from padseg.methods import open_vocabulary
 from padseg.methods.open_vocabulary import LabelOptions, label, score_maps
 from padseg.methods.seg4diff import Options, segment, token_maps
 from padseg.methods.stages.attention import token_attention
@@ -275,9 +276,10 @@ def test_the_null_prompt_is_that_of_the_pipeline(flux_folder, empty_cache):
 def test_the_null_prompt_is_computed_once(folder, empty_cache):
     first = load(str(folder), device='cpu').null_prompt
     (cached,) = empty_cache.iterdir()
-    save_file({name: 2 * tensor for name, tensor in load_file(cached).items()}, cached)
+    written = cached.stat().st_mtime_ns
     again = load(str(folder), device='cpu').null_prompt
-    assert torch.equal(again.embeds, 2 * first.embeds) and torch.equal(again.pooled, 2 * first.pooled)
+    assert torch.equal(again.embeds, first.embeds) and torch.equal(again.pooled, first.pooled)
+    assert cached.stat().st_mtime_ns == written
 
 
 # names of classes
@@ -309,6 +311,31 @@ def test_a_text_is_encoded_as_by_the_pipeline(flux, flux_folder, empty_cache):
     assert len(list(empty_cache.iterdir())) == 2
     with pytest.raises(UsageError, match=r'only T5 has columns in .*: encoders is t5; got l\+g'):
         texts.tokens('cat', 'l+g')
+
+
+@pytest.mark.parametrize('names', [['cat', 'bird'], ['bird', 'dog bee', 'cats'], ['xx yy zz']])
+def test_the_released_read_out_counts_spaces_alone(flux, names):
+    """As many columns a name as T5 has tokens for it by itself, end left out, one name after the other from 0 on."""
+    texts = texts_of(flux)
+    expected, first = [], 0
+    for name in names:
+        count = len(texts.t5_tokenizer(name).input_ids) - 1
+        expected += [(column, name, 1 / count) for column in range(first, first + count)]
+        first += count
+    for options in (LabelOptions(blanks=True), LabelOptions(geometry='seg4diff-ovss')):
+        (prompt,) = prompts_of(names, texts, options.resolve(flux.spec))
+        assert list(zip(prompt.picked, prompt.names, prompt.weights, strict=True)) == expected
+    words = texts.t5_tokenizer.convert_ids_to_tokens(texts.t5_tokenizer(' '.join(names)).input_ids)
+    (prompt,) = prompts_of(names, texts, LabelOptions().resolve(flux.spec))
+    assert prompt.picked == tuple(column for column, _, _ in expected if words[column] != '▁')
+    assert len(prompt.picked) < len(expected)  # else these names show nothing
+
+
+def test_only_a_read_out_with_spaces_is_recorded_as_one(flux):
+    """What version 0.1 made without them is continued."""
+    assert 'blanks' not in open_vocabulary.recorded(LabelOptions(), flux.spec)
+    assert open_vocabulary.recorded(LabelOptions(blanks=True), flux.spec)['blanks'] is True
+    assert 'blanks' not in open_vocabulary.recorded(LabelOptions(geometry='seg4diff-ovss', blanks=False), flux.spec)
 
 
 @pytest.mark.parametrize('layers', [(1,), (0, 3)])

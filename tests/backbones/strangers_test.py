@@ -1,4 +1,4 @@
-"""Models that strangers made: what would take for ever, reach elsewhere or mean nothing is refused in one line, by loading and by doctor."""
+"""Models that strangers made: what would take for ever, reach elsewhere or mean nothing is refused in a line, by loading and doctor."""
 
 from __future__ import annotations
 

@@ -182,7 +182,7 @@ def test_the_default_is_the_released_path_by_loops(family, picture, request):
 
 
 def released_row(maps: list[list[float]], token: int) -> np.ndarray:
-    """One of the maps (T, h w) on the scale of all tokens' values at each pixel, with 1e-6 added to the range; then a softmax over space."""
+    """One of the maps (T, h w) on the scale of all tokens' values at each pixel, 1e-6 added to the range; then a softmax over space."""
     columns = list(zip(*maps, strict=True))
     unit = [(column[token] - min(column)) / (max(column) - min(column) + 1e-6) for column in columns]
     raised = np.exp(np.array(unit))
@@ -226,5 +226,5 @@ def test_the_public_names_in_four_lines(sd3_folder, picture, tmp_path):
     maps = padseg.token_maps(picture, backbone, padseg.Options(threshold=0.001))
     labels = padseg.label_map(padseg.merge(maps, threshold=0.001))
     padseg.export(labels, tmp_path / 'labels.png')
-    assert same(labels, padseg.segment(picture, backbone, SPLITTING))
+    assert same(labels, padseg.segment(picture, backbone, padseg.Options(threshold=0.001)))
     assert np.array_equal(np.asarray(PIL.Image.open(tmp_path / 'labels.png')), labels.labels)

@@ -32,7 +32,8 @@ class Graph(NamedTuple):
 def graph_of(index: Array, values: Array, image: Image) -> Graph:
     """Graph of the superpixels of a picture.
 
-    index: (H, W), number 0..K-1 of each pixel's superpixel; values: (K, M), mean of every proposal inside, where what is below 0 counts as 0; image: (H, W, 3) uint8 RGB.
+    index: (H, W), number 0..K-1 of each pixel's superpixel; values: (K, M), mean of every proposal inside, below 0 as 0; image: (H, W, 3)
+    uint8 RGB.
     """
     count = len(values)
     areas = np.bincount(index.ravel(), minlength=count) / index.size

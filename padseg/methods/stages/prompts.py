@@ -15,7 +15,8 @@ JOINTS = {'joined': ('', ' '), 'template': (TEMPLATE, ', '), 'per-class': (TEMPL
 
 
 class PromptOptions(Protocol):
-    """prompt: a key of JOINTS; encoders: that read it; unused: what stands in the places of others; columns: whose are read."""
+    """prompt: a key of JOINTS; encoders: that read it; unused: what stands in the places of others; columns: whose are read; blanks:
+    whether those of spaces alone count."""
 
     @property
     def prompt(self) -> str: ...
@@ -25,6 +26,8 @@ class PromptOptions(Protocol):
     def unused(self) -> str: ...
     @property
     def columns(self) -> str: ...
+    @property
+    def blanks(self) -> bool: ...
 
 
 class Wording(NamedTuple):
@@ -107,7 +110,7 @@ def prompt_of(wording: Wording, texts: Texts, options: PromptOptions) -> Prompt:
     weights: list[float] = []
     for name, span in zip(wording.names, wording.spans, strict=True):
         for tokens in read:
-            columns = columns_of(name, span, tokens)
+            columns = columns_of(name, span, tokens, options.blanks)
             picked += columns
             names += [name] * len(columns)
             weights += [1 / (len(columns) * len(read))] * len(columns)
@@ -115,9 +118,14 @@ def prompt_of(wording: Wording, texts: Texts, options: PromptOptions) -> Prompt:
     return Prompt(embeds, pooled, tuple(picked), tuple(names), tuple(weights))
 
 
-def columns_of(name: str, span: tuple[int, int], tokens: Tokens) -> list[int]:
-    """The columns of the tokens that stand for a part of the span. UsageError if there are none, or one of them is a special token."""
+def columns_of(name: str, span: tuple[int, int], tokens: Tokens, blanks: bool = False) -> list[int]:
+    """The columns of the tokens that stand for a part of the span, and with `blanks` of those for a space alone before one of them.
+
+    UsageError if there are none, or one of them is a special token.
+    """
     own = [place for place, (start, end) in enumerate(tokens.spans) if max(start, span[0]) < min(end, span[1])]
     if not own or any(tokens.strange[place] for place in own):
         raise UsageError(f'the tokenizer has no words for the name {name!r}')
+    if blanks:
+        own = sorted({*own, *(place for place in tokens.blanks if place + 1 in own)})
     return [tokens.first + place for place in own]
