@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from padseg.backbones import Backbone, flux_text, sd3_text
+from padseg.backbones import Backbone, Identity, flux_text, sd3_text
 from padseg.backbones.source import Source
 from padseg.types import Tokens
 
@@ -28,18 +28,25 @@ class Texts(Protocol):
         """Embeddings (1, L, D) and pooled (1, E) of a text that fits, in the transformer's type and place."""
 
 
+READERS: dict[str, Callable[[Source, Any, bool, str], Texts]] = {'sd3': sd3_text.SD3Texts, 'flux': flux_text.FluxTexts}
+
+
 def texts_of(backbone: Backbone, keep: bool = True) -> Texts:
     """The text reader of a model, made once. keep: whether embeddings are kept in padseg's cache."""
-    readers: dict[str, Callable[[Source, Any, bool, str], Texts]] = {'sd3': sd3_text.SD3Texts, 'flux': flux_text.FluxTexts}
     identity = backbone.identity
     source = Source(backbone.spec, identity.model, Path(identity.folder), identity.revision)
-    return readers[backbone.spec.family](source, backbone.transformer, keep, identity.text_encoders)
+    return READERS[backbone.spec.family](source, backbone.transformer, keep, identity.text_encoders)
 
 
 def with_encoders(backbone: Backbone, encoders: str) -> Backbone:
     """The model with an identity that depends on all text encoders which are used, T5 too."""
-    text_encoders = texts_of(backbone).identity(encoders)
-    return dataclasses.replace(backbone, identity=backbone.identity._replace(text_encoders=text_encoders))
+    source = Source(backbone.spec, backbone.identity.model, Path(backbone.identity.folder), backbone.identity.revision)
+    return dataclasses.replace(backbone, identity=identity_with(backbone.identity, source, encoders))
+
+
+def identity_with(identity: Identity, source: Source, encoders: str) -> Identity:
+    """The identity of a model as its own text encoders and these make it."""
+    return identity._replace(text_encoders=READERS[source.spec.family](source, None, False, identity.text_encoders).identity(encoders))
 
 
 @lru_cache(maxsize=4)

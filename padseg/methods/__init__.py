@@ -9,7 +9,8 @@ from padseg.errors import ModelUnavailable, UsageError
 from padseg.methods import classical, open_vocabulary, seg4diff
 
 if TYPE_CHECKING:
-    from padseg.backbones import Backbone
+    from padseg.backbones import Backbone, Identity
+    from padseg.backbones.source import Source
     from padseg.backbones.spec import Spec
     from padseg.methods.options import MethodOptions, Setting
     from padseg.types import Image, LabelMap
@@ -86,6 +87,17 @@ def open_backbone(method: Method, options: Any, model: str, revision: str | None
     from padseg.backbones.texts import with_encoders
 
     return with_encoders(backbone, str(encoders))
+
+
+def identity_for(method: Method, options: Any, source: Source, vae: Source | None = None) -> Identity:
+    """Which model `open_backbone` would load for the method, without loading it. ModelUnavailable if files of it are missing."""
+    from padseg.backbones import family_of
+    from padseg.backbones.loading import identify
+    from padseg.backbones.texts import identity_with
+
+    identity = identify(family_of(source.spec), source, vae)
+    encoders = method.recorded(options, source.spec).get('encoders')
+    return identity_with(identity, source, str(encoders)) if encoders else identity
 
 
 def check_settings(spec: Spec) -> None:

@@ -98,7 +98,7 @@ def refuse_other_settings(out: Path, earlier: Settings, now: Settings, what: str
 def differences(earlier: Settings, now: Settings) -> list[str]:
     """The settings that differ, in words. Those of ADDED are compared where both sides have them."""
     old, new = flattened(earlier), flattened(now)
-    names = [name for name in sorted({**old, **new}) if name in old or name.rpartition('.')[2] not in ADDED]
+    names = [name for name in sorted({**old, **new}) if (name in old and name in new) or name.rpartition('.')[2] not in ADDED]
     return [f'{name} {old.get(name)} there, {new.get(name)} now' for name in names if old.get(name) != new.get(name)]
 
 

@@ -301,7 +301,8 @@ def write_model(learner: nn.Module, run: Training) -> None:
     parts: Any = tiny.Parts(**{name: kept[name] for name in tiny.Parts._fields})
     mean, deviation = kept.get_buffer('statistics').tolist()
     parts.vae.register_to_config(shift_factor=mean, scaling_factor=1 / deviation)
-    row = {'layers': tiny.TRANSFORMER['num_layers'], 'layer': run.settings.layer, **ROW}
+    words = sorted({word for name in CLASSES for word in name.split()})
+    row = {'layers': tiny.TRANSFORMER['num_layers'], 'layer': run.settings.layer, 'words': words, **ROW}
     tiny.save_tiny(parts, WORDS, run.model, row)
 
 

@@ -11,8 +11,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from padseg.backbones import identity, load
+from padseg.backbones.source import locate
 from padseg.backbones.texts import with_encoders
 from padseg.errors import ModelUnavailable, OutputConflict
+from padseg.methods import identity_for, open_vocabulary
 from padseg.methods.open_vocabulary import LabelOptions
 from padseg.run import engine
 from padseg.run.job import Job
@@ -111,6 +113,8 @@ def test_of_texts_only_the_encoders_that_are_used(texts_folder, tmp_path):
         one, other = (with_encoders(backbone, encoders).identity.text_encoders for backbone in (copy, second))
         assert (one == other) == same
         assert (one == copy.identity.text_encoders) == same
+        unloaded = identity_for(open_vocabulary, LabelOptions(encoders=encoders), locate(str(folder)))
+        assert unloaded.text_encoders == other
 
 
 def test_label_records_all_encoders(texts_folder, pictures, tmp_path):
