@@ -10,7 +10,6 @@ import click
 
 from padseg.commands.label import names_of
 from padseg.methods.seg4diff import Options
-from padseg.system.libraries import require
 from padseg.system.progress import shown
 
 FOLDER = click.Path(path_type=Path)
@@ -49,7 +48,6 @@ def command(
     Results: OUT/analysis.json, the figures OUT/grouping.png and OUT/anatomy.png, and OUT/maps.png, the token maps of the first
     picture.
     """
-    require('matplotlib', 'train')
     from padseg.analysis.figures import map_sheet, tables, write_analysis
     from padseg.analysis.measure import analyze, as_object, labelled_pictures
     from padseg.backbones import load

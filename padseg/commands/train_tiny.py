@@ -8,7 +8,6 @@ from pathlib import Path
 
 import click
 
-from padseg.system.libraries import require
 from padseg.train.settings import TrainingSettings, without_masks
 
 POSITIVE = click.IntRange(min=1)
@@ -51,7 +50,6 @@ def command(
     WEIGHT says how often it is drawn, VOID which label is void. Running the same command again continues a training that was stopped.
     Results: OUT/model, a folder for --model; for each stage a checkpoint, curves and a sheet of predictions.
     """
-    require('matplotlib', 'train')
     from padseg.train.tiny import train_tiny
 
     settings = dataclasses.replace(

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-
-from padseg.errors import PadsegError
 
 
 def quiet() -> None:
@@ -15,9 +12,3 @@ def quiet() -> None:
     """
     for library in ('TRANSFORMERS', 'DIFFUSERS'):
         os.environ.setdefault(f'{library}_VERBOSITY', 'error')
-
-
-def require(library: str, extra: str) -> None:
-    """Raises PadsegError where a library is missing; the extra of padseg installs it."""
-    if importlib.util.find_spec(library) is None:
-        raise PadsegError(f"this needs {library}, which is not installed: pip install 'padseg[{extra}]'")

@@ -77,7 +77,7 @@ def test_the_shipped_model_is_small_and_complete(shipped):
 def test_diffusers_own_pipeline_loads_it_and_generates(shipped):
     from diffusers import StableDiffusion3Pipeline
 
-    pipeline = StableDiffusion3Pipeline.from_pretrained(shipped, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(shipped, text_encoder_3=None, tokenizer_3=None, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline('a disk', height=64, width=64, num_inference_steps=2, max_sequence_length=77, output_type='np').images[0]
     assert image.shape == (64, 64, 3) and image.std() > 0
