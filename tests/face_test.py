@@ -161,7 +161,7 @@ def test_classes_are_a_list(classes, speller, picture):
 
 @pytest.mark.parametrize('model', [5, None, Path('model')])
 def test_a_model_is_a_loaded_one_or_a_name(model, picture):
-    with pytest.raises(UsageError, match='a model is a loaded one or the name of one'):
+    with pytest.raises(UsageError, match='expected a loaded model or a model name'):
         padseg.segment(picture, model)
 
 

@@ -284,14 +284,14 @@ def test_a_byte_above_the_table_is_not_declared():
 
 def test_values_that_are_not_declared_are_shown_with_all_others(tmp_path):
     dataset = Dataset('toy', ('a', 'b'), None, 'val', 'none', tmp_path, (), (0, 1, 1, NONE, VOID))
-    with pytest.raises(UsageError, match=re.escape('labels 3, 9 are none of toy (2 classes; declared are 0..2, 4)')) as caught:
+    with pytest.raises(UsageError, match=re.escape('labels 3, 9 are not labels of toy (2 classes; declared: 0..2, 4)')) as caught:
         dataset.to_classes(np.array([[0, 0, 3], [9, 4, 9]], np.uint8))
-    assert str(caught.value).endswith('values and their pixels: 0: 2, 3: 1, 4: 1, 9: 2')
+    assert str(caught.value).endswith('pixels of each value: 0: 2, 3: 1, 4: 1, 9: 2')
     with pytest.raises(UsageError, match='and 80 more values'):
         dataset.to_classes(np.arange(100).reshape(10, 10))
-    with pytest.raises(UsageError, match='labels -5 are none'):
+    with pytest.raises(UsageError, match='labels -5 are not labels of toy'):
         dataset.to_classes(np.array([[-5, 1]], np.int32))
-    with pytest.raises(UsageError, match='labels 1152921504606846976 are none'):  # without a table of that length
+    with pytest.raises(UsageError, match='labels 1152921504606846976 are not labels of toy'):  # without a table of that length
         dataset.to_classes(np.array([[1, 2**60]]))
     assert dataset._replace(table=None).to_classes(np.array([[700]])).tolist() == [[700]]
 
@@ -739,7 +739,7 @@ def test_matlab_files_that_hold_something_else(tmp_path, reader):
             assert dataset.read(sample)[0].tolist() == labels.tolist()
         except UnreadableLabels as error:
             reasons.append(error.reason)
-    assert all(reason.startswith('no MATLAB file, or a damaged one') for reason in reasons)
+    assert all(reason.startswith('not a MATLAB file, or a damaged one') for reason in reasons)
     assert len(reasons) >= 3 * (len(data) - 136) - 8
 
 
@@ -822,7 +822,7 @@ def test_a_folder_of_labels_with_classes(tmp_path):
     assert truth(label_folder(tmp_path, 3, ignore=0)._replace(samples=dataset.samples[1:])) == [[2, 2, 2]]
     assert truth(label_folder(tmp_path, 256, ignore=0)) == [[VOID, 1, 255]]
     for num_classes, ignore, strange in ((1, 255, '1'), (3, None, '255'), (3, 7, '255')):
-        with pytest.raises(UsageError, match=f'labels {strange} are none of folder .*0: 1, 1: 1, 255: 1'):
+        with pytest.raises(UsageError, match=f'labels {strange} are not labels of folder .*0: 1, 1: 1, 255: 1'):
             truth(label_folder(tmp_path, num_classes, ignore))
 
 

@@ -165,7 +165,7 @@ def test_only_the_blocks_asked_for_are_read(texts_folder, speller, picture):
     options = LabelOptions(layers=(0, 1))
     assert torch.equal(score_maps(picture, part, NAMES, options).maps, score_maps(picture, speller, NAMES, options).maps)
     for wrong in (LabelOptions(), LabelOptions(layers=(1,), on='proposals')):
-        with pytest.raises(UsageError, match='was read up to block 1'):
+        with pytest.raises(UsageError, match='was loaded up to block 1'):
             label(picture, part, NAMES, wrong)
     for wrong, words in ({'layers': (4,)}, r'layers are in 0\.\.3'), ({'steps': (29,)}, r'steps are in 1\.\.28'), ({'head': 2}, r'0\.\.1'):
         with pytest.raises(UsageError, match=words):
