@@ -141,7 +141,7 @@ def test_what_is_no_picture_is_refused_in_one_line(wrong, backbone):
         with pytest.raises(WrongPicture) as caught:
             padseg.segment(images, backbone)
         message = str(caught.value)
-        assert message.startswith('a picture is a path, a file opened for reading bytes, a PIL image, or a uint8 array (H, W)')
+        assert message.startswith('a picture is a path, a file opened in binary mode, a PIL image, or a uint8 array (H, W)')
         assert '; got ' in message and '\n' not in message
     assert issubclass(WrongPicture, ValueError) and issubclass(WrongPicture, PadsegError)
 

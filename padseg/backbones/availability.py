@@ -36,7 +36,7 @@ ABSENT = ('offline and not cached', 'incomplete')  # states that a download fixe
 
 
 class State(NamedTuple):
-    """Whether a model can be loaded. message: one line with the remedy; folder: None unless the model is local; download: bytes."""
+    """Whether a model can be loaded. message: one line with the remedy; folder: None unless it is local; download: bytes if known."""
 
     state: str
     message: str

@@ -677,7 +677,7 @@ def test_damaged_pngs_are_named(tmp_path):
     idat = data.index(b'IDAT')
     for length in (0, 7, 8, 20, 100, idat, idat + 20):
         path.write_bytes(data[:length])
-        with pytest.raises(UnreadableLabels, match='bad.png: (no PNG|truncated or damaged)'):
+        with pytest.raises(UnreadableLabels, match='bad.png: (not a PNG|truncated or damaged)'):
             read_label_map(path)
     path.write_bytes(data[: idat + 8] + b'\xff' * 40 + data[idat + 48 :])
     with pytest.raises(UnreadableLabels, match='bad.png: truncated or damaged'):
@@ -685,7 +685,7 @@ def test_damaged_pngs_are_named(tmp_path):
     with pytest.raises(UnreadableLabels, match='nothing.png'):
         read_label_map(tmp_path / 'nothing.png')
     picture(tmp_path / 'photo.jpg')
-    with pytest.raises(UnreadableLabels, match='photo.jpg: no PNG'):
+    with pytest.raises(UnreadableLabels, match='photo.jpg: not a PNG'):
         read_label_map(tmp_path / 'photo.jpg')
 
 
@@ -792,9 +792,9 @@ def test_a_data_set_and_its_errors_reach_worker_processes(tmp_path):
     with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
         (raw,) = pool.submit(dataset.read, dataset.samples[0]).result()
         assert raw.tolist() == [[0, 1, 20], [255, 15, 0]]
-        with pytest.raises(UnreadableLabels, match='2007_000061.png: no PNG') as caught:
+        with pytest.raises(UnreadableLabels, match='2007_000061.png: not a PNG') as caught:
             pool.submit(dataset.read, dataset.samples[1]).result()
-    assert (caught.value.path, caught.value.reason) == (dataset.samples[1].truths[0], 'no PNG')
+    assert (caught.value.path, caught.value.reason) == (dataset.samples[1].truths[0], 'not a PNG')
 
 
 # ---- one's own folders
@@ -967,7 +967,7 @@ def test_a_check_finds_everything_wrong(tmp_path):
     plain = json.loads(json.dumps(report.as_dict()))
     assert plain['values'][1] == {'value': 3, 'pixels': 29, 'files': 4, 'number': 3, 'name': 'road'}
     assert plain['out_of_range'] == plain['values'][3:]
-    assert plain['unreadable'][0]['reason'] == 'no PNG'
+    assert plain['unreadable'][0]['reason'] == 'not a PNG'
     assert (plain['good'], plain['smallest'], plain['root']) == (False, [2, 3], str(tmp_path))
 
 

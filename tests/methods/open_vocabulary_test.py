@@ -287,11 +287,11 @@ def test_two_hundred_classes(speller, picture):
 
 
 def test_no_names_and_names_twice(speller, picture):
-    with pytest.raises(UsageError, match='there are no names of classes'):
+    with pytest.raises(UsageError, match='there are no class names'):
         label(picture, speller, [])
-    with pytest.raises(UsageError, match='two classes have one name: cat and cat'):
+    with pytest.raises(UsageError, match='two classes have the same name: cat and cat'):
         label(picture, speller, ['cat', 'cat'])
-    with pytest.raises(UsageError, match='two classes have one name: cat and Cat'):
+    with pytest.raises(UsageError, match='two classes have the same name: cat and Cat'):
         label(picture, speller, ['cat'], LabelOptions(background_words=('Cat',)))
 
 
@@ -316,7 +316,7 @@ def test_the_order_of_names_only_numbers_them_with_per_class(speller, picture):
         ({'columns': 'l'}, 'columns is one of clip, t5, both; got l'),
         ({'scores': 'softmax'}, 'scores is one of raw, minmax, minmax-token, share; got softmax'),
         ({'on': 'pixels'}, 'on is one of words, proposals; got pixels'),
-        ({'softmax': False, 'scores': 'share'}, 'scores before the softmax have no shares'),
+        ({'softmax': False, 'scores': 'share'}, 'raw attention scores have no shares'),
         ({'background_below': float('nan')}, 'background_below is a finite number; got nan'),
         ({'geometry': 'round'}, 'geometry is one of'),
         ({'min_area': 1.0}, r'min_area is a share of the picture in 0\.\.1; got 1.0'),
@@ -416,10 +416,10 @@ def test_a_file_of_classes(folder, tmp_path, texts_folder, capsys):
     assert [row['name'] for row in json.loads((tmp_path / 'out' / 'classes.json').read_text())] == ['cat', 'traffic light, red', '日本']
     (tmp_path / 'names.txt').write_text('\n \n')
     for wrong, words in (
-        (['--classes-file', str(tmp_path / 'names.txt')], 'there are no names of classes'),
+        (['--classes-file', str(tmp_path / 'names.txt')], 'there are no class names'),
         (['--classes-file', str(tmp_path / 'nothing.txt')], 'cannot be read as text'),
-        (['--classes', ' , '], 'there are no names of classes'),
-        (['--classes', 'cat,cat'], 'two classes have one name'),
+        (['--classes', ' , '], 'there are no class names'),
+        (['--classes', 'cat,cat'], 'two classes have the same name'),
         ([], 'Give either --classes or --classes-file'),
         (['--classes', 'cat', '--classes-file', 'x'], 'Give either --classes or --classes-file'),
         (['--classes', 'cat', '--layers', 'one'], 'is not a list such as 8,9'),
