@@ -117,7 +117,7 @@ def chosen_dtype(place: torch.device, source: Source | None) -> str:
 def reckon_memory(source: Source, place: torch.device, dtype: str, whole: bool = False) -> Memory:
     """Estimate the memory for the weights alone, either those that `load` reads by default or all of them.
 
-    On a GPU, weights pass through host memory one part at a time; text encoders stay there.
+    For a device other than the CPU, weights pass through host memory one part at a time; text encoders stay there.
     """
     family, size, layer = family_of(source.spec), getattr(torch, dtype).itemsize, None if whole else source.spec.layer
     parts = [size * sum(map(math.prod, tensors_needed(family, source, part, layer).values())) for part in family.LAYOUT.networks]

@@ -12,7 +12,7 @@ ROWS = 256  # queries per step; their scores fit in the processor's cache
 
 
 class _ByRows(TorchFunctionMode):
-    """Compute fused attention of 16-bit CPU tensors head by head, a few rows at a time."""
+    """A mode that computes fused attention of 16-bit CPU tensors head by head, a few rows at a time."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.scaled_dot_product_attention and _plain(*args, **(kwargs or {})):

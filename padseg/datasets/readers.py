@@ -100,7 +100,7 @@ def label_matrix(path: Path, values: Any) -> Array:
     if matrix.ndim != 2 or not matrix.size or matrix.dtype.kind not in 'iufb':
         refuse_labels(path, f'labels are a matrix of numbers; this is {matrix.dtype} of shape {matrix.shape}')
     if not ((matrix >= 0) & (matrix <= np.iinfo(np.int32).max) & (matrix == np.floor(matrix))).all():
-        refuse_labels(path, 'labels are whole numbers from 0 on')
+        refuse_labels(path, 'labels are whole numbers >= 0')
     return matrix.astype(np.int32)
 
 

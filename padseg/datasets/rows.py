@@ -158,7 +158,7 @@ DATASETS: dict[str, DatasetRow] = {
         ),
     ),
     FOLDER: DatasetRow(
-        "one's own, described by padseg.toml beside it",
+        'your own data, described by a padseg.toml in the folder',
         '',
         {},
         (

@@ -69,11 +69,9 @@ class LabelOptions:
     """
 
     layers: tuple[int, ...] = own(
-        'blocks whose maps are averaged, from one forward pass, counted from 0', range=Range('different numbers from 0 on', 0)
+        'blocks whose maps are averaged, from one forward pass, counted from 0', range=Range('distinct numbers >= 0', 0)
     )
-    steps: tuple[int, ...] = own(
-        'noise levels whose maps are averaged, one forward pass each', range=Range('different numbers from 1 on', 1)
-    )
+    steps: tuple[int, ...] = own('noise levels whose maps are averaged, one forward pass each', range=Range('distinct numbers >= 1', 1))
     head: int | None = option(None, 'one attention head, counted from 0', default='the mean of all', range=Range('counted from 0', 0))
     prompt: str = option(
         'joined', 'how names become a prompt: joined by spaces, "a photo of a …, …", or one prompt per class', choices=PROMPTS

@@ -82,7 +82,7 @@ class Options:
         return resolved
 
     def with_settings(self, settings: Mapping[str, Any]) -> Options:
-        """Fill in what is left open from a model's settings; with a paper's preset, refinements are off unless requested."""
+        """Fill in what is left open from a model's settings; with a paper's preset, refinements left open are off."""
         return filled(self, {**settings, **(UNREFINED if self.geometry != 'whole' else {})})
 
 

@@ -133,7 +133,7 @@ def by_maps(folder: Path, known: dict[str, str | None], taken: list[Taken]) -> l
     for picture in taken:
         maps = read_maps(folder / f'{picture.entry.input}.npz')
         if maps is None or known.get(picture.entry.input) != picture.entry.sha256:
-            fail(picture.entry, ImageError('there are no token maps of this picture: run the model with --save-maps'))
+            fail(picture.entry, ImageError('there are no token maps for this picture: run the model with --save-maps'))
             mapped_pictures.append(picture._replace(image=None))
         else:
             mapped_pictures.append(picture._replace(maps=maps))

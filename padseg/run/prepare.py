@@ -27,7 +27,7 @@ def from_model(job: Job) -> tuple[Stages, Run]:
     """Prepare the method with the model that it needs, if any. UsageError for options that do not go together."""
     method = method_named(job.method, 'classes' if job.classes else 'regions')
     if job.save_maps and not method.FAMILIES:
-        raise UsageError(f'{job.method} has no maps to keep: leave out --save-maps')
+        raise UsageError(f'{job.method} has no maps to keep: omit --save-maps')
     prepared = prepared_for(job, method, device=job.device, dtype=job.dtype)
     return stages_of(method, prepared), record_of(job, method, prepared)
 

@@ -306,9 +306,9 @@ def test_the_order_of_names_only_numbers_them_with_per_class(speller, picture):
 @pytest.mark.parametrize(
     ('values', 'words'),
     [
-        ({'layers': (1, 1)}, 'layers are different numbers from 0 on; got 1, 1'),
-        ({'layers': ()}, 'layers are different numbers from 0 on; got '),
-        ({'steps': (0,)}, 'steps are different numbers from 1 on; got 0'),
+        ({'layers': (1, 1)}, 'layers are distinct numbers >= 0; got 1, 1'),
+        ({'layers': ()}, 'layers are distinct numbers >= 0; got '),
+        ({'steps': (0,)}, 'steps are distinct numbers >= 1; got 0'),
         ({'head': -1}, 'head is counted from 0; got -1'),
         ({'prompt': 'poem'}, 'prompt is one of joined, template, per-class; got poem'),
         ({'encoders': 'l+t5'}, 'encoders is one of l, g, l\\+g, t5, l\\+g\\+t5; got l\\+t5'),
@@ -424,7 +424,7 @@ def test_a_file_of_classes(folder, tmp_path, texts_folder, capsys):
         (['--classes', 'cat', '--classes-file', 'x'], 'Give either --classes or --classes-file'),
         (['--classes', 'cat', '--layers', 'one'], 'is not a list such as 8,9'),
         (['--classes', 'cat', '--layers', '9'], 'layer is one of 0..3; got 9'),
-        (['--classes', 'cat', '--layers', '1,1'], 'layers are different numbers from 0 on; got 1, 1'),
+        (['--classes', 'cat', '--layers', '1,1'], 'layers are distinct numbers >= 0; got 1, 1'),
     ):
         assert main([*common, '--out', str(tmp_path / 'other'), *wrong]) == 2
         assert words in capsys.readouterr().err
