@@ -1,4 +1,4 @@
-"""Other libraries, as commands use them."""
+"""How commands deal with other libraries."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import os
 
 
 def quiet() -> None:
-    """Hide advice to programmers from transformers and diffusers, unless the user has chosen a level.
+    """Hide developer advice from transformers and diffusers, unless the user has chosen a log level.
 
-    Call this before they are imported; processes that this one starts are quiet too.
+    Call this before importing them. Child processes are quiet too.
     """
     for library in ('TRANSFORMERS', 'DIFFUSERS'):
         os.environ.setdefault(f'{library}_VERBOSITY', 'error')

@@ -44,14 +44,14 @@ def test_a_compiled_block_is_not_read(sd3_folder, picture):
 
 def test_without_a_compiler_the_message_says_so(sd3_folder, monkeypatch):
     monkeypatch.setenv('CXX', 'no-such-compiler -O2')
-    with pytest.raises(UsageError, match='needs a C.. compiler, and there is no no-such-compiler: install it, or leave --compile out'):
+    with pytest.raises(UsageError, match='needs a C.. compiler, and there is no no-such-compiler: install it, or omit --compile'):
         load(str(sd3_folder), device='cpu', compile=True)
 
 
 def test_without_pythons_headers_the_message_says_so(sd3_folder, monkeypatch, tmp_path):
     monkeypatch.setenv('CXX', 'true')  # a program that is there
     monkeypatch.setattr(sysconfig, 'get_path', lambda name: str(tmp_path / name))
-    with pytest.raises(UsageError, match='needs the headers of Python in .*include: '):
+    with pytest.raises(UsageError, match='needs the Python headers in .*include: '):
         load(str(sd3_folder), device='cpu', compile=True)
 
 

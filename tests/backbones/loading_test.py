@@ -277,7 +277,7 @@ def test_only_what_the_maps_need_is_read(family, layer, tmp_path, picture, reque
     assert {*backbone.transformer.state_dict(), *backbone.vae.state_dict()} == names
     assert torch.equal(token_maps(picture, backbone, Options(layer=last)).maps, expected)
     if last < 3:
-        with pytest.raises(UsageError, match=rf'was read up to block {last}: load\(layer=3\) reads block 3 too'):
+        with pytest.raises(UsageError, match=rf'was loaded up to block {last}: load\(layer=3\) loads block 3 too'):
             token_maps(picture, backbone, Options(layer=3))
     with pytest.raises(UsageError, match=r'layer is one of 0\.\.3; got 4'):
         load(str(folder), device='cpu', layer=4)
