@@ -57,7 +57,7 @@ class Comparison(NamedTuple):
     labels: Array
 
 
-class Side(NamedTuple):
+class Figures(NamedTuple):
     """Figures of one process, which runs either implementation.
 
     loading: seconds; loaded, peak: peak memory after loading and in total, in MiB; seconds: per picture, by stage; outcome: result for the
@@ -120,7 +120,7 @@ def open_once(setting: BenchSetting) -> None:
     bench_backbone(setting)
 
 
-def ours(setting: BenchSetting) -> Side:
+def ours(setting: BenchSetting) -> Figures:
     """Measure padseg on the pictures, in batches."""
     import_libraries()
     start = time.perf_counter()
@@ -141,10 +141,10 @@ def ours(setting: BenchSetting) -> Side:
             labels = [label_map(proposals) for proposals in merged]
         return Comparison(maps[0].maps.cpu().numpy(), merged[0].members, labels[0].labels)
 
-    return Side(loading, loaded, *repeated(run, setting))
+    return Figures(loading, loaded, *repeated(run, setting))
 
 
-def reference(setting: BenchSetting) -> Side:
+def reference(setting: BenchSetting) -> Figures:
     """Measure the whole pipeline on the same pictures, one at a time."""
     from padseg.bench.reference import load_pipeline, segment_naively
 
@@ -160,7 +160,7 @@ def reference(setting: BenchSetting) -> Side:
         result = segment_naively(bench_picture(side, 0), pipeline, options, stage)
         return Comparison(result.maps.cpu().numpy(), result.groups, number_regions(result.labels))
 
-    return Side(loading, loaded, *repeated(run, setting))
+    return Figures(loading, loaded, *repeated(run, setting))
 
 
 def number_regions(winners: Array) -> Array:
@@ -172,7 +172,7 @@ def number_regions(winners: Array) -> Array:
 
 
 def repeated(run: TimedRun, setting: BenchSetting) -> tuple[float, dict[str, float], Comparison, dict[str, float]]:
-    """Warm up, run the timed passes, and return the last fields of a Side. On the CPU the warm-up picture is small."""
+    """Warm up, run the timed passes, and return the last four fields of Figures. On the CPU the warm-up picture is small."""
     run(WARM_UP if setting.device == 'cpu' else setting.side, {})
     passes: list[dict[str, float]] = [{} for _ in range(setting.passes)]
     for taken in passes:
@@ -222,7 +222,7 @@ def operations(setting: BenchSetting) -> dict[str, dict[str, int]]:
     }
 
 
-def summarise(setting: BenchSetting, size: str, turns: list[tuple[Side, Side]]) -> dict[str, Any]:
+def summarise(setting: BenchSetting, size: str, turns: list[tuple[Figures, Figures]]) -> dict[str, Any]:
     """Collect all figures for the JSON report, with the values of all repeats."""
     sides = {'ours': [a for a, _ in turns], 'reference': [b for _, b in turns]}
     best = {name: max(one.ceiling[name] for turn in turns for one in turn) for name in turns[0][0].ceiling}

@@ -20,7 +20,7 @@ from transformers import get_wsd_schedule
 from padseg.errors import UsageError
 from padseg.system.files import atomic
 
-SHOWN = 20  # steps averaged in each printed line and each point of a curve
+WINDOW = 20  # steps averaged in each printed line and each point of a curve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +76,8 @@ def finish_step(
     row = {'step': step, 'time': round(time.time(), 1), **{name: round(value.item(), 5) for name, value in losses.items()}}
     with stage.file('.csv').open('a', newline='') as file:
         csv.DictWriter(file, ('step', 'time', *stage.columns)).writerow(row)
-    if (step + 1) % SHOWN == 0:
-        print(training_summary(stage, read_rows(stage)[-SHOWN:]), file=sys.stderr, flush=True)
+    if (step + 1) % WINDOW == 0:
+        print(training_summary(stage, read_rows(stage)[-WINDOW:]), file=sys.stderr, flush=True)
     if stage.saves_after(step):
         state = {
             'step': step + 1,
@@ -112,7 +112,7 @@ def write_rows(stage: Stage, rows: Sequence[Mapping[str, str]]) -> None:
 
 
 def draw_curves(stage: Stage) -> None:
-    """Plot the losses to OUT/<name>.png; each point is the mean of SHOWN steps."""
+    """Plot the losses to OUT/<name>.png; each point is the mean of WINDOW steps."""
     from matplotlib.figure import Figure
 
     rows = read_rows(stage)
@@ -120,7 +120,7 @@ def draw_curves(stage: Stage) -> None:
     axes = figure.add_subplot()
     for name in stage.columns:
         points = [(int(row['step']), float(row[name])) for row in rows if row[name]]
-        means = [np.mean(points[i : i + SHOWN], axis=0) for i in range(0, len(points), SHOWN)]
+        means = [np.mean(points[i : i + WINDOW], axis=0) for i in range(0, len(points), WINDOW)]
         if means:
             axes.plot(*zip(*means, strict=True), label=name)
     axes.set_xlabel('step')

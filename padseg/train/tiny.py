@@ -73,11 +73,11 @@ def train_tiny(
     torch.manual_seed(settings.seed)
     run = Training(out, settings, tuple(data), str(start) if start else None, choose_device(device), workers, save_every)
     if start:
-        learner = learner_of(tiny.read_tiny(start, WORDS), run)
+        learner = make_learner(tiny.read_tiny(start, WORDS), run)
     else:
         parts = tiny.build_tiny(WORDS)
         train_autoencoder(parts, run)
-        learner = learner_of(parts, run)
+        learner = make_learner(parts, run)
         train(learner, run, 'together')
     if settings.transformer.steps:
         train(learner, run, 'transformer')
@@ -211,7 +211,7 @@ def latent_statistics(vae: Any, run: Training) -> Tensor:
     return torch.stack([values.mean(), values.std()])
 
 
-def learner_of(parts: tiny.Parts, run: Training) -> nn.ModuleDict:
+def make_learner(parts: tiny.Parts, run: Training) -> nn.ModuleDict:
     """Move the parts to the device, as one module with a buffer for the mean and standard deviation of the latents."""
     learner = nn.ModuleDict({name: part.to(run.device) for name, part in parts._asdict().items()})
     config = parts.vae.config
@@ -247,7 +247,7 @@ def train(learner: nn.ModuleDict, run: Training, name: str) -> None:
         with autocast(device), torch.set_grad_enabled(course.encoder_rate > 0):
             posterior = vae.encode(pixels).latent_dist
         if course.encoder_rate:
-            follow(statistics, posterior.mean)
+            track_statistics(statistics, posterior.mean)
             top, left = (int(torch.randint(length - 7, (), generator=generator)) for length in posterior.mean.shape[2:])
             cells, crop = np.s_[:4, :, top : top + 8, left : left + 8], np.s_[:4, :, 8 * top : 8 * top + 64, 8 * left : 8 * left + 64]
             with autocast(device):
@@ -332,7 +332,7 @@ def make_optimisers(learner: nn.ModuleDict, settings: TrainingSettings, course: 
 
 
 @torch.no_grad()
-def follow(statistics: Tensor, latents: Tensor) -> None:
+def track_statistics(statistics: Tensor, latents: Tensor) -> None:
     """Update the running mean and standard deviation (2,) of the latents, in place."""
     statistics.lerp_(torch.stack([latents.float().mean(), latents.float().std()]), 0.02)
 
