@@ -44,7 +44,7 @@ def test_run_in_a_process_of_its_own(arguments, tmp_path):
     counts = json.loads(ran.stdout)
     assert (counts['images'], counts['done'], counts['failed'], counts['signal']) == (3, 3, 0, None)
     assert ran.stderr.splitlines()[-1] == (
-        f'3 done, 0 failed, {counts["regions"]:.1f} regions a picture on average; label maps in {tmp_path}/out/labels'
+        f'3 done, 0 failed, {counts["regions"]:.1f} regions per picture on average; label maps in {tmp_path}/out/labels'
     )
     assert len(list((tmp_path / 'out' / 'labels').iterdir())) == 3
 

@@ -153,12 +153,12 @@ def test_a_folder_without_a_model_of_this_kind_is_refused(trained, tmp_path):
 def test_latents_of_a_growing_spread_stay_normal():
     import torch
 
-    from padseg.train.tiny import follow, normalised
+    from padseg.train.tiny import normalised, track_statistics
 
     statistics = torch.tensor([0.0, 1.0])
     latents = torch.randn((4, 16, 8, 8), generator=torch.Generator().manual_seed(0)) * 3 + 2
     for _ in range(400):
-        follow(statistics, latents)
+        track_statistics(statistics, latents)
     z = normalised(latents, statistics)
     assert float(z.mean()) == pytest.approx(0, abs=0.02) and float(z.std()) == pytest.approx(1, abs=0.02)
 
