@@ -42,8 +42,15 @@ def choose_dtype(device: torch.device, size: int) -> torch.dtype:
         return torch.float32
     if device.type != 'cpu':
         return torch.float16
+    return torch.bfloat16 if has_bfloat16(device) else torch.float32
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is worth using: CPUs without native support emulate it, and convolutions take many times as long."""
+    if device.type != 'cpu':
+        return True
     capable = torch.cpu.get_capabilities()
-    return torch.bfloat16 if any(capable.get(name) for name in BFLOAT16) else torch.float32
+    return any(capable.get(name) for name in BFLOAT16)
 
 
 def weights_hash(family: Family, source: Source, vae: Source | None) -> str:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from padseg.backbones import load
-from padseg.backbones.parts import choose_device
+from padseg.backbones.parts import choose_device, has_bfloat16
 from padseg.backbones.recorder import Request, watch
 from padseg.backbones.sd3 import text_columns
 from padseg.exports.overlay import overlay
@@ -32,6 +32,7 @@ from padseg.train import tiny_model as tiny
 from padseg.train.data import CELL, Batch, batch, photographs
 from padseg.train.loop import Stage, cosine, finish_step, moving_average, resume, trapezoid
 from padseg.train.losses import affinity_loss, mask_loss, named_mask_loss, share_over_tokens
+from padseg.train.muon import Muon
 from padseg.train.scenes import CLASSES, Scene, scene
 from padseg.train.settings import Course, Mixture, TrainingSettings
 from padseg.types import Array, Attention
@@ -202,10 +203,10 @@ def reconstruction(decoded: Tensor, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def latent_statistics(vae: Any, run: Training) -> Tensor:
-    """Mean and standard deviation (2,) of the latents of 8 batches not used to train the autoencoder."""
+    """Mean and standard deviation (2,) of the latents of two batches of 8 pictures not used to train the autoencoder."""
     steps = run.settings.vae_steps
     latents = [
-        vae.encode(examples.images.to(run.device)).latent_dist.mean.flatten() for examples in run.batches(STAGES[0], steps, steps + 8, 8)
+        vae.encode(examples.images.to(run.device)).latent_dist.mean.flatten() for examples in run.batches(STAGES[0], steps, steps + 2, 8)
     ]
     values = torch.cat(latents)
     return torch.stack([values.mean(), values.std()])
@@ -320,7 +321,7 @@ def make_optimisers(learner: nn.ModuleDict, settings: TrainingSettings, course: 
     encoder = {name for name in named if name.startswith('vae.')}
     rest = named.keys() - inner - encoder
     rate, decay = course.rate, settings.weight_decay
-    muon = torch.optim.Muon(
+    muon = Muon(
         [{'params': [named[name] for name in sorted(inner)], 'initial_lr': rate}], weight_decay=decay, adjust_lr_fn='match_rms_adamw'
     )
     groups: list[dict[str, Any]] = [
@@ -418,4 +419,5 @@ def training_maps(seen: Attention, shape: torch.Size) -> Tensor:
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.autocast(device.type, torch.bfloat16)
+    """Mixed precision where the device has it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))

@@ -19,10 +19,10 @@ SMALL = dataclasses.replace(
 
 
 def train_small(out: Path, start: Path | None = None) -> None:
-    """Train in all stages with a checkpoint after every step, or with `start` from that model in the last one alone."""
+    """Train in all stages with a checkpoint after every second step, or with `start` from that model in the last one alone."""
     import torch
 
     from padseg.train.tiny import train_tiny
 
     torch.set_num_threads(1)
-    train_tiny(out, SMALL, start=start, device='cpu', workers=0, save_every=1)
+    train_tiny(out, SMALL, start=start, device='cpu', workers=0, save_every=2)

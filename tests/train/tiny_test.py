@@ -76,7 +76,7 @@ def test_what_is_written(trained):
 
 
 def test_a_stopped_run_goes_on_exactly(trained, tmp_path):
-    """Stopped by a kill after the first step's checkpoint, then continued: the same weights to the last bit."""
+    """Stopped by a kill after the first checkpoint, then continued: the same weights to the last bit."""
     run = start(train_small, tmp_path)
     while not (tmp_path / 'together.pt').exists() and run.process.is_alive():
         pass
