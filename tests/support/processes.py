@@ -5,6 +5,7 @@ Exit codes, signals, kills and output are those of `python -m padseg`. Only the 
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import sys
@@ -13,6 +14,8 @@ from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import huggingface_hub.constants
 
 from padseg.commands import main
 
@@ -91,6 +94,7 @@ def begin(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    importlib.reload(huggingface_hub.constants)  # where the cache and the hub are, which it looks up once
     for descriptor, path in enumerate(streams, start=1):
         opened = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
         os.dup2(opened, descriptor)
