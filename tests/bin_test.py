@@ -365,7 +365,7 @@ def test_a_python_without_venv_is_named(world: World) -> None:
     stand_in(world.path / 'python3', '#!/bin/bash\n[[ $* != *ensurepip* ]]\n')
     ran = world.run()
     assert ran.returncode == 1
-    assert ran.stderr.startswith(f'padseg: {world.path}/python3 cannot make virtual environments')
+    assert ran.stderr.startswith(f'padseg: {world.path}/python3 cannot create virtual environments')
 
 
 @pytest.mark.parametrize('program', ['bin/test', '.ci/run'])

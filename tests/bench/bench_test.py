@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -418,13 +416,10 @@ def test_words_for_what_compiling_costs():
     assert lines[-1] == 'compiling saves 50.0% of a later forward pass and pays off from picture 11 on; from disk cache, never'
 
 
-def test_a_run_of_vae(tmp_path):
-    """In a fresh process. The more the latents are off, the less the maps are alike; a random encoder's have nothing to do with them."""
+def test_a_run_of_vae(bench, tmp_path):
+    """The more the latents are off, the less the maps are alike; a random encoder's have nothing to do with them."""
     shutil.copy(ROOT / 'data/images/scene-22.png', tmp_path)
-    command = [sys.executable, '-m', 'padseg.bench', 'vae', '--dir', tmp_path, '--json']
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (ran.returncode, ran.stderr) == (0, '')
-    measured = json.loads(ran.stdout)
+    measured, _ = bench('vae', '--dir', str(tmp_path))
     *noisy, untrained = measured['cases'].values()
     correlations = [case['correlation'] for case in noisy[1:]]
     assert len(noisy) == 1 + len(vae.ERRORS) and measured['pictures'] == 1
