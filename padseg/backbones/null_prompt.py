@@ -1,4 +1,4 @@
-"""The embedding of the empty prompt, a constant of a model: computed once, then kept in padseg's cache."""
+"""The embedding of the empty prompt: a constant of each model, computed once and kept in padseg's cache."""
 
 from __future__ import annotations
 
@@ -68,17 +68,17 @@ def shapes_of(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def cache_path(source: Source, text: str = '') -> pathlib.Path:
-    """The file for a model and a text."""
+    """Cache file for a model and a text."""
     return path_of(source, encoders_key(source), text)
 
 
 def encoders_key(source: Source) -> str:
-    """Which text encoders a model has: the commit of a hub snapshot, the content of theirs in a folder."""
+    """Identify a model's text encoders: by commit for a hub snapshot, by content for a folder."""
     return source.commit or content_hash(source.folder, text_files(source))
 
 
 def path_of(source: Source, key: str, text: str = '') -> pathlib.Path:
-    """Where the embedding of a text by the encoders of this key is kept."""
+    """Cache file for the embedding of a text by the encoders with this key."""
     words = f'{source.spec.repo if source.commit else ""} {key} {source.spec.sequence}' + (f' {text}' if text else '')
     return cache_home() / 'prompts' / f'{hashlib.sha256(words.encode()).hexdigest()}.safetensors'
 

@@ -1,4 +1,4 @@
-"""The parts of a model read from its folder: transformer and VAE cut down to what is needed, tokenizers, text encoders."""
+"""Load a model's parts from its folder: transformer and VAE, cut down to what is needed, tokenizers and text encoders."""
 
 from __future__ import annotations
 
@@ -42,17 +42,24 @@ def choose_device(device: str | None) -> torch.device:
 
 
 def choose_dtype(device: torch.device, size: int) -> torch.dtype:
-    """float32 for small models; for others float16 on a GPU, and bfloat16 on a CPU that multiplies in it."""
+    """Choose float32 for small models, else float16 on a GPU, bfloat16 on a CPU with native support for it, and float32 on other CPUs."""
     if size < SMALL:
         return torch.float32
     if device.type != 'cpu':
         return torch.float16
+    return torch.bfloat16 if has_bfloat16(device) else torch.float32
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is worth using: CPUs without native support emulate it, and convolutions take many times as long."""
+    if device.type != 'cpu':
+        return True
     capable = torch.cpu.get_capabilities()
-    return torch.bfloat16 if any(capable.get(name) for name in BFLOAT16) else torch.float32
+    return any(capable.get(name) for name in BFLOAT16)
 
 
 def weights_hash(family: Family, source: Source, vae: Source | None) -> str:
-    """SHA-256 over the files of transformer and VAE."""
+    """SHA-256 over the files of the transformer and the VAE."""
     if vae is None:
         return content_hash(source.folder, part_files(source.folder, family.LAYOUT.networks))
     hashes = (
@@ -101,7 +108,7 @@ def check_scales(model: Any, path: pathlib.Path) -> None:
 
 
 def cut_model(family: Family, model: Any, part: str, layer: int | None) -> None:
-    """Leave of a transformer what blocks 0..layer need, if its family can be cut, of a VAE the encoder; of both all if layer is None."""
+    """Reduce a transformer to what blocks 0..layer need, if its family allows it, or a VAE to its encoder; None keeps everything."""
     if layer is None:
         return
     if part != family.LAYOUT.denoiser:
@@ -196,8 +203,8 @@ def encoder_values(source: Source, part: str) -> tuple[dict[str, Any], int]:
 
 
 def read_text_encoders(source: Source, dtype: torch.dtype) -> dict[str, Any]:
-    """Text encoders by their folders. On the CPU always: what they give is a constant of the model and must not depend on where it was
-    computed first.
+    """Load the text encoders, keyed by folder. They always run on the CPU: their output is a constant of the model and must not depend on
+    the device that computed it first.
     """
     import transformers
 
@@ -230,7 +237,7 @@ def read_scheduler(family: Family, source: Source) -> Any:
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Hide transformers' progress bars while weights are read from disk or written to it; those of downloads stay visible."""
+    """Hide transformers' progress bars for reading and writing weights on disk; download bars stay visible."""
     from transformers.utils import logging as bars
 
     shown = bars.is_progress_bar_enabled()
@@ -244,7 +251,7 @@ def without_bars() -> Iterator[None]:
 
 @contextmanager
 def without_advice() -> Iterator[None]:
-    """Hide transformers' advice to programmers, such as on imports of diffusers' pipelines that are not used here."""
+    """Hide transformers' developer advice, such as warnings about imports of pipelines that padseg does not use."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -256,7 +263,7 @@ def without_advice() -> Iterator[None]:
 
 
 def clip_tokenizer(source: Source, part: str, slots: int) -> Any:
-    """A tokenizer that fills `slots` places. Its vocabulary is looked for first: transformers would make an empty one."""
+    """Load a CLIP tokenizer with maximum length `slots`. Checks for its vocabulary first: transformers would create an empty one."""
     from transformers import CLIPTokenizer
 
     folder = source.folder / part
@@ -264,12 +271,12 @@ def clip_tokenizer(source: Source, part: str, slots: int) -> Any:
         raise ModelUnavailable(f'{part} of {source.model} has no vocabulary: {folder} needs tokenizer.json, or vocab.json and merges.txt')
     tokenizer = read_part(CLIPTokenizer, source, part, 'tokenizer_config.json')
     if tokenizer.model_max_length != slots:
-        raise ModelUnavailable(f'{part} of {source.model} fills {tokenizer.model_max_length} places; expected {slots}')
+        raise ModelUnavailable(f'{part} of {source.model} has {tokenizer.model_max_length} slots; expected {slots}')
     return tokenizer
 
 
 def tokens_of(tokenizer: Any, text: str, first: int, slots: int) -> Tokens:
-    """All tokens of a text, even more than fit, with the places in the text that they stand for."""
+    """Tokenize a text without truncation, and return the tokens with their positions in the text."""
     encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
     special = set(tokenizer.all_special_ids)
     words = tokenizer.convert_ids_to_tokens(encoded.input_ids)

@@ -1,4 +1,4 @@
-"""Models built without memory for weights, cut down to what is needed, and filled with just that from safetensors."""
+"""Build models without allocating weights, cut them down to what is needed, and load only those tensors from safetensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ AnyModule = TypeVar('AnyModule', bound=nn.Module)
 
 
 def build_empty(kind: Any, config: dict[str, Any]) -> Any:
-    """A diffusers model by its configuration, whose parameters have shapes but no memory."""
+    """Build a diffusers model from its configuration, with parameters that have shapes but no memory."""
     with torch.device('meta'):
         return kind.from_config(config)
 
@@ -81,14 +81,14 @@ def refuse_whole_numbers(path: pathlib.Path, label: str) -> None:
 
 
 def refuse_lost(names: Iterable[str], folder: pathlib.Path, label: str) -> None:
-    """ModelUnavailable if weights lack these tensors: they would be left without values."""
+    """Raise ModelUnavailable if the weights lack any tensors: those would stay uninitialised."""
     lost = sorted(names)
     if lost:
         raise ModelUnavailable(f'{label} is incomplete: the weights in {folder} lack {len(lost)} tensors, {lost[0]} first')
 
 
 def refuse_surplus(names: Iterable[str], folder: pathlib.Path, label: str) -> None:
-    """ModelUnavailable if weights hold these tensors beside those of the model: its configuration is another model's."""
+    """Raise ModelUnavailable if the weights hold extra tensors: the configuration belongs to another model."""
     more = sorted(names)
     if more:
         raise ModelUnavailable(

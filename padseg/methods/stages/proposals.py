@@ -10,13 +10,13 @@ from padseg.errors import UsageError
 from padseg.methods.options import NORMALISATIONS, RANGE_ADDED
 from padseg.types import Proposals, TokenMaps
 
-EPS = 1e-12  # floor of a probability inside a logarithm; the smallest share that 77 maps of 64 x 64 give is about 1e-6
+EPS = 1e-12  # floor for probabilities in logarithms; the smallest share in 77 maps of 64 x 64 is about 1e-6
 
 
 def merge(maps: TokenMaps, threshold: float = 0.1, normalisation: str = 'released') -> Proposals:
     """Proposals from token maps: normalised, then every group of near maps averaged (DiffSeg, Sec. 3.3; Seg4Diff, Sec. 4.2).
 
-    threshold >= 0 bounds half the symmetric KL divergence between maps as distributions over space: 0 merges nothing, inf everything.
+    threshold >= 0 bounds half the symmetric KL divergence between maps as distributions over space: 0 merges none, inf merges all.
     """
     if not threshold >= 0:
         raise UsageError(f'threshold is a number >= 0 or inf; got {threshold}')
@@ -27,7 +27,7 @@ def merge(maps: TokenMaps, threshold: float = 0.1, normalisation: str = 'release
 
 
 def normalise(maps: Tensor, normalisation: str) -> Tensor:
-    """(T, h, w) -> the same in float64.
+    """Normalise maps (T, h, w), as float64.
 
     `released`: each pixel to 0..1 over the tokens, then a softmax of each map over space (Seg4Diff's released code, whose range has
     1e-6 added); `minmax-softmax`: each map to 0..1 over space, then the same softmax; `sum`: each map divided by its sum over space
@@ -48,7 +48,7 @@ def normalise(maps: Tensor, normalisation: str) -> Tensor:
 
 
 def spatial(rows: Tensor) -> Tensor:
-    """Rows as distributions over space, a row of zeros as the even one: (T, N) -> (T, N)."""
+    """Normalise rows to distributions over space, a row of zeros to the uniform one: (T, N) -> (T, N)."""
     total = rows.sum(1, keepdim=True)
     return (rows / total.clamp_min(1e-300)).masked_fill_(~(total > 0), 1 / rows.shape[1])
 
@@ -61,9 +61,9 @@ def symmetric_kl(p: Tensor) -> Tensor:
 
 
 def greedy_groups(distance: Tensor, threshold: float) -> tuple[tuple[int, ...], ...]:
-    """One pass over the maps: each one that is not yet taken becomes an anchor and takes all maps nearer than the threshold.
+    """Group maps in one pass: each map not yet taken becomes an anchor and takes all maps closer than the threshold.
 
-    As in the released code a map that an earlier anchor took is averaged into later groups too, so groups may overlap.
+    As in the released code, maps taken by an earlier anchor are also averaged into later groups, so groups may overlap.
     """
     near = (distance < threshold).cpu().numpy()  # (T, T)
     np.fill_diagonal(near, True)
