@@ -15,6 +15,7 @@ import numpy as np
 import PIL.Image
 
 from padseg.errors import NoImages, UsageError
+from padseg.images.apart import count_apart, decode_apart, size_apart, start_decoding
 from padseg.images.decode import (
     DAMAGE,
     DECODERS,
@@ -22,16 +23,17 @@ from padseg.images.decode import (
     FRAMES,
     MAX_BYTES,
     MAX_FRAMES,
+    MAX_MEMORY,
     MAX_PIXELS,
+    MAX_SECONDS,
     Decoded,
     ImageError,
     Reading,
-    count_frames,
     decode,
     decode_pillow,
     decode_with_notes,
-    reasons,
 )
+from padseg.images.files import contents
 from padseg.types import Array, Image
 
 # The rest of the package has all that is about pictures from here.
@@ -42,7 +44,9 @@ __all__ = [
     'FRAMES',
     'MAX_BYTES',
     'MAX_FRAMES',
+    'MAX_MEMORY',
     'MAX_PIXELS',
+    'MAX_SECONDS',
     'SUFFIXES',
     'Decoded',
     'Found',
@@ -55,12 +59,15 @@ __all__ = [
     'collisions',
     'contents',
     'decode',
+    'decode_apart',
     'decode_with_notes',
     'file_and_frame',
     'find',
     'frames_of',
     'ignores_case',
     'read',
+    'size_apart',
+    'start_decoding',
 ]
 
 Readable = Image | PIL.Image.Image | str | Path | IO[bytes]  # a picture, or where its file is
@@ -119,9 +126,7 @@ def frames_of(picture: Found, reading: Reading) -> list[Found]:
     if reading.frames == 'first':
         return [picture]
     try:
-        check_file(picture.path, reading)
-        with picture.path.open('rb') as file, reasons():
-            number = count_frames(file, reading)
+        number = count_apart(picture.path, reading)
     except (ImageError, OSError):
         return [picture]
     if not 1 < number <= MAX_FRAMES:
@@ -198,17 +203,3 @@ def from_file(file: Any) -> Image:
 def read(path: str | Path, reading: Reading = Reading()) -> Image:
     """The picture in a file, (H, W, 3) uint8 RGB, upright. Raises ImageError with the reason, OSError if the file cannot be read."""
     return decode(contents(Path(path), reading), reading)
-
-
-def contents(path: Path, reading: Reading = Reading()) -> bytes:
-    """The bytes of a file. Raises ImageError if it is too large or not a file, which is found out before it is read; and OSError."""
-    check_file(path, reading)
-    return path.read_bytes()
-
-
-def check_file(path: Path, reading: Reading) -> None:
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise ImageError('not a regular file')  # a pipe would be waited for
-    if status.st_size > reading.max_bytes:
-        raise ImageError(f'file of {status.st_size} bytes exceeds {reading.max_bytes}')

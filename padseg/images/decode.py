@@ -8,7 +8,7 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -50,6 +50,8 @@ DECODERS = {
 MAX_PIXELS = 89_000_000
 MAX_BYTES = 1_000_000_000
 MAX_FRAMES = 1000  # of one file: more are an attack or a film
+MAX_SECONDS = 30.0  # of a processor, for one picture: the largest that is allowed takes a tenth
+MAX_MEMORY = 2_000_000_000
 EXIF = ('apply', 'ignore')
 FRAMES = ('first', 'all')
 UNREADABLE_EXIF = ('EXIF data not readable',)
@@ -70,7 +72,8 @@ class Reading(NamedTuple):
     exif: whether a picture is turned upright as its EXIF data say, one of EXIF; frames: of an animation or a file of many pages, one of
     FRAMES; value_range: which samples become black and white, of pictures with samples of floats or 32 bits, which are refused without
     it; background: RGB behind what is transparent; void: tell which pixels are fully transparent; shrink: reduce pictures of more
-    pixels than this.
+    pixels than this. max_seconds, max_memory: seconds of a processor and bytes, beside the file's own, that decoding may take; only
+    where it is done in a process of its own.
     """
 
     max_pixels: int = MAX_PIXELS
@@ -81,6 +84,8 @@ class Reading(NamedTuple):
     background: tuple[int, int, int] = (255, 255, 255)
     void: bool = False
     shrink: int | None = None
+    max_seconds: float = MAX_SECONDS
+    max_memory: int = MAX_MEMORY
 
 
 class Decoded(NamedTuple):
@@ -113,12 +118,29 @@ def decode_with_notes(data: bytes, reading: Reading = Reading(), frame: int = 0)
     if not data:
         raise ImageError('empty file')
     with reasons():
-        picture = opened_file(io.BytesIO(data), reading)
-        if frame == 0:
-            return unpack(picture, reading, frame_notes(data, picture, reading))
-        picture.seek(frame)
-        check_size(picture, reading)
-        return unpack(picture, reading, ())
+        return decode_frame(opened_bytes(data, reading), data, reading, frame)
+
+
+def decode_frame(picture: ImageFile, data: bytes, reading: Reading, frame: int, step: Callable[[], None] = lambda: None) -> Decoded:
+    """A frame of a file that was opened, and stands at an earlier one or at the first; step: is called for each one on the way.
+
+    Raises ImageError, and what Pillow raises on damage.
+    """
+    if frame == 0:
+        return unpack(picture, reading, frame_notes(data, picture, reading))
+    go_to(picture, frame, step)
+    check_size(picture, reading)
+    return unpack(picture, reading, ())
+
+
+def go_to(picture: ImageFile, frame: int, step: Callable[[], None]) -> None:
+    """Bring a file to a later frame. Those of an animation are made from the ones before."""
+    if not isinstance(picture, TiffImageFile):
+        for number in range(picture.tell() + 1, frame):
+            picture.seek(number)
+            picture.load()
+            step()
+    picture.seek(frame)
 
 
 @contextlib.contextmanager
@@ -134,6 +156,11 @@ def reasons() -> Iterator[None]:
         raise ImageError('not enough memory to decode it: try --shrink, or fewer --workers') from error
     except DAMAGE as error:
         raise ImageError(f'truncated or damaged: {error}') from error
+
+
+def opened_bytes(data: bytes, reading: Reading) -> ImageFile:
+    """The same of a file's bytes."""
+    return opened_file(io.BytesIO(data), reading)
 
 
 def opened_file(file: IO[bytes], reading: Reading) -> ImageFile:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from padseg.errors import ResourceExhausted
 from padseg.exports.classes import write_classes
-from padseg.images import Found
+from padseg.images import Found, start_decoding
 from padseg.run.cluster import results_on_ray
 from padseg.run.convert import write_coco
 from padseg.run.job import (
@@ -101,6 +101,7 @@ def held(job: Job) -> contextlib.AbstractContextManager[None]:
 
 def start(job: Job, pending: list[Found], earlier: Run | None, stop: Stop) -> tuple[Run, Iterator[Entry]]:
     """The run in words, and the records of its pictures, which are made when they are asked for."""
+    start_decoding()
     stages, record = prepare_job(job, earlier)
     write_header(record, home(job.out, job.selection.shard) / 'run.json')
     if job.classes:
@@ -162,7 +163,7 @@ def results(job: Job, stages: Stages, pending: list[Found], stop: Stop) -> Itera
     """Read pictures ahead of the model, make label maps and write results behind it, each in threads of its own; records, in order."""
     with threads(job.workers) as readers, threads(job.workers) as writers:
         depth = job.batch + job.workers
-        taken = ahead(readers, partial(take, job), pending, depth)
+        taken = ahead(readers, partial(take, job, stopped=lambda: stop.asked), pending, depth)
         yield from ahead(writers, partial(complete, job, stages), map_all(job, stages, taken, stop), depth)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 
-from padseg.images import Found, ImageError
-from padseg.images.decode import opened_file, reasons
+from padseg.images import Found, ImageError, size_apart
 from padseg.run.job import Job, outputs
 from padseg.system.disk import free_space, human
 
@@ -14,6 +14,7 @@ from padseg.system.disk import free_space, human
 PER_PIXEL = {'labels': 0.05, 'masks': 0.4, 'overlays': 0.4, 'coco': 0.15}
 RECORD = 1000  # bytes of a line in the manifest
 SAMPLE = 64  # pictures whose size is looked up
+LOOK, LOOKS = 0.5, 5.0  # seconds that it may take for one, and for all
 TOKENS = 77
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,11 @@ def reckon_space(job: Job, pending: list[Found], side: int) -> int:
     names = {*outputs('', job)} | ({'coco'} if job.coco else set())
     per_pixel = sum(PER_PIXEL.get(name, 0.0) for name in names)
     maps = TOKENS * (side // 16) ** 2 * 4 if job.save_maps else 0  # before they are compressed
-    sizes = [size for picture in pending[:: len(pending) // SAMPLE + 1] if (size := pixels(picture, job))]
+    sizes = []
+    ends = time.monotonic() + LOOKS
+    for picture in pending[:: len(pending) // SAMPLE + 1]:
+        if time.monotonic() < ends and (size := pixels(picture, job)):
+            sizes.append(size)
     mean = sum(sizes) / len(sizes) if sizes else 0.0
     return round(len(pending) * (per_pixel * mean + maps + RECORD))
 
@@ -44,8 +49,7 @@ def reckon_space(job: Job, pending: list[Found], side: int) -> int:
 def pixels(picture: Found, job: Job) -> int:
     """Pixels of the label map of a picture, from its file's header; 0 for what cannot be read."""
     try:
-        with picture.path.open('rb') as file, reasons():
-            image = opened_file(file, job.reading)
-            return min(image.width * image.height, job.reading.shrink or image.width * image.height)
+        width, height = size_apart(picture.path, job.reading._replace(max_seconds=min(LOOK, job.reading.max_seconds)))
     except (ImageError, OSError):
         return 0
+    return min(width * height, job.reading.shrink or width * height)

@@ -1,0 +1,169 @@
+"""Whether files hold all the data that their headers promise, where decoders fill in what is missing without a word."""
+
+from __future__ import annotations
+
+import io
+import re
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import PIL.Image
+from PIL.JpegImagePlugin import JpegImageFile
+
+MARKER = re.compile(rb'\xff+([^\x00\xff\xd0-\xd7])')  # none that may stand among the codes of a JPEG scan
+HUFFMAN = (0xC0, 0xC1, 0xC2)  # the kinds of JPEG, by their frame header, that end with zeros where data are missing
+FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
+SCAN, END = 0xDA, 0xD9
+ALONE = {0x01, 0xD8, END}  # markers without data
+MAX_SCANS = 500  # as TurboJPEG's own limit; encoders make a dozen
+FILLER = bytes(range(1, 251)) * 4  # codes that stand for something else than zeros
+MIDDLE = (126, 129)  # what zeros become in a JPEG, with the rounding of colour conversions
+CHUNK = 2**20
+TEXTS = (b'tEXt', b'zTXt', b'iTXt')
+
+
+class Segment(NamedTuple):
+    """A part of a JPEG. code: of its marker; start: where the marker begins; data: where what belongs to it begins; end: where it ends."""
+
+    code: int
+    start: int
+    data: int
+    end: int
+
+
+def segments(data: bytes) -> Iterator[Segment]:
+    """The parts of a JPEG up to its end; codes of a scan are no part of it, but stand between it and the next."""
+    place = 2
+    while match := MARKER.search(data, place):
+        code, begin = match[1][0], match.end()
+        length = 0 if code in ALONE else int.from_bytes(data[begin : begin + 2], 'big')
+        place = begin + length
+        yield Segment(code, match.start(), begin, place)
+        if code == END:
+            return
+
+
+def jpeg_fault(data: bytes) -> str | None:
+    """What is wrong with a JPEG as a whole; None if nothing is."""
+    components: set[int] = set()
+    begun: set[int] = set()
+    scans = 0
+    for segment in segments(data):
+        body = data[segment.data + 2 : segment.end]
+        if segment.code in FRAMES and not components:
+            components = set(body[6::3])
+        if segment.code == SCAN and len(body) >= 4:
+            scans += 1
+            begun |= set(body[1 : 1 + 2 * body[0] : 2]) if body[-3] == 0 else set()  # which begin with the first coefficient
+            if scans > MAX_SCANS:
+                return f'more than {MAX_SCANS} scans'
+    if not components or not components <= begun:
+        return 'truncated or damaged: the data of some colours are missing'
+    return None
+
+
+def is_short_jpeg(data: bytes, picture: JpegImageFile, drafted: tuple[int, int]) -> bool:
+    """Whether a loaded JPEG ends before its last row: then other data in the place of those that are missing change it.
+
+    drafted: the size at which it was decoded.
+    """
+    corner = picture.getpixel((picture.width - 1, picture.height - 1))
+    values = corner if isinstance(corner, tuple) else (corner,)
+    if not all(MIDDLE[0] <= value <= MIDDLE[1] for value in values):
+        return False
+    parts = list(segments(data))
+    if not any(segment.code in HUFFMAN for segment in parts):
+        return False
+    pieces = []
+    for segment, following in zip(parts, parts[1:], strict=False):
+        pieces.append(data[segment.start : following.start])
+        if segment.code == SCAN:
+            pieces.append(FILLER)
+    filled = JpegImageFile(io.BytesIO(data[:2] + b''.join(pieces) + data[parts[-1].start :]))
+    if drafted != filled.size:
+        filled.draft(None, drafted)
+    filled.load()
+    return filled.size != picture.size or any(
+        not np.array_equal(np.asarray(picture.crop(strip)), np.asarray(filled.crop(strip))) for strip in strips_of(picture)
+    )
+
+
+def strips_of(picture: PIL.Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    rows = max(1, CHUNK // picture.width)
+    for top in range(0, picture.height, rows):
+        yield 0, top, picture.width, min(top + rows, picture.height)
+
+
+def chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Name, start and end of the chunks of a PNG, up to its end."""
+    place = 8
+    while place + 12 <= len(data):
+        name, end = data[place + 4 : place + 8], place + 12 + int.from_bytes(data[place : place + 4], 'big')
+        yield name, place, min(end, len(data))
+        if name == b'IEND':
+            return
+        place = end
+
+
+def is_short_png(data: bytes, picture: PIL.Image.Image) -> bool:
+    """Whether the data of a loaded PNG end before its last row."""
+    last = picture.crop((0, picture.height - 1, picture.width, picture.height))
+    interlaced = data[28] == 1
+    if not interlaced and last.getbbox(alpha_only=False):
+        return False  # rows that are missing are zeros
+    needed = png_bytes(picture.width, picture.height, data[24], data[25], interlaced)
+    unpacker = zlib.decompressobj()
+    for name, start, end in chunks(data):
+        if name != b'IDAT':
+            continue
+        part = data[start + 8 : end - 4]
+        while part and needed > 0:
+            needed -= len(unpacker.decompress(part, CHUNK))
+            part = unpacker.unconsumed_tail
+        if needed <= 0 or unpacker.eof:
+            break
+    return needed > 0
+
+
+def png_bytes(width: int, height: int, depth: int, colours: int, interlaced: bool) -> int:
+    """Bytes of a PNG's rows before they are compressed."""
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colours]
+    passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    total = 0
+    for left, top, across, down in passes if interlaced else [(0, 0, 1, 1)]:
+        columns, rows = -(-(width - left) // across), -(-(height - top) // down)
+        total += rows * (1 + (columns * bits + 7) // 8) if columns > 0 and rows > 0 else 0
+    return total
+
+
+def without(data: bytes, names: tuple[bytes, ...]) -> bytes:
+    """A PNG without the chunks of these names."""
+    return data[:8] + b''.join(data[start:end] for name, start, end in chunks(data) if name not in names)
+
+
+def gif_frames(data: bytes, most: int) -> tuple[int, int]:
+    """The number of frames in a GIF, at most so many, and where the first one ends. One that is cut counts."""
+    place = 13 + (3 << (data[10] & 7) + 1 if len(data) > 10 and data[10] & 128 else 0)
+    count = first = 0
+    while place < len(data) and count < most:
+        kind = data[place]
+        if kind == 0x3B:
+            break
+        if kind == 0x21:  # an extension
+            place = after_blocks(data, place + 2)
+        elif kind == 0x2C:  # a picture
+            flags = data[place + 9] if place + 9 < len(data) else 0
+            place = after_blocks(data, place + 11 + (3 << (flags & 7) + 1 if flags & 128 else 0))
+            count += 1
+            first = first or place
+        else:
+            place += 1
+    return count, first
+
+
+def after_blocks(data: bytes, place: int) -> int:
+    while place < len(data) and data[place]:
+        place += data[place] + 1
+    return place + 1
