@@ -26,14 +26,20 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from padseg.errors import PadsegError
 from padseg.images.pixels import CONVENTIONS, TURNS, Colours, Profile, factor, fits_range, is_deep, own_bounds, profile_of, to_rgb, to_void
+from padseg.images.streams import SHORT, gif_frames, is_short_jpeg, is_short_png, jpeg_fault
+from padseg.images.tiff import Tiff, UnknownRange, Unsupported
 from padseg.types import Array, Image
+
+
+Opened = ImageFile | Tiff  # a file whose header was read
+UNKNOWN_RANGE = 'float or 32-bit samples, whose range is not known: give it by --value-range'
 
 
 class Decoder(NamedTuple):
     """A kind of file: what its first bytes look like, and the class that decodes it."""
 
     start: re.Pattern[bytes]
-    open: type[ImageFile]
+    open: Callable[[IO[bytes]], Opened]
 
 
 # The decoders that are let near a stranger's file; Pillow knows many more. They are called by their classes because PIL.Image.open
@@ -43,7 +49,7 @@ DECODERS = {
     'PNG': Decoder(re.compile(rb'\x89PNG\r\n\x1a\n'), PngImageFile),
     'WEBP': Decoder(re.compile(rb'RIFF....WEBPVP8', re.DOTALL), WebPImageFile),
     'BMP': Decoder(re.compile(rb'BM'), BmpImageFile),
-    'TIFF': Decoder(re.compile(rb'(?:II|MM)(?:[*+]\0|\0[*+])'), TiffImageFile),
+    'TIFF': Decoder(re.compile(rb'(?:II|MM)(?:[*+]\0|\0[*+])'), Tiff),
     'GIF': Decoder(re.compile(rb'GIF8[79]a'), GifImageFile),
     'PPM': Decoder(re.compile(rb'P[1-6f]\s'), PpmImageFile),
 }
@@ -121,21 +127,21 @@ def decode_with_notes(data: bytes, reading: Reading = Reading(), frame: int = 0)
         return decode_frame(opened_bytes(data, reading), data, reading, frame)
 
 
-def decode_frame(picture: ImageFile, data: bytes, reading: Reading, frame: int, step: Callable[[], None] = lambda: None) -> Decoded:
+def decode_frame(picture: Opened, data: bytes, reading: Reading, frame: int, step: Callable[[], None] = lambda: None) -> Decoded:
     """A frame of a file that was opened, and stands at an earlier one or at the first; step: is called for each one on the way.
 
     Raises ImageError, and what Pillow raises on damage.
     """
     if frame == 0:
-        return unpack(picture, reading, frame_notes(data, picture, reading))
+        return unpack(picture, reading, frame_notes(data, picture, reading), data)
     go_to(picture, frame, step)
     check_size(picture, reading)
     return unpack(picture, reading, ())
 
 
-def go_to(picture: ImageFile, frame: int, step: Callable[[], None]) -> None:
+def go_to(picture: Opened, frame: int, step: Callable[[], None]) -> None:
     """Bring a file to a later frame. Those of an animation are made from the ones before."""
-    if not isinstance(picture, TiffImageFile):
+    if not isinstance(picture, Tiff):
         for number in range(picture.tell() + 1, frame):
             picture.seek(number)
             picture.load()
@@ -158,12 +164,20 @@ def reasons() -> Iterator[None]:
         raise ImageError(f'truncated or damaged: {error}') from error
 
 
-def opened_bytes(data: bytes, reading: Reading) -> ImageFile:
-    """The same of a file's bytes."""
+def opened_bytes(data: bytes, reading: Reading) -> Opened:
+    """The same of a file's bytes. Raises ImageError for what can be seen to be wrong with them as a whole."""
+    if is_kind(data, 'JPEG') and (fault := jpeg_fault(data)):
+        raise ImageError(fault)
+    if is_kind(data, 'GIF') and reading.frames == 'first':
+        data = data[: gif_frames(data, 1)[1]] + b';'  # Pillow would go on to those that follow where the data of the first are short
     return opened_file(io.BytesIO(data), reading)
 
 
-def opened_file(file: IO[bytes], reading: Reading) -> ImageFile:
+def is_kind(data: bytes, kind: str) -> bool:
+    return DECODERS[kind].start.match(data) is not None
+
+
+def opened_file(file: IO[bytes], reading: Reading) -> Opened:
     """A file whose header was read and found to be within the limits; its first frame is not decoded yet."""
     start = file.read(16)
     file.seek(0)
@@ -175,24 +189,28 @@ def opened_file(file: IO[bytes], reading: Reading) -> ImageFile:
     return picture
 
 
-def check_size(picture: PIL.Image.Image, reading: Reading) -> None:
-    if picture.width * picture.height > reading.max_pixels:
-        raise ImageError(f'size {picture.width}x{picture.height} exceeds {reading.max_pixels} pixels')
+def check_size(picture: PIL.Image.Image | Tiff, reading: Reading) -> None:
+    width, height = picture.size
+    if width * height > reading.max_pixels:
+        raise ImageError(f'size {width}x{height} exceeds {reading.max_pixels} pixels')
 
 
 def count_frames(file: IO[bytes], reading: Reading) -> int:
     """Frames of an animation or pages of a TIFF, at most MAX_FRAMES + 1; a damaged one is the last that counts."""
     picture = opened_file(file, reading)
-    if isinstance(picture, TiffImageFile):
+    if isinstance(picture, Tiff):
         return count_pages(picture)
+    if isinstance(picture, GifImageFile):
+        file.seek(0)
+        return gif_frames(file.read(), MAX_FRAMES + 1)[0]
     try:
         return min(getattr(picture, 'n_frames', 1), MAX_FRAMES + 1)
     except DAMAGE:
         return picture.tell() + 2
 
 
-def count_pages(picture: TiffImageFile) -> int:
-    """The same for a TIFF. Pillow's own count takes minutes for very many pages."""
+def count_pages(picture: Tiff) -> int:
+    """The same for a TIFF."""
     for page in range(1, MAX_FRAMES + 1):
         try:
             picture.seek(page)
@@ -203,9 +221,9 @@ def count_pages(picture: TiffImageFile) -> int:
     return MAX_FRAMES + 1
 
 
-def frame_notes(data: bytes, picture: ImageFile, reading: Reading) -> tuple[str, ...]:
+def frame_notes(data: bytes, picture: Opened, reading: Reading) -> tuple[str, ...]:
     """That there are more frames than the first. Raises ImageError if all are wanted and there are too many."""
-    if not isinstance(picture, (GifImageFile, TiffImageFile)) and getattr(picture, 'n_frames', 1) == 1:
+    if not isinstance(picture, (GifImageFile, Tiff)) and getattr(picture, 'n_frames', 1) == 1:
         return ()
     number = count_frames(io.BytesIO(data), reading)
     many = f'more than {MAX_FRAMES}' if number > MAX_FRAMES else str(number)
@@ -214,19 +232,30 @@ def frame_notes(data: bytes, picture: ImageFile, reading: Reading) -> tuple[str,
     return (f'first of {many} frames',) if reading.frames == 'first' and number > 1 else ()
 
 
-def unpack(picture: PIL.Image.Image, reading: Reading, notes: tuple[str, ...]) -> Decoded:
+def is_short(picture: PIL.Image.Image, data: bytes) -> bool:
+    """Whether rows are missing at the end of the data from which a picture was loaded, where Pillow does not say so."""
+    if isinstance(picture, JpegImageFile):
+        return is_short_jpeg(data, picture)
+    return isinstance(picture, PngImageFile) and not getattr(picture, 'is_animated', False) and is_short_png(data, picture)
+
+
+def unpack(picture: PIL.Image.Image | Tiff, reading: Reading, notes: tuple[str, ...], data: bytes = b'') -> Decoded:
     """A frame whose size was checked, decoded. Raises ImageError for samples of no known range, and what Pillow raises on damage."""
+    if isinstance(picture, Tiff):
+        picture = page_of(picture, reading)
     bounds = None
     if is_deep(picture):
         bounds = own_bounds(picture) or reading.value_range
         if bounds is None:
-            raise ImageError('float or 32-bit samples, whose range is not known: give it by --value-range')
+            raise ImageError(UNKNOWN_RANGE)
     turn, turn_notes = turning(picture, reading)
     profile, profile_notes = profile_for(picture)
     size = picture.size
     if reading.shrink and isinstance(picture, JpegImageFile):
         draft(picture, factor(size, reading.shrink))
     picture.load()
+    if is_short(picture, data):
+        raise ImageError(SHORT)
     loaded: PIL.Image.Image = picture
     if isinstance(picture, TiffImageFile):
         size = picture.size  # Pillow has turned it
@@ -240,6 +269,16 @@ def unpack(picture: PIL.Image.Image, reading: Reading, notes: tuple[str, ...]) -
         notes = (*notes, f'reduced from {width}x{height}')
     void = None if void is None else np.ascontiguousarray(TURNS[turn](void))
     return Decoded(np.ascontiguousarray(image), void, (height, width), notes + turn_notes + profile_notes)
+
+
+def page_of(picture: Tiff, reading: Reading) -> PIL.Image.Image:
+    """The page of a TIFF as a picture that may have to be loaded yet. Raises ImageError for a layout that is not read."""
+    try:
+        return picture.picture(reading.value_range)
+    except UnknownRange as error:
+        raise ImageError(UNKNOWN_RANGE) from error
+    except Unsupported as error:
+        raise ImageError(str(error)) from error
 
 
 def turning(picture: PIL.Image.Image, reading: Reading) -> tuple[int, tuple[str, ...]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import re
+import itertools
 import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -12,12 +12,15 @@ import numpy as np
 import PIL.Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-MARKER = re.compile(rb'\xff+([^\x00\xff\xd0-\xd7])')  # none that may stand among the codes of a JPEG scan
+SHORT = 'truncated or damaged: the data end before the last row'
+RESTARTS = range(0xD0, 0xD8)
+AMONG_CODES = frozenset((0, 0xFF, *RESTARTS))  # what may follow 0xff among the codes of a JPEG scan
 HUFFMAN = (0xC0, 0xC1, 0xC2)  # the kinds of JPEG, by their frame header, that end with zeros where data are missing
 FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
-SCAN, END = 0xDA, 0xD9
+SCAN, END, INTERVAL = 0xDA, 0xD9, 0xDD
 ALONE = {0x01, 0xD8, END}  # markers without data
 MAX_SCANS = 500  # as TurboJPEG's own limit; encoders make a dozen
+MAX_SEGMENTS = 20_000
 FILLER = bytes(range(1, 251)) * 4  # codes that stand for something else than zeros
 MIDDLE = (126, 129)  # what zeros become in a JPEG, with the rounding of colour conversions
 CHUNK = 2**20
@@ -33,42 +36,79 @@ class Segment(NamedTuple):
     end: int
 
 
+class Frame(NamedTuple):
+    """What the header of a JPEG says. sampling: of each component, across and down."""
+
+    width: int
+    height: int
+    sampling: dict[int, tuple[int, int]]
+
+
 def segments(data: bytes) -> Iterator[Segment]:
     """The parts of a JPEG up to its end; codes of a scan are no part of it, but stand between it and the next."""
     place = 2
-    while match := MARKER.search(data, place):
-        code, begin = match[1][0], match.end()
-        length = 0 if code in ALONE else int.from_bytes(data[begin : begin + 2], 'big')
-        place = begin + length
-        yield Segment(code, match.start(), begin, place)
+    while (start := next_marker(data, place)) is not None:
+        code = data[start + 1]
+        begin = start + 2
+        place = begin + (0 if code in ALONE else int.from_bytes(data[begin : begin + 2], 'big'))
+        yield Segment(code, start, begin, place)
         if code == END:
             return
 
 
-def jpeg_fault(data: bytes) -> str | None:
-    """What is wrong with a JPEG as a whole; None if nothing is."""
-    components: set[int] = set()
-    begun: set[int] = set()
-    scans = 0
-    for segment in segments(data):
-        body = data[segment.data + 2 : segment.end]
-        if segment.code in FRAMES and not components:
-            components = set(body[6::3])
-        if segment.code == SCAN and len(body) >= 4:
-            scans += 1
-            begun |= set(body[1 : 1 + 2 * body[0] : 2]) if body[-3] == 0 else set()  # which begin with the first coefficient
-            if scans > MAX_SCANS:
-                return f'more than {MAX_SCANS} scans'
-    if not components or not components <= begun:
-        return 'truncated or damaged: the data of some colours are missing'
+def next_marker(data: bytes, place: int) -> int | None:
+    """Where the next marker begins that may not stand among the codes of a scan."""
+    while (place := data.find(b'\xff', place)) >= 0 and place + 1 < len(data):
+        if data[place + 1] not in AMONG_CODES:
+            return place
+        place += 1 if data[place + 1] == 0xFF else 2
     return None
 
 
-def is_short_jpeg(data: bytes, picture: JpegImageFile, drafted: tuple[int, int]) -> bool:
-    """Whether a loaded JPEG ends before its last row: then other data in the place of those that are missing change it.
+def jpeg_fault(data: bytes) -> str | None:
+    """What is wrong with a JPEG as a whole; None if nothing is."""
+    frame: Frame | None = None
+    begun: set[int] = set()
+    scans = interval = 0
+    parts = list(itertools.islice(segments(data), MAX_SEGMENTS))
+    for segment, following in zip(parts, [*parts[1:], None], strict=False):
+        body = data[segment.data + 2 : segment.end]
+        if segment.code == INTERVAL and len(body) >= 2:
+            interval = int.from_bytes(body[:2], 'big')
+        elif segment.code in FRAMES and frame is None and len(body) >= 6:
+            frame = frame_of(body)
+        elif segment.code == SCAN and len(body) >= 4 and frame:
+            scans += 1
+            names = body[1 : 1 + 2 * body[0] : 2]
+            begun |= set(names) if body[-3] == 0 else set()  # with the first coefficient
+            codes = data[segment.end : following.start if following else len(data)]
+            if interval and restarts(codes) < (units(frame, names) - 1) // interval:
+                return SHORT
+            if scans > MAX_SCANS:
+                return f'more than {MAX_SCANS} scans'
+    return None if frame and frame.sampling.keys() <= begun else SHORT
 
-    drafted: the size at which it was decoded.
-    """
+
+def frame_of(body: bytes) -> Frame:
+    components = {body[place]: (max(1, body[place + 1] >> 4), max(1, body[place + 1] & 15)) for place in range(6, len(body) - 2, 3)}
+    return Frame(int.from_bytes(body[3:5], 'big'), int.from_bytes(body[1:3], 'big'), components)
+
+
+def restarts(codes: bytes) -> int:
+    return sum(codes.count(bytes((0xFF, number))) for number in RESTARTS)
+
+
+def units(frame: Frame, names: bytes) -> int:
+    """The number of units that a scan of these components is made of: blocks if there is one, else groups of blocks."""
+    across, down = (max(factors) for factors in zip(*frame.sampling.values(), strict=True))
+    if len(names) > 1:
+        return -(-frame.width // (8 * across)) * -(-frame.height // (8 * down))
+    own = frame.sampling.get(names[0], (across, down)) if names else (across, down)
+    return -(-frame.width * own[0] // (8 * across)) * -(-frame.height * own[1] // (8 * down))
+
+
+def is_short_jpeg(data: bytes, picture: JpegImageFile) -> bool:
+    """Whether a loaded JPEG ends before its last row: then other data in the place of those that are missing change it."""
     corner = picture.getpixel((picture.width - 1, picture.height - 1))
     values = corner if isinstance(corner, tuple) else (corner,)
     if not all(MIDDLE[0] <= value <= MIDDLE[1] for value in values):
@@ -82,8 +122,8 @@ def is_short_jpeg(data: bytes, picture: JpegImageFile, drafted: tuple[int, int])
         if segment.code == SCAN:
             pieces.append(FILLER)
     filled = JpegImageFile(io.BytesIO(data[:2] + b''.join(pieces) + data[parts[-1].start :]))
-    if drafted != filled.size:
-        filled.draft(None, drafted)
+    if filled.size != picture.size:
+        filled.draft(None, picture.size)
     filled.load()
     return filled.size != picture.size or any(
         not np.array_equal(np.asarray(picture.crop(strip)), np.asarray(filled.crop(strip))) for strip in strips_of(picture)

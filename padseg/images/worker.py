@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import PIL.ImageCms  # noqa: F401  # before the forks, which then need not
-from PIL.ImageFile import ImageFile
 
-from padseg.images.decode import ImageError, Reading, count_frames, decode_frame, opened_bytes, opened_file, reasons
+from padseg.images.decode import ImageError, Opened, Reading, count_frames, decode_frame, opened_bytes, opened_file, reasons
 from padseg.images.files import contents, opened
 from padseg.images.messages import Gone, receive, send
 
@@ -29,7 +28,7 @@ class Kept(NamedTuple):
     mark: tuple[object, ...]
     data: bytes
     sha256: str
-    picture: ImageFile | None
+    picture: Opened | None
 
 
 def serve() -> None:
