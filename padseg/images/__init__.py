@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 import tempfile
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import IO, Any
 
 import numpy as np
 import PIL.Image
 
-from padseg.errors import NoImages, UsageError
+from padseg.errors import UsageError
 from padseg.images.apart import count_apart, decode_apart, size_apart, start_decoding
 from padseg.images.decode import (
     DAMAGE,
@@ -34,6 +32,7 @@ from padseg.images.decode import (
     decode_with_notes,
 )
 from padseg.images.files import contents
+from padseg.images.finding import LINKED, SUFFIXES, Found, Listing, find, in_words, listing, printable, refuse
 from padseg.types import Array, Image
 
 # The rest of the package has all that is about pictures from here.
@@ -42,6 +41,7 @@ __all__ = [
     'DECODERS',
     'EXIF',
     'FRAMES',
+    'LINKED',
     'MAX_BYTES',
     'MAX_FRAMES',
     'MAX_MEMORY',
@@ -51,6 +51,7 @@ __all__ = [
     'Decoded',
     'Found',
     'ImageError',
+    'Listing',
     'Readable',
     'Reading',
     'WrongPicture',
@@ -65,7 +66,11 @@ __all__ = [
     'find',
     'frames_of',
     'ignores_case',
+    'in_words',
+    'listing',
+    'printable',
     'read',
+    'refuse',
     'size_apart',
     'start_decoding',
 ]
@@ -73,49 +78,10 @@ __all__ = [
 Readable = Image | PIL.Image.Image | str | Path | IO[bytes]  # a picture, or where its file is
 KINDS = 'a picture is a path, a file opened for reading bytes, a PIL image, or a uint8 array (H, W), (H, W, 3) RGB or (H, W, 4) RGBA'
 FRAME = re.compile(r'(.+)\.f(\d{4})', re.DOTALL)
-SUFFIXES = frozenset('.jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .tif .tiff .gif .ppm .pgm .pbm .pnm'.split())
 
 
 class WrongPicture(UsageError, ValueError):
     """An argument that is not a picture; the message says what is accepted."""
-
-
-class Found(NamedTuple):
-    """A picture's file. name: its POSIX path relative to the folder that was searched; frame: which one of it, from 0."""
-
-    path: Path
-    name: str
-    frame: int = 0
-
-
-def find(source: Path, skip: Path | None = None) -> list[Found]:
-    """The picture files in a folder and below, sorted by name; or the one file that `source` is. NoImages if there is no `source`.
-
-    Hidden files, special files, linked folders and the folder `skip` are left out.
-    """
-    if source.is_file():
-        return [Found(source, source.name)]
-    if not source.is_dir():
-        raise NoImages(f'there is no folder or picture {source}')
-    hidden = skip.resolve() if skip else None
-    pictures = []
-    for folder, folders, files in os.walk(source, onerror=refuse):
-        folders[:] = [name for name in folders if name[0] != '.' and Path(folder, name).resolve() != hidden]
-        paths = [Path(folder, name) for name in files if name[0] != '.' and Path(name).suffix.lower() in SUFFIXES]
-        pictures += [Found(path, path.relative_to(source).as_posix()) for path in paths if not is_special(path)]
-    return sorted(pictures, key=lambda picture: picture.name)
-
-
-def refuse(error: OSError) -> NoReturn:
-    raise NoImages(f'cannot list {error.filename}: {error.strerror}') from error
-
-
-def is_special(path: Path) -> bool:
-    """Whether this is a pipe, a socket or a device. A dangling link is not special: it has to be reported."""
-    try:
-        return not stat.S_ISREG(path.stat().st_mode)
-    except OSError:
-        return False
 
 
 def frames_of(picture: Found, reading: Reading) -> list[Found]:

@@ -105,7 +105,7 @@ class Workers:
                 with theirs:
                     self.process = subprocess.Popen(
                         (sys.executable, '-I', '-c', START, *sys.path),
-                        stdin=theirs,
+                        stdin=theirs.fileno(),
                         stdout=subprocess.DEVNULL,
                         stderr=subprocess.DEVNULL,  # where libtiff writes
                         env={**os.environ, **ONE_THREAD},
@@ -174,7 +174,7 @@ def decode_apart(
         image = np.empty((height, width, 3), np.uint8)
         void = np.empty((height, width), np.uint8) if answer['void'] else None
         for array in (image,) if void is None else (image, void):
-            fill(worker.connection, memoryview(array.reshape(-1)), stopped)
+            fill(worker.connection, array.reshape(-1).data, stopped)
         worker.busy = False
     return Decoded(image, None if void is None else void.view(bool), tuple(answer['size']), tuple(answer['notes']))
 

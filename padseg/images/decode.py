@@ -25,11 +25,23 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from padseg.errors import PadsegError
-from padseg.images.pixels import CONVENTIONS, TURNS, Colours, Profile, factor, fits_range, is_deep, own_bounds, profile_of, to_rgb, to_void
-from padseg.images.streams import SHORT, gif_frames, is_short_jpeg, is_short_png, jpeg_fault
+from padseg.images.pixels import (
+    CONVENTIONS,
+    TURNS,
+    Colours,
+    Profile,
+    factor,
+    fits_range,
+    is_clear,
+    is_deep,
+    own_bounds,
+    profile_of,
+    to_rgb,
+    to_void,
+)
+from padseg.images.streams import SHORT, gif_frames, is_short_jpeg, is_short_png, jpeg_fault, lean_png, with_key_colour
 from padseg.images.tiff import Tiff, UnknownRange, Unsupported
 from padseg.types import Array, Image
-
 
 Opened = ImageFile | Tiff  # a file whose header was read
 UNKNOWN_RANGE = 'float or 32-bit samples, whose range is not known: give it by --value-range'
@@ -168,6 +180,12 @@ def opened_bytes(data: bytes, reading: Reading) -> Opened:
     """The same of a file's bytes. Raises ImageError for what can be seen to be wrong with them as a whole."""
     if is_kind(data, 'JPEG') and (fault := jpeg_fault(data)):
         raise ImageError(fault)
+    if is_kind(data, 'PNG'):
+        data, too_large = lean_png(data)
+        picture = opened_file(io.BytesIO(data), reading)
+        if too_large and isinstance(picture, PngImageFile):
+            picture.info['icc_profile'] = too_large
+        return picture
     if is_kind(data, 'GIF') and reading.frames == 'first':
         data = data[: gif_frames(data, 1)[1]] + b';'  # Pillow would go on to those that follow where the data of the first are short
     return opened_file(io.BytesIO(data), reading)
@@ -256,11 +274,10 @@ def unpack(picture: PIL.Image.Image | Tiff, reading: Reading, notes: tuple[str, 
     picture.load()
     if is_short(picture, data):
         raise ImageError(SHORT)
-    loaded: PIL.Image.Image = picture
     if isinstance(picture, TiffImageFile):
         size = picture.size  # Pillow has turned it
-    elif isinstance(picture, JpegImageFile) and picture.mode == 'CMYK' and 'adobe' not in picture.info:
-        loaded = PIL.ImageChops.invert(picture)  # Pillow takes all CMYK for Adobe's, where 0 is full ink
+    loaded = as_meant(picture, data)
+    notes += ('wholly transparent',) if is_clear(loaded) else ()
     by = factor(picture.size, reading.shrink) if reading.shrink else 1
     image = TURNS[turn](to_rgb(loaded, Colours(bounds, profile, reading.background), by))
     void = to_void(loaded, by) if reading.void else None
@@ -269,6 +286,17 @@ def unpack(picture: PIL.Image.Image | Tiff, reading: Reading, notes: tuple[str, 
         notes = (*notes, f'reduced from {width}x{height}')
     void = None if void is None else np.ascontiguousarray(TURNS[turn](void))
     return Decoded(np.ascontiguousarray(image), void, (height, width), notes + turn_notes + profile_notes)
+
+
+def as_meant(picture: PIL.Image.Image, data: bytes) -> PIL.Image.Image:
+    """A loaded picture, where its format means something else than Pillow takes from it."""
+    if isinstance(picture, JpegImageFile) and picture.mode == 'CMYK' and 'adobe' not in picture.info:
+        return PIL.ImageChops.invert(picture)  # Pillow takes all CMYK for Adobe's, where 0 is full ink
+    if isinstance(picture, BmpImageFile) and picture.mode == 'RGBA' and picture.getchannel('A').getextrema() == (0, 0):
+        return picture.convert('RGB')  # many programs leave the fourth byte of a pixel empty
+    if isinstance(picture, PngImageFile) and data and isinstance(picture.info.get('transparency'), (int, tuple)):
+        return with_key_colour(picture, data)
+    return picture
 
 
 def page_of(picture: Tiff, reading: Reading) -> PIL.Image.Image:
@@ -292,9 +320,22 @@ def turning(picture: PIL.Image.Image, reading: Reading) -> tuple[int, tuple[str,
     orientation = exif.get(Base.Orientation, 1)
     if not isinstance(orientation, int) or orientation not in TURNS:
         return 1, ()
+    by_xmp = orientation != 1 and not names_orientation(picture)
+    notes = ('turned as its XMP data say',) if by_xmp and reading.exif == 'apply' else ()
     if isinstance(picture, TiffImageFile):  # which Pillow turns while it loads
-        return 1 if reading.exif == 'apply' else {6: 8, 8: 6}.get(orientation, orientation), ()
-    return orientation if reading.exif == 'apply' else 1, ()
+        return 1 if reading.exif == 'apply' else {6: 8, 8: 6}.get(orientation, orientation), notes
+    return orientation if reading.exif == 'apply' else 1, notes
+
+
+def names_orientation(picture: PIL.Image.Image) -> bool:
+    """Whether EXIF data say how a picture is to be turned. Where they do not, Pillow goes by its XMP data."""
+    if isinstance(picture, TiffImageFile):
+        return Base.Orientation in picture.tag_v2
+    if 'exif' not in picture.info:
+        return 'xmp' not in picture.info and 'XML:com.adobe.xmp' not in picture.info
+    exif = PIL.Image.Exif()
+    exif.load(picture.info['exif'])
+    return Base.Orientation in exif
 
 
 def profile_for(picture: PIL.Image.Image) -> tuple[Profile, tuple[str, ...]]:

@@ -12,6 +12,8 @@ import numpy as np
 import PIL.Image
 from PIL.JpegImagePlugin import JpegImageFile
 
+from padseg.images.pixels import to_bytes
+
 SHORT = 'truncated or damaged: the data end before the last row'
 RESTARTS = range(0xD0, 0xD8)
 AMONG_CODES = frozenset((0, 0xFF, *RESTARTS))  # what may follow 0xff among the codes of a JPEG scan
@@ -25,6 +27,9 @@ FILLER = bytes(range(1, 251)) * 4  # codes that stand for something else than ze
 MIDDLE = (126, 129)  # what zeros become in a JPEG, with the rounding of colour conversions
 CHUNK = 2**20
 TEXTS = (b'tEXt', b'zTXt', b'iTXt')
+NEEDED = (b'XML:com.adobe.xmp\0', b'Raw profile type exif\0')  # texts that say how a picture is turned
+HEAD = 100  # bytes, more than a keyword may take
+MAX_TEXT = 2**20  # bytes that Pillow takes of a text or a colour profile
 
 
 class Segment(NamedTuple):
@@ -110,7 +115,7 @@ def units(frame: Frame, names: bytes) -> int:
 def is_short_jpeg(data: bytes, picture: JpegImageFile) -> bool:
     """Whether a loaded JPEG ends before its last row: then other data in the place of those that are missing change it."""
     corner = picture.getpixel((picture.width - 1, picture.height - 1))
-    values = corner if isinstance(corner, tuple) else (corner,)
+    values = corner if isinstance(corner, tuple) else (corner or 0,)
     if not all(MIDDLE[0] <= value <= MIDDLE[1] for value in values):
         return False
     parts = list(segments(data))
@@ -178,9 +183,51 @@ def png_bytes(width: int, height: int, depth: int, colours: int, interlaced: boo
     return total
 
 
-def without(data: bytes, names: tuple[bytes, ...]) -> bytes:
-    """A PNG without the chunks of these names."""
-    return data[:8] + b''.join(data[start:end] for name, start, end in chunks(data) if name not in names)
+def lean_png(data: bytes) -> tuple[bytes, bytes]:
+    """A PNG without the texts that are of no use here, some of which Pillow refuses; and the start of a colour profile left out too."""
+    parts, profile = [data[:8]], b''
+    for name, start, end in chunks(data):
+        body = data[start + 8 : start + 8 + HEAD] if name in TEXTS or name == b'iCCP' else b''
+        if name == b'iCCP' and unpacks_to_more(data[start + 8 : end - 4].partition(b'\0')[2][1:], MAX_TEXT):
+            profile = body
+        elif name not in TEXTS or (body.startswith(NEEDED) and end - start < MAX_TEXT and not is_bomb(name, data[start + 8 : end - 4])):
+            parts.append(data[start:end])
+    return b''.join(parts), profile
+
+
+def is_bomb(name: bytes, body: bytes) -> bool:
+    """Whether a text unpacks to more than Pillow takes."""
+    keyword, _, rest = body.partition(b'\0')
+    if name == b'zTXt':
+        return unpacks_to_more(rest[1:], MAX_TEXT)
+    return name == b'iTXt' and rest[:1] == b'\1' and unpacks_to_more(rest[2:].split(b'\0', 2)[-1], MAX_TEXT)
+
+
+def unpacks_to_more(data: bytes, most: int) -> bool:
+    try:
+        return len(zlib.decompressobj().decompress(data, most + 1)) > most
+    except zlib.error:
+        return False
+
+
+def with_key_colour(picture: PIL.Image.Image, data: bytes) -> PIL.Image.Image:
+    """A loaded PNG of which one colour is transparent, with what Pillow makes of that put right for depths other than 8."""
+    depth, key = data[24], picture.info['transparency']
+    if depth == 8 or picture.mode == 'P':
+        return picture
+    if depth < 8:
+        copy = picture.copy()
+        copy.info['transparency'] = (key if picture.mode != '1' else key // 255) * 255 // (2**depth - 1)
+        return copy
+    import cv2  # only here: it takes long to import, and Pillow keeps no more than 8 bits of colours
+
+    samples = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
+    if samples is None:
+        raise OSError('OpenCV cannot read it')
+    stored = samples[..., None] if samples.ndim == 2 else samples[..., 2::-1]  # (H, W, bands), in the order of the file
+    clear = (stored == np.array(key, np.uint16)).all(-1)
+    bands = [PIL.Image.fromarray(to_bytes(stored[..., 0], (0, 65535)))] if isinstance(key, int) else list(picture.split())
+    return PIL.Image.merge('LA' if len(bands) == 1 else 'RGBA', [*bands, PIL.Image.fromarray(np.where(clear, 0, 255).astype(np.uint8))])
 
 
 def gif_frames(data: bytes, most: int) -> tuple[int, int]:

@@ -70,7 +70,8 @@ def memory() -> int | None:
 
 def answer(connection: socket.socket, request: dict[str, Any], before: int | None, kept: Kept | None) -> Kept | None:
     """Do what is asked for, within limits; what is to be kept for the next request."""
-    reading = Reading(**{name: tuple(value) if isinstance(value, list) else value for name, value in request['reading'].items()})
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in request['reading'].items()}
+    reading = Reading(**fields)
     path = Path(request['path'])
     try:
         if request['what'] == 'picture':
@@ -117,7 +118,7 @@ def picture(connection: socket.socket, path: Path, reading: Reading, frame: int,
     limit_time(0)
     send(connection, {'shape': image.shape[:2], 'void': void is not None, 'size': size, 'notes': notes})
     for array in (image,) if void is None else (image, void):
-        connection.sendall(memoryview(array).cast('B'))
+        connection.sendall(array.data.cast('B'))
     return file._replace(picture=source) if reading.frames == 'all' and getattr(source, 'is_animated', False) else None
 
 
@@ -140,5 +141,5 @@ def limit_memory(before: int | None, more: int) -> None:
     """Let this process have so many bytes more than before; as many as it may if that is not known."""
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     soft = hard if before is None else before + more
-    with contextlib.suppress(ValueError, OSError):  # more than it may: then that is the limit
+    with contextlib.suppress(ValueError, OSError, OverflowError):  # more than it may: then that is the limit
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

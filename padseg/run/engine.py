@@ -22,7 +22,7 @@ from padseg.run.job import (
 )
 from padseg.run.locks import briefly, exclusive, forget_shards, home, shard_homes, shared
 from padseg.run.picture import OutOfMemory, Stages, Taken, labelled, mapped, save, take
-from padseg.run.plan import choose, plan, refuse_collisions
+from padseg.run.plan import choose, look, plan, refuse_collisions
 from padseg.run.prepare import from_maps, from_model, now
 from padseg.run.records import (
     Entry,
@@ -44,7 +44,8 @@ log = logging.getLogger(__name__)
 
 
 class Counts(NamedTuple):
-    """How a run went. skipped: those of `done` that earlier runs had done; regions: mean of a done picture; signal: what stopped it."""
+    """How a run went. skipped: those of `done` that earlier runs had done; regions: mean of a done picture; signal: what stopped it;
+    unreadable: folders of the source that could not be listed."""
 
     images: int
     done: int
@@ -53,6 +54,7 @@ class Counts(NamedTuple):
     regions: float
     seconds: float
     signal: int | None = None
+    unreadable: int = 0
 
 
 def run(job: Job, progress: Progress = Silent()) -> Counts:
@@ -62,7 +64,8 @@ def run(job: Job, progress: Progress = Silent()) -> Counts:
     is being written.
     """
     began = time.perf_counter()
-    frames, pictures = choose(job)
+    found = look(job)
+    frames, pictures = choose(job, found)
     shard = job.selection.shard
     own = home(job.out, shard)
     with full_disk(job.out), held(job), Stop() as stop:
@@ -82,6 +85,8 @@ def run(job: Job, progress: Progress = Silent()) -> Counts:
             record = earlier
         present = [records[picture.name] for picture in pictures if picture.name in records]
         counts = count(len(pictures), present, skipped, time.perf_counter() - began, stop.signal)
+        counts = counts._replace(unreadable=len(found.unreadable))
+        record = record.model_copy(update={'left_out': found.left_out, 'unreadable': found.unreadable})
         finish_records(own, record, records, counts, worked)
         if not shard:
             forget_shards(job.out)

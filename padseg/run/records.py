@@ -56,7 +56,8 @@ class RunTotals(BaseModel):
 class Run(BaseModel):
     """run.json. requested: settings as asked for; settings: as used, all that decides the results; key: their sha256.
 
-    model, dtype: None for a method that needs no model.
+    model, dtype: None for a method that needs no model. left_out: files of the source that were not taken for pictures, by kind, their
+    number; unreadable: folders in it that could not be listed, with the reason.
     """
 
     status: Literal['running', 'finished', 'interrupted'] = 'running'
@@ -76,6 +77,8 @@ class Run(BaseModel):
     ended: str | None = None
     seconds: float | None = None
     counts: RunTotals = RunTotals()
+    left_out: dict[Name, int] = {}
+    unreadable: dict[Name, str] = {}
 
 
 def read_run(path: Path) -> Run | None:
