@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -34,7 +33,8 @@ def refuse_special(status: os.stat_result) -> None:
 def contents(path: Path, reading: Reading = Reading()) -> bytes:
     """The bytes of a file. Raises as `opened`."""
     with opened(path, reading) as file:
-        data = file.read(min(reading.max_bytes, sys.maxsize - 1) + 1)
-    if len(data) > reading.max_bytes:  # it has grown
-        raise ImageError(f'file of more than {reading.max_bytes} bytes')
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(size + 1)
+    if len(data) > size:
+        raise ImageError('the file grew while it was read')
     return data
