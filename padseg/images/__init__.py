@@ -59,6 +59,7 @@ __all__ = [
     'as_images',
     'collisions',
     'contents',
+    'count_apart',
     'decode',
     'decode_apart',
     'decode_with_notes',

@@ -68,6 +68,7 @@ DECODERS = {
 MAX_PIXELS = 89_000_000
 MAX_BYTES = 1_000_000_000
 MAX_FRAMES = 1000  # of one file: more are an attack or a film
+ALL_FRAMES = 100  # how many times the pixels allowed for a picture all frames of an animation may have
 MAX_SECONDS = 30.0  # of a processor, for one picture: the largest that is allowed takes a tenth
 MAX_MEMORY = 2_000_000_000
 EXIF = ('apply', 'ignore')
@@ -227,6 +228,13 @@ def count_frames(file: IO[bytes], reading: Reading) -> int:
         return picture.tell() + 2
 
 
+def frames_to_read(file: IO[bytes], reading: Reading) -> int:
+    """The same, but MAX_FRAMES + 1 also where the frames are too large together."""
+    number = count_frames(file, reading)
+    file.seek(0)
+    return MAX_FRAMES + 1 if are_too_large(opened_file(file, reading), number, reading) else number
+
+
 def count_pages(picture: Tiff) -> int:
     """The same for a TIFF."""
     for page in range(1, MAX_FRAMES + 1):
@@ -239,6 +247,12 @@ def count_pages(picture: Tiff) -> int:
     return MAX_FRAMES + 1
 
 
+def are_too_large(picture: Opened, frames: int, reading: Reading) -> bool:
+    """Whether the frames of an animation hold too many pixels together, which few bytes can. Pages of a TIFF have sizes of their own."""
+    width, height = picture.size
+    return not isinstance(picture, Tiff) and frames * width * height > ALL_FRAMES * reading.max_pixels
+
+
 def frame_notes(data: bytes, picture: Opened, reading: Reading) -> tuple[str, ...]:
     """That there are more frames than the first. Raises ImageError if all are wanted and there are too many."""
     if not isinstance(picture, (GifImageFile, Tiff)) and getattr(picture, 'n_frames', 1) == 1:
@@ -247,6 +261,9 @@ def frame_notes(data: bytes, picture: Opened, reading: Reading) -> tuple[str, ..
     many = f'more than {MAX_FRAMES}' if number > MAX_FRAMES else str(number)
     if reading.frames == 'all' and number > MAX_FRAMES:
         raise ImageError(f'{many} frames')
+    if reading.frames == 'all' and are_too_large(picture, number, reading):
+        width, height = picture.size
+        raise ImageError(f'{many} frames of {width}x{height} are more than {ALL_FRAMES * reading.max_pixels} pixels together')
     return (f'first of {many} frames',) if reading.frames == 'first' and number > 1 else ()
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import PIL.ImageCms  # noqa: F401  # before the forks, which then need not
 
-from padseg.images.decode import ImageError, Opened, Reading, count_frames, decode_frame, opened_bytes, opened_file, reasons
+from padseg.images.decode import ImageError, Opened, Reading, decode_frame, frames_to_read, opened_bytes, opened_file, reasons
 from padseg.images.files import contents, opened
 from padseg.images.messages import Gone, receive, send
 
@@ -80,7 +80,7 @@ def answer(connection: socket.socket, request: dict[str, Any], before: int | Non
         limit_memory(before, reading.max_memory)
         with opened(path, reading) as file, reasons():
             if request['what'] == 'frames':
-                send(connection, {'frames': count_frames(file, reading)})
+                send(connection, {'frames': frames_to_read(file, reading)})
             else:
                 send(connection, {'size': opened_file(file, reading).size})
     except ImageError as error:

@@ -223,7 +223,9 @@ def test_a_jpeg_of_too_many_scans():
         decode(data[:-2] + last * 600 + data[-2:])
 
 
-@pytest.mark.parametrize('data', [b'\xff\xd8\xff' + bytes(10_000_000), b'\xff\xd8\xff\xd9', b'\xff\xd8' + b'\xff\xe0\0\2' * 30_000 + b'\xff\xd9'])
+@pytest.mark.parametrize(
+    'data', [b'\xff\xd8\xff' + bytes(10_000_000), b'\xff\xd8\xff\xd9', b'\xff\xd8' + b'\xff\xe0\0\2' * 30_000 + b'\xff\xd9']
+)
 def test_a_jpeg_without_a_picture(data):
     with pytest.raises(ImageError, match=SHORT):
         decode(data)

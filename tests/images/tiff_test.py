@@ -16,14 +16,30 @@ from padseg.images import ImageError, Reading, decode, decode_with_notes
 GREY_WHITE, GREY, RGB, PALETTE = range(4)
 NO, UNKNOWN, MULTIPLIED, ALPHA = (), (0,), (1,), (2,)
 SIZE = (9, 20)
-DEPTHS = [('u', 1), ('u', 2), ('u', 4), ('u', 8), ('u', 12), ('u', 16), ('u', 32), ('i', 8), ('i', 16), ('i', 32), ('f', 16), ('f', 32), ('f', 64)]
+DEPTHS = [
+    ('u', 1),
+    ('u', 2),
+    ('u', 4),
+    ('u', 8),
+    ('u', 12),
+    ('u', 16),
+    ('u', 32),
+    ('i', 8),
+    ('i', 16),
+    ('i', 32),
+    ('f', 16),
+    ('f', 32),
+    ('f', 64),
+]
 TYPES = {1: 1, 2: 1, 4: 1, 8: 1, 12: 2, 16: 2, 32: 4, 64: 8}
 REFUSED_DEPTHS = [('u', 12), ('f', 16), ('f', 64)]
 
 
 def layouts():
     """Every photometric interpretation with the depths, extra samples and orders of planes that make sense with it."""
-    for photometric, (kind, bits), planar, extra in itertools.product(range(4), DEPTHS, (False, True), (NO, UNKNOWN, MULTIPLIED, ALPHA, (0, 0))):
+    for photometric, (kind, bits), planar, extra in itertools.product(
+        range(4), DEPTHS, (False, True), (NO, UNKNOWN, MULTIPLIED, ALPHA, (0, 0))
+    ):
         if photometric == PALETTE and (bits > 8 or kind != 'u' or planar or extra):
             continue
         if bits < 8 and (extra or photometric == RGB):
@@ -38,7 +54,9 @@ def ways(kind, bits, number):
     """Some of the ways to pack and order the same samples, others for every layout."""
     all_ways = [
         {'packing': packing, 'predictor': predictor, 'order': order, 'fill': fill, **parts}
-        for packing, predictor, order, fill, parts in itertools.product((1, 5, 8, 32773), (1, 2, 3), '<>', (1, 2), ({}, {'rows': 4}, {'tile': 16}))
+        for packing, predictor, order, fill, parts in itertools.product(
+            (1, 5, 8, 32773), (1, 2, 3), '<>', (1, 2), ({}, {'rows': 4}, {'tile': 16})
+        )
         if (predictor == 1 or packing in (5, 8))
         and (predictor != 2 or (bits in (8, 16, 32) and kind != 'f'))
         and (predictor != 3 or (kind, bits) == ('f', 32))
@@ -104,7 +122,11 @@ def test_no_layout_is_read_wrongly():
         assert np.abs(image - right).max() <= tolerance, key
         read += 1
     assert read >= 250 and len(refused) < read
-    common = [key for key in refused if key[0] != GREY_WHITE and key[1] == 'u' and key[2] in (1, 2, 4, 8, 16) and not key[3] and key[4] in (NO, ALPHA)]
+    common = [
+        key
+        for key in refused
+        if key[0] != GREY_WHITE and key[1] == 'u' and key[2] in (1, 2, 4, 8, 16) and not key[3] and key[4] in (NO, ALPHA)
+    ]
     assert all(way['packing'] == 5 or way['fill'] == 2 for *_, way in common), common
     print(f'{read} read, {len(refused)} refused')
 
@@ -189,7 +211,9 @@ def test_parts_that_are_missing_are_an_error(photometric, packing):
 
 def test_pillow_writes_what_is_read_alike():
     for mode in ('1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK', 'LAB', 'I;16'):
-        picture = PIL.Image.linear_gradient('L').convert('RGB').convert(mode) if mode not in ('LAB', 'I;16') else PIL.Image.new(mode, (4, 4), 7)
+        picture = (
+            PIL.Image.linear_gradient('L').convert('RGB').convert(mode) if mode not in ('LAB', 'I;16') else PIL.Image.new(mode, (4, 4), 7)
+        )
         file = io.BytesIO()
         picture.save(file, 'TIFF')
         assert decode(file.getvalue()).shape == (picture.height, picture.width, 3)
