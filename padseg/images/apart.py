@@ -27,6 +27,7 @@ from padseg.images.messages import Answer, Gone, fill, receive, send
 
 POLL = 0.1  # seconds after which a thread that waits for a worker looks whether it still has to
 PATIENCE = 10  # how many times the seconds that it may compute a worker may take to answer: other processes need the processor too
+ENDED = 'the process that decodes it was ended: by a fault of the decoder, or for want of memory'
 BEGIN = 120.0  # seconds that the server may take to begin
 START = 'import sys; sys.path[:] = sys.argv[1:]; from padseg.images.worker import serve; serve()'
 ONE_THREAD = {'OPENBLAS_NUM_THREADS': '1', 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}  # NumPy would start some in the server
@@ -74,18 +75,27 @@ class Worker:
                 answer = self.answer(stopped, reading.max_seconds * PATIENCE)
             except Gone as error:
                 if time.monotonic() - began < reading.max_seconds:
-                    raise ImageError('decoding it ended the process: a fault of the decoder, or too little memory') from error
+                    raise ImageError(ENDED) from error
                 raise ImageError(f'takes more than {reading.max_seconds:g} s to decode: see --max-seconds') from error
             if 'step' not in answer:
                 return answer
 
     def end(self) -> None:
-        with contextlib.suppress(OSError):
-            if self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b'':
-                return self.connection.close()  # it has ended, and its number may be another's
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.process, signal.SIGKILL)
+        if self.is_there():  # or its number may be another's by now
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process, signal.SIGKILL)
         self.connection.close()
+
+    def is_there(self) -> bool:
+        self.connection.settimeout(0)
+        try:
+            return self.connection.recv(1, socket.MSG_PEEK) != b''
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        finally:
+            self.connection.settimeout(POLL)
 
 
 class Workers:
@@ -119,6 +129,8 @@ class Workers:
         worker = self.idle_or_new(stopped)
         try:
             yield worker
+        except Gone as error:
+            raise ImageError(ENDED) from error
         finally:
             if worker.busy:
                 worker.end()
@@ -127,7 +139,11 @@ class Workers:
 
     def idle_or_new(self, stopped: Stopped) -> Worker:
         with contextlib.suppress(IndexError):
-            return self.idle.pop()
+            while True:
+                worker = self.idle.pop()
+                if worker.is_there():
+                    return worker
+                worker.end()
         for anew in (False, True):  # somebody may have killed the server
             ours, theirs = socket.socketpair()
             try:

@@ -32,13 +32,16 @@ class Kept(NamedTuple):
 
 
 def serve() -> None:
-    """Make a worker for each connection that comes over the socket that is standard input, until nobody holds its other end."""
+    """Make a worker for each connection that comes over the socket that is standard input, until nobody holds its other end.
+
+    This process leads a group of its own.
+    """
     server = socket.socket(fileno=0)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how they ended
     while True:
         word, handles, _, _ = socket.recv_fds(server, 1, 1)
         if not word:
-            return
+            os.killpg(0, signal.SIGKILL)  # the workers too, which may be in the middle of something that nobody waits for
         for handle in handles:
             if not os.fork():
                 server.close()
