@@ -98,6 +98,21 @@ class Worker:
             self.connection.settimeout(POLL)
 
 
+def started(connection: socket.socket) -> subprocess.Popen[bytes]:
+    """The server at the other end of a connection. PadsegError if it cannot be started."""
+    try:
+        return subprocess.Popen(
+            (sys.executable, '-I', '-c', START, *sys.path),
+            stdin=connection.fileno(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,  # where libtiff writes
+            env={**os.environ, **ONE_THREAD},
+            start_new_session=True,  # Ctrl-C is for the process that asks
+        )
+    except OSError as error:
+        raise PadsegError(f'cannot start the process that decodes pictures, {sys.executable}: {error.strerror}') from error
+
+
 class Workers:
     """The processes that decode for this one: the server, and the workers that have nothing to do."""
 
@@ -111,16 +126,10 @@ class Workers:
         """The connection to the server, which is started if there is none, or `anew`."""
         with self.lock:
             if self.server is None or anew:
-                self.server, theirs = socket.socketpair()
+                ours, theirs = socket.socketpair()
                 with theirs:
-                    self.process = subprocess.Popen(
-                        (sys.executable, '-I', '-c', START, *sys.path),
-                        stdin=theirs.fileno(),
-                        stdout=subprocess.DEVNULL,
-                        stderr=subprocess.DEVNULL,  # where libtiff writes
-                        env={**os.environ, **ONE_THREAD},
-                        start_new_session=True,  # Ctrl-C is for the process that asks
-                    )
+                    self.process = started(theirs)
+                self.server = ours
             return self.server
 
     @contextlib.contextmanager
