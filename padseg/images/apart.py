@@ -53,9 +53,10 @@ class Worker:
         self.process = int(receive(connection, stopped, BEGIN)['process'])
         self.busy = False
 
-    def ask(self, reading: Reading, **request: Any) -> None:
+    def ask(self, what: str, path: Path, reading: Reading, frame: int = 0) -> None:
         self.busy = True
-        send(self.connection, {**request, 'reading': reading._asdict()})
+        # absolute: this process may be in another folder than when the server was started
+        send(self.connection, {'what': what, 'path': str(path.absolute()), 'frame': frame, 'reading': reading._asdict()})
 
     def answer(self, stopped: Stopped, seconds: float = math.inf) -> Answer:
         """What it says next. Raises what it says went wrong, as ImageError or OSError."""
@@ -191,7 +192,7 @@ def decode_apart(
     Raises ImageError with the reason, OSError if the file cannot be read.
     """
     with WORKERS.one(stopped) as worker:
-        worker.ask(reading, what='picture', path=str(path), frame=frame)
+        worker.ask('picture', path, reading, frame)
         read = worker.answer(stopped)
         known(read['bytes'], read['sha256'])
         answer = worker.last_answer(reading, stopped)
@@ -217,7 +218,7 @@ def size_apart(path: Path, reading: Reading) -> tuple[int, int]:
 
 def looked_up(path: Path, reading: Reading, what: str) -> Any:
     with WORKERS.one(never) as worker:
-        worker.ask(reading, what=what, path=str(path))
+        worker.ask(what, path, reading)
         answer = worker.last_answer(reading, never)
         worker.busy = False
     return answer[what]

@@ -208,6 +208,13 @@ def test_a_fork_has_processes_of_its_own():
     assert total == decode_apart(PICTURES[0], Reading()).image.sum() and not before & set(processes)
 
 
+def test_a_relative_path_is_of_this_process(tmp_path, monkeypatch):
+    put(tmp_path, 'only-here.png', encoded(PIL.Image.new('RGB', (3, 2)), 'PNG'))
+    decode_apart(PICTURES[0], Reading())
+    monkeypatch.chdir(tmp_path)
+    assert decode_apart(Path('only-here.png'), Reading()).image.shape == (2, 3, 3)
+
+
 def test_many_threads_at_once():
     right = [decode_with_notes(path.read_bytes()).image for path in PICTURES]
     with ThreadPoolExecutor(4) as pool:

@@ -69,7 +69,7 @@ def test_nothing_is_said_of_files_that_are_no_pictures(tmp_path, caplog):
     assert caplog.text == ''
 
 
-@pytest.mark.parametrize(('name', 'words'), [('a.HEIC', '1 .heic: convert them to JPEG or PNG'), ('a', '1 no suffix: convert'), ('b/a.jpg', '')])
+@pytest.mark.parametrize(('name', 'words'), [('a.HEIC', '1 .heic: convert them to JPEG or PNG'), ('a', '1 no suffix'), ('b/a.jpg', '')])
 def test_a_folder_of_nothing_else_is_told_what_to_do(name, words, tmp_path, capsys):
     put_picture(tmp_path / 'x' / name)
     (tmp_path / 'in').mkdir()

@@ -1,4 +1,4 @@
-"""PNG, BMP, JPEG, WebP, GIF and PPM of every kind against what was put into them, and against OpenCV; data that are missing are an error."""
+"""PNG, BMP, JPEG, WebP, GIF and PPM of every kind against what was put into them, and OpenCV; missing data are an error."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def files():
 
 
 def test_no_layout_is_read_wrongly():
-    read, refused = 0, []
+    read, refused, reasons = 0, [], set()
     for key, samples, colours, data in files():
         photometric, kind, bits, _, extra, _ = key
         bounds = range_of(kind, bits)
@@ -114,14 +114,14 @@ def test_no_layout_is_read_wrongly():
         try:
             image = decode(data, Reading(value_range=bounds))
         except ImageError as error:
-            assert str(error).startswith('not supported: '), (key, str(error))
+            reasons.add(str(error)[:15])
             refused.append(key)
             continue
         # 16-bit colours lose their lower byte, and multiplied ones come back with what rounding left of them
         tolerance = {MULTIPLIED: 4, ALPHA: 3}.get(extra, 1) + 0.01
         assert np.abs(image - right).max() <= tolerance, key
         read += 1
-    assert read >= 250 and len(refused) < read
+    assert read >= 250 and len(refused) < read and reasons == {'not supported: '}
     common = [
         key
         for key in refused
