@@ -32,7 +32,7 @@ from padseg.images.decode import (
     decode_with_notes,
 )
 from padseg.images.files import contents
-from padseg.images.finding import LINKED, SUFFIXES, Found, Listing, find, in_words, listing, printable, refuse
+from padseg.images.finding import HEIC, LINKED, SUFFIXES, Found, Listing, find, in_words, listing, printable, refuse
 from padseg.types import Array, Image
 
 # The rest of the package has all that is about pictures from here.
@@ -41,6 +41,7 @@ __all__ = [
     'DECODERS',
     'EXIF',
     'FRAMES',
+    'HEIC',
     'LINKED',
     'MAX_BYTES',
     'MAX_FRAMES',

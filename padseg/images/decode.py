@@ -14,6 +14,7 @@ from typing import IO, NamedTuple
 import numpy as np
 import PIL.Image
 import PIL.ImageChops
+from PIL.AvifImagePlugin import AvifImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ExifTags import Base
 from PIL.GifImagePlugin import GifImageFile
@@ -25,6 +26,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from padseg.errors import PadsegError
+from padseg.images.finding import AVIF, HEIC, SUFFIXES
 from padseg.images.pixels import (
     CONVENTIONS,
     TURNS,
@@ -54,6 +56,14 @@ class Decoder(NamedTuple):
     open: Callable[[IO[bytes]], Opened]
 
 
+def heic(file: IO[bytes]) -> ImageFile:
+    """A HEIC file, by a library that need not be there."""
+    from pillow_heif import HeifImageFile
+
+    picture: ImageFile = HeifImageFile(file)
+    return picture
+
+
 # The decoders that are let near a stranger's file; Pillow knows many more. They are called by their classes because PIL.Image.open
 # refuses large pictures by a setting of the whole process, where a run has a limit of its own.
 DECODERS = {
@@ -64,6 +74,8 @@ DECODERS = {
     'TIFF': Decoder(re.compile(rb'(?:II|MM)(?:[*+]\0|\0[*+])'), Tiff),
     'GIF': Decoder(re.compile(rb'GIF8[79]a'), GifImageFile),
     'PPM': Decoder(re.compile(rb'P[1-6f]\s'), PpmImageFile),
+    **({'AVIF': Decoder(re.compile(rb'....ftypavi[fs]', re.DOTALL), AvifImageFile)} if AVIF in SUFFIXES else {}),
+    **({'HEIC': Decoder(re.compile(rb'....ftyp(?:hei[cfmsx]|mif1)', re.DOTALL), heic)} if HEIC in SUFFIXES else {}),
 }
 MAX_PIXELS = 89_000_000
 MAX_BYTES = 1_000_000_000
@@ -269,6 +281,8 @@ def frame_notes(data: bytes, picture: Opened, reading: Reading) -> tuple[str, ..
 
 def is_short(picture: PIL.Image.Image, data: bytes) -> bool:
     """Whether rows are missing at the end of the data from which a picture was loaded, where Pillow does not say so."""
+    if not data:  # a picture that somebody else opened
+        return False
     if isinstance(picture, JpegImageFile):
         return is_short_jpeg(data, picture)
     return isinstance(picture, PngImageFile) and not getattr(picture, 'is_animated', False) and is_short_png(data, picture)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import stat
@@ -9,9 +10,18 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+import PIL.features
+
 from padseg.errors import NoImages
 
-SUFFIXES = frozenset('.jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .tif .tiff .gif .ppm .pgm .pbm .pnm'.split())
+AVIF, HEIC = '.avif', '.heic'
+SUFFIXES = frozenset(
+    [
+        *'.jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .tif .tiff .gif .ppm .pgm .pbm .pnm'.split(),
+        *([AVIF] if PIL.features.check('avif') else []),  # if Pillow was built with it
+        *([HEIC, '.heif', '.hif'] if importlib.util.find_spec('pillow_heif') else []),
+    ]
+)
 OTHERS = frozenset(  # of pictures that padseg does not read
     '.heic .heif .hif .avif .jp2 .j2k .jpx .jxl .jxr .tga .psd .exr .hdr .dng .cr2 .cr3 .nef .arw .orf .raf .svg .ico .pcx .qoi'.split()
 )
@@ -116,7 +126,7 @@ def seems_a_picture(path: Path, kind: str) -> bool:
         return path.suffix.lower() in SUFFIXES and not path.name.startswith('._')  # which macOS puts beside every file
     if kind == NO_SUFFIX:
         return begins_like_a_picture(path)
-    return kind in OTHERS or kind == SPECIAL or NEARLY.search(path.name) is not None
+    return kind in OTHERS - SUFFIXES or kind == SPECIAL or NEARLY.search(path.name) is not None
 
 
 def begins_like_a_picture(path: Path) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from padseg.errors import NoImages, UsageError
-from padseg.images import LINKED, Found, Listing, collisions, frames_of, ignores_case, in_words, listing, printable
+from padseg.images import HEIC, LINKED, Found, Listing, collisions, frames_of, ignores_case, in_words, listing, printable
 from padseg.run.job import Job, outputs
 from padseg.run.locks import all_records
 from padseg.run.records import (
@@ -64,7 +64,9 @@ def remedy(kinds: dict[str, int]) -> str:
     """What to do about a folder with nothing but such files."""
     if LINKED in kinds and len(kinds) == 1:
         return 'name the folder itself, as links to folders are not followed'
-    return 'convert them to JPEG or PNG first'
+    if HEIC in kinds:
+        return 'convert them to JPEG or PNG, or install pillow-heif to have HEIC read'
+    return 'convert them to JPEG or PNG'
 
 
 def refuse_collisions(out: Path, pictures: list[Found]) -> None:

@@ -20,7 +20,7 @@ from padseg.images import find, listing
 
 NAMES = [
     *('a.png', 'g.JPEG', 'h.PnG', 'real/r.png', 'folder.png/inside.png'),
-    *('b.HEIC', 'c.avif', 'd.jp2', 'i.tga', 'e.png ', 'f.jpg_large', 'j.png~', 'k.png.bak', 'like'),
+    *('b.HEIC', 'c.jxl', 'd.jp2', 'i.tga', 'e.png ', 'f.jpg_large', 'j.png~', 'k.png.bak', 'like'),
     *('README', 'notes.txt', 'a.png.xml', 'Thumbs.db', '.DS_Store', '._a.png', '.h.png', '.hidden/h.png', '__MACOSX/._x.png'),
 ]
 
@@ -43,7 +43,7 @@ def folder(tmp_path):
 def test_what_is_left_out_is_counted(folder):
     found = listing(folder)
     assert [picture.name for picture in found.pictures] == ['a.png', 'folder.png/inside.png', 'g.JPEG', 'h.PnG', 'link.png', 'real/r.png']
-    likely = {'.heic': 1, '.avif': 1, '.jp2': 1, '.tga': 1, '.png ': 1, '.jpg_large': 1, '.png~': 1, '.bak': 1}
+    likely = {'.heic': 1, '.jxl': 1, '.jp2': 1, '.tga': 1, '.png ': 1, '.jpg_large': 1, '.png~': 1, '.bak': 1}
     assert found.like_pictures == likely | {'no suffix': 1, 'linked folder': 1, 'hidden': 1}
     assert found.left_out == likely | {'.txt': 1, '.xml': 1, '.db': 1, 'no suffix': 2, 'linked folder': 1, 'hidden': 4}
     assert found.runs == [] and found.unreadable == {}
@@ -56,7 +56,7 @@ def run(*arguments: object) -> int:
 def test_it_is_said_in_a_line_and_recorded(folder, tmp_path, caplog):
     assert run('--dir', folder, '--out', tmp_path / 'out', '-q') == 0
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith('not read, though they may be pictures: 1 .avif, 1 .bak, 1 .heic') and '\n' not in said
+    assert said.startswith('not read, though they may be pictures: 1 .bak, 1 .heic, 1 .jp2') and '\n' not in said
     record = json.loads((tmp_path / 'out/run.json').read_text())
     assert record['left_out'] == listing(folder).left_out and record['unreadable'] == {}
 

@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from padseg.images import ImageError, Reading, decode, decode_with_notes
+from padseg.images import DECODERS, ImageError, Reading, decode, decode_with_notes, find
 
 NOISE = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
 KINDS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # of PNG: depths by type of colour
@@ -166,6 +166,23 @@ def test_a_wholly_transparent_picture_is_noted(format):
         picture, options = PIL.Image.new('RGBA', (4, 4), (9, 9, 9, 0)), {'lossless': True, 'exact': True} if format == 'WEBP' else {}
     decoded = decode_with_notes(encoded(picture, format, **options))
     assert decoded.notes == ('wholly transparent',) and (decoded.image == 255).all()
+
+
+@pytest.mark.skipif('AVIF' not in DECODERS, reason='Pillow was built without AVIF')
+def test_avif_is_read(tmp_path):
+    picture = PIL.Image.fromarray(NOISE)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(picture, 'AVIF', quality=100, subsampling='4:4:4', exif=exif)
+    right = np.rot90(NOISE, -1).astype(int)
+    assert np.abs(decode(data) - right).max() <= 4
+    seen = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    assert seen is None or np.abs(seen[..., ::-1].astype(int) - NOISE).max() <= 4  # which does not turn it
+    for tenth in range(1, 10):
+        with pytest.raises(ImageError):
+            decode(data[: len(data) * tenth // 10])
+    (tmp_path / 'a.avif').write_bytes(data)
+    assert [found.name for found in find(tmp_path)] == ['a.avif']
 
 
 @pytest.mark.parametrize('mode', ['1', 'L', 'P', 'RGB', 'RGBA'])
