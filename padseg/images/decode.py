@@ -199,8 +199,8 @@ def opened_bytes(data: bytes, reading: Reading) -> Opened:
         if too_large and isinstance(picture, PngImageFile):
             picture.info['icc_profile'] = too_large
         return picture
-    if is_kind(data, 'GIF') and reading.frames == 'first':
-        data = data[: gif_frames(data, 1)[1]] + b';'  # Pillow would go on to those that follow where the data of the first are short
+    if is_kind(data, 'GIF') and reading.frames == 'first' and (end := gif_frames(data, 1)[1]):
+        data = data[:end] + b';'  # Pillow would go on to those that follow where the data of the first are short
     return opened_file(io.BytesIO(data), reading)
 
 

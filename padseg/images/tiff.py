@@ -15,7 +15,7 @@ from padseg.types import Array
 
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, INKS, YCBCR, LAB = 0, 1, 2, 3, 5, 6, 8
 NAMES = {WHITE_IS_ZERO: 'grey', BLACK_IS_ZERO: 'grey', RGB: 'RGB', PALETTE: 'palette', INKS: 'inks', YCBCR: 'YCbCr', LAB: 'LAB'}
-PLAIN, JPEGS = 1, (6, 7)  # of Compression
+PLAIN, OLD_JPEG, JPEGS = 1, 6, (6, 7)  # of Compression; where the parts are, the oldest says in tags of its own
 UNSIGNED, SIGNED, FLOAT = 1, 2, 3  # of SampleFormat
 ALPHAS = (1, 2)  # of ExtraSamples: colours multiplied by it, or not
 MOST_BANDS = 64
@@ -29,7 +29,8 @@ PROFILE = 34675
 class Layout(NamedTuple):
     """How samples are stored in a page, by its tags. kind: SampleFormat; extra: ExtraSamples; swapped: big-endian.
 
-    parts, needed: strips or tiles in the file, and so many as the picture needs; wide_colours: of a palette, that they have 16 bits.
+    parts, needed: strips or tiles in the file, and so many as the picture needs; wide_colours: of a palette, that they have 16 bits;
+    unshared: that the bytes are enough for every pixel to have samples of its own, of 8 bits.
     """
 
     size: tuple[int, int]
@@ -45,6 +46,7 @@ class Layout(NamedTuple):
     parts: int
     needed: int
     wide_colours: bool
+    unshared: bool
 
     @property
     def colours(self) -> int:
@@ -85,7 +87,7 @@ def layout_of(tags: ImageFileDirectory_v2) -> Layout:
     colours = ints(tags, 320, ()) if photometric == PALETTE else ()
     return Layout(
         size=(width, height),
-        photometric=YCBCR if compression == 6 else photometric,
+        photometric=YCBCR if compression == OLD_JPEG else photometric,
         bits=bits,
         kind=kinds[0] if len(set(kinds)) == 1 else 0,
         planar=planar == 2 and count > 1,
@@ -97,6 +99,7 @@ def layout_of(tags: ImageFileDirectory_v2) -> Layout:
         parts=len(ints(tags, 273, ints(tags, 324, ()))),
         needed=parts_needed(tags, width, height) * (count if planar == 2 else 1),
         wide_colours=not colours or max(colours) > 255,
+        unshared=sum(ints(tags, 279, ints(tags, 325, ()))) >= width * height * count,
     )
 
 
@@ -127,8 +130,13 @@ def pillow_is_right(layout: Layout) -> bool:
     if layout.photometric == PALETTE:
         straight = layout.fill == 1 or not plain or layout.bits == (8,)
         return whole and straight and layout.bits in ((1,), (2,), (4,), (8,)) and layout.wide_colours
-    bands = {INKS: 4, LAB: 3}.get(layout.photometric)
-    return whole and layout.bits == (8,) * (bands or 0) and not layout.planar
+    if layout.photometric == YCBCR:  # libtiff sees to colours that are stored for several pixels together; Pillow alone does not
+        return whole and layout.bits == (8, 8, 8) and (not plain or (layout.unshared and not layout.planar))
+    if layout.photometric == INKS and whole and layout.colours == 4 and layout.fill == 1:
+        if set(layout.bits) == {16}:
+            return not layout.extra and not (plain and layout.planar)
+        return set(layout.bits) == {8} and layout.extra in ((), (0,), (0, 0)) and not (plain and layout.planar and kept)
+    return layout.photometric == LAB and whole and layout.bits == (8, 8, 8) and not layout.planar
 
 
 def grey_is_right(layout: Layout) -> bool:
@@ -196,7 +204,7 @@ class Tiff:
 
     def picture(self, value_range: tuple[float, float] | None) -> PIL.Image.Image:
         """The page as a picture: Pillow's, not loaded yet, or one of 8 bits. ValueError as for `range_of`; Unsupported."""
-        if self.layout.parts < self.layout.needed:
+        if self.layout.parts < self.layout.needed and self.layout.compression != OLD_JPEG:
             raise OSError('parts of the picture are missing')
         if not pillow_is_right(self.layout):
             return self.by_tifffile(value_range)

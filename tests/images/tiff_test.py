@@ -209,6 +209,37 @@ def test_parts_that_are_missing_are_an_error(photometric, packing):
             decode(data)
 
 
+INKS, YCBCR, LAB = 5, 6, 8
+OTHERS = [
+    *((INKS, 'u1', planar, extra, packing) for planar in (False, True) for extra in (NO, UNKNOWN, (0, 0)) for packing in (1, 5, 8)),
+    *((INKS, 'u2', planar, NO, packing) for planar in (False, True) for packing in (1, 5, 8)),
+    *((photometric, 'u1', planar, NO, packing) for photometric in (YCBCR, LAB) for planar in (False, True) for packing in (1, 5, 8, 32773)),
+]
+
+
+@pytest.mark.parametrize(('photometric', 'dtype', 'planar', 'extra', 'packing'), OTHERS, ids=str)
+def test_inks_and_other_colours(photometric, dtype, planar, extra, packing):
+    """Either the picture that Pillow has of the same bytes, or a reason."""
+    mode = {INKS: 'CMYK', YCBCR: 'YCbCr', LAB: 'LAB'}[photometric]
+    values = np.random.default_rng(0).integers(0, 256, (*SIZE, 4 if photometric == INKS else 3), dtype=np.uint8)
+    file = io.BytesIO()
+    if photometric == YCBCR:
+        right = np.asarray(PIL.Image.fromarray(values, mode).convert('RGB'))
+    else:
+        PIL.Image.frombytes(mode, SIZE[::-1], values.tobytes()).save(file, 'TIFF')
+        right = decode(file.getvalue())
+    stored = np.dstack([values, *[values[..., :1]] * len(extra)]).astype(dtype)
+    stored = stored * 257 if dtype == 'u2' else stored
+    more = ((530, 3, (1, 1)),) if photometric == YCBCR else ()
+    try:
+        image = decode(tiff(stored, photometric, planar=planar, extra=extra, packing=packing, rows=4, more=more))
+    except ImageError as error:
+        reason = str(error)
+        assert planar and reason.startswith('not supported: ')
+    else:
+        assert np.abs(image.astype(int) - right).max() <= 3
+
+
 def test_pillow_writes_what_is_read_alike():
     for mode in ('1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK', 'LAB', 'I;16'):
         picture = (
