@@ -1,4 +1,4 @@
-"""A file's bytes to a picture, upright 8-bit RGB, within limits and with notes on what was done; or the reason why not."""
+"""Decode a file's bytes to an upright 8-bit RGB picture, within limits, with notes on conversions, or with the reason why it cannot be."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ UNKNOWN_RANGE = 'float or 32-bit samples, whose range is not known: give it by -
 
 
 class Decoder(NamedTuple):
-    """A kind of file: what its first bytes look like, and the class that decodes it."""
+    """A file format: a pattern for its first bytes, and the class that decodes it."""
 
     start: re.Pattern[bytes]
     open: Callable[[IO[bytes]], Opened]
@@ -64,8 +64,8 @@ def heic(file: IO[bytes]) -> ImageFile:
     return picture
 
 
-# The decoders that are let near a stranger's file; Pillow knows many more. They are called by their classes because PIL.Image.open
-# refuses large pictures by a setting of the whole process, where a run has a limit of its own.
+# The decoders trusted with unknown files; Pillow has many more. Their classes are used directly because PIL.Image.open
+# limits picture size with a process-wide setting, while each run has its own limit.
 DECODERS = {
     'JPEG': Decoder(re.compile(rb'\xff\xd8\xff'), JpegImageFile),
     'PNG': Decoder(re.compile(rb'\x89PNG\r\n\x1a\n'), PngImageFile),
@@ -86,19 +86,19 @@ MAX_MEMORY = 2_000_000_000
 EXIF = ('apply', 'ignore')
 FRAMES = ('first', 'all')
 UNREADABLE_EXIF = ('EXIF data not readable',)
-DRAFTS = (8, 4, 2)  # the whole numbers by which a JPEG can be reduced while it is decoded
-# What Pillow's decoders raise on damaged files: OSError for most, the rest from parsing headers.
+DRAFTS = (8, 4, 2)  # the factors by which a JPEG can be reduced during decoding
+# Raised by Pillow's decoders for damaged files: OSError for most, the rest while parsing headers.
 DAMAGE = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError, struct.error, zlib.error)
 
 
 class ImageError(PadsegError):
-    """A file that padseg cannot use as a picture; the message is the reason."""
+    """A file that padseg cannot use as a picture; the message gives the reason."""
 
     exit_code = 3
 
 
 class Reading(NamedTuple):
-    """How files are read. max_pixels, max_bytes: larger pictures and files are refused, before they are decoded or read.
+    """How files are read. max_pixels, max_bytes: limits; larger pictures and files are rejected before decoding or reading.
 
     exif: whether a picture is turned upright as its EXIF data say, one of EXIF; frames: of an animation or a file of many pages, one of
     FRAMES; value_range: which samples become black and white, of pictures with samples of floats or 32 bits, which are refused without
@@ -120,8 +120,11 @@ class Reading(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """A picture (H, W, 3). void: (H, W) bool, where it is fully transparent, None if nowhere or not asked for; size: (H, W) of the
-    file's picture, upright, before it was reduced; notes: what was done to it that is not plain decoding, in words."""
+    """A picture (H, W, 3). notes: conversions beyond plain decoding, in words.
+
+    void: (H, W) bool, where it is fully transparent; None if nowhere or not requested. size: (H, W) of the file's upright picture before
+    reduction.
+    """
 
     image: Image
     void: Array | None
@@ -130,21 +133,21 @@ class Decoded(NamedTuple):
 
 
 def decode(data: bytes, reading: Reading = Reading(), frame: int = 0) -> Image:
-    """The picture in a file's bytes, (H, W, 3) uint8 RGB, upright. Raises ImageError with the reason."""
+    """Decode a picture to (H, W, 3) uint8 RGB, upright. Raises ImageError with the reason."""
     return decode_with_notes(data, reading, frame).image
 
 
 def decode_pillow(picture: PIL.Image.Image) -> Image:
-    """The picture in a Pillow image, (H, W, 3) uint8 RGB, by the rules for files: upright, on white where transparent. ImageError."""
+    """Convert a Pillow image to (H, W, 3) uint8 RGB by the rules for files: upright, on white where transparent. Raises ImageError."""
     with reasons():
         check_size(picture, Reading())
         return unpack(picture, Reading(), ()).image
 
 
 def decode_with_notes(data: bytes, reading: Reading = Reading(), frame: int = 0) -> Decoded:
-    """The picture in a file's bytes with what there is to say of it. Raises ImageError with the reason.
+    """Decode a picture, with notes on conversions. Raises ImageError with the reason.
 
-    JPEG is reduced while it is decoded. Other formats take up to 4 bytes a pixel of the file's picture, and the reduced one, at once.
+    JPEGs are reduced during decoding. Other formats take up to 4 bytes per pixel of the original picture plus the reduced one in memory.
     """
     if not data:
         raise ImageError('empty file')
@@ -176,13 +179,13 @@ def go_to(picture: Opened, frame: int, step: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def reasons() -> Iterator[None]:
-    """Turn what decoding raises into ImageError."""
+    """Turn exceptions from decoding into ImageError."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # oddities that do not stop Pillow
+            warnings.simplefilter('ignore')  # oddities that Pillow can handle
             yield
     except PIL.Image.DecompressionBombError as error:
-        raise ImageError('more pixels than Pillow reads of this kind of file') from error
+        raise ImageError('more pixels than Pillow reads from this kind of file') from error
     except MemoryError as error:
         raise ImageError('not enough memory to decode it: try --shrink, or fewer --workers') from error
     except DAMAGE as error:
@@ -227,7 +230,7 @@ def check_size(picture: PIL.Image.Image | Tiff, reading: Reading) -> None:
 
 
 def count_frames(file: IO[bytes], reading: Reading) -> int:
-    """Frames of an animation or pages of a TIFF, at most MAX_FRAMES + 1; a damaged one is the last that counts."""
+    """Count the frames of an animation or pages of a TIFF, up to MAX_FRAMES + 1; counting ends with the first damaged one."""
     picture = opened_file(file, reading)
     if isinstance(picture, Tiff):
         return count_pages(picture)
@@ -341,12 +344,12 @@ def page_of(picture: Tiff, reading: Reading) -> PIL.Image.Image:
 
 
 def turning(picture: PIL.Image.Image, reading: Reading) -> tuple[int, tuple[str, ...]]:
-    """The key in TURNS for what is to be done with a picture after it was loaded, and a note if that cannot be known."""
+    """Key in TURNS for turning a loaded picture upright, and a note if the orientation cannot be read."""
     try:
         exif = picture.getexif()
     except DAMAGE:
         return 1, UNREADABLE_EXIF
-    if not exif and picture.info.get('exif'):  # the JPEG decoder keeps to itself that it failed
+    if not exif and picture.info.get('exif'):  # the JPEG decoder hides that parsing failed
         return 1, UNREADABLE_EXIF
     orientation = exif.get(Base.Orientation, 1)
     if not isinstance(orientation, int) or orientation not in TURNS:
@@ -370,7 +373,7 @@ def names_orientation(picture: PIL.Image.Image) -> bool:
 
 
 def profile_for(picture: PIL.Image.Image) -> tuple[Profile, tuple[str, ...]]:
-    """The colour profile that is embedded in a picture, if it can be used, and notes on how colours are converted."""
+    """Return a picture's embedded colour profile, if usable, and notes on how colours are converted."""
     plainly = (f'converted from {picture.mode}',) if picture.mode in CONVENTIONS else ()
     data = picture.info.get('icc_profile')
     if not data:
@@ -382,7 +385,7 @@ def profile_for(picture: PIL.Image.Image) -> tuple[Profile, tuple[str, ...]]:
 
 
 def draft(picture: JpegImageFile, by: int) -> None:
-    """Have a JPEG reduced while it is decoded, as far as that goes, but not more than `by` times."""
+    """Have a JPEG reduced during decoding as far as possible, but at most by a factor of `by`."""
     scale = next((scale for scale in DRAFTS if scale <= by), 1)
     if scale > 1:
         picture.draft(None, (max(1, picture.width // scale), max(1, picture.height // scale)))
