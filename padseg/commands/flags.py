@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from padseg.images import EXIF, FRAMES, MAX_BYTES, MAX_PIXELS, Reading
+from padseg.images import EXIF, FRAMES, MAX_BYTES, MAX_MEMORY, MAX_PIXELS, MAX_SECONDS, Reading
 from padseg.methods import DEFAULTS, METHODS
 from padseg.methods.options import MethodOptions, kind_of
 from padseg.run.job import ENGINES
@@ -67,6 +67,21 @@ READING = (
         '--max-file-size', type=POSITIVE, default=MAX_BYTES, show_default=True, help='larger files (in bytes) fail without being read'
     ),
     click.option(
+        '--max-seconds',
+        type=click.FloatRange(min=0, min_open=True),
+        default=MAX_SECONDS,
+        show_default=True,
+        help="pictures fail that take more of a processor's time to decode",
+    ),
+    click.option(
+        '--max-memory',
+        type=POSITIVE,
+        default=MAX_MEMORY,
+        show_default=True,
+        help='pictures fail that take more memory to decode (in bytes, beside those of the file)',
+    ),
+    click.option('--shrink', type=POSITIVE, metavar='PIXELS', help='shrink larger pictures to at most this many pixels, label maps too'),
+    click.option(
         '--shrink',
         type=POSITIVE,
         metavar='PIXELS',
@@ -103,6 +118,8 @@ def reading(settings: dict[str, Any]) -> Reading:
     return Reading(
         max_pixels=settings.pop('max_pixels'),
         max_bytes=settings.pop('max_file_size'),
+        max_seconds=settings.pop('max_seconds'),
+        max_memory=settings.pop('max_memory'),
         exif=settings.pop('exif'),
         frames=settings.pop('frames'),
         value_range=bounds,

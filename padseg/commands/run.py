@@ -107,7 +107,7 @@ def report(counts: Counts, out: Path, quiet: bool, as_json: bool, log_json: bool
         print(json.dumps({**counts._asdict(), 'out': str(out)}))
     if counts.signal:
         return SIGNALLED + counts.signal
-    return SOME_FAILED if counts.failed else 0
+    return SOME_FAILED if counts.failed or counts.unreadable else 0
 
 
 def run_summary(counts: Counts, out: Path) -> str:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 import tempfile
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import IO, Any
 
 import numpy as np
 import PIL.Image
 
-from padseg.errors import NoImages, UsageError
+from padseg.errors import UsageError
+from padseg.images.apart import count_apart, decode_apart, size_apart, start_decoding
 from padseg.images.decode import (
     DAMAGE,
     DECODERS,
@@ -22,16 +21,18 @@ from padseg.images.decode import (
     FRAMES,
     MAX_BYTES,
     MAX_FRAMES,
+    MAX_MEMORY,
     MAX_PIXELS,
+    MAX_SECONDS,
     Decoded,
     ImageError,
     Reading,
-    count_frames,
     decode,
     decode_pillow,
     decode_with_notes,
-    reasons,
 )
+from padseg.images.files import contents
+from padseg.images.finding import HEIC, LINKED, SUFFIXES, Found, Listing, find, in_words, listing, printable, refuse
 from padseg.types import Array, Image
 
 # The rest of the package imports everything about pictures from here.
@@ -40,13 +41,18 @@ __all__ = [
     'DECODERS',
     'EXIF',
     'FRAMES',
+    'HEIC',
+    'LINKED',
     'MAX_BYTES',
     'MAX_FRAMES',
+    'MAX_MEMORY',
     'MAX_PIXELS',
+    'MAX_SECONDS',
     'SUFFIXES',
     'Decoded',
     'Found',
     'ImageError',
+    'Listing',
     'Readable',
     'Reading',
     'WrongPicture',
@@ -54,61 +60,30 @@ __all__ = [
     'as_images',
     'collisions',
     'contents',
+    'count_apart',
     'decode',
+    'decode_apart',
     'decode_with_notes',
     'file_and_frame',
     'find',
     'frames_of',
     'ignores_case',
+    'in_words',
+    'listing',
+    'printable',
     'read',
+    'refuse',
+    'size_apart',
+    'start_decoding',
 ]
 
 Readable = Image | PIL.Image.Image | str | Path | IO[bytes]  # a picture, or its file
 KINDS = 'a picture is a path, a file opened in binary mode, a PIL image, or a uint8 array (H, W), (H, W, 3) RGB or (H, W, 4) RGBA'
 FRAME = re.compile(r'(.+)\.f(\d{4})', re.DOTALL)
-SUFFIXES = frozenset('.jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .tif .tiff .gif .ppm .pgm .pbm .pnm'.split())
 
 
 class WrongPicture(UsageError, ValueError):
     """An argument that is not a picture; the message lists what is accepted."""
-
-
-class Found(NamedTuple):
-    """A picture found on disk. name: its POSIX path relative to the searched folder; frame: its number within the file, from 0."""
-
-    path: Path
-    name: str
-    frame: int = 0
-
-
-def find(source: Path, skip: Path | None = None) -> list[Found]:
-    """Find the picture files in a folder and below, sorted by name, or the single file `source`. NoImages if `source` does not exist.
-
-    Hidden files, special files, linked folders and the folder `skip` are left out.
-    """
-    if source.is_file():
-        return [Found(source, source.name)]
-    if not source.is_dir():
-        raise NoImages(f'there is no folder or picture {source}')
-    hidden = skip.resolve() if skip else None
-    pictures = []
-    for folder, folders, files in os.walk(source, onerror=refuse):
-        folders[:] = [name for name in folders if name[0] != '.' and Path(folder, name).resolve() != hidden]
-        paths = [Path(folder, name) for name in files if name[0] != '.' and Path(name).suffix.lower() in SUFFIXES]
-        pictures += [Found(path, path.relative_to(source).as_posix()) for path in paths if not is_special(path)]
-    return sorted(pictures, key=lambda picture: picture.name)
-
-
-def refuse(error: OSError) -> NoReturn:
-    raise NoImages(f'cannot list {error.filename}: {error.strerror}') from error
-
-
-def is_special(path: Path) -> bool:
-    """Return whether the path is a pipe, socket or device. A dangling link is not special: it must be reported."""
-    try:
-        return not stat.S_ISREG(path.stat().st_mode)
-    except OSError:
-        return False
 
 
 def frames_of(picture: Found, reading: Reading) -> list[Found]:
@@ -119,9 +94,7 @@ def frames_of(picture: Found, reading: Reading) -> list[Found]:
     if reading.frames == 'first':
         return [picture]
     try:
-        check_file(picture.path, reading)
-        with picture.path.open('rb') as file, reasons():
-            number = count_frames(file, reading)
+        number = count_apart(picture.path, reading)
     except (ImageError, OSError):
         return [picture]
     if not 1 < number <= MAX_FRAMES:
@@ -198,17 +171,3 @@ def from_file(file: Any) -> Image:
 def read(path: str | Path, reading: Reading = Reading()) -> Image:
     """Read a picture file as (H, W, 3) uint8 RGB, upright. Raises ImageError with the reason, OSError if the file cannot be read."""
     return decode(contents(Path(path), reading), reading)
-
-
-def contents(path: Path, reading: Reading = Reading()) -> bytes:
-    """Read a file's bytes. Raises ImageError, before reading, if it is too large or not a regular file; and OSError."""
-    check_file(path, reading)
-    return path.read_bytes()
-
-
-def check_file(path: Path, reading: Reading) -> None:
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise ImageError('not a regular file')  # reading a pipe would block
-    if status.st_size > reading.max_bytes:
-        raise ImageError(f'file of {status.st_size} bytes exceeds {reading.max_bytes}')

@@ -8,12 +8,13 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, NamedTuple
 
 import numpy as np
 import PIL.Image
 import PIL.ImageChops
+from PIL.AvifImagePlugin import AvifImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ExifTags import Base
 from PIL.GifImagePlugin import GifImageFile
@@ -25,15 +26,42 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from padseg.errors import PadsegError
-from padseg.images.pixels import CONVENTIONS, TURNS, Colours, Profile, factor, fits_range, is_deep, own_bounds, profile_of, to_rgb, to_void
+from padseg.images.finding import AVIF, HEIC, SUFFIXES
+from padseg.images.pixels import (
+    CONVENTIONS,
+    TURNS,
+    Colours,
+    Profile,
+    factor,
+    fits_range,
+    is_clear,
+    is_deep,
+    own_bounds,
+    profile_of,
+    to_rgb,
+    to_void,
+)
+from padseg.images.streams import SHORT, gif_frames, is_short_jpeg, is_short_png, jpeg_fault, lean_png, with_key_colour
+from padseg.images.tiff import Tiff, UnknownRange, Unsupported
 from padseg.types import Array, Image
+
+Opened = ImageFile | Tiff  # a file whose header was read
+UNKNOWN_RANGE = 'float or 32-bit samples, whose range is not known: give it by --value-range'
 
 
 class Decoder(NamedTuple):
     """A file format: a pattern for its first bytes, and the class that decodes it."""
 
     start: re.Pattern[bytes]
-    open: type[ImageFile]
+    open: Callable[[IO[bytes]], Opened]
+
+
+def heic(file: IO[bytes]) -> ImageFile:
+    """A HEIC file, by a library that need not be there."""
+    from pillow_heif import HeifImageFile
+
+    picture: ImageFile = HeifImageFile(file)
+    return picture
 
 
 # The decoders trusted with unknown files; Pillow has many more. Their classes are used directly because PIL.Image.open
@@ -43,13 +71,18 @@ DECODERS = {
     'PNG': Decoder(re.compile(rb'\x89PNG\r\n\x1a\n'), PngImageFile),
     'WEBP': Decoder(re.compile(rb'RIFF....WEBPVP8', re.DOTALL), WebPImageFile),
     'BMP': Decoder(re.compile(rb'BM'), BmpImageFile),
-    'TIFF': Decoder(re.compile(rb'(?:II|MM)(?:[*+]\0|\0[*+])'), TiffImageFile),
+    'TIFF': Decoder(re.compile(rb'(?:II|MM)(?:[*+]\0|\0[*+])'), Tiff),
     'GIF': Decoder(re.compile(rb'GIF8[79]a'), GifImageFile),
     'PPM': Decoder(re.compile(rb'P[1-6f]\s'), PpmImageFile),
+    **({'AVIF': Decoder(re.compile(rb'....ftypavi[fs]', re.DOTALL), AvifImageFile)} if AVIF in SUFFIXES else {}),
+    **({'HEIC': Decoder(re.compile(rb'....ftyp(?:hei[cfmsx]|mif1)', re.DOTALL), heic)} if HEIC in SUFFIXES else {}),
 }
 MAX_PIXELS = 89_000_000
 MAX_BYTES = 1_000_000_000
-MAX_FRAMES = 1000  # per file; more means an attack or a film
+MAX_FRAMES = 1000  # of one file: more are an attack or a film
+ALL_FRAMES = 100  # how many times the pixels allowed for a picture all frames of an animation may have
+MAX_SECONDS = 30.0  # of a processor, for one picture: the largest that is allowed takes a tenth
+MAX_MEMORY = 2_000_000_000
 EXIF = ('apply', 'ignore')
 FRAMES = ('first', 'all')
 UNREADABLE_EXIF = ('EXIF data not readable',)
@@ -67,9 +100,11 @@ class ImageError(PadsegError):
 class Reading(NamedTuple):
     """How files are read. max_pixels, max_bytes: limits; larger pictures and files are rejected before decoding or reading.
 
-    exif: whether to turn a picture upright as its EXIF data say, one of EXIF; frames: of an animation or multi-page file, one of FRAMES;
-    value_range: sample values that become black and white, for pictures with float or 32-bit samples, which are rejected without it;
-    background: RGB behind transparent parts; void: whether to report fully transparent pixels; shrink: reduce pictures with more pixels.
+    exif: whether a picture is turned upright as its EXIF data say, one of EXIF; frames: of an animation or a file of many pages, one of
+    FRAMES; value_range: which samples become black and white, of pictures with samples of floats or 32 bits, which are refused without
+    it; background: RGB behind what is transparent; void: tell which pixels are fully transparent; shrink: reduce pictures of more
+    pixels than this. max_seconds, max_memory: seconds of a processor and bytes, beside the file's own, that decoding may take; only
+    where it is done in a process of its own.
     """
 
     max_pixels: int = MAX_PIXELS
@@ -80,6 +115,8 @@ class Reading(NamedTuple):
     background: tuple[int, int, int] = (255, 255, 255)
     void: bool = False
     shrink: int | None = None
+    max_seconds: float = MAX_SECONDS
+    max_memory: int = MAX_MEMORY
 
 
 class Decoded(NamedTuple):
@@ -115,12 +152,29 @@ def decode_with_notes(data: bytes, reading: Reading = Reading(), frame: int = 0)
     if not data:
         raise ImageError('empty file')
     with reasons():
-        picture = opened_file(io.BytesIO(data), reading)
-        if frame == 0:
-            return unpack(picture, reading, frame_notes(data, picture, reading))
-        picture.seek(frame)
-        check_size(picture, reading)
-        return unpack(picture, reading, ())
+        return decode_frame(opened_bytes(data, reading), data, reading, frame)
+
+
+def decode_frame(picture: Opened, data: bytes, reading: Reading, frame: int, step: Callable[[], None] = lambda: None) -> Decoded:
+    """A frame of a file that was opened, and stands at an earlier one or at the first; step: is called for each one on the way.
+
+    Raises ImageError, and what Pillow raises on damage.
+    """
+    if frame == 0:
+        return unpack(picture, reading, frame_notes(data, picture, reading), data)
+    go_to(picture, frame, step)
+    check_size(picture, reading)
+    return unpack(picture, reading, ())
+
+
+def go_to(picture: Opened, frame: int, step: Callable[[], None]) -> None:
+    """Bring a file to a later frame. Those of an animation are made from the ones before."""
+    if not isinstance(picture, Tiff):
+        for number in range(picture.tell() + 1, frame):
+            picture.seek(number)
+            picture.load()
+            step()
+    picture.seek(frame)
 
 
 @contextlib.contextmanager
@@ -138,8 +192,27 @@ def reasons() -> Iterator[None]:
         raise ImageError(f'truncated or damaged: {error}') from error
 
 
-def opened_file(file: IO[bytes], reading: Reading) -> ImageFile:
-    """Open a picture file and check its header against the limits; the first frame is not decoded yet."""
+def opened_bytes(data: bytes, reading: Reading) -> Opened:
+    """The same of a file's bytes. Raises ImageError for what can be seen to be wrong with them as a whole."""
+    if is_kind(data, 'JPEG') and (fault := jpeg_fault(data)):
+        raise ImageError(fault)
+    if is_kind(data, 'PNG'):
+        data, too_large = lean_png(data)
+        picture = opened_file(io.BytesIO(data), reading)
+        if too_large and isinstance(picture, PngImageFile):
+            picture.info['icc_profile'] = too_large
+        return picture
+    if is_kind(data, 'GIF') and reading.frames == 'first' and (end := gif_frames(data, 1)[1]):
+        data = data[:end] + b';'  # Pillow would go on to those that follow where the data of the first are short
+    return opened_file(io.BytesIO(data), reading)
+
+
+def is_kind(data: bytes, kind: str) -> bool:
+    return DECODERS[kind].start.match(data) is not None
+
+
+def opened_file(file: IO[bytes], reading: Reading) -> Opened:
+    """A file whose header was read and found to be within the limits; its first frame is not decoded yet."""
     start = file.read(16)
     file.seek(0)
     decoder = next((decoder for decoder in DECODERS.values() if decoder.start.match(start)), None)
@@ -150,24 +223,35 @@ def opened_file(file: IO[bytes], reading: Reading) -> ImageFile:
     return picture
 
 
-def check_size(picture: PIL.Image.Image, reading: Reading) -> None:
-    if picture.width * picture.height > reading.max_pixels:
-        raise ImageError(f'size {picture.width}x{picture.height} exceeds {reading.max_pixels} pixels')
+def check_size(picture: PIL.Image.Image | Tiff, reading: Reading) -> None:
+    width, height = picture.size
+    if width * height > reading.max_pixels:
+        raise ImageError(f'size {width}x{height} exceeds {reading.max_pixels} pixels')
 
 
 def count_frames(file: IO[bytes], reading: Reading) -> int:
     """Count the frames of an animation or pages of a TIFF, up to MAX_FRAMES + 1; counting ends with the first damaged one."""
     picture = opened_file(file, reading)
-    if isinstance(picture, TiffImageFile):
+    if isinstance(picture, Tiff):
         return count_pages(picture)
+    if isinstance(picture, GifImageFile):
+        file.seek(0)
+        return gif_frames(file.read(), MAX_FRAMES + 1)[0]
     try:
         return min(getattr(picture, 'n_frames', 1), MAX_FRAMES + 1)
     except DAMAGE:
         return picture.tell() + 2
 
 
-def count_pages(picture: TiffImageFile) -> int:
-    """As count_frames, for a TIFF. Pillow's own count takes minutes for very many pages."""
+def frames_to_read(file: IO[bytes], reading: Reading) -> int:
+    """The same, but MAX_FRAMES + 1 also where the frames are too large together."""
+    number = count_frames(file, reading)
+    file.seek(0)
+    return MAX_FRAMES + 1 if are_too_large(opened_file(file, reading), number, reading) else number
+
+
+def count_pages(picture: Tiff) -> int:
+    """The same for a TIFF."""
     for page in range(1, MAX_FRAMES + 1):
         try:
             picture.seek(page)
@@ -178,35 +262,56 @@ def count_pages(picture: TiffImageFile) -> int:
     return MAX_FRAMES + 1
 
 
-def frame_notes(data: bytes, picture: ImageFile, reading: Reading) -> tuple[str, ...]:
-    """Note that there are more frames than the first. Raises ImageError if all are wanted and there are too many."""
-    if not isinstance(picture, (GifImageFile, TiffImageFile)) and getattr(picture, 'n_frames', 1) == 1:
+def are_too_large(picture: Opened, frames: int, reading: Reading) -> bool:
+    """Whether the frames of an animation hold too many pixels together, which few bytes can. Pages of a TIFF have sizes of their own."""
+    width, height = picture.size
+    return not isinstance(picture, Tiff) and frames * width * height > ALL_FRAMES * reading.max_pixels
+
+
+def frame_notes(data: bytes, picture: Opened, reading: Reading) -> tuple[str, ...]:
+    """That there are more frames than the first. Raises ImageError if all are wanted and there are too many."""
+    if not isinstance(picture, (GifImageFile, Tiff)) and getattr(picture, 'n_frames', 1) == 1:
         return ()
     number = count_frames(io.BytesIO(data), reading)
     many = f'more than {MAX_FRAMES}' if number > MAX_FRAMES else str(number)
     if reading.frames == 'all' and number > MAX_FRAMES:
         raise ImageError(f'{many} frames')
+    if reading.frames == 'all' and are_too_large(picture, number, reading):
+        width, height = picture.size
+        raise ImageError(f'{many} frames of {width}x{height} are more than {ALL_FRAMES * reading.max_pixels} pixels together')
     return (f'first of {many} frames',) if reading.frames == 'first' and number > 1 else ()
 
 
-def unpack(picture: PIL.Image.Image, reading: Reading, notes: tuple[str, ...]) -> Decoded:
-    """Decode a frame whose size was checked. Raises ImageError for samples of unknown range, and whatever Pillow raises for damage."""
+def is_short(picture: PIL.Image.Image, data: bytes) -> bool:
+    """Whether rows are missing at the end of the data from which a picture was loaded, where Pillow does not say so."""
+    if not data:  # a picture that somebody else opened
+        return False
+    if isinstance(picture, JpegImageFile):
+        return is_short_jpeg(data, picture)
+    return isinstance(picture, PngImageFile) and not getattr(picture, 'is_animated', False) and is_short_png(data, picture)
+
+
+def unpack(picture: PIL.Image.Image | Tiff, reading: Reading, notes: tuple[str, ...], data: bytes = b'') -> Decoded:
+    """A frame whose size was checked, decoded. Raises ImageError for samples of no known range, and what Pillow raises on damage."""
+    if isinstance(picture, Tiff):
+        picture = page_of(picture, reading)
     bounds = None
     if is_deep(picture):
         bounds = own_bounds(picture) or reading.value_range
         if bounds is None:
-            raise ImageError('float or 32-bit samples of unknown range: give it with --value-range')
+            raise ImageError(UNKNOWN_RANGE)
     turn, turn_notes = turning(picture, reading)
     profile, profile_notes = profile_for(picture)
     size = picture.size
     if reading.shrink and isinstance(picture, JpegImageFile):
         draft(picture, factor(size, reading.shrink))
     picture.load()
-    loaded: PIL.Image.Image = picture
+    if is_short(picture, data):
+        raise ImageError(SHORT)
     if isinstance(picture, TiffImageFile):
         size = picture.size  # Pillow has turned it
-    elif isinstance(picture, JpegImageFile) and picture.mode == 'CMYK' and 'adobe' not in picture.info:
-        loaded = PIL.ImageChops.invert(picture)  # Pillow treats all CMYK as Adobe's, where 0 is full ink
+    loaded = as_meant(picture, data)
+    notes += ('wholly transparent',) if is_clear(loaded) else ()
     by = factor(picture.size, reading.shrink) if reading.shrink else 1
     image = TURNS[turn](to_rgb(loaded, Colours(bounds, profile, reading.background), by))
     void = to_void(loaded, by) if reading.void else None
@@ -215,6 +320,27 @@ def unpack(picture: PIL.Image.Image, reading: Reading, notes: tuple[str, ...]) -
         notes = (*notes, f'reduced from {width}x{height}')
     void = None if void is None else np.ascontiguousarray(TURNS[turn](void))
     return Decoded(np.ascontiguousarray(image), void, (height, width), notes + turn_notes + profile_notes)
+
+
+def as_meant(picture: PIL.Image.Image, data: bytes) -> PIL.Image.Image:
+    """A loaded picture, where its format means something else than Pillow takes from it."""
+    if isinstance(picture, JpegImageFile) and picture.mode == 'CMYK' and 'adobe' not in picture.info:
+        return PIL.ImageChops.invert(picture)  # Pillow takes all CMYK for Adobe's, where 0 is full ink
+    if isinstance(picture, BmpImageFile) and picture.mode == 'RGBA' and picture.getchannel('A').getextrema() == (0, 0):
+        return picture.convert('RGB')  # many programs leave the fourth byte of a pixel empty
+    if isinstance(picture, PngImageFile) and data and isinstance(picture.info.get('transparency'), (int, tuple)):
+        return with_key_colour(picture, data)
+    return picture
+
+
+def page_of(picture: Tiff, reading: Reading) -> PIL.Image.Image:
+    """The page of a TIFF as a picture that may have to be loaded yet. Raises ImageError for a layout that is not read."""
+    try:
+        return picture.picture(reading.value_range)
+    except UnknownRange as error:
+        raise ImageError(UNKNOWN_RANGE) from error
+    except Unsupported as error:
+        raise ImageError(str(error)) from error
 
 
 def turning(picture: PIL.Image.Image, reading: Reading) -> tuple[int, tuple[str, ...]]:
@@ -228,9 +354,22 @@ def turning(picture: PIL.Image.Image, reading: Reading) -> tuple[int, tuple[str,
     orientation = exif.get(Base.Orientation, 1)
     if not isinstance(orientation, int) or orientation not in TURNS:
         return 1, ()
-    if isinstance(picture, TiffImageFile):  # Pillow turns these while loading
-        return 1 if reading.exif == 'apply' else {6: 8, 8: 6}.get(orientation, orientation), ()
-    return orientation if reading.exif == 'apply' else 1, ()
+    by_xmp = orientation != 1 and not names_orientation(picture)
+    notes = ('turned as its XMP data say',) if by_xmp and reading.exif == 'apply' else ()
+    if isinstance(picture, TiffImageFile):  # which Pillow turns while it loads
+        return 1 if reading.exif == 'apply' else {6: 8, 8: 6}.get(orientation, orientation), notes
+    return orientation if reading.exif == 'apply' else 1, notes
+
+
+def names_orientation(picture: PIL.Image.Image) -> bool:
+    """Whether EXIF data say how a picture is to be turned. Where they do not, Pillow goes by its XMP data."""
+    if isinstance(picture, TiffImageFile):
+        return Base.Orientation in picture.tag_v2
+    if 'exif' not in picture.info:
+        return 'xmp' not in picture.info and 'XML:com.adobe.xmp' not in picture.info
+    exif = PIL.Image.Exif()
+    exif.load(picture.info['exif'])
+    return Base.Orientation in exif
 
 
 def profile_for(picture: PIL.Image.Image) -> tuple[Profile, tuple[str, ...]]:

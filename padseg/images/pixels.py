@@ -95,6 +95,14 @@ def to_void(picture: PIL.Image.Image, by: int = 1) -> Array | None:
     return void if void.any() else None
 
 
+def is_clear(picture: PIL.Image.Image) -> bool:
+    """Whether a loaded picture is fully transparent everywhere."""
+    if not picture.has_transparency_data:
+        return False
+    rows = max(1, STRIP // picture.width)
+    return all(strip.convert('RGBA').getchannel('A').getextrema()[1] == 0 for _, strip in strips(picture, rows))
+
+
 def reduced(picture: PIL.Image.Image, by: int) -> tuple[int, int]:
     """Size (H, W) of a picture reduced by an integer factor."""
     return math.ceil(picture.height / by), math.ceil(picture.width / by)

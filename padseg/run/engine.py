@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from padseg.errors import ResourceExhausted
 from padseg.exports.classes import write_classes
-from padseg.images import Found
+from padseg.images import Found, start_decoding
 from padseg.run.cluster import results_on_ray
 from padseg.run.convert import write_coco
 from padseg.run.job import (
@@ -22,7 +22,7 @@ from padseg.run.job import (
 )
 from padseg.run.locks import briefly, exclusive, forget_shards, home, shard_homes, shared
 from padseg.run.picture import OutOfMemory, Stages, Taken, labelled, mapped, save, take
-from padseg.run.plan import choose, plan, refuse_collisions
+from padseg.run.plan import choose, look, plan, refuse_collisions
 from padseg.run.prepare import from_maps, from_model, now
 from padseg.run.records import (
     Entry,
@@ -44,7 +44,8 @@ log = logging.getLogger(__name__)
 
 
 class Counts(NamedTuple):
-    """The result of a run. skipped: those in `done` from earlier runs; regions: mean per finished picture; signal: what stopped it."""
+    """How a run went. skipped: those of `done` that earlier runs had done; regions: mean of a done picture; signal: what stopped it;
+    unreadable: folders of the source that could not be listed."""
 
     images: int
     done: int
@@ -53,6 +54,7 @@ class Counts(NamedTuple):
     regions: float
     seconds: float
     signal: int | None = None
+    unreadable: int = 0
 
 
 def run(job: Job, progress: Progress = Silent()) -> Counts:
@@ -62,7 +64,8 @@ def run(job: Job, progress: Progress = Silent()) -> Counts:
     another run is writing to it.
     """
     began = time.perf_counter()
-    frames, pictures = choose(job)
+    found = look(job)
+    frames, pictures = choose(job, found)
     shard = job.selection.shard
     own = home(job.out, shard)
     with full_disk(job.out), held(job), Stop() as stop:
@@ -82,6 +85,8 @@ def run(job: Job, progress: Progress = Silent()) -> Counts:
             record = earlier
         present = [records[picture.name] for picture in pictures if picture.name in records]
         counts = count(len(pictures), present, skipped, time.perf_counter() - began, stop.signal)
+        counts = counts._replace(unreadable=len(found.unreadable))
+        record = record.model_copy(update={'left_out': found.left_out, 'unreadable': found.unreadable})
         finish_records(own, record, records, counts, worked)
         if not shard:
             forget_shards(job.out)
@@ -100,7 +105,8 @@ def held(job: Job) -> contextlib.AbstractContextManager[None]:
 
 
 def start(job: Job, pending: list[Found], earlier: Run | None, stop: Stop) -> tuple[Run, Iterator[Entry]]:
-    """Prepare the run: its record, and an iterator that computes the pictures' records lazily."""
+    """The run in words, and the records of its pictures, which are made when they are asked for."""
+    start_decoding()
     stages, record = prepare_job(job, earlier)
     write_header(record, home(job.out, job.selection.shard) / 'run.json')
     if job.classes:
@@ -162,7 +168,7 @@ def results(job: Job, stages: Stages, pending: list[Found], stop: Stop) -> Itera
     """Read pictures ahead of the model, and make label maps and write results after it, in separate threads; yields records in order."""
     with threads(job.workers) as readers, threads(job.workers) as writers:
         depth = job.batch + job.workers
-        taken = ahead(readers, partial(take, job), pending, depth)
+        taken = ahead(readers, partial(take, job, stopped=lambda: stop.asked), pending, depth)
         yield from ahead(writers, partial(complete, job, stages), map_all(job, stages, taken, stop), depth)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from padseg.errors import NotFinite
 from padseg.exports import FORMATS
-from padseg.images import Found, ImageError, contents, decode_with_notes
+from padseg.images import Found, ImageError, decode_apart
 from padseg.run.job import Job, outputs
 from padseg.run.records import Entry
 from padseg.system.files import NAME_FAULTS
@@ -50,17 +49,18 @@ class Stages(NamedTuple):
     labels: Callable[[Image, Any], LabelMap]
 
 
-def take(job: Job, picture: Found) -> Taken:
-    """Read a picture and start its record."""
+def take(job: Job, picture: Found, stopped: Callable[[], bool] = lambda: False) -> Taken:
+    """Read a picture and start its record. stopped: whether it is no longer wanted, which fails it."""
     began = time.perf_counter()
     entry = Entry(input=picture.name, status='failed')
     image = void = None
+
+    def known(size: int, digest: str) -> None:
+        entry.bytes, entry.sha256 = size, digest
+
     try:
         entry.modified = picture.path.stat().st_mtime_ns
-        data = contents(picture.path, job.reading)
-        entry.bytes = len(data)
-        entry.sha256 = hashlib.sha256(data).hexdigest()
-        image, void, size, notes = decode_with_notes(data, job.reading, picture.frame)
+        image, void, size, notes = decode_apart(picture.path, job.reading, picture.frame, known, stopped)
         entry.size = (image.shape[0], image.shape[1])
         entry.reduced_from = None if size == entry.size else size
         entry.notes = list(notes)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
 from padseg.errors import NoImages, UsageError
-from padseg.images import Found, collisions, find, frames_of, ignores_case
+from padseg.images import HEIC, LINKED, Found, Listing, collisions, frames_of, ignores_case, in_words, listing, printable
 from padseg.run.job import Job, outputs
 from padseg.run.locks import all_records
 from padseg.run.records import (
@@ -18,6 +19,8 @@ from padseg.run.records import (
 )
 from padseg.run.selection import select
 
+log = logging.getLogger(__name__)
+
 
 class Plan(NamedTuple):
     """What to do. kept: records of pictures that stay unchanged; earlier: the run that made the existing results."""
@@ -27,17 +30,43 @@ class Plan(NamedTuple):
     earlier: Run | None
 
 
-def choose(job: Job) -> tuple[list[Found], list[Found]]:
-    """Return all pictures of the source, and those that the run processes. Raises NoImages if there are none, and UsageError."""
+def look(job: Job) -> Listing:
+    """What the source holds. Logs a warning of what is left out though somebody may miss it."""
+    found = listing(job.source, skip=job.out)
+    if found.pictures and found.like_pictures:
+        log.warning('not read, though they may be pictures: %s (see left_out in run.json)', in_words(found.like_pictures))
+    if found.runs:
+        log.warning('left out, as they hold results of a run: %s', ', '.join(map(printable, found.runs)))
+    for folder, reason in found.unreadable.items():
+        log.warning('left out, as it cannot be listed: %s: %s', printable(folder), reason)
+    return found
+
+
+def choose(job: Job, found: Listing | None = None) -> tuple[list[Found], list[Found]]:
+    """All pictures of the source, and those that the run processes; found: what it holds, if that is known.
+
+    Raises NoImages if there are none, and UsageError.
+    """
     if job.source.resolve() == job.out.resolve():
         raise UsageError(f'the output folder cannot be the folder of pictures: {job.out}')
-    frames = [frame for picture in find(job.source, skip=job.out) for frame in frames_of(picture, job.reading)]
+    found = found or look(job)
+    frames = [frame for picture in found.pictures for frame in frames_of(picture, job.reading)]
     if not frames:
-        raise NoImages(f'there are no pictures in {job.source}')
+        others = f' that padseg reads, but {in_words(found.like_pictures)}: {remedy(found.like_pictures)}' if found.like_pictures else ''
+        raise NoImages(f'there are no pictures in {job.source}{others}')
     pictures = select(frames, job.selection)
     if not pictures:
         raise NoImages(f'none of the {len(frames)} pictures in {job.source} is selected')
     return frames, pictures
+
+
+def remedy(kinds: dict[str, int]) -> str:
+    """What to do about a folder with nothing but such files."""
+    if LINKED in kinds and len(kinds) == 1:
+        return 'name the folder itself, as links to folders are not followed'
+    if HEIC in kinds:
+        return 'convert them to JPEG or PNG, or install pillow-heif to have HEIC read'
+    return 'convert them to JPEG or PNG'
 
 
 def refuse_collisions(out: Path, pictures: list[Found]) -> None:

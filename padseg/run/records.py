@@ -58,7 +58,8 @@ class RunTotals(BaseModel):
 class Run(BaseModel):
     """run.json. requested: settings as given; settings: as used, all that affect the results; key: their SHA-256.
 
-    model, dtype: None for a method that needs no model.
+    model, dtype: None for a method that needs no model. left_out: files of the source that were not taken for pictures, by kind, their
+    number; unreadable: folders in it that could not be listed, with the reason.
     """
 
     status: Literal['running', 'finished', 'interrupted'] = 'running'
@@ -78,6 +79,8 @@ class Run(BaseModel):
     ended: str | None = None
     seconds: float | None = None
     counts: RunTotals = RunTotals()
+    left_out: dict[Name, int] = {}
+    unreadable: dict[Name, str] = {}
 
 
 def read_run(path: Path) -> Run | None:

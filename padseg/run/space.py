@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
+import time
 
-from padseg.images import Found, ImageError
-from padseg.images.decode import opened_file, reasons
+from padseg.images import Found, ImageError, size_apart
 from padseg.run.job import Job, outputs
 from padseg.system.disk import free_space, human
 
 # Bytes on disk per picture pixel, in blocks of 4096: 40 photographs of 481 x 321 with 13 regions each took 0.04, 0.38, 0.35
 # and 0.14 (padseg run --dir BSDS500/val --limit 40 --overlay --coco).
 PER_PIXEL = {'labels': 0.05, 'masks': 0.4, 'overlays': 0.4, 'coco': 0.15}
-RECORD = 1000  # bytes per manifest line
-SAMPLE = 64  # pictures whose size is read for the estimate
+RECORD = 1000  # bytes of a line in the manifest
+SAMPLE = 64  # pictures whose size is looked up
+LOOK, LOOKS = 0.5, 5.0  # seconds that it may take for one, and for all
 TOKENS = 77
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,12 @@ def reckon_space(job: Job, pending: list[Found], side: int) -> int:
     """Estimate the results' size on disk in bytes, from the sizes of a sample of pictures."""
     names = {*outputs('', job)} | ({'coco'} if job.coco else set())
     per_pixel = sum(PER_PIXEL.get(name, 0.0) for name in names)
-    maps = TOKENS * (side // 16) ** 2 * 4 if job.save_maps else 0  # before compression
-    sizes = [size for picture in pending[:: len(pending) // SAMPLE + 1] if (size := pixels(picture, job))]
+    maps = TOKENS * (side // 16) ** 2 * 4 if job.save_maps else 0  # before they are compressed
+    sizes = []
+    ends = time.monotonic() + LOOKS
+    for picture in pending[:: len(pending) // SAMPLE + 1]:
+        if time.monotonic() < ends and (size := pixels(picture, job)):
+            sizes.append(size)
     mean = sum(sizes) / len(sizes) if sizes else 0.0
     return round(len(pending) * (per_pixel * mean + maps + RECORD))
 
@@ -44,8 +49,7 @@ def reckon_space(job: Job, pending: list[Found], side: int) -> int:
 def pixels(picture: Found, job: Job) -> int:
     """Number of pixels in a picture's label map, from its file's header; 0 for unreadable files."""
     try:
-        with picture.path.open('rb') as file, reasons():
-            image = opened_file(file, job.reading)
-            return min(image.width * image.height, job.reading.shrink or image.width * image.height)
+        width, height = size_apart(picture.path, job.reading._replace(max_seconds=min(LOOK, job.reading.max_seconds)))
     except (ImageError, OSError):
         return 0
+    return min(width * height, job.reading.shrink or width * height)

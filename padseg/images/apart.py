@@ -1,0 +1,224 @@
+"""Files to pictures in processes of their own, which are ended where a file takes too long or too much memory, or is no longer wanted.
+
+A server (padseg.images.worker) holds the decoders and has one thread, so that it can be forked at any time. Its forks, the workers, decode
+one file at a time. Requests and answers are JSON, and pixels follow as they are: nothing is unpickled that a decoder was led to write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from padseg.errors import PadsegError
+from padseg.images.decode import Decoded, ImageError, Reading
+from padseg.images.messages import Answer, Gone, fill, receive, send
+
+POLL = 0.1  # seconds after which a thread that waits for a worker looks whether it still has to
+PATIENCE = 10  # how many times the seconds that it may compute a worker may take to answer: other processes need the processor too
+ENDED = 'the process that decodes it was ended: by a fault of the decoder, or for want of memory'
+BEGIN = 120.0  # seconds that the server may take to begin
+START = 'import sys; sys.path[:] = sys.argv[1:]; from padseg.images.worker import serve; serve()'
+ONE_THREAD = {'OPENBLAS_NUM_THREADS': '1', 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}  # NumPy would start some in the server
+
+Stopped = Callable[[], bool]
+
+
+def never() -> bool:
+    return False
+
+
+def untold(size: int, digest: str) -> None:
+    pass
+
+
+class Worker:
+    """A process that decodes; busy: whether it still owes an answer."""
+
+    def __init__(self, connection: socket.socket, stopped: Stopped) -> None:
+        connection.settimeout(POLL)
+        self.connection = connection
+        self.busy = True
+        self.process = int(receive(connection, stopped, BEGIN)['process'])
+        self.busy = False
+
+    def ask(self, what: str, path: Path, reading: Reading, frame: int = 0) -> None:
+        self.busy = True
+        # absolute: this process may be in another folder than when the server was started
+        send(self.connection, {'what': what, 'path': str(path.absolute()), 'frame': frame, 'reading': reading._asdict()})
+
+    def answer(self, stopped: Stopped, seconds: float = math.inf) -> Answer:
+        """What it says next. Raises what it says went wrong, as ImageError or OSError."""
+        answer = receive(self.connection, stopped, seconds)
+        if 'reason' in answer:
+            self.busy = False
+            if 'errno' in answer:
+                raise OSError(answer['errno'], answer['reason'], answer['path'])
+            raise ImageError(answer['reason'])
+        return answer
+
+    def last_answer(self, reading: Reading, stopped: Stopped) -> Answer:
+        """The answer after those that only say that a frame on the way was decoded. The limit of time is for each."""
+        while True:
+            began = time.monotonic()
+            try:
+                answer = self.answer(stopped, reading.max_seconds * PATIENCE)
+            except Gone as error:
+                if time.monotonic() - began < reading.max_seconds:
+                    raise ImageError(ENDED) from error
+                raise ImageError(f'takes more than {reading.max_seconds:g} s to decode: see --max-seconds') from error
+            if 'step' not in answer:
+                return answer
+
+    def end(self) -> None:
+        if self.is_there():  # or its number may be another's by now
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process, signal.SIGKILL)
+        self.connection.close()
+
+    def is_there(self) -> bool:
+        self.connection.settimeout(0)
+        try:
+            return self.connection.recv(1, socket.MSG_PEEK) != b''
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        finally:
+            self.connection.settimeout(POLL)
+
+
+def started(connection: socket.socket) -> subprocess.Popen[bytes]:
+    """The server at the other end of a connection. PadsegError if it cannot be started."""
+    try:
+        return subprocess.Popen(
+            (sys.executable, '-I', '-c', START, *sys.path),
+            stdin=connection.fileno(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,  # where libtiff writes
+            env={**os.environ, **ONE_THREAD},
+            start_new_session=True,  # Ctrl-C is for the process that asks
+        )
+    except OSError as error:
+        raise PadsegError(f'cannot start the process that decodes pictures, {sys.executable}: {error.strerror}') from error
+
+
+class Workers:
+    """The processes that decode for this one: the server, and the workers that have nothing to do."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.server: socket.socket | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+        self.idle: list[Worker] = []
+
+    def serve(self, anew: bool = False) -> socket.socket:
+        """The connection to the server, which is started if there is none, or `anew`."""
+        with self.lock:
+            if self.server is None or anew:
+                ours, theirs = socket.socketpair()
+                with theirs:
+                    self.process = started(theirs)
+                self.server = ours
+            return self.server
+
+    @contextlib.contextmanager
+    def one(self, stopped: Stopped) -> Iterator[Worker]:
+        """A worker for the block. One that still owes an answer afterwards is ended."""
+        worker = self.idle_or_new(stopped)
+        try:
+            yield worker
+        except Gone as error:
+            raise ImageError(ENDED) from error
+        finally:
+            if worker.busy:
+                worker.end()
+            else:
+                self.idle.append(worker)
+
+    def idle_or_new(self, stopped: Stopped) -> Worker:
+        with contextlib.suppress(IndexError):
+            while True:
+                worker = self.idle.pop()
+                if worker.is_there():
+                    return worker
+                worker.end()
+        for anew in (False, True):  # somebody may have killed the server
+            ours, theirs = socket.socketpair()
+            try:
+                with theirs:
+                    socket.send_fds(self.serve(anew), [b'+'], [theirs.fileno()])
+                return Worker(ours, stopped)
+            except (ConnectionError, Gone):
+                ours.close()
+            except BaseException:
+                ours.close()
+                raise
+        raise PadsegError(f'the process that decodes pictures did not begin: try {sys.executable} -c "import padseg.images.worker"')
+
+    def forget(self) -> None:
+        """For a fork of this process: the workers are its parent's, the server is for both."""
+        self.lock = threading.Lock()
+        while self.idle:
+            self.idle.pop().connection.close()
+
+
+WORKERS = Workers()
+os.register_at_fork(after_in_child=WORKERS.forget)
+
+
+def start_decoding() -> None:
+    """Have the server started: it takes a moment to be ready."""
+    WORKERS.serve()
+
+
+def decode_apart(
+    path: Path, reading: Reading, frame: int = 0, known: Callable[[int, str], None] = untold, stopped: Stopped = never
+) -> Decoded:
+    """The picture in a file, as decode_with_notes has it, within the limits of time and memory.
+
+    known: is told the file's bytes and SHA-256 before it is decoded. stopped: whether the picture is no longer wanted, which fails it.
+    Raises ImageError with the reason, OSError if the file cannot be read.
+    """
+    with WORKERS.one(stopped) as worker:
+        worker.ask('picture', path, reading, frame)
+        read = worker.answer(stopped)
+        known(read['bytes'], read['sha256'])
+        answer = worker.last_answer(reading, stopped)
+        height, width = answer['shape']
+        image = np.empty((height, width, 3), np.uint8)
+        void = np.empty((height, width), np.uint8) if answer['void'] else None
+        for array in (image,) if void is None else (image, void):
+            fill(worker.connection, array.reshape(-1).data, stopped)
+        worker.busy = False
+    return Decoded(image, None if void is None else void.view(bool), tuple(answer['size']), tuple(answer['notes']))
+
+
+def count_apart(path: Path, reading: Reading) -> int:
+    """The number of frames in a file, at most MAX_FRAMES + 1. Raises ImageError, OSError."""
+    return int(looked_up(path, reading, 'frames'))
+
+
+def size_apart(path: Path, reading: Reading) -> tuple[int, int]:
+    """(width, height) of a file's picture by its header. Raises ImageError, OSError."""
+    width, height = looked_up(path, reading, 'size')
+    return width, height
+
+
+def looked_up(path: Path, reading: Reading, what: str) -> Any:
+    with WORKERS.one(never) as worker:
+        worker.ask(what, path, reading)
+        answer = worker.last_answer(reading, never)
+        worker.busy = False
+    return answer[what]
