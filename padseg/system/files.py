@@ -11,13 +11,48 @@ import uuid
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from padseg.errors import ResourceExhausted
+from padseg.errors import OutputConflict, ResourceExhausted
 
 PREFIX = '.padseg-'  # of temporary names; hidden, and short so that long names stay possible
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 MARK = 12  # hexadecimal digits
 # A picture's own fault when its results cannot be written; any other error of the file system concerns the whole run.
 NAME_FAULTS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
+
+
+def inside(folder: Path, name: str, linked: bool = False) -> Path:
+    """The path below a folder that a recorded name, a POSIX path relative to it, stands for. Whether there is a file is not asked.
+
+    Raises OutputConflict for a name that could lead elsewhere: one that `is_plain` refuses, or on whose way below the folder there is a
+    symbolic link; `linked`: its last part may be one, as pictures may. The folder itself may be a link: it was named by the user.
+    """
+    if not is_plain(name):
+        raise OutputConflict(f'{ascii(name)} is no name of a file in {folder}')
+    path = folder
+    *folders, last = name.split('/')
+    for part in (*folders, *([] if linked else [last])):
+        path = path / part
+        if path.is_symlink():
+            raise OutputConflict(f'{path} is a link, which is not followed in a folder of results: put what it points to in its place')
+    return folder / name
+
+
+def is_plain(name: str) -> bool:
+    """Whether a recorded name is a relative path, written in one way: no root or drive, no `.` or `..`, no empty part, no NUL.
+
+    What separates folders on another system only, such as a backslash, is a letter like others. So are lone surrogates, by which
+    Python stands for bytes that are no UTF-8; other ones, which no file system returns, are refused.
+    """
+    parts = name.split('/')
+    return '..' not in parts and '\0' not in name and Path(name).parts == tuple(parts) and is_encodable(name)
+
+
+def is_encodable(name: str) -> bool:
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
