@@ -32,7 +32,7 @@ def inside(folder: Path, name: str, linked: bool = False) -> Path:
     *folders, last = name.split('/')
     for part in (*folders, *([] if linked else [last])):
         path = path / part
-        if path.is_symlink():
+        if os.path.islink(path):
             raise OutputConflict(f'{path} is a link, which is not followed in a folder of results: put what it points to in its place')
     return folder / name
 
@@ -41,18 +41,14 @@ def is_plain(name: str) -> bool:
     """Whether a recorded name is a relative path, written in one way: no root or drive, no `.` or `..`, no empty part, no NUL.
 
     What separates folders on another system only, such as a backslash, is a letter like others. So are lone surrogates, by which
-    Python stands for bytes that are no UTF-8; other ones, which no file system returns, are refused.
+    Python stands for bytes that are no UTF-8; not those that no file system would have given.
     """
     parts = name.split('/')
-    return '..' not in parts and '\0' not in name and Path(name).parts == tuple(parts) and is_encodable(name)
-
-
-def is_encodable(name: str) -> bool:
     try:
-        os.fsencode(name)
+        same = os.fsdecode(os.fsencode(name)) == name  # surrogates can spell a letter, and the name of another file with it
     except UnicodeEncodeError:
         return False
-    return True
+    return same and '..' not in parts and '\0' not in name and Path(name).parts == tuple(parts)
 
 
 @contextlib.contextmanager
