@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-import cv2
 import numpy as np
 
 from padseg.errors import UnreadableLabels
+from padseg.exports.png import encoded
 from padseg.exports.regions import Add, LabelledPicture, Place, Region, each_region
 from padseg.system.files import atomic
 
@@ -33,7 +33,7 @@ def writer(place: Place) -> Iterator[Add]:
         path = paths[picture.name]
         shown = os.path.relpath(place.images.resolve() / picture.name, path.parent.resolve())
         data = (json.dumps(described(picture, shown, place), indent=2) + '\n').encode('ascii')
-        if path.exists() and not place.own and path.read_bytes() != data:
+        if path.exists() and not place.own and not (path.is_file() and path.read_bytes() == data):
             raise UnreadableLabels(path, 'is there already with other annotations: move it away, or choose another --out')
         with atomic(path) as temporary:
             temporary.write_bytes(data)
@@ -66,7 +66,7 @@ def described(picture: LabelledPicture, shown: str, place: Place) -> dict[str, A
 def shape(region: Region, name: str) -> dict[str, Any]:
     """A region as a shape. Its two points are the first and the last pixel of its box, its mask the box as PNG of 0 and 1."""
     left, top, width, height = region.box
-    data = cv2.imencode('.png', region.patch.astype(np.uint8))[1].tobytes()
+    data = encoded('.png', region.patch.astype(np.uint8))
     return {
         'label': name,
         'points': [[left, top], [left + width - 1, top + height - 1]],

@@ -13,7 +13,25 @@ from padseg.system.files import inside, is_plain
 
 PLAIN = ('a', 'a/b.png', '..a', 'a..', '...', 'a b ', ' ', '-', '~', '~root', '$HOME', 'C:', 'C:\\x', '..\\x', 'a\\..\\b', '\\\\host\\x')
 PLAIN += ('\r', 'a\nb', '\x1b[2J', 'é', 'e\u0301', '\udcff.png', 'a' * 4000, '.hidden', 'con', 'nul.txt', '%2e%2e/x', '．．/x')
-OUTSIDE = ('', '.', '..', '/', '//', '/etc/passwd', '//host/x', '../x', 'a/../b', 'a/..', './a', 'a/.', 'a/./b', 'a//b', 'a/', '/a/', '../' * 9)
+OUTSIDE = (
+    '',
+    '.',
+    '..',
+    '/',
+    '//',
+    '/etc/passwd',
+    '//host/x',
+    '../x',
+    'a/../b',
+    'a/..',
+    './a',
+    'a/.',
+    'a/./b',
+    'a//b',
+    'a/',
+    '/a/',
+    '../' * 9,
+)
 OUTSIDE += ('\0', 'a\0b', 'labels/../../x', '\ud800', 'a\udbff/b', '\udcc3\udca9.png', '\ue000/../x')
 
 
