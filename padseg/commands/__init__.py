@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return group.main(args=argv, prog_name='padseg', standalone_mode=False) or 0
     except click.ClickException as error:
-        error.message = printable(error.message)
+        vars(error)['message'] = printable(error.message)
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):

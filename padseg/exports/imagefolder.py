@@ -25,9 +25,9 @@ BESIDE = False
 COLUMNS = ('file_name', 'mask_file_name')
 LEGEND = 'id2label.json'  # what scripts that train on such folders look for
 UNLABELED = 'unlabeled'  # 0 in label maps, which needs a name there too
-# What the library, or what it reads tables with, takes for something else than a letter of a name: variables, control characters, and
-# the beginnings of hidden folders and of those it leaves out.
-SPECIAL = re.compile(r'[$\x00-\x1f\x7f]|(?<![^/])\.|(?<![^/])_(?=_)|[ .](?=/)')
+# What the library, or what it reads tables with, takes for more than a letter of a name: the mark of a variable, the end of a row, and
+# how hidden folders begin, and others that it leaves out.
+SPECIAL = re.compile(r'[$\r]|(?<![^/])\.|(?<![^/])_(?=_)')
 ESCAPED = re.compile('%[0-9A-F]{2}')
 # Without this, a folder or file whose name holds a word such as test would become a split of its own.
 CARD = """---

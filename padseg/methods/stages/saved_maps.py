@@ -6,6 +6,7 @@ import math
 import os
 import struct
 import tokenize
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -29,7 +30,8 @@ LARGEST, LARGEST_OTHER = 2**28, 2**20  # bytes of the maps, which take 134 MB fo
 HEADER = 1000  # bytes of an array's description
 END = struct.Struct('<4s4H2LH')  # how a zip ends: a mark, disks, entries here and in all, size and place of their list, length of a comment
 DIRECTORY = 2**16  # bytes of the list of entries
-SQUARES = range(1, 1025)  # pixels along the side of a token: 16 with the models of BACKBONES
+SQUARES = [patch * 2**number for number in range(10) for patch in (1, 3)]  # pixels along the side of a token: 16 with known models
+READERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}  # of descriptions, by version
 ABOVE_ONE = 1e-3  # by which rounding may take a share above 1
 # What reading a damaged or crafted file raises, in zipfile and in numpy's reading of a description.
 DAMAGE = (
@@ -164,5 +166,6 @@ def member_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> 
 
 def described(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """Shape, whether columns come first, and type of the array that begins here."""
-    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-    return readers[npy.read_magic(member)](member, max_header_size=HEADER)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # numpy advises those who wrote such files
+        return READERS[npy.read_magic(member)](member, max_header_size=HEADER)
