@@ -20,6 +20,7 @@ PREFIX = '.padseg-'  # of temporary names; hidden, and short so that long names 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ELOOP}  # a place that cannot be written to
 MARK = 12  # hexadecimal digits
+NO_NAMES = frozenset({'', '.', '..'})  # of files
 LONGEST = 8192  # bytes of a recorded name: twice as many as systems open
 # A picture's own fault when its results cannot be written; any other error of the file system concerns the whole run.
 NAME_FAULTS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
@@ -43,19 +44,21 @@ def inside(folder: Path, name: str, linked: bool = False) -> Path:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a recorded name is a relative path, written in one way: no root or drive, no `.` or `..`, no empty part, no NUL.
+    """Whether a recorded name is a relative path, written in one way: no root, no `.` or `..`, no empty part, no NUL.
 
     What separates folders on another system only, such as a backslash, is a letter like others. So are lone surrogates, by which
     Python stands for bytes that are no UTF-8; not those that no file system would have given.
     """
-    parts = name.split('/')
-    try:
-        stored = os.fsencode(name)
-    except UnicodeEncodeError:
-        return False
-    # surrogates can spell a letter, and the name of another file with it
-    written_once = os.fsdecode(stored) == name and Path(name).parts == tuple(parts)
-    return written_once and '..' not in parts and '\0' not in name and len(stored) <= LONGEST
+    if name.isascii():
+        stored = name.encode()
+    else:
+        try:
+            stored = os.fsencode(name)
+        except UnicodeEncodeError:
+            return False
+        if os.fsdecode(stored) != name:  # surrogates can spell a letter, and the name of another file with it
+            return False
+    return '\0' not in name and len(stored) <= LONGEST and NO_NAMES.isdisjoint(name.split('/'))
 
 
 def opened(path: Path) -> BinaryIO:
