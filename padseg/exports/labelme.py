@@ -7,8 +7,8 @@ import collections
 import contextlib
 import json
 import os
+import posixpath
 from collections.abc import Iterator, Sequence
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ def writer(place: Place) -> Iterator[Add]:
 
     def add(picture: LabelledPicture) -> None:
         path = paths[picture.name]
-        shown = os.path.relpath(place.images.resolve() / picture.name, path.parent.resolve())
+        shown = os.path.relpath(os.path.join(os.path.realpath(place.images), picture.name), os.path.realpath(path.parent))
         data = (json.dumps(described(picture, shown, place), indent=2) + '\n').encode('ascii')
         if path.exists() and not place.own and not (path.is_file() and path.read_bytes() == data):
             raise UnreadableLabels(path, 'is there already with other annotations: move it away, or choose another --out')
@@ -43,7 +43,7 @@ def writer(place: Place) -> Iterator[Add]:
 
 def file_names(names: Sequence[str]) -> dict[str, str]:
     """The file of each picture: its name with .json for the suffix; after the suffix where two pictures would share a file."""
-    stems = {name: str(PurePosixPath(name).with_suffix('')) for name in names}
+    stems = {name: posixpath.splitext(name)[0] for name in names}
     # one rule on every system: some take a.json and A.json for the same file
     taken = collections.Counter(text.casefold() for text in (*stems.values(), *names))
     return {name: f'{stem if taken[stem.casefold()] == 1 else name}.json' for name, stem in stems.items()}

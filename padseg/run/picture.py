@@ -135,7 +135,7 @@ def by_maps(out: Path, known: dict[str, str | None], options: ViewOptions, taken
                 raise ImageError('there are no token maps of this picture: run the model with --save-maps')
             maps = maps_of_picture(inside(out, f'maps/{picture.entry.input}.npz'), (height, width), options)
         except (ImageError, OutputConflict) as error:
-            fail(picture.entry, error)
+            fail(picture.entry, ImageError(str(error)))
             mapped_pictures.append(picture._replace(image=None))
         else:
             mapped_pictures.append(picture._replace(maps=maps))

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, Field, PlainValidator, model_val
 
 from padseg.exports import FORMATS
 from padseg.methods.options import Setting
-from padseg.system.files import is_plain
+from padseg.system.files import is_path, is_plain
 from padseg.system.ledger import Name, line, read_header, read_line, read_lines
 
 SUFFIXES = {**{name: module.SUFFIX for name, module in FORMATS.items()}, 'maps': '.npz'}  # of results, by their folder
@@ -31,7 +31,7 @@ def setting(value: Setting) -> Setting:
 
 
 Input = Annotated[Name, AfterValidator(lambda name: fits(name, is_plain(name)))]
-Place = Annotated[Name, AfterValidator(lambda path: fits(path, '\0' not in path))]  # of the machine that wrote the record
+Place = Annotated[Name, AfterValidator(lambda path: fits(path, is_path(path)))]
 Whole = Annotated[int, Field(ge=0, lt=2**63)]
 Side = Annotated[int, Field(ge=1, lt=2**31)]
 Time = Annotated[int, Field(gt=-(2**100), lt=2**100)]

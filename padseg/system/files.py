@@ -18,7 +18,8 @@ from padseg.errors import OutputConflict, ResourceExhausted
 
 PREFIX = '.padseg-'  # of temporary names; hidden, and short so that long names stay possible
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ELOOP}  # a place that cannot be written to
+# Of a place that cannot be written to.
+REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
 MARK = 12  # hexadecimal digits
 NO_NAMES = frozenset({'', '.', '..'})  # of files
 LONGEST = 8192  # bytes of a recorded name: twice as many as systems open
@@ -59,6 +60,17 @@ def is_plain(name: str) -> bool:
         if os.fsdecode(stored) != name:  # surrogates can spell a letter, and the name of another file with it
             return False
     return '\0' not in name and len(stored) <= LONGEST and NO_NAMES.isdisjoint(name.split('/'))
+
+
+def is_path(text: str) -> bool:
+    """Whether a recorded path, of whichever machine, is one that this system can be asked about."""
+    try:
+        os.lstat(text)
+    except ValueError:
+        return False
+    except OSError as error:
+        return error.errno != errno.ENAMETOOLONG
+    return True
 
 
 def opened(path: Path) -> BinaryIO:

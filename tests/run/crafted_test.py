@@ -124,6 +124,9 @@ LINES: dict[str, Change | str] = {
 # Fields of run.json that no run writes. All commands read them.
 HEADERS: dict[str, Change | str] = {
     'source NUL': put(source='/in\0'),
+    'source too long': put(source='/' + 'x' * 300),
+    'source far too long': put(source='/x' * 5000),
+    'source surrogate': put(source='/\ud800'),
     'source number': put(source=5),
     'source missing': drop('source'),
     'settings list': put(settings=[]),

@@ -122,7 +122,7 @@ def test_a_folder_where_a_file_goes_is_refused_and_the_other_way_round(tmp_path)
         put_file(tmp_path / 'folder')
 
 
-@pytest.mark.parametrize('number', [errno.EACCES, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EPERM])
+@pytest.mark.parametrize('number', [errno.EACCES, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EPERM, errno.EEXIST])
 def test_a_place_that_cannot_be_written_to_is_a_conflict(number):
     with pytest.raises(OutputConflict, match='^cannot write to out/a: '), full_disk(Path('out')):
         raise OSError(number, os.strerror(number), 'out/a')

@@ -295,6 +295,10 @@ def test_merge_fails_the_one_picture_and_goes_on(tmp_path, capsys):
         'superpixels': 0.0, 'join': 0.0, 'components': False, 'min_area': 0.0, 'seed': 0,
     }  # fmt: skip
     (out / 'run.json').write_text(json.dumps(record))
+    records = [json.loads(text) for text in (out / 'manifest.jsonl').read_text().splitlines()]
+    for entry in records[:4]:
+        entry['outputs']['maps'] = f'maps/{entry["input"]}.npz'
+    (out / 'manifest.jsonl').write_text(''.join(json.dumps(entry) + '\n' for entry in records))
     write_maps(token_maps(), out / 'maps/good.png.npz')
     (out / 'maps/link.png.npz').symlink_to('good.png.npz')
     (out / 'maps/nan.png.npz').write_bytes(CRAFTED['NaN']())
