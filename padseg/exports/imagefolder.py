@@ -51,11 +51,12 @@ def writer(place: Place) -> Iterator[Add]:
             if '\\' in picture.name or not is_utf8(picture.name):
                 raise ImageError('its name holds a backslash or is no UTF-8, which the datasets library cannot open')
             data = encoded('.png', cv2.cvtColor(source(place, picture), cv2.COLOR_RGB2BGR))
-            paths = [f'{part}/{portable(picture.name)}.png' for part in PARTS]
-            with atomic(place.folder / paths[0]) as copy:
+            names = [f'{part}/{portable(picture.name)}.png' for part in PARTS]
+            paths = [inside(place.folder, name, linked=True) for name in names]  # whose folders can have other names than the picture's
+            with atomic(paths[0]) as copy:
                 copy.write_bytes(data)
-            write_label_map(LabelMap(picture.labels, ()), place.folder / paths[1])
-            table.writerow(paths)
+            write_label_map(LabelMap(picture.labels, ()), paths[1])
+            table.writerow(names)
 
         yield add
     if place.classes:

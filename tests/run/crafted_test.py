@@ -315,6 +315,15 @@ def test_exports_do_not_leave_the_folder_through_links(format, capsys):
         Path('out', place).unlink()
 
 
+def test_a_link_at_the_name_that_an_export_makes_of_another(tmp_path, capsys):
+    out = put_run(tmp_path, {'.hidden/a.png': HAND_MADE})
+    (out / 'hf-imagefolder/labels').mkdir(parents=True)
+    (tmp_path / 'victim').mkdir()
+    (out / 'hf-imagefolder/labels/%2Ehidden').symlink_to(tmp_path / 'victim')
+    assert main(['export', str(out), '--format', 'hf-imagefolder', '-q']) == 6
+    assert 'is a link, which is not followed' in capsys.readouterr().err and not list((tmp_path / 'victim').iterdir())
+
+
 @pytest.mark.usefixtures('place')
 @pytest.mark.parametrize('format', CONVERTERS)
 def test_a_link_where_a_file_goes_is_replaced(format):
