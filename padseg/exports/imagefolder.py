@@ -1,4 +1,4 @@
-"""A run as a folder that the datasets library of Hugging Face opens: metadata.csv pairs pictures with label maps."""
+"""Export a run as a folder for Hugging Face's datasets library: metadata.csv pairs pictures with label maps."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ configs:
 
 @contextlib.contextmanager
 def writer(place: Place) -> Iterator[Add]:
-    """Write images/<name>.png, labels/<name>.png, metadata.csv, README.md that names all of it as one split, and names of classes."""
+    """Write images/<name>.png, labels/<name>.png, metadata.csv, README.md, which declares a single split, and class names if any."""
     with atomic(place.folder / 'metadata.csv') as temporary, temporary.open('w', newline='', encoding='utf-8') as file:
         table = csv.writer(file, lineterminator='\n')
         table.writerow(COLUMNS)
@@ -61,7 +61,7 @@ def writer(place: Place) -> Iterator[Add]:
         yield add
     if place.classes:
         write_legend(place.classes, place.folder / LEGEND)
-    if not (place.folder / 'README.md').exists():  # a person may have gone on writing it
+    if not (place.folder / 'README.md').exists():  # the user may have edited it
         with atomic(place.folder / 'README.md') as card:
             card.write_text(CARD, encoding='ascii')
 
@@ -74,13 +74,13 @@ def portable(name: str) -> str:
 
 
 def write_legend(classes: Sequence[str], path: Path) -> None:
-    """Write the name of every value in label maps."""
+    """Write the name of every label value."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(dict(enumerate((UNLABELED, *classes))), indent=2) + '\n', encoding='ascii')
 
 
 def source(place: Place, picture: LabelledPicture) -> Image:
-    """The picture that was segmented, upright and without what its file says about camera and place."""
+    """Load the picture that was segmented, upright and without metadata such as camera and location."""
     file, frame = file_and_frame(picture.name)
     path = place.images / file
     reading = place.reading._replace(max_pixels=picture.pixels)

@@ -1,4 +1,4 @@
-"""A run as labelme's files: one JSON a picture, in which every region is a shape of the type mask."""
+"""Export a run as labelme files: one JSON per picture, with each region as a shape of type mask."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from padseg.system.files import atomic
 FOLDER = 'labelme'
 PARTS: tuple[str, ...] = ('',)
 BESIDE = True
-VERSION = '5.5.0'  # of labelme, whose form of a file this is
+VERSION = '5.5.0'  # labelme version of this file format
 
 
 @contextlib.contextmanager
 def writer(place: Place) -> Iterator[Add]:
-    """Write <name>.json, where labelme looks for it. What a person may have written outside the run's own folder stays."""
+    """Write <name>.json where labelme looks for it. Outside the run's own folder, files with other content are never overwritten."""
     paths = {name: place.folder / file for name, file in file_names(place.names).items()}
 
     def add(picture: LabelledPicture) -> None:
@@ -50,7 +50,7 @@ def file_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def described(picture: LabelledPicture, shown: str, place: Place) -> dict[str, Any]:
-    """The file's content; shown: path of the picture as seen from the file."""
+    """The file's content; shown: path of the picture relative to the file."""
     height, width = picture.labels.shape
     return {
         'version': VERSION,
@@ -64,7 +64,7 @@ def described(picture: LabelledPicture, shown: str, place: Place) -> dict[str, A
 
 
 def shape(region: Region, name: str) -> dict[str, Any]:
-    """A region as a shape. Its two points are the first and the last pixel of its box, its mask the box as PNG of 0 and 1."""
+    """A region as a shape. Its two points are the first and last pixel of its box, its mask the box as a PNG of 0 and 1."""
     left, top, width, height = region.box
     data = encoded('.png', region.patch.astype(np.uint8))
     return {

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SUFFIX = '.png'
 INDEXED = ('P', 'L', '1', 'I;16', 'I')
-STRETCHED = {'L;2': 85, 'L;4': 17}  # Pillow multiplies greys of 2 and 4 bits by this, to fill a byte
+STRETCHED = {'L;2': 85, 'L;4': 17}  # Pillow scales 2-bit and 4-bit greys by these factors to fill a byte
 
 
 class TooManyRegions(ImageError, ValueError):
@@ -30,7 +30,7 @@ class TooManyRegions(ImageError, ValueError):
 
 
 def write(image: Image | None, labels: LabelMap, path: Path) -> None:
-    """The exporter's form of `write_label_map`; the picture is not needed."""
+    """`write_label_map` with an exporter's signature; the picture is not needed."""
     write_label_map(labels, path)
 
 
@@ -45,7 +45,7 @@ def write_label_map(labels: LabelMap, path: Path) -> None:
         picture = PIL.Image.fromarray(labels.labels.astype(np.uint8))
         picture.putpalette(voc_colours().tobytes())
     with atomic(path) as temporary:
-        picture.save(temporary, 'PNG', compress_type=zlib.Z_RLE)  # five times as quick for a fifth more bytes
+        picture.save(temporary, 'PNG', compress_type=zlib.Z_RLE)  # five times as fast for a fifth more bytes
 
 
 def encoded(suffix: str, pixels: Array, options: Sequence[int] = ()) -> bytes:
@@ -73,7 +73,7 @@ def read_label_map(path: Path, size: tuple[int, int] | None = None) -> Array:
 def png_pixels(path: Path, modes: tuple[str, ...], wanted: str, size: tuple[int, int] | None = None) -> tuple[Array, str]:
     """The pixels of a PNG in one of Pillow's modes, and how they are packed in the file. Raises UnreadableLabels."""
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # Pillow warns of large pictures, which label maps may be
+        warnings.simplefilter('ignore')  # Pillow warns about large pictures, but label maps may be large
         try:
             with PIL.Image.open(path, formats=('PNG',)) as picture:
                 if picture.mode not in modes:
@@ -83,6 +83,6 @@ def png_pixels(path: Path, modes: tuple[str, ...], wanted: str, size: tuple[int,
                 rawmode = str(picture.tile[0][3]) if picture.tile else ''
                 return np.asarray(picture), rawmode
         except PIL.UnidentifiedImageError as error:
-            raise UnreadableLabels(path, 'no PNG') from error
+            raise UnreadableLabels(path, 'not a PNG') from error
         except (*DAMAGE, PIL.Image.DecompressionBombError) as error:
             raise UnreadableLabels(path, f'truncated or damaged: {error}') from error

@@ -1,4 +1,4 @@
-"""The results of a run, as they lie on disk, in the forms of other tools; no model is needed."""
+"""Convert a run's stored results to other tools' formats; no model is needed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Converted(NamedTuple):
-    """How it went. pictures: those written to `folder`; failed: the others, each with the reason."""
+    """The result of a conversion. pictures: number written to `folder`; failed: the others, with reasons."""
 
     folder: Path
     pictures: int
@@ -84,7 +84,7 @@ def sweep_all(folders: Iterable[Path]) -> None:
 
 
 def write_coco(out: Path) -> dict[str, str]:
-    """Write OUT/coco of a run: instances.json, panoptic.json and its PNGs. The pictures that could not be, with reasons."""
+    """Write OUT/coco for a run: instances.json, panoptic.json and its PNGs. Returns the pictures that failed, with reasons."""
     return convert(out, 'coco').failed | convert(out, 'coco-panoptic').failed
 
 
@@ -107,7 +107,7 @@ def place_of(out: Path, run: Run, names: tuple[str, ...], folder: Path, images: 
 
 
 def made_by(run: Run, method: str) -> dict[str, str | None]:
-    """What made the label maps: the model, or the method that needs none."""
+    """What made the label maps: the model, or the method if it needs none."""
     if run.model is None:
         return {'version': run.padseg, 'method': method}
     return {'version': run.padseg, 'model': run.model.model, 'revision': run.model.revision, 'weights': run.model.weights}
@@ -121,7 +121,7 @@ def refuse_gone(entry: Entry, place: Place) -> None:
 
 
 def refuse_other_size(entry: Entry, place: Place) -> None:
-    """ImageError for a label map that does not fit the picture's file as others open it."""
+    """Raise ImageError for a label map that does not fit the picture's file as other programs open it."""
     if entry.reduced_from:
         raise ImageError('it was reduced: its label map is smaller than its file')
     if place.reading.exif != 'apply':
