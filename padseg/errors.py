@@ -6,9 +6,10 @@ from pathlib import Path
 
 
 class PadsegError(RuntimeError):
-    """An error whose message tells the user how to fix it."""
+    """An error whose message tells the user how to fix it. several_lines: whether it has lines, and what it quotes is printable."""
 
     exit_code = 1
+    several_lines = False
 
 
 class UsageError(PadsegError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -269,6 +270,17 @@ for number, row in enumerate(rows):
 """
 
 
+LOAD_SETS = """
+import hashlib, json, sys, datasets, numpy
+found = []
+for folder in sys.argv[1:]:
+    rows = datasets.load_dataset(folder, split='train')
+    assert rows.column_names == ['image', 'mask'], rows.column_names
+    found.append([[hashlib.sha256(numpy.array(row['image'])).hexdigest(), int(numpy.max(row['mask']))] for row in rows])
+print(json.dumps(found))
+"""
+
+
 def test_imagefolder_as_the_datasets_library_loads_it(out, tmp_path):
     pytest.importorskip('datasets')
     convert(out, 'hf-imagefolder')
@@ -285,6 +297,25 @@ def test_imagefolder_as_the_datasets_library_loads_it(out, tmp_path):
     for name, labels in MAPS.items():
         with PIL.Image.open(out.parent / 'in' / name) as picture:
             assert np.array_equal(found[np.asarray(picture).tobytes()], labels), name
+
+
+def test_the_datasets_library_loads_pictures_of_any_name(tmp_path):
+    """Names that mean something to it, or to what it reads tables with; in the last two sets there is no other picture."""
+    pytest.importorskip('datasets')
+    strange = ('$HOME.png', '${HOME}.png', 'a\rb.png', 'a%24HOME.png', '%.png', '%2e%2E.png', 'tab\t.png', 'dir /x.png', 'train/x.png')
+    strange += ('~.png', 'a::b.png', '=1+1.png', 'a,"b".png', 'line\n.png', '*?[a].png', 'NA.png', 'metadata.csv.png')
+    sets = [strange, ('__MACOSX/._a.png', '__pycache__.png'), ('.hidden/a.png', '.b.png')]
+    command = [sys.executable, '-c', LOAD_SETS]
+    for number, names in enumerate(sets):
+        out = put_run(tmp_path / str(number), {name: np.full((2, 3), place, np.int32) for place, name in enumerate(sorted(names))})
+        assert convert(out, 'hf-imagefolder', tmp_path / f'set{number}').failed == {}
+        command.append(str(tmp_path / f'set{number}'))
+    home = {'HF_HOME': str(tmp_path / 'home'), 'HF_HUB_OFFLINE': '1', 'HF_DATASETS_OFFLINE': '1', 'b': 'a variable'}
+    ran = subprocess.run(command, env={**os.environ, **home}, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    for number, (names, digests) in enumerate(zip(sets, json.loads(ran.stdout), strict=True)):
+        pictures = [np.asarray(PIL.Image.open(tmp_path / str(number) / 'in' / name)) for name in sorted(names)]
+        assert digests == [[hashlib.sha256(picture).hexdigest(), place] for place, picture in enumerate(pictures)]
 
 
 @given(label_maps)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Sequence
 
 import click
 
 from padseg.errors import PadsegError
 from padseg.system import libraries
+from padseg.system.text import log_printable, printable, say, warn
 from padseg.system.versions import versions
 from padseg.version import __version__
 
@@ -34,7 +34,7 @@ class Commands(click.Group):
 def show_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value:
         libraries = ', '.join(f'{name} {number}' for name, number in versions().items())
-        print(f'padseg {__version__} ({libraries})')
+        say(f'padseg {__version__} ({libraries})')
         ctx.exit()
 
 
@@ -47,13 +47,15 @@ def group() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     libraries.quiet()
+    log_printable()
     try:
         return group.main(args=argv, prog_name='padseg', standalone_mode=False) or 0
     except click.ClickException as error:
+        vars(error)['message'] = printable(error.message)
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
     except PadsegError as error:
-        print(f'padseg: {error}', file=sys.stderr)
+        warn(*f'padseg: {error}'.split('\n') if error.several_lines else [f'padseg: {error}'])
         return error.exit_code

@@ -11,6 +11,7 @@ import click
 from padseg.commands.label import names_of
 from padseg.methods.seg4diff import Options
 from padseg.system.progress import shown
+from padseg.system.text import say
 
 FOLDER = click.Path(path_type=Path)
 
@@ -58,5 +59,5 @@ def command(
     backbone, options = load(model, revision=revision, device=device, dtype=dtype, whole=True), Options(**given)
     analysis = analyze(pairs, backbone, options, classes, shown(quiet))
     write_analysis(analysis, map_sheet(pairs[0][0], backbone, options), out)
-    print(json.dumps(as_object(analysis)) if as_json else '\n'.join(tables(analysis)))
+    say(*[json.dumps(as_object(analysis))] if as_json else '\n'.join(tables(analysis)).split('\n'))
     return 0

@@ -14,6 +14,7 @@ from padseg.errors import ModelUnavailable, UsageError
 from padseg.methods import check_settings
 from padseg.system.disk import free_space, human
 from padseg.system.machine import memory_available, memory_in_all, usable_cpus
+from padseg.system.text import say
 from padseg.system.versions import versions
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def command(model: str, revision: str | None, device: str | None, dtype: str | N
     Exit code 0: a run can load the model, from disk or from the hub. 4: it cannot; the last lines say what to do.
     """
     report = examine(model, revision, device, dtype, out)
-    print(json.dumps(as_object(report)) if as_json else '\n'.join(as_lines(report)))
+    say(*[json.dumps(as_object(report))] if as_json else as_lines(report))
     return 0 if report.state.usable else ModelUnavailable.exit_code
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import click
 
 from padseg.commands.run import SOME_FAILED
 from padseg.exports import CONVERTERS
+from padseg.system.text import say, warn
 
 FOLDER = click.Path(path_type=Path)
 
@@ -31,14 +31,9 @@ def command(results: Path, format: str, out: Path | None, images: Path | None, a
 
     converted = convert(results, format, out, images)
     for name, reason in converted.failed.items():
-        print(f'padseg: {printable(name)}: {printable(reason)}', file=sys.stderr)
+        warn(f'padseg: {name}: {reason}')
     if not quiet:
-        print(f'{converted.pictures} pictures in {converted.folder}, {len(converted.failed)} failed', file=sys.stderr)
+        warn(f'{converted.pictures} pictures in {converted.folder}, {len(converted.failed)} failed')
     if as_json:
-        print(json.dumps({**converted._asdict(), 'folder': str(converted.folder)}))
+        say(json.dumps({**converted._asdict(), 'folder': str(converted.folder)}))
     return SOME_FAILED if converted.failed else 0
-
-
-def printable(text: str) -> str:
-    """Escape the undecodable bytes of a text."""
-    return text.encode(errors='backslashreplace').decode()

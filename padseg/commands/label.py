@@ -46,4 +46,6 @@ def names_of(classes: str | None, file: Path | None) -> tuple[str, ...]:
     names = tuple(part.strip() for part in parts if part.strip())
     if not names:
         raise UsageError('there are no names of classes: give at least one')
+    if any('\ud800' <= letter <= '\udfff' for name in names for letter in name):
+        raise UsageError('the names of classes are not UTF-8')
     return names

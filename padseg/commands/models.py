@@ -11,6 +11,7 @@ import click
 from padseg.backbones.spec import BACKBONES
 from padseg.methods import seg4diff
 from padseg.system.disk import human
+from padseg.system.text import say
 
 HEADS = ('name', 'here?', 'size', 'licence', 'gated', 'repo')
 
@@ -27,15 +28,15 @@ def command(as_json: bool, verbose: bool) -> int:
 
     rows = {name: model_row(name, seg4diff.settings_of) for name in BACKBONES}
     if as_json:
-        print(json.dumps(rows))
+        say(json.dumps(rows))
         return 0
     cells = {name: cells_of(name, row) for name, row in rows.items()}
     widths = [max(map(len, column)) for column in zip(HEADS, *cells.values(), strict=True)]
-    print(aligned(HEADS, widths))
+    say(aligned(HEADS, widths))
     for name, row in rows.items():
-        print(aligned(cells[name], widths))
+        say(aligned(cells[name], widths))
         if verbose:
-            print(f'{"":{widths[0]}}  {", ".join(f"{key} {value}" for key, value in row["settings"].items())}')
+            say(f'{"":{widths[0]}}  {", ".join(f"{key} {value}" for key, value in row["settings"].items())}')
     return 0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ import click
 from padseg.commands.flags import MethodCommand, job_flags, options_given, reading, reading_flags
 from padseg.errors import PadsegError
 from padseg.system.progress import EventHandler, Events, event, shown
+from padseg.system.text import say, warn
 
 if TYPE_CHECKING:
     from padseg.run.engine import Counts
@@ -61,7 +61,7 @@ def start_run(log_json: bool, as_json: bool, no_progress: bool, quiet: bool, dry
     job = Job(selection=selection, reading=reading(settings), **settings)
     if dry_run:
         pending = [picture.name for picture in plan(job, *choose(job)).pending]
-        print(json.dumps({'pending': pending}) if as_json else '\n'.join(pending))
+        say(*[json.dumps({'pending': pending})] if as_json else pending)
         return 0
     counts = run(job, Events() if log_json else shown(quiet or no_progress))
     return report(counts, job.out, quiet, as_json, log_json)
@@ -102,9 +102,9 @@ def report(counts: Counts, out: Path, quiet: bool, as_json: bool, log_json: bool
     if log_json:
         event('end', **counts._asdict(), out=str(out))
     elif not quiet:
-        print(run_summary(counts, out), file=sys.stderr)
+        warn(run_summary(counts, out))
     if as_json:
-        print(json.dumps({**counts._asdict(), 'out': str(out)}))
+        say(json.dumps({**counts._asdict(), 'out': str(out)}))
     if counts.signal:
         return SIGNALLED + counts.signal
     return SOME_FAILED if counts.failed or counts.unreadable else 0

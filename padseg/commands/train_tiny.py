@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import click
 
+from padseg.system.libraries import require
+from padseg.system.text import warn
 from padseg.train.settings import TrainingSettings, without_masks
 
 POSITIVE = click.IntRange(min=1)
@@ -60,5 +61,5 @@ def command(
         transformer=dataclasses.replace(DEFAULTS.transformer, steps=transformer_steps),
     )
     model = train_tiny(out, settings if masks else without_masks(settings), data, start, device, workers, save_every)
-    print(f'model in {model}', file=sys.stderr)
+    warn(f'model in {model}')
     return 0

@@ -16,6 +16,12 @@ class LayoutError(NoImages):
     """The files of a data set are not laid out as expected, or some are missing."""
 
 
+class LayoutShown(LayoutError):
+    """One whose message shows on lines of its own what is expected."""
+
+    several_lines = True
+
+
 class Sample(NamedTuple):
     """One picture. name: its POSIX path below the folder of pictures, without suffix; image: None in a folder that holds only labels.
 

@@ -8,9 +8,10 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from padseg import images
-from padseg.datasets.base import Layout, LayoutError, Sample, Split, some
+from padseg.datasets.base import Layout, LayoutError, LayoutShown, Sample, Split, some
 from padseg.datasets.readers import detail_paintings
 from padseg.datasets.tables import listed_names
+from padseg.system.text import printable
 
 ENTRIES = 12  # of a folder, listed in a message
 ALLOW = '--allow-missing uses what is there'
@@ -51,7 +52,8 @@ def find_place(root: Path, layouts: Iterable[Layout], title: str, split: str, fo
                 return FoundLayout(layout, paths['images'] or root, paths.get('labels'), paths.get('listing'), paths.get('annotations'))
         trees.append(folder_tree(layout, max(tried, key=lambda pieces: sum(part.path is not None for part in pieces.values()))))
     known = '\n'.join(dict.fromkeys(trees))
-    raise LayoutError(f'{root} holds no {title} in a layout that padseg knows; it holds {content(root)}. Expected one of:\n{known}')
+    here = printable(content(root))
+    raise LayoutShown(f'{printable(str(root))} holds no {title} in a layout that padseg knows; it holds {here}. Expected one of:\n{known}')
 
 
 def homes(layout: Layout) -> list[str]:

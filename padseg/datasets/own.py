@@ -9,12 +9,13 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from padseg.datasets.base import VOID, Layout, LayoutError, Sample, Split
+from padseg.datasets.base import VOID, Layout, LayoutError, LayoutShown, Sample, Split
 from padseg.datasets.dataset import Dataset
 from padseg.datasets.layouts import by_annotator, files_below, find_place, in_split, picture_name, samples, unique
 from padseg.datasets.rows import DATASETS, FOLDER
 from padseg.datasets.tables import DENSE, UNDECLARED, Table
 from padseg.errors import UsageError
+from padseg.system.text import printable
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -104,7 +105,7 @@ def read_settings(root: Path) -> FolderSettings:
     try:
         return FolderSettings.model_validate(tomllib.loads(path.read_text(encoding='utf-8')))
     except FileNotFoundError as error:
-        raise LayoutError(f'there is no {path}, which says what the labels mean; for example:\n{EXAMPLE}') from error
+        raise LayoutShown(f'there is no {printable(str(path))}, which says what the labels mean; for example:\n{EXAMPLE}') from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f'{path} is not valid TOML: {error}') from error
     except ValidationError as error:

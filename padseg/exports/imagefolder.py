@@ -6,25 +6,30 @@ import contextlib
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import cv2
 
-from padseg.errors import UnreadableLabels
-from padseg.exports.png import write_label_map
+from padseg.errors import OutputConflict, UnreadableLabels
+from padseg.exports.png import encoded, write_label_map
 from padseg.exports.regions import Add, LabelledPicture, Place
 from padseg.images import ImageError, contents, decode, file_and_frame
-from padseg.system.files import atomic
+from padseg.system.files import atomic, inside
 from padseg.types import Image, LabelMap
 
 FOLDER = 'hf-imagefolder'
 PARTS: tuple[str, ...] = ('images', 'labels')
 BESIDE = False
 COLUMNS = ('file_name', 'mask_file_name')
-LEGEND = 'id2label.json'  # the name that training scripts expect
-UNLABELED = 'unlabeled'  # name of label 0, which needs one too
-# Without this, a folder or file whose name contains a word such as test would become a separate split.
+LEGEND = 'id2label.json'  # what scripts that train on such folders look for
+UNLABELED = 'unlabeled'  # 0 in label maps, which needs a name there too
+# What the library, or what it reads tables with, takes for more than a letter of a name: the mark of a variable, the end of a row, and
+# how hidden folders begin, and others that it leaves out.
+SPECIAL = re.compile(r'[$\r]|(?<![^/])\.|(?<![^/])_(?=_)')
+ESCAPED = re.compile('%[0-9A-F]{2}')
+# Without this, a folder or file whose name holds a word such as test would become a split of its own.
 CARD = """---
 configs:
 - config_name: default
@@ -44,13 +49,14 @@ def writer(place: Place) -> Iterator[Add]:
 
         def add(picture: LabelledPicture) -> None:
             if '\\' in picture.name or not is_utf8(picture.name):
-                raise ImageError('its name has a backslash or is not valid UTF-8, so the datasets library cannot open it')
-            image = source(place, picture)
-            paths = [f'{part}/{picture.name}.png' for part in PARTS]
-            with atomic(place.folder / paths[0]) as copy:
-                copy.write_bytes(cv2.imencode('.png', cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes())
-            write_label_map(LabelMap(picture.labels, ()), place.folder / paths[1])
-            table.writerow(paths)
+                raise ImageError('its name holds a backslash or is no UTF-8, which the datasets library cannot open')
+            data = encoded('.png', cv2.cvtColor(source(place, picture), cv2.COLOR_RGB2BGR))
+            names = [f'{part}/{portable(picture.name)}.png' for part in PARTS]
+            paths = [inside(place.folder, name, linked=True) for name in names]  # whose folders can have other names than the picture's
+            with atomic(paths[0]) as copy:
+                copy.write_bytes(data)
+            write_label_map(LabelMap(picture.labels, ()), paths[1])
+            table.writerow(names)
 
         yield add
     if place.classes:
@@ -58,6 +64,13 @@ def writer(place: Place) -> Iterator[Add]:
     if not (place.folder / 'README.md').exists():  # the user may have edited it
         with atomic(place.folder / 'README.md') as card:
             card.write_text(CARD, encoding='ascii')
+
+
+def portable(name: str) -> str:
+    """A picture's name as the library can open it; no two have the same. What it cannot take is written as in addresses, %24 for $."""
+    if not (SPECIAL.search(name) or ESCAPED.search(name)):
+        return name
+    return SPECIAL.sub(lambda match: f'%{ord(match[0]):02X}', name.replace('%', '%25'))
 
 
 def write_legend(classes: Sequence[str], path: Path) -> None:
@@ -70,13 +83,16 @@ def source(place: Place, picture: LabelledPicture) -> Image:
     """Load the picture that was segmented, upright and without metadata such as camera and location."""
     file, frame = file_and_frame(picture.name)
     path = place.images / file
+    reading = place.reading._replace(max_pixels=picture.pixels)
     try:
-        data = contents(path, place.reading)
+        data = contents(inside(place.images, file, linked=True), reading)
+    except OutputConflict as error:
+        raise ImageError(str(error)) from error
     except OSError as error:
         raise ImageError(f'cannot read {path}: {error.strerror} (--images says where the pictures are)') from error
     if picture.sha256 not in (None, hashlib.sha256(data).hexdigest()):
-        raise ImageError(f'{path} is not the picture that was segmented')
-    image = decode(data, place.reading, frame)
+        raise ImageError(f'{path} is another picture than the one that was segmented')
+    image = decode(data, reading, frame)
     if image.shape[:2] != picture.labels.shape:
         raise UnreadableLabels(path, 'differs in size from its label map')
     return image

@@ -7,14 +7,14 @@ import collections
 import contextlib
 import json
 import os
+import posixpath
 from collections.abc import Iterator, Sequence
-from pathlib import PurePosixPath
 from typing import Any
 
-import cv2
 import numpy as np
 
 from padseg.errors import UnreadableLabels
+from padseg.exports.png import encoded
 from padseg.exports.regions import Add, LabelledPicture, Place, Region, each_region
 from padseg.system.files import atomic
 
@@ -31,10 +31,10 @@ def writer(place: Place) -> Iterator[Add]:
 
     def add(picture: LabelledPicture) -> None:
         path = paths[picture.name]
-        shown = os.path.relpath(place.images.resolve() / picture.name, path.parent.resolve())
+        shown = os.path.relpath(os.path.join(os.path.realpath(place.images), picture.name), os.path.realpath(path.parent))
         data = (json.dumps(described(picture, shown, place), indent=2) + '\n').encode('ascii')
-        if path.exists() and not place.own and path.read_bytes() != data:
-            raise UnreadableLabels(path, 'already exists with other annotations: move it away, or choose another --out')
+        if path.exists() and not place.own and not (path.is_file() and path.read_bytes() == data):
+            raise UnreadableLabels(path, 'is there already with other annotations: move it away, or choose another --out')
         with atomic(path) as temporary:
             temporary.write_bytes(data)
 
@@ -42,9 +42,9 @@ def writer(place: Place) -> Iterator[Add]:
 
 
 def file_names(names: Sequence[str]) -> dict[str, str]:
-    """Name the file of each picture: its name with .json in place of the suffix, or after the suffix if two pictures would share a file."""
-    stems = {name: str(PurePosixPath(name).with_suffix('')) for name in names}
-    # the same rule on every system, because on some a.json and A.json are the same file
+    """The file of each picture: its name with .json for the suffix; after the suffix where two pictures would share a file."""
+    stems = {name: posixpath.splitext(name)[0] for name in names}
+    # one rule on every system: some take a.json and A.json for the same file
     taken = collections.Counter(text.casefold() for text in (*stems.values(), *names))
     return {name: f'{stem if taken[stem.casefold()] == 1 else name}.json' for name, stem in stems.items()}
 
@@ -66,7 +66,7 @@ def described(picture: LabelledPicture, shown: str, place: Place) -> dict[str, A
 def shape(region: Region, name: str) -> dict[str, Any]:
     """A region as a shape. Its two points are the first and last pixel of its box, its mask the box as a PNG of 0 and 1."""
     left, top, width, height = region.box
-    data = cv2.imencode('.png', region.patch.astype(np.uint8))[1].tobytes()
+    data = encoded('.png', region.patch.astype(np.uint8))
     return {
         'label': name,
         'points': [[left, top], [left + width - 1, top + height - 1]],

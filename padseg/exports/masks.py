@@ -11,8 +11,9 @@ import cv2
 import numpy as np
 
 from padseg.errors import UsageError
-from padseg.exports.png import read_label_map
+from padseg.exports.png import encoded, read_label_map
 from padseg.system.files import atomic
+from padseg.system.text import csv_cell
 
 if TYPE_CHECKING:
     from padseg.types import Array, Image, LabelMap
@@ -45,13 +46,13 @@ def write_masks(labels: LabelMap, folder: Path) -> None:
             mask = (labels.labels == region).astype(np.uint8) * 255  # (H, W)
             if labels.names and not mask.any():
                 continue
-            (temporary / f'{region - 1}.png').write_bytes(cv2.imencode('.png', mask, ENCODING)[1].tobytes())
+            (temporary / f'{region - 1}.png').write_bytes(encoded('.png', mask, ENCODING))
             row: dict[str, Any] = {'id': region - 1, 'area': cv2.countNonZero(mask), 'region': region}
             row |= dict(zip(BOX, cv2.boundingRect(mask), strict=True))
             row |= dict(zip(CROP, (0, 0, width, height), strict=True))
             tokens = labels.tokens[region - 1] if labels.tokens else ()
             row |= {'tokens': ' '.join(map(str, tokens))}
-            table.writerow(row | {'name': labels.names[region - 1]} if labels.names else row)
+            table.writerow(row | {'name': csv_cell(labels.names[region - 1])} if labels.names else row)
         (temporary / 'metadata.csv').write_text(text.getvalue(), encoding='utf-8')
 
 

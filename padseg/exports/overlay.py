@@ -12,8 +12,10 @@ from PIL import ImageDraw, ImageFont
 
 from padseg.errors import UsageError
 from padseg.exports.colours import voc_colours
+from padseg.exports.png import encoded
 from padseg.images import ImageError
 from padseg.system.files import atomic
+from padseg.system.text import printable
 
 if TYPE_CHECKING:
     from padseg.types import Array, Image, LabelMap
@@ -35,7 +37,7 @@ def write(image: Image | None, labels: LabelMap, path: Path) -> None:
     if labels.names:
         drawn = with_legend(drawn, labels)
     drawn = cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR)
-    data = cv2.imencode('.jpg', drawn, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
+    data = encoded('.jpg', drawn, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
     with atomic(path) as temporary:
         temporary.write_bytes(data)
 
@@ -59,12 +61,13 @@ def with_legend(drawn: Array, labels: LabelMap) -> Array:
         return drawn
     picture = PIL.Image.fromarray(drawn)
     pen, font, colours = ImageDraw.Draw(picture), ImageFont.load_default(size), voc_colours()
-    width = max(font.getlength(labels.names[number - 1]) for number in shown)
+    names = {number: printable(labels.names[number - 1]) for number in shown}
+    width = max(map(font.getlength, names.values()))
     pen.rectangle((0, 0, size + 3 * GAP + width, len(shown) * (size + GAP) + GAP), 'white')
     for place, number in enumerate(shown):
         top = GAP + place * (size + GAP)
         pen.rectangle((GAP, top, GAP + size, top + size), tuple(colours[(number - 1) % 255 + 1].tolist()))
-        pen.text((2 * GAP + size, top), labels.names[number - 1], 'black', font)
+        pen.text((2 * GAP + size, top), names[number], 'black', font)
     return np.asarray(picture)
 
 

@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import cv2
 import numpy as np
 
 from padseg.exports.coco import annotated, categories
 from padseg.exports.colours import voc_colours
+from padseg.exports.png import encoded
 from padseg.exports.regions import Add, LabelledPicture, Place, Region, each_region
 from padseg.system.files import atomic
 
@@ -31,9 +31,10 @@ def writer(place: Place) -> Iterator[Add]:
 
         def add(picture: LabelledPicture) -> None:
             name = f'{picture.name}.png'
+            data = encoded('.png', coded(picture.labels))
             segments = [segment_info(region, place.category(region)) for region in each_region(picture.labels)]
             with atomic(place.folder / PARTS[0] / name) as temporary:
-                temporary.write_bytes(cv2.imencode('.png', coded(picture.labels))[1].tobytes())
+                temporary.write_bytes(data)
             annotate(picture, [{'image_id': picture.number, 'file_name': name, 'segments_info': segments}])
 
         yield add

@@ -18,12 +18,14 @@ REGION = 'region'  # name of regions without a class
 
 
 class LabelledPicture(NamedTuple):
-    """A finished picture. number: its position in name order, from 1; name: POSIX path below the pictures; labels: (H, W), 0 for none."""
+    """A done picture. number: its place in name order, from 1; name: its POSIX path below the pictures; labels: (H, W), 0 = unassigned;
+    pixels: of the picture in its file, of which more than that were never decoded."""
 
     number: int
     name: str
     sha256: str | None
     labels: Array
+    pixels: int
 
 
 class Place(NamedTuple):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import errno
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from padseg.errors import NoImages, UnreadableLabels, UsageError
-from padseg.exports import CONVERTERS, read_label_map
+from padseg.exports import CONVERTERS, FORMATS, Converter, read_label_map
 from padseg.exports.regions import LabelledPicture, Place
 from padseg.images import ImageError, file_and_frame
 from padseg.run.job import settings_from
 from padseg.run.locks import all_records
 from padseg.run.records import Entry, Run, entry_of, read_run
-from padseg.system.files import NAME_FAULTS, full_disk, sweep
+from padseg.system.files import NAME_FAULTS, full_disk, inside, sweep, together
 
 if TYPE_CHECKING:
     from padseg.types import Array
@@ -28,10 +30,11 @@ class Converted(NamedTuple):
 
 
 def convert(out: Path, format: str, folder: Path | None = None, images: Path | None = None) -> Converted:
-    """Write the finished pictures of the run in `out` in one of CONVERTERS; pictures that fail are reported and the others continue.
+    """Write the done pictures of the run in `out` in one of CONVERTERS; one that fails, or is gone, is named and the rest go on.
 
-    folder: destination, by default inside `out`; images: where the pictures are now, by default where the run found them. Raises NoImages
-    if `out` has no finished pictures or `images` does not exist, UsageError for an unknown format or if `folder` is `out`.
+    folder: where to, by default inside `out`; images: where the pictures are now, by default where the run found them.
+    Raises NoImages if no run did a picture there or there is no `images`, UsageError for an unknown format or if `folder` is `out`,
+    OutputConflict, before anything is written, for records that are not those of a run and for links in place of results.
     """
     if format not in CONVERTERS:
         raise UsageError(f'unknown format {format}; known: {", ".join(CONVERTERS)}')
@@ -42,16 +45,24 @@ def convert(out: Path, format: str, folder: Path | None = None, images: Path | N
     if not done:
         raise NoImages(f'no picture is done in {out}: see failures.jsonl there')
     converter = CONVERTERS[format]
-    place = place_of(out, run, done, folder or out / converter.FOLDER, images)
-    for path in {place.folder, *((place.folder / part / name).parent for part in converter.PARTS for name in place.names)}:
-        sweep(path)
+    place = place_of(out, run, tuple(done), folder or inside(out, converter.FOLDER), images)
+    parents = parents_of(place, converter)
+    for name in done:
+        stored_path(out, name)
     failed = {}
-    with full_disk(place.folder), converter.writer(place) as add:
+    with (
+        full_disk(place.folder),
+        together(place.folder, lambda: sweep_all(parents)),
+        converter.writer(place) as add,
+    ):
         for number, entry in enumerate(map(entry_of, done.values()), start=1):
             try:
+                refuse_gone(entry, place)
                 if converter.BESIDE:
                     refuse_other_size(entry, place)
-                add(LabelledPicture(number, entry.input, entry.sha256, stored_label_map(out, entry)))
+                labels = stored_label_map(out, entry, len(place.classes))
+                height, width = entry.reduced_from or labels.shape
+                add(LabelledPicture(number, entry.input, entry.sha256, labels, height * width))
             except (UnreadableLabels, ImageError) as error:
                 failed[entry.input] = str(error)
             except OSError as error:
@@ -61,12 +72,23 @@ def convert(out: Path, format: str, folder: Path | None = None, images: Path | N
     return Converted(place.folder, len(done) - len(failed), failed)
 
 
+def parents_of(place: Place, converter: Converter) -> set[Path]:
+    """The folders that files are written to. OutputConflict if a link leads to one."""
+    parts = [f'{part}/{name}'.lstrip('/') for part in converter.PARTS for name in place.names]
+    return {place.folder, *(inside(place.folder, path, linked=True).parent for path in parts)}
+
+
+def sweep_all(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        sweep(folder)
+
+
 def write_coco(out: Path) -> dict[str, str]:
     """Write OUT/coco for a run: instances.json, panoptic.json and its PNGs. Returns the pictures that failed, with reasons."""
     return convert(out, 'coco').failed | convert(out, 'coco-panoptic').failed
 
 
-def place_of(out: Path, run: Run, done: Collection[str], folder: Path, images: Path | None) -> Place:
+def place_of(out: Path, run: Run, names: tuple[str, ...], folder: Path, images: Path | None) -> Place:
     if folder.resolve() == out.resolve():
         raise UsageError(f'the files would mix with those of the run in {out}: choose another --out')
     if images and not images.exists():
@@ -78,7 +100,7 @@ def place_of(out: Path, run: Run, done: Collection[str], folder: Path, images: P
         own=folder.resolve().is_relative_to(out.resolve()),
         images=source.parent if source.is_file() else source,
         reading=settings.reading,
-        names=tuple(done),
+        names=names,
         classes=settings.classes,
         made_by=made_by(run, settings.method_name),
     )
@@ -91,6 +113,13 @@ def made_by(run: Run, method: str) -> dict[str, str | None]:
     return {'version': run.padseg, 'model': run.model.model, 'revision': run.model.revision, 'weights': run.model.weights}
 
 
+def refuse_gone(entry: Entry, place: Place) -> None:
+    """ImageError for a picture that is not among the others any more; where their folder is gone, nothing is known."""
+    path = place.images / file_and_frame(entry.input)[0]
+    if not os.path.lexists(path) and place.images.is_dir():
+        raise ImageError(f'cannot read {path}: {os.strerror(errno.ENOENT)} (--images says where the pictures are)')
+
+
 def refuse_other_size(entry: Entry, place: Place) -> None:
     """Raise ImageError for a label map that does not fit the picture's file as other programs open it."""
     if entry.reduced_from:
@@ -101,12 +130,18 @@ def refuse_other_size(entry: Entry, place: Place) -> None:
         raise ImageError('it is a frame of a file')
 
 
-def stored_label_map(out: Path, entry: Entry) -> Array:
-    """Read the label map (H, W) of a finished picture. UnreadableLabels if it is missing, damaged or differs in size from the picture."""
-    path = out / entry.outputs['labels']
+def stored_path(out: Path, name: str) -> Path:
+    """Where the label map of a picture is."""
+    return inside(out, f'labels/{name}{FORMATS["labels"].SUFFIX}')
+
+
+def stored_label_map(out: Path, entry: Entry, classes: int) -> Array:
+    """The label map (H, W) of a done picture. UnreadableLabels if it is missing, damaged or of another size than the picture; with
+    `classes`, also if it has a number above."""
+    path = stored_path(out, entry.input)
     if not path.is_file():
         raise UnreadableLabels(path, 'missing')
-    labels = read_label_map(path)
-    if labels.shape != entry.size:
-        raise UnreadableLabels(path, 'differs in size from its picture')
+    labels = read_label_map(path, entry.size)
+    if classes and int(labels.max()) > classes:
+        raise UnreadableLabels(path, f'has the number {int(labels.max())}, but there are {classes} classes')
     return labels

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import reprlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -112,6 +114,13 @@ def rgb(text: str) -> tuple[int, int, int]:
     return red, green, blue
 
 
+def recorded_rgb(text: str) -> tuple[int, int, int]:
+    try:
+        return rgb(text)
+    except UsageError as error:
+        raise ValueError('not a colour') from error
+
+
 class RunSettings(pydantic.BaseModel):
     """Settings read back from a record: the method, the class names, and how files became pictures."""
 
@@ -119,10 +128,17 @@ class RunSettings(pydantic.BaseModel):
     classes: pydantic.Json[tuple[str, ...]] = ()
     exif: Literal['apply', 'ignore'] = 'apply'
     frames: Literal['first', 'all'] = 'first'
-    value_range: Annotated[tuple[float, float] | None, pydantic.BeforeValidator(lambda text: text.split() if text else None)] = None
-    background: Annotated[tuple[int, int, int], pydantic.BeforeValidator(lambda text: rgb(str(text)))] = (255, 255, 255)
+    value_range: Annotated[tuple[float, float] | None, pydantic.BeforeValidator(lambda text: str(text).split() if text else None)] = None
+    background: Annotated[tuple[int, int, int], pydantic.BeforeValidator(lambda text: recorded_rgb(str(text)))] = (255, 255, 255)
     void: bool = False
-    shrink: int | None = None
+    shrink: pydantic.PositiveInt | None = None
+
+    @pydantic.field_validator('value_range')
+    @classmethod
+    def is_range(cls, bounds: tuple[float, float] | None) -> tuple[float, float] | None:
+        if bounds and not -math.inf < bounds[0] < bounds[1] < math.inf:
+            raise ValueError('not a range of numbers')
+        return bounds
 
     @property
     def method_name(self) -> str:
@@ -160,8 +176,10 @@ def options_from(kind: type[Kind], settings: Mapping[str, Setting]) -> Kind:
         raise OutputConflict(f'the recorded settings lack {error.args[0]}') from error
     except pydantic.ValidationError as error:
         raise OutputConflict(f'the recorded settings are not those of a run: {settings_complaint(error)}') from error
+    except UsageError as error:
+        raise OutputConflict(f'the recorded settings are not those of a run: {error}') from error
 
 
 def settings_complaint(error: pydantic.ValidationError) -> str:
     first = error.errors()[0]
-    return f'{".".join(map(str, first["loc"]))}: {first["msg"]}; got {first["input"]!r}'
+    return f'{".".join(map(str, first["loc"]))}: {first["msg"]}; got {reprlib.repr(first["input"])}'

@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from padseg.errors import NotFinite
+from padseg.errors import NotFinite, OutputConflict
 from padseg.exports import FORMATS
 from padseg.images import Found, ImageError, decode_apart
 from padseg.run.job import Job, outputs
 from padseg.run.records import Entry
-from padseg.system.files import NAME_FAULTS
+from padseg.system.files import NAME_FAULTS, inside
 
 if TYPE_CHECKING:
+    from padseg.methods.options import ViewOptions
     from padseg.types import Array, Image, LabelMap, TokenMaps
 
 log = logging.getLogger(__name__)
@@ -125,15 +126,20 @@ def of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError)
 
 
-def by_maps(folder: Path, known: dict[str, str | None], taken: list[Taken]) -> list[Taken]:
-    """Load a batch's stored token maps. A picture without them, or that changed since they were made, has failed."""
-    from padseg.methods.stages.saved_maps import read_maps
+def by_maps(out: Path, known: dict[str, str | None], options: ViewOptions, taken: list[Taken]) -> list[Taken]:
+    """Token maps of a batch that the run in `out` kept. A picture without them, or another one than they were made from, has failed."""
+    from padseg.methods.stages.saved_maps import maps_of_picture
 
     mapped_pictures = []
     for picture in taken:
-        maps = read_maps(folder / f'{picture.entry.input}.npz')
-        if maps is None or known.get(picture.entry.input) != picture.entry.sha256:
-            fail(picture.entry, ImageError('there are no token maps for this picture: run the model with --save-maps'))
+        assert picture.image is not None
+        height, width = picture.image.shape[:2]
+        try:
+            if known.get(picture.entry.input) != picture.entry.sha256:
+                raise ImageError('there are no token maps of this picture: run the model with --save-maps')
+            maps = maps_of_picture(inside(out, f'maps/{picture.entry.input}.npz'), (height, width), options)
+        except (ImageError, OutputConflict) as error:
+            fail(picture.entry, ImageError(str(error)))
             mapped_pictures.append(picture._replace(image=None))
         else:
             mapped_pictures.append(picture._replace(maps=maps))

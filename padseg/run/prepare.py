@@ -16,6 +16,7 @@ from padseg.run.job import Job, method_settings, naming_settings, options_from, 
 from padseg.run.locks import all_records
 from padseg.run.picture import Stages, by_maps, by_method
 from padseg.run.records import ModelRecord, Run, entry_of, read_run
+from padseg.system.files import inside
 from padseg.system.versions import versions
 from padseg.version import __version__
 
@@ -98,7 +99,7 @@ def from_maps(job: Job) -> tuple[Stages, Run]:
     """Prepare Seg4Diff with token maps stored by an earlier run. NoImages if there are none."""
     assert job.maps is not None
     made = read_run(job.maps / 'run.json')
-    if made is None or not (job.maps / 'maps').is_dir():
+    if made is None or not inside(job.maps, 'maps').is_dir():
         raise NoImages(f'{job.maps} holds no token maps: make them with `padseg run --save-maps --out {job.maps}`')
     if settings_from(made.settings).method_name != job.method:
         raise UsageError(f'{job.maps} holds maps of classes: use `padseg label` to make other label maps')
@@ -119,7 +120,7 @@ def from_maps(job: Job) -> tuple[Stages, Run]:
             'ended': None,
         }
     )
-    return Stages(partial(by_maps, job.maps / 'maps', known), partial(seg4diff.labels, prepared=prepared)), record
+    return Stages(partial(by_maps, job.maps, known, prepared.options), partial(seg4diff.labels, prepared=prepared)), record
 
 
 def settings_key(settings: dict[str, Setting]) -> str:

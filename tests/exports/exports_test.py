@@ -14,6 +14,7 @@ from padseg.errors import UnreadableLabels, UsageError
 from padseg.exports import export, read_label_map, read_masks, write_label_map, write_masks
 from padseg.exports.colours import voc_colours
 from padseg.exports.overlay import inner_boundaries, overlay
+from padseg.exports.png import encoded
 from padseg.images import ImageError
 from padseg.system.files import atomic, sweep
 from padseg.types import LabelMap
@@ -61,6 +62,31 @@ def test_more_regions_than_a_png_holds_are_refused(tmp_path):
     with pytest.raises(ValueError, match='65536'):
         write_label_map(LabelMap(np.array([[65536]], np.int32), ()), tmp_path / 'a.png')
     assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_written_fails_the_picture_alone(tmp_path):
+    """These are errors of a picture, after which a run goes on: OpenCV writes no PNG of a million pixels a side, and says so by False."""
+    with pytest.raises(ImageError, match='65536'):
+        write_label_map(LabelMap(np.array([[65536]], np.int32), ()), tmp_path / 'a.png')
+    long = np.ones((1, 1_000_001), np.int32)
+    with pytest.raises(ImageError, match='1000001x1 pixels are too many for a side of a .png file'):
+        write_masks(LabelMap(long, ((),)), tmp_path / 'a')
+    with pytest.raises(ImageError, match='cannot be written as .png'):
+        encoded('.png', np.zeros((0, 0), np.uint8))
+    with pytest.raises(ImageError, match='too many for a side of a .jpg file'):
+        encoded('.jpg', np.zeros((1, 70_000, 3), np.uint8))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('name', ['=HYPERLINK("http:||evil","x")', 'a\n=1+1', '@SUM(A1)', '\x1b[2Jcat', 'plain'])
+def test_names_of_classes_do_nothing_in_a_table_or_on_a_picture(tmp_path, name):
+    labels = LabelMap(np.ones((40, 300), np.int32), (), (name,))
+    write_masks(labels, tmp_path / 'masks')
+    with (tmp_path / 'masks/metadata.csv').open(newline='', encoding='utf-8') as file:
+        (row,) = csv.DictReader(file)
+    assert row['name'][0] not in '=+-@' and row['name'].isprintable() and (row['name'] == name) is (name == 'plain')
+    export(labels, tmp_path / 'a.jpg', np.zeros((40, 300, 3), np.uint8))
+    assert (tmp_path / 'a.jpg').is_file()
 
 
 @given(label_maps())

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import itertools
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -21,11 +23,13 @@ from support.runs import HAND_MADE, MAPS, put_run
 from padseg.commands import main
 from padseg.errors import NoImages, UsageError
 from padseg.exports import CONVERTERS, read_label_map, write_label_map
+from padseg.exports.imagefolder import portable
 from padseg.exports.labelme import file_names
 from padseg.exports.panoptic import coded
 from padseg.exports.regions import each_region
-from padseg.run.convert import convert, write_coco
-from padseg.run.records import Entry
+from padseg.run.convert import convert, place_of, write_coco
+from padseg.run.records import Entry, read_run
+from padseg.system.files import together
 from padseg.system.ledger import line, write_lines
 from padseg.types import LabelMap
 
@@ -300,6 +304,50 @@ def test_label_maps_that_cannot_be_used_are_named_and_the_rest_go_on(out, format
     else:
         data = b''.join(written.values())
         assert ('é'.encode() in data or b'%C3%A9' in data) and b'many' not in data
+
+
+@pytest.mark.parametrize('format', CONVERTERS)
+def test_only_pictures_that_are_there_are_exported(out, tmp_path, format):
+    """The run found them, and they are gone now; where all their folder is gone, nothing is known of them."""
+    (tmp_path / 'in/a b.png').unlink()
+    (tmp_path / 'in/void.png').unlink()
+    converted = convert(out, format, tmp_path / 'present')
+    reason = f'cannot read {tmp_path}/in/a b.png: No such file or directory (--images says where the pictures are)'
+    assert converted.failed.keys() == {'a b.png', 'void.png'} and converted.failed['a b.png'] == reason
+    written = b''.join(files(tmp_path / 'present').values())
+    assert converted.pictures == 2 and b'a b' not in written and b'void.png' not in written and b'many' in written
+    shutil.rmtree(tmp_path / 'in')
+    failed = convert(out, format, tmp_path / 'all').failed
+    assert failed.keys() == (set(MAPS) if format == 'hf-imagefolder' else set())
+
+
+def test_the_command_line_of_a_run_says_which_pictures_are_not_in_the_export(out, tmp_path, capsys):
+    (tmp_path / 'in/a b.png').unlink()
+    assert main(['export', str(out), '--format', 'coco']) == 3
+    assert capsys.readouterr().err.splitlines()[0].startswith(f'padseg: a b.png: cannot read {tmp_path}/in/a b.png')
+
+
+def test_two_exports_at_once_leave_each_other_alone(out, tmp_path):
+    """What the first has half written stays while others work and end; what a killed one left goes when none is at work."""
+    with CONVERTERS['coco'].writer(place_of(out, read_run(out / 'run.json'), tuple(MAPS), tmp_path / 'both', None)):
+        with together(tmp_path / 'both', lambda: None):
+            begun = sorted((tmp_path / 'both').iterdir())
+            assert len(begun) == 1
+            assert convert(out, 'coco', tmp_path / 'both').failed == {}
+            assert convert(out, 'coco-panoptic', tmp_path / 'both').failed == {}
+            assert begun[0].exists()
+        convert(out, 'coco-panoptic', tmp_path / 'both')
+        assert not begun[0].exists()
+        begun[0].write_text('')  # for the writer to end
+    assert len(list((tmp_path / 'both').iterdir())) == 3
+
+
+def test_names_of_the_datasets_library_are_one_to_one():
+    assert portable('sub/a b+é.png') == 'sub/a b+é.png'
+    assert portable('$HOME/%41.png') == '%24HOME/%2541.png'
+    assert portable('.a/__b/_c/..d.png') == '%2Ea/%5F_b/_c/%2E.d.png'
+    names = [''.join(letters) for letters in itertools.product(['$', '%', '24', '%24', 'a', '.', '/', '_'], repeat=4)]
+    assert len({portable(name) for name in names}) == len(set(names))
 
 
 def test_a_file_where_a_folder_is_fails_alone(out):

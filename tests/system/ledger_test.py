@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -143,7 +144,9 @@ def test_a_file_torn_at_any_byte_gives_its_whole_records_and_is_continued(record
 
 damage = st.one_of(
     st.binary(max_size=12).map(lambda text: text.replace(b'\n', b'')),
-    st.sampled_from([b'null', b'[]', b'{}', b'{"name": "a", "number": "many"}', b'[' * 100_000, b'1' * 5000, b'\xff\xfe']),
+    st.sampled_from(
+        [b'null', b'[]', b'{}', b'{"name": "a", "number": "many"}', b'[' * 100_000, b'1' * 5000, b'\xff\xfe', b'{"name": "a", "name": "b"}']
+    ),
 )
 
 
@@ -226,6 +229,54 @@ def test_a_folder_is_one_jobs_at_a_time_and_one_commands(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(UsageError, match='cannot create the output folder'), owned(tmp_path / 'file' / 'out'):
         pass
+
+
+@pytest.mark.parametrize('kind', ['folder', 'link', 'dangling link'])
+def test_a_lock_that_is_no_file_is_said_and_not_followed(tmp_path, kind):
+    (tmp_path / 'precious').write_text('kept')
+    (tmp_path / 'out').mkdir()
+    lock = tmp_path / 'out/.lock'
+    lock.mkdir() if kind == 'folder' else lock.symlink_to(tmp_path / ('precious' if kind == 'link' else 'nothing'))
+    with pytest.raises(OutputConflict, match=f'cannot write to {lock}: '), owned(tmp_path / 'out'):
+        pass
+    assert (tmp_path / 'precious').read_text() == 'kept' and sorted(os.listdir(tmp_path)) == ['out', 'precious']
+
+
+@pytest.mark.parametrize('name', ['job.json', 'items.jsonl'])
+def test_records_that_cannot_be_read_are_said_at_once(tmp_path, name):
+    read = (lambda path: read_header(path, Item, 'a job')) if name == 'job.json' else (lambda path: list(read_lines(path, Item)))
+    path = tmp_path / name
+    os.mkfifo(path)
+    with pytest.raises(OutputConflict, match=f'{path} cannot be read: not a regular file'):
+        read(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OutputConflict, match=f'{path} cannot be read: not a regular file'):
+        read(path)
+    path.rmdir()
+    path.symlink_to('/dev/zero')
+    with pytest.raises(OutputConflict, match=f'{path} cannot be read: a link, which is not followed'):
+        read(path)
+    assert not read(path / 'in a file')
+
+
+def test_records_that_are_too_large_are_not_read_whole(tmp_path):
+    """A gigabyte each, most of it a hole in the file."""
+    for name in ('job.json', 'items.jsonl'):
+        (tmp_path / name).write_bytes(b'{"name": "a"}\n')
+        os.truncate(tmp_path / name, 10**9)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(OutputConflict, match='is not a record of a job'):
+        read_header(tmp_path / 'job.json', Item, 'a job')
+    with pytest.raises(OutputConflict, match='line 2 is not a record'):
+        list(read_lines(tmp_path / 'items.jsonl', Item))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
+
+
+@pytest.mark.parametrize('name', [5, None, True, ['a'], {'a': 1}, 1.5])
+def test_a_name_is_text(name):
+    with pytest.raises(ValueError, match='not a text'):
+        Item(name=name)
 
 
 def test_what_a_killed_job_left_half_written_is_removed(tmp_path):

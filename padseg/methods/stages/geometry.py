@@ -29,7 +29,7 @@ def view(image: Image, geometry: str, side: int, multiple: int, limit: int) -> t
     import torch  # imported here, because evaluation of stored label maps uses the functions below without torch
 
     size = height, width = image.shape[:2]
-    target = (side, side)
+    target, box = (side, side), seen_box(size, geometry)
     require(
         geometry == 'whole' or (multiple <= side <= limit and side % multiple == 0),
         f'side is a multiple of {multiple} in {multiple}..{limit} for {geometry} with this model; got {side}',
@@ -37,16 +37,15 @@ def view(image: Image, geometry: str, side: int, multiple: int, limit: int) -> t
     if geometry == 'whole':
         target = whole_size(size, side, multiple, limit)
         shrinks = target[0] * target[1] < height * width
-        seen, box = resize(image, target, cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR), (0, 0, height, width)
+        seen = resize(image, target, cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     elif geometry == 'stretch':
         squashed = PillowImage.fromarray(image).resize((side, side), PillowImage.Resampling.BICUBIC)
-        seen, box = np.asarray(squashed, np.float32), (0, 0, height, width)
+        seen = np.asarray(squashed, np.float32)
     elif geometry == 'seg4diff-release':
-        seen, box = resize(padded(detectron_resized(image)), target, cv2.INTER_LINEAR), (0, 0, height, width)
+        seen = resize(padded(detectron_resized(image)), target, cv2.INTER_LINEAR)
     elif geometry == 'seg4diff-ovss':
-        seen, box = resize(detectron_resized(image), target, cv2.INTER_LINEAR), (0, 0, height, width)
+        seen = resize(detectron_resized(image), target, cv2.INTER_LINEAR)
     else:
-        box = diffcut_square(size) if geometry == 'diffcut' else centre_square(size)
         top, left, short, _ = box
         cut = image[top : top + short, left : left + short]
         # DiffSeg and DiffCut resize without antialiasing; Seg4Diff's paper does not say
@@ -54,6 +53,13 @@ def view(image: Image, geometry: str, side: int, multiple: int, limit: int) -> t
         seen = resize(cut, target, cv2.INTER_AREA if smooth else cv2.INTER_LINEAR)
     pixels = torch.from_numpy(seen / np.float32(127.5) - 1).permute(2, 0, 1)[None].contiguous()  # (1, 3, h, w)
     return pixels, Frame(size, box)
+
+
+def seen_box(size: tuple[int, int], geometry: str) -> Box:
+    """The part of a picture (height, width) that `view` shows."""
+    if geometry == 'diffcut':
+        return diffcut_square(size)
+    return centre_square(size) if geometry in ('diffseg', 'seg4diff-paper') else (0, 0, *size)
 
 
 def whole_size(size: tuple[int, int], side: int, multiple: int, limit: int) -> tuple[int, int]:
