@@ -56,14 +56,14 @@ def locate(model: str, revision: str | None = None, *, fetch: bool = True) -> So
     return source
 
 
-def locate_vae(name: str, family: str) -> Source:
+def locate_vae(name: str, family: str, *, fetch: bool = True) -> Source:
     """The files of a small VAE that comes by itself: `tiny`, a hub id or a folder. Raises UsageError, ModelUnavailable."""
     repo = LAYOUTS[family].small_vae if name == SMALL_VAE else name
     folder, commit = pathlib.Path(repo), None
     if not folder.is_dir():
         if not HUB_ID.fullmatch(repo):
             raise UsageError(f'unknown VAE {name}: use {SMALL_VAE}, a hub id such as org/name, or a folder with an AutoencoderTiny')
-        folder = snapshot(repo, None, (config_name('.'), f'{weights_name(".")}*.safetensors*'))
+        folder = snapshot(repo, None, (config_name('.'), f'{weights_name(".")}*.safetensors*'), fetch=fetch)
         commit = folder.name
     source = Source(Spec(repo=repo), name, folder, commit)
     check_files(source, ('.',))

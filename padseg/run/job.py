@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import reprlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,11 +15,11 @@ import PIL.ImageColor
 import pydantic
 
 from padseg.errors import OutputConflict, UsageError
-from padseg.exports import FORMATS
 from padseg.images import Reading
 from padseg.methods import DEFAULTS
 from padseg.methods.options import MethodOptions, Setting, plain_settings
 from padseg.methods.seg4diff import Options
+from padseg.run.records import SUFFIXES
 from padseg.run.selection import Selection
 
 ENGINES = ('local', 'ray')
@@ -63,8 +65,13 @@ class Job(NamedTuple):
 
 def outputs(name: str, job: Job) -> dict[str, str]:
     """Where the results of a picture go, relative to the output folder, by format."""
-    places = {key: f'{key}/{name}{module.SUFFIX}' for key, module in FORMATS.items() if key != 'overlays' or job.overlay}
-    return places | ({'maps': f'maps/{name}.npz'} if job.save_maps else {})
+    asked = {'overlays': job.overlay, 'maps': job.save_maps}  # the others always
+    return {key: place for key, place in places(name).items() if asked.get(key, True)}
+
+
+def places(name: str) -> dict[str, str]:
+    """Where any results of a picture go, asked for or not."""
+    return {key: f'{key}/{name}{suffix}' for key, suffix in SUFFIXES.items()}
 
 
 def requested(job: Job) -> dict[str, Setting]:
@@ -112,6 +119,13 @@ def rgb(text: str) -> tuple[int, int, int]:
     return red, green, blue
 
 
+def recorded_rgb(text: str) -> tuple[int, int, int]:
+    try:
+        return rgb(text)
+    except UsageError as error:
+        raise ValueError('not a colour') from error
+
+
 class RunSettings(pydantic.BaseModel):
     """Settings as a record holds them, read back: the method, the names that were looked for, and how files became pictures."""
 
@@ -119,10 +133,17 @@ class RunSettings(pydantic.BaseModel):
     classes: pydantic.Json[tuple[str, ...]] = ()
     exif: Literal['apply', 'ignore'] = 'apply'
     frames: Literal['first', 'all'] = 'first'
-    value_range: Annotated[tuple[float, float] | None, pydantic.BeforeValidator(lambda text: text.split() if text else None)] = None
-    background: Annotated[tuple[int, int, int], pydantic.BeforeValidator(lambda text: rgb(str(text)))] = (255, 255, 255)
+    value_range: Annotated[tuple[float, float] | None, pydantic.BeforeValidator(lambda text: str(text).split() if text else None)] = None
+    background: Annotated[tuple[int, int, int], pydantic.BeforeValidator(lambda text: recorded_rgb(str(text)))] = (255, 255, 255)
     void: bool = False
-    shrink: int | None = None
+    shrink: pydantic.PositiveInt | None = None
+
+    @pydantic.field_validator('value_range')
+    @classmethod
+    def is_range(cls, bounds: tuple[float, float] | None) -> tuple[float, float] | None:
+        if bounds and not -math.inf < bounds[0] < bounds[1] < math.inf:
+            raise ValueError('not a range of numbers')
+        return bounds
 
     @property
     def method_name(self) -> str:
@@ -160,8 +181,10 @@ def options_from(kind: type[Kind], settings: Mapping[str, Setting]) -> Kind:
         raise OutputConflict(f'the recorded settings lack {error.args[0]}') from error
     except pydantic.ValidationError as error:
         raise OutputConflict(f'the recorded settings are not those of a run: {settings_complaint(error)}') from error
+    except UsageError as error:
+        raise OutputConflict(f'the recorded settings are not those of a run: {error}') from error
 
 
 def settings_complaint(error: pydantic.ValidationError) -> str:
     first = error.errors()[0]
-    return f'{".".join(map(str, first["loc"]))}: {first["msg"]}; got {first["input"]!r}'
+    return f'{".".join(map(str, first["loc"]))}: {first["msg"]}; got {reprlib.repr(first["input"])}'

@@ -2,85 +2,131 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel, Field, PlainValidator, model_validator
 
+from padseg.exports import FORMATS
 from padseg.methods.options import Setting
+from padseg.system.files import is_plain
 from padseg.system.ledger import Name, line, read_header, read_line, read_lines
+
+SUFFIXES = {**{name: module.SUFFIX for name, module in FORMATS.items()}, 'maps': '.npz'}  # of results, by their folder
+NEWER = ('threads',)  # settings that earlier versions did not record
+T = TypeVar('T')
+
+
+def fits(value: T, good: bool) -> T:
+    if not good:
+        raise ValueError('not allowed')
+    return value
+
+
+def setting(value: Setting) -> Setting:
+    """What a record has for a setting: text, a number that JSON has, true, false or nothing."""
+    if isinstance(value, (int, float)):
+        return fits(value, math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63)
+    return fits(value, value is None or isinstance(value, str))
+
+
+Input = Annotated[Name, AfterValidator(lambda name: fits(name, is_plain(name)))]
+Place = Annotated[Name, AfterValidator(lambda path: fits(path, '\0' not in path))]  # of the machine that wrote the record
+Whole = Annotated[int, Field(ge=0, lt=2**63)]
+Side = Annotated[int, Field(ge=1, lt=2**31)]
+Time = Annotated[int, Field(gt=-(2**100), lt=2**100)]
+Amount = Annotated[float, Field(ge=0, lt=1e15)]
+Sha256 = Annotated[str, Field(pattern='^[0-9a-f]{64}$')]
+Kept = Annotated[Setting, PlainValidator(setting)]
 
 
 class Entry(BaseModel):
     """One picture, a line of manifest.jsonl. input is a POSIX path relative to the folder, outputs are to OUT; size is (height, width).
 
     modified: when the file last changed, in nanoseconds since 1970; reduced_from: the size of the file's picture if it was reduced;
-    notes: what was done to it that is not plain decoding.
+    notes: what was done to it that is not plain decoding. Results have the picture's own name, so no record leads to those of another.
     """
 
-    input: Name
+    input: Input
     status: Literal['done', 'failed']
-    bytes: int | None = None
-    modified: int | None = None
-    sha256: str | None = None
-    size: tuple[int, int] | None = None
-    reduced_from: tuple[int, int] | None = None
-    notes: list[str] = []
-    regions: int | None = None
-    seconds: float = 0.0
-    stages: dict[str, float] = {}  # seconds of decode, segment (a batch's share of the forward), labels and write
+    bytes: Whole | None = None
+    modified: Time | None = None
+    sha256: Sha256 | None = None
+    size: tuple[Side, Side] | None = None
+    reduced_from: tuple[Side, Side] | None = None
+    notes: list[Name] = []
+    regions: Whole | None = None
+    seconds: Amount = 0.0
+    stages: dict[Name, Amount] = {}  # seconds of decode, segment (a batch's share of the forward), labels and write
     error: str | None = None  # class of the error, with reason
     reason: Name | None = None
     outputs: dict[str, Name] = {}
+
+    @model_validator(mode='after')
+    def has_own_results(self) -> Entry:
+        own = {folder: f'{folder}/{self.input}{suffix}' for folder, suffix in SUFFIXES.items()}
+        whole = self.status == 'failed' or (self.size is not None and 'labels' in self.outputs)
+        return fits(self, whole and self.outputs.items() <= own.items())
 
 
 class ModelRecord(BaseModel):
     """The model that made the results; weights: sha256 of its files."""
 
-    model: str
+    model: Name
     folder: Name
-    revision: str | None
+    revision: Name | None
     weights: str
 
 
 class RunTotals(BaseModel):
     """Pictures of the last run over OUT. skipped: those of `done` that earlier runs had done; regions: mean of a done picture."""
 
-    images: int = 0
-    done: int = 0
-    skipped: int = 0
-    failed: int = 0
-    regions: float = 0.0
+    images: Whole = 0
+    done: Whole = 0
+    skipped: Whole = 0
+    failed: Whole = 0
+    regions: Amount = 0.0
 
 
 class Run(BaseModel):
     """run.json. requested: settings as asked for; settings: as used, all that decides the results; key: their sha256.
 
-    model, dtype: None for a method that needs no model.
+    model, dtype: None for a method that needs no model. stamp: of the model's files as they were when they were hashed, from sizes and
+    times alone: where it is the same, they need not be read again to know that their content is. None if there is none to compare.
     """
 
     status: Literal['running', 'finished', 'interrupted'] = 'running'
     padseg: str
-    source: Name
-    requested: dict[str, Setting]
-    settings: dict[str, Setting]
+    source: Place
+    requested: dict[str, Kept]
+    settings: dict[str, Kept]
     key: str
     model: ModelRecord | None
     device: str
     dtype: str | None
-    threads: int
+    threads: Whole
     platform: str
     versions: dict[str, str]
-    batch: int
+    batch: Whole
     started: str
     ended: str | None = None
-    seconds: float | None = None
+    seconds: Amount | None = None
     counts: RunTotals = RunTotals()
+    stamp: str | None = None
 
 
 def read_run(path: Path) -> Run | None:
     """The record of the run that last wrote here; None if there is none. OutputConflict if it cannot be understood."""
     return read_header(path, Run, 'a padseg run')
+
+
+def comparable(one: Mapping[str, Setting], other: Mapping[str, Setting]) -> tuple[dict[str, Setting], dict[str, Setting]]:
+    """The settings of two runs, without those of NEWER that one of them lacks."""
+    unknown = [name for name in NEWER if name not in one or name not in other]
+    first, second = ({name: value for name, value in settings.items() if name not in unknown} for settings in (one, other))
+    return first, second
 
 
 class Recorded(NamedTuple):

@@ -6,22 +6,33 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, BinaryIO, TypeVar
 
 import filelock
-from pydantic import BaseModel, SkipValidation
+from pydantic import BaseModel, PlainValidator
 
 from padseg.errors import OutputConflict, UsageError
-from padseg.system.files import FULL, atomic, full_disk, sweep
+from padseg.system.files import FULL, atomic, full_disk, opened, sweep
 
-Name = SkipValidation[str]  # file names may hold bytes that are no UTF-8, which Python keeps as lone surrogates
+
+def any_text(value: object) -> str:
+    """The value, if it is text. Unlike pydantic's own, it may hold lone surrogates, as which Python keeps bytes that are no UTF-8."""
+    if not isinstance(value, str):
+        raise ValueError('not a text')
+    return value
+
+
+Name = Annotated[str, PlainValidator(any_text)]
 Record = TypeVar('Record', bound=BaseModel)
 Settings = Mapping[str, Any]
 
 LOCK = '.lock'
 REMEDY = 'choose another --out, or --overwrite'
 UNREADABLE = (ValueError, RecursionError)  # no JSON, JSON of another form, or brackets without end
+LARGEST = 2**26  # bytes of a header: many failures are listed in some
+LONGEST_LINE = 2**24  # bytes of a line: one of an evaluation can hold a score for each of 65,536 classes
 
 
 def write_header(record: BaseModel, path: Path) -> None:
@@ -32,12 +43,27 @@ def write_header(record: BaseModel, path: Path) -> None:
 
 def read_header(path: Path, of: type[Record], what: str) -> Record | None:
     """The record in a JSON file; None if there is no file. OutputConflict, which says `what` it should be, if it is none."""
-    try:
-        return read_line(path.read_bytes(), of)
-    except FileNotFoundError:
+    file = opened_record(path)
+    if file is None:
         return None
+    with file:
+        text = file.read(LARGEST + 1)
+    try:
+        if len(text) > LARGEST:
+            raise ValueError('too large')
+        return read_line(text, of)
     except UNREADABLE as error:
         raise OutputConflict(f'{path} is not a record of {what}: {REMEDY}') from error
+
+
+def opened_record(path: Path) -> BinaryIO | None:
+    """A file of records, open for reading; None if there is none. OutputConflict if it cannot be read, or is no file."""
+    try:
+        return opened(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise OutputConflict(f'{path} cannot be read: {error.strerror}') from error
 
 
 def line(record: BaseModel, exclude_defaults: bool = False) -> str:
@@ -47,7 +73,16 @@ def line(record: BaseModel, exclude_defaults: bool = False) -> str:
 
 def read_line(text: str | bytes, of: type[Record]) -> Record:
     """The record in a text of JSON. One of UNREADABLE if it holds none."""
-    return of.model_validate(json.loads(text))  # pydantic's own parser refuses lone surrogates
+    # pydantic's own parser refuses lone surrogates
+    return of.model_validate(json.loads(text, object_pairs_hook=without_repetition))
+
+
+def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. ValueError if it says one thing twice: programs differ in which they believe."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError('a key that is there twice')
+    return record
 
 
 def write_lines(lines: Iterable[str], path: Path) -> None:
@@ -59,14 +94,19 @@ def write_lines(lines: Iterable[str], path: Path) -> None:
 def read_lines(path: Path, of: type[Record], what: str = 'a picture') -> Iterator[Record]:
     """The records in a file of lines, none if there is no file. A last line that a killed job left torn does not count.
 
-    OutputConflict if any other line is no record.
+    OutputConflict if any other line is no record, or if the file cannot be read.
     """
+    file = opened_record(path)
+    if file is None:
+        return
     fault = ''
-    with path.open('rb') if path.exists() else contextlib.nullcontext(()) as lines:
-        for number, text in enumerate(lines, start=1):
+    with file:
+        for number, text in enumerate(iter(partial(file.readline, LONGEST_LINE + 1), b''), start=1):
             if fault:
                 raise OutputConflict(fault)
             try:
+                if len(text) > LONGEST_LINE:
+                    raise ValueError('too long')
                 record = read_line(text, of)
             except UNREADABLE:
                 fault = f'{path}, line {number} is not a record of {what}: {REMEDY}'
@@ -111,6 +151,14 @@ def flattened(settings: Settings, between: str = '.') -> dict[str, Any]:
     return plain
 
 
+def refuse_strange(folder: Path, names: Iterable[str]) -> None:
+    """OutputConflict if something that is no file has the name of a record: this would show only when the job has ended."""
+    for name in names:
+        path = folder / name
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise OutputConflict(f'{path} is not a regular file: remove it, or choose another --out')
+
+
 @contextlib.contextmanager
 def owned(out: Path, *foreign: str) -> Iterator[None]:
     """Make the output folder, keep all other jobs out, and remove what killed ones left half written beside the records.
@@ -139,12 +187,17 @@ def make_output(out: Path, *foreign: str) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, otherwise: str, seconds: float = 0.0) -> Iterator[None]:
-    """Hold a folder's lock. OutputConflict that says `otherwise` if another process still holds it after so long."""
+    """Hold a folder's lock. OutputConflict that says `otherwise` if another process still holds it after so long; also if there can be
+    no lock, as in a folder that cannot be written to."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(filelock.FileLock(folder / LOCK, timeout=seconds))
         except filelock.Timeout as error:
             raise OutputConflict(otherwise) from error
+        except OSError as error:
+            if error.errno in FULL:
+                raise
+            raise OutputConflict(f'cannot write to {folder / LOCK}: {error.strerror}') from error
         yield
 
 
