@@ -303,7 +303,10 @@ def text_files(source: Source) -> list[pathlib.Path]:
 def cache_home() -> pathlib.Path:
     """Where padseg keeps what it would otherwise compute or make again: $PADSEG_CACHE, or a folder of the user's cache."""
     home = os.environ.get('PADSEG_CACHE') or os.path.join(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'padseg')
-    return pathlib.Path(home).expanduser()
+    try:
+        return pathlib.Path(home).expanduser()
+    except RuntimeError:  # HOME is not set, and the system does not know the user: nothing can be kept
+        return pathlib.Path(os.devnull, 'padseg')
 
 
 def part_files(folder: pathlib.Path, parts: Sequence[str]) -> list[pathlib.Path]:
