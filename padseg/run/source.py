@@ -20,20 +20,20 @@ PLACES = (*SUFFIXES, 'shards', *{converter.FOLDER for converter in CONVERTERS.va
 
 def folder_of(source: Path) -> Path:
     """The folder that names of pictures are relative to: the source, or that of the one picture that it is, even if it is gone."""
-    alone = source.is_file() or (source.suffix.lower() in PICTURES and not source.exists())
+    alone = os.path.isfile(source) or (source.suffix.lower() in PICTURES and not os.path.exists(source))
     return source.parent if alone else source
 
 
 def recorded_source(source: Path) -> str:
     """The source as a record has it, wherever a later run is started."""
-    return str(source.parent.resolve() / source.name if source.is_file() else source.resolve())
+    return str(source.parent.resolve() / source.name if os.path.isfile(source) else source.resolve())
 
 
 def refuse_results(source: Path, out: Path) -> None:
     """UsageError if the source is the output folder, or is or lies in a part of it that results go to, by whichever path."""
-    if source.is_dir() and identity(source) == identity(out):
+    if os.path.isdir(source) and identity(source) == identity(out):
         raise UsageError(f'the output folder cannot be the folder of pictures: {out}')
-    taken = {identity(out / place): place for place in PLACES} if out.is_dir() else {}
+    taken = {identity(out / place): place for place in PLACES} if os.path.isdir(out) else {}
     for folder in (source.resolve(), *source.resolve().parents):
         if (place := taken.get(identity(folder))) is not None:
             raise UsageError(f'{source} lies where results go, in {out / place}, and would be overwritten: choose another --out')
@@ -89,7 +89,7 @@ def gone(run: Run, names: Iterable[str], images: Path | None = None) -> set[str]
     None, if that folder itself is not there: then nothing is known of them.
     """
     folder = folder_of(images or Path(run.source))
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return set()
     return {name for name in names if not os.path.lexists(folder / file_and_frame(name)[0])}
 
@@ -103,7 +103,7 @@ def refuse_unlike(one: Run, other: Run, folder: Path, records: Iterable[Recorded
     if same_folder(source, Path(other.source)):
         return
     place = folder_of(source)
-    if not place.is_dir():
+    if not os.path.isdir(place):
         log.warning('%s has results of the pictures in %s, joined with those of %s', folder, other.source, one.source)
         return
     entries = [entry_of(record) for record in records if record.status == 'done']
