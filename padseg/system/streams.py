@@ -68,16 +68,18 @@ def open_streams() -> None:
             os.fstat(number)
         except OSError:
             to_nowhere(number)
-    sys.stdout = sys.__stdout__ = adopted(Data, 1, sys.stdout)
-    sys.stderr = sys.__stderr__ = adopted(Messages, 2, sys.stderr)
+    sys.stdout = like(sys.stdout, Data, 1)
+    sys.stderr = like(sys.stderr, Messages, 2)
 
 
-def adopted(kind: type[io.TextIOWrapper], number: int, stream: object) -> io.TextIOWrapper:
-    """A stream of another class in place of this one; None stands for one that was closed."""
+def like(stream: object, kind: type[io.TextIOWrapper], number: int) -> io.TextIOWrapper:
+    """A stream of another class for the same descriptor; the one that Python made is None where the descriptor was closed."""
+    binary = open(number, 'wb', closefd=False)
     if not isinstance(stream, io.TextIOWrapper):
-        return kind(open(number, 'wb', closefd=False), encoding='utf-8', errors='backslashreplace', line_buffering=number == 2)
-    how = {'encoding': stream.encoding, 'errors': stream.errors, 'line_buffering': stream.line_buffering}
-    return kind(stream.detach(), **how, write_through=number == 2)
+        return kind(binary, encoding='utf-8', errors='backslashreplace')
+    return kind(
+        binary, encoding=stream.encoding, errors=stream.errors, line_buffering=stream.line_buffering, write_through=stream.write_through
+    )
 
 
 def close_stdout(code: int) -> int:
