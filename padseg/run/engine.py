@@ -74,8 +74,10 @@ def run(job: Job, progress: Progress = Silent()) -> Counts:
         refuse_collisions(job.out, pictures)
         pending, records, earlier, past = plan(job, frames, pictures)
         skipped = len(pictures) - len(pending)
-        worked = bool(pending) or earlier is None or earlier.requested != requested(job)
-        if worked:
+        alike = earlier and not pending and earlier.requested == requested(job)
+        record = settings_now(job, earlier) if earlier and alike else None
+        worked = record is None
+        if record is None:
             clean(job, pending)
             with as_before(job, earlier), contextlib.ExitStack() as stack:
                 record, made = start(job, pending, records.values(), earlier, stop)
@@ -85,8 +87,6 @@ def run(job: Job, progress: Progress = Silent()) -> Counts:
                     records[entry.input] = as_recorded(entry)
                     progress.step(entry.model_dump())
         else:
-            assert earlier is not None
-            record = settings_now(job, earlier)
             agree(job.out, earlier, record, REMEDY)
         present = [records[picture.name] for picture in pictures if picture.name in records]
         counts = count(len(pictures), present, skipped, time.perf_counter() - began, stop.signal)

@@ -117,9 +117,10 @@ def by_method(forward: Callable[[Sequence[Image]], Sequence[Any]], taken: list[T
             raise
         if of_memory(error) or isinstance(error, NotFinite):
             log.warning('%s with %d pictures at once: trying half as many', 'out of memory' if of_memory(error) else error, len(taken))
-        half = len(taken) // 2
-        return by_method(forward, taken[:half]) + by_method(forward, taken[half:])
-    return [picture._replace(maps=own) for picture, own in zip(taken, maps, strict=True)]
+    else:
+        return [picture._replace(maps=own) for picture, own in zip(taken, maps, strict=True)]
+    half = len(taken) // 2  # here, where nothing holds what the forward left in memory
+    return by_method(forward, taken[:half]) + by_method(forward, taken[half:])
 
 
 def of_memory(error: Exception) -> bool:

@@ -115,10 +115,11 @@ def with_threads_of(first: Run | None, job: Job, record: Run) -> Run:
     return record.model_copy(update={'settings': settings, 'key': settings_key(settings), 'threads': number})
 
 
-def settings_now(job: Job, earlier: Run) -> Run:
+def settings_now(job: Job, earlier: Run) -> Run | None:
     """The record of a finished run with the settings that the job has now, for which no model is loaded; its device is not asked for.
 
-    A model that is not there any more is the one that it was. Raises ModelUnavailable for one that is damaged, and NoImages.
+    None if only loading tells whether the model is the same, as its files were touched or changed. A model that is not there any more is
+    the one that it was. Raises ModelUnavailable for one that is damaged, and NoImages.
     """
     if job.maps:
         settings = settings_of_maps(job, run_of_maps(job))
@@ -130,11 +131,11 @@ def settings_now(job: Job, earlier: Run) -> Run:
     if found is None:
         return earlier
     source, vae = found
-    stamp = files_stamp(source, vae)
-    kept = {name: earlier.settings[name] for name in NEWER if name in earlier.settings}
-    weights = earlier.settings.get('weights') if stamp == earlier.stamp else hashed(source, vae)
-    of_model = {'weights': weights, 'dtype': job.dtype or earlier.dtype, 'compile': job.compile, **kept}
-    return earlier.model_copy(update={'settings': all_settings(job, method, source.spec, of_model), 'stamp': stamp})
+    if files_stamp(source, vae) != earlier.stamp:
+        return None
+    kept = {name: earlier.settings[name] for name in ('weights', *NEWER) if name in earlier.settings}
+    of_model = {**kept, 'dtype': job.dtype or earlier.dtype, 'compile': job.compile}
+    return earlier.model_copy(update={'settings': all_settings(job, method, source.spec, of_model)})
 
 
 def located(job: Job) -> tuple[Source, Source | None] | None:
@@ -152,14 +153,6 @@ def located(job: Job) -> tuple[Source, Source | None] | None:
         return None
     check_settings(source.spec)
     return source, vae
-
-
-def hashed(source: Source, vae: Source | None) -> str:
-    """What identifies the model's files, all of which are read."""
-    from padseg.backbones import family_of
-    from padseg.backbones.parts import weights_hash
-
-    return weights_hash(family_of(source.spec), source, vae)
 
 
 def files_stamp(source: Source, vae: Source | None) -> str:

@@ -15,7 +15,7 @@ from padseg.system.files import is_plain
 from padseg.system.ledger import Name, line, read_header, read_line, read_lines
 
 SUFFIXES = {**{name: module.SUFFIX for name, module in FORMATS.items()}, 'maps': '.npz'}  # of results, by their folder
-NEWER = ('threads',)  # settings that earlier versions did not record
+NEWER = ('threads', 'scheduler', 'text_encoders')  # settings that earlier versions did not record
 T = TypeVar('T')
 
 

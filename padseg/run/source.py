@@ -83,17 +83,6 @@ def unchanged(picture: Found, entry: Entry, checksum: bool = False) -> bool:
         return False  # reading it again will tell what is wrong
 
 
-def gone(run: Run, names: Iterable[str], images: Path | None = None) -> set[str]:
-    """Which of these recorded pictures are no longer where the run found them, or in `images`.
-
-    None, if that folder itself is not there: then nothing is known of them.
-    """
-    folder = folder_of(images or Path(run.source))
-    if not os.path.isdir(folder):
-        return set()
-    return {name for name in names if not os.path.lexists(folder / file_and_frame(name)[0])}
-
-
 def refuse_unlike(one: Run, other: Run, folder: Path, records: Iterable[Recorded]) -> None:
     """OutputConflict if the results in `folder`, of the run `other`, are not of the pictures of the run `one`.
 

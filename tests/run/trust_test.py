@@ -31,7 +31,6 @@ from padseg.run.locks import all_records, joinable, shard_homes
 from padseg.run.prepare import stages_of
 from padseg.run.records import read_run
 from padseg.run.selection import Selection
-from padseg.run.source import gone
 
 
 def put_picture(path: Path, size: tuple[int, int] = (4, 6), seed: int = 0) -> None:
@@ -302,16 +301,6 @@ def test_a_folder_that_has_moved_is_the_same(job, tmp_path):
     assert read_run(job.out / 'run.json').source == str(moved)
     (tmp_path / 'link').symlink_to(moved)
     assert engine.run(job._replace(source=tmp_path / 'link')).skipped == 3
-
-
-def test_pictures_that_are_gone_are_named(job):
-    engine.run(job)
-    (job.source / 'a.png').unlink()
-    assert engine.run(job)[:3] == (2, 2, 2)
-    run = read_run(job.out / 'run.json')
-    assert gone(run, entries(job.out)) == {'a.png'}
-    assert gone(run, ['b.png', 'b.png.f0003'], job.source / 'sub') == {'b.png', 'b.png.f0003'}
-    assert gone(run, entries(job.out), job.source / 'nowhere') == set()
 
 
 @pytest.mark.parametrize('spelling', ['plain', 'link', 'below', 'file', 'linked results', 'export', 'shard'])
