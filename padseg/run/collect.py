@@ -14,7 +14,7 @@ from padseg.run.convert import write_coco
 from padseg.run.engine import FOREIGN, Counts, agree, count, finish_records
 from padseg.run.locks import all_records, exclusive, forget, forget_shards, joinable, unfinished
 from padseg.run.records import Entry, Recorded, Run, entry_of, read_run
-from padseg.run.source import refuse_unlike
+from padseg.run.source import refuse_unlike, same_folder
 from padseg.system.files import atomic, full_disk, inside, opened, sweep
 from padseg.system.ledger import write_header
 
@@ -50,7 +50,8 @@ def collect(folders: Sequence[Path], out: Path, coco: bool = False) -> Collected
         missing = unfinished([out, *others])
         records = all_records(out)
         for folder, run in zip(made, known, strict=True):
-            refuse_unlike(first, run, folder, all_records(folder).values())
+            if not same_folder(Path(first.source), Path(run.source)):
+                refuse_unlike(first, run, folder, all_records(folder).values())
         if existing is None:  # whatever is recorded there is of no known settings
             forget(out)
             write_header(first.model_copy(update={'status': 'interrupted'}), out / 'run.json')

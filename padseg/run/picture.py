@@ -191,9 +191,11 @@ def count_regions(labels: LabelMap) -> int:
 
 def discard(job: Job, results: Mapping[str, str]) -> None:
     """Remove these results of a picture, whose record does not name them any more: nothing may take them for what the run made of it."""
-    for path in results.values():
+    for kind, place in results.items():
+        path = job.out / place
         with contextlib.suppress(OSError):  # such as a name that is too long to have been written
-            remove(job.out / path)
+            if kind == 'masks' or path.is_symlink() or not path.is_dir():  # x.png.png may be the folder of other label maps
+                remove(path)
 
 
 def fail(entry: Entry, error: Exception) -> None:

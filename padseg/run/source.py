@@ -86,12 +86,9 @@ def unchanged(picture: Found, entry: Entry, checksum: bool = False) -> bool:
 def refuse_unlike(one: Run, other: Run, folder: Path, records: Iterable[Recorded]) -> None:
     """OutputConflict if the results in `folder`, of the run `other`, are not of the pictures of the run `one`.
 
-    Where the paths differ and the pictures of `one` are not on this machine, it cannot be told; this is said.
+    Where the pictures of `one` are not on this machine, it cannot be told; this is said.
     """
-    source = Path(one.source)
-    if same_folder(source, Path(other.source)):
-        return
-    place = folder_of(source)
+    place = folder_of(Path(one.source))
     if not os.path.isdir(place):
         log.warning('%s has results of the pictures in %s, joined with those of %s', folder, other.source, one.source)
         return

@@ -156,6 +156,17 @@ def test_what_failed_leaves_no_earlier_result(job):
     assert not [name for name in files(job.out) if 'a.png' in name] and len(files(job.out)) == 14
 
 
+def test_what_failed_takes_nothing_of_others_with_it(job):
+    """The label map of x.png and the folder for those in x.png.png have one name: one picture fails, and the other keeps its results."""
+    put_picture(job.source / 'x.png')
+    put_picture(job.source / 'x.png.png' / 'y.png')
+    counts = engine.run(job)
+    assert (counts.done, counts.failed) == (4, 1)
+    done = [name for name, entry in entries(job.out).items() if entry['status'] == 'done']
+    assert all((job.out / f'labels/{name}.png').is_file() for name in done)
+    assert engine.run(job)[:4] == (5, 4, 4, 1)
+
+
 # settings
 
 
