@@ -32,7 +32,6 @@ from padseg.run.records import (
     Run,
     RunTotals,
     as_recorded,
-    comparable,
     entry_of,
     read_run,
 )
@@ -147,7 +146,7 @@ def prepare_job(job: Job, earlier: Run | None) -> tuple[Stages, Run]:
 def agree(out: Path, earlier: Run | None, record: Run, remedy: str = 'choose another --out') -> None:
     """OutputConflict if results of an earlier run come from other settings."""
     if earlier:
-        refuse_other_settings(out, *comparable(earlier.settings, record.settings), remedy=remedy)
+        refuse_other_settings(out, earlier.settings, record.settings, remedy=remedy)
 
 
 def work(

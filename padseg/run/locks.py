@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from padseg.run.records import Recorded, Run, comparable, read_records, read_run
+from padseg.run.records import Recorded, Run, read_records, read_run
 from padseg.system.files import inside, remove, sweep
-from padseg.system.ledger import busy, locked, make_output, refuse_strange
+from padseg.system.ledger import busy, differences, locked, make_output, refuse_strange
 
 Shard = tuple[int, int]  # (i, N), i from 1
 
@@ -43,12 +43,7 @@ def joinable(out: Path) -> dict[Shard, tuple[Path, Run]]:
     """
     made = read_run(out / 'run.json')
     runs = {shard: (folder, read_run(folder / 'run.json')) for shard, folder in shard_homes(out).items()} if made else {}
-    return {shard: (folder, run) for shard, (folder, run) in runs.items() if made and run and same_settings(made, run)}
-
-
-def same_settings(one: Run, other: Run) -> bool:
-    first, second = comparable(one.settings, other.settings)
-    return first == second
+    return {shard: (folder, run) for shard, (folder, run) in runs.items() if made and run and not differences(made.settings, run.settings)}
 
 
 @contextlib.contextmanager

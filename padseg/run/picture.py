@@ -136,14 +136,9 @@ def by_maps(folder: Path, known: dict[str, str | None], taken: list[Taken]) -> l
 
     mapped_pictures = []
     for picture in taken:
-        try:
-            maps = read_maps(folder / f'{picture.entry.input}.npz')
-            if maps is None or known.get(picture.entry.input) != picture.entry.sha256:
-                raise ImageError('there are no token maps of this picture: run the model with --save-maps')
-            if maps.frame.size != picture.entry.size:
-                raise ImageError('its token maps are of a picture of another size')
-        except Exception as error:
-            fail(picture.entry, error)
+        maps = read_maps(folder / f'{picture.entry.input}.npz')
+        if maps is None or known.get(picture.entry.input) != picture.entry.sha256:
+            fail(picture.entry, ImageError('there are no token maps of this picture: run the model with --save-maps'))
             mapped_pictures.append(picture._replace(image=None))
         else:
             mapped_pictures.append(picture._replace(maps=maps))

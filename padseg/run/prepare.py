@@ -16,9 +16,10 @@ from padseg.methods.options import Setting, plain_settings
 from padseg.run.job import Job, method_settings, naming_settings, options_from, reading_settings, requested, settings_from
 from padseg.run.locks import all_records
 from padseg.run.picture import Stages, by_maps, by_method
-from padseg.run.records import NEWER, ModelRecord, Run, entry_of, read_run
+from padseg.run.records import ModelRecord, Run, entry_of, read_run
 from padseg.run.source import recorded_source
 from padseg.run.threads import decides, threads_before, use
+from padseg.system.ledger import ADDED
 from padseg.system.versions import versions
 from padseg.version import __version__
 
@@ -133,7 +134,7 @@ def settings_now(job: Job, earlier: Run) -> Run | None:
     source, vae = found
     if files_stamp(source, vae) != earlier.stamp:
         return None
-    kept = {name: earlier.settings[name] for name in ('weights', *NEWER) if name in earlier.settings}
+    kept = {name: earlier.settings[name] for name in ('weights', *ADDED) if name in earlier.settings}
     of_model = {**kept, 'dtype': job.dtype or earlier.dtype, 'compile': job.compile}
     return earlier.model_copy(update={'settings': all_settings(job, method, source.spec, of_model)})
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TypeVar
 
@@ -15,7 +14,6 @@ from padseg.system.files import is_plain
 from padseg.system.ledger import Name, line, read_header, read_line, read_lines
 
 SUFFIXES = {**{name: module.SUFFIX for name, module in FORMATS.items()}, 'maps': '.npz'}  # of results, by their folder
-NEWER = ('threads', 'scheduler', 'text_encoders')  # settings that earlier versions did not record
 T = TypeVar('T')
 
 
@@ -120,13 +118,6 @@ class Run(BaseModel):
 def read_run(path: Path) -> Run | None:
     """The record of the run that last wrote here; None if there is none. OutputConflict if it cannot be understood."""
     return read_header(path, Run, 'a padseg run')
-
-
-def comparable(one: Mapping[str, Setting], other: Mapping[str, Setting]) -> tuple[dict[str, Setting], dict[str, Setting]]:
-    """The settings of two runs, without those of NEWER that one of them lacks."""
-    unknown = [name for name in NEWER if name not in one or name not in other]
-    first, second = ({name: value for name, value in settings.items() if name not in unknown} for settings in (one, other))
-    return first, second
 
 
 class Recorded(NamedTuple):

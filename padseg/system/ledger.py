@@ -29,6 +29,7 @@ Record = TypeVar('Record', bound=BaseModel)
 Settings = Mapping[str, Any]
 
 LOCK = '.lock'
+ADDED = ('scheduler', 'text_encoders', 'threads')  # settings that records of version 0.1 do not have
 REMEDY = 'choose another --out, or --overwrite'
 UNREADABLE = (ValueError, RecursionError)  # no JSON, JSON of another form, or brackets without end
 LARGEST = 2**26  # bytes of a header: many failures are listed in some
@@ -135,9 +136,10 @@ def refuse_other_settings(out: Path, earlier: Settings, now: Settings, what: str
 
 
 def differences(earlier: Settings, now: Settings) -> list[str]:
-    """The settings that differ, in words."""
+    """The settings that differ, in words. Those of ADDED are compared where both sides have them."""
     old, new = flattened(earlier), flattened(now)
-    return [f'{name} {old.get(name)} there, {new.get(name)} now' for name in sorted({**old, **new}) if old.get(name) != new.get(name)]
+    names = [name for name in sorted({**old, **new}) if (name in old and name in new) or name.rpartition('.')[2] not in ADDED]
+    return [f'{name} {old.get(name)} there, {new.get(name)} now' for name in names if old.get(name) != new.get(name)]
 
 
 def flattened(settings: Settings, between: str = '.') -> dict[str, Any]:
