@@ -1,4 +1,4 @@
-"""Files of labels to raw values (H, W), each format by its one reader; nothing is converted, so a palette PNG keeps its indices."""
+"""Read label files as raw values (H, W), one reader per format. Nothing is converted, so a palette PNG keeps its indices."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAT_HEADER, MAT_TAG, MAT_COMPRESSED = 128, 8, 15  # bytes, bytes, and the type o
 
 
 class Reader(Protocol):
-    """Raw values of every annotator of a picture, (H, W) integers >= 0; annotations: a JSON file that some need.
+    """Reads the raw values of every annotator of a picture, (H, W) integers >= 0; annotations: a JSON file that some readers need.
 
     Raises UnreadableLabels.
     """
@@ -37,52 +37,52 @@ def refuse_labels(path: Path, reason: str) -> NoReturn:
 
 
 def png_labels(sample: Sample, annotations: Path) -> tuple[Array, ...]:
-    """One PNG an annotator."""
+    """One PNG per annotator."""
     return tuple(map(read_label_map, sample.truths))
 
 
 def context_labels(sample: Sample, annotations: Path) -> tuple[Array, ...]:
-    """PASCAL Context's MATLAB file: one matrix `LabelMap`."""
+    """PASCAL Context's MATLAB files: one matrix `LabelMap`."""
     path = sample.truths[0]
     return (label_matrix(path, mat_variable(path, 'LabelMap')),)
 
 
 def bsds_labels(sample: Sample, annotations: Path) -> tuple[Array, ...]:
-    """BSDS500's MATLAB file: a cell array `groundTruth` with a structure an annotator, its matrix `Segmentation` among others."""
+    """BSDS500's MATLAB files: a cell array `groundTruth` with one structure per annotator, which holds a matrix `Segmentation`."""
     path = sample.truths[0]
     cells = mat_variable(path, 'groundTruth').ravel()
     try:
         matrices = [cell['Segmentation'].item() for cell in cells]
     except (AttributeError, IndexError, TypeError, ValueError):
-        refuse_labels(path, 'groundTruth is no cell array of structures with a Segmentation')
+        refuse_labels(path, 'groundTruth is not a cell array of structures with a Segmentation')
     if not matrices:
         refuse_labels(path, 'groundTruth is empty')
     return tuple(label_matrix(path, matrix) for matrix in matrices)
 
 
 def mat_variable(path: Path, name: str) -> Array:
-    """One variable of a MATLAB file."""
+    """Read one variable of a MATLAB file."""
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError
 
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # scipy warns of oddities that it reads all the same
+        warnings.simplefilter('ignore')  # scipy warns about oddities that it can read
         try:
             inflate(path.read_bytes())
             variables = loadmat(path, variable_names=[name])
         except NotImplementedError:
-            refuse_labels(path, 'a MATLAB file of version 7.3, which is not read: save it as version 7 or older')
+            refuse_labels(path, 'a MATLAB file of version 7.3, which padseg cannot read: save it as version 7 or older')
         except (*DAMAGE, MatReadError) as error:
-            refuse_labels(path, f'no MATLAB file, or a damaged one: {error}')
+            refuse_labels(path, f'not a MATLAB file, or a damaged one: {error}')
     if name not in variables:
         refuse_labels(path, f'holds no {name}')
     return np.asarray(variables[name])
 
 
 def inflate(data: bytes) -> None:
-    """Unpack the compressed parts of a MATLAB file of version 5 to 7, for their checksums. Raises one of DAMAGE if they are wrong.
+    """Decompress the parts of a MATLAB file of version 5 to 7 to verify their checksums. Raises one of DAMAGE if they are wrong.
 
-    scipy uses bytes before it has seen the checksum, and damaged ones can crash the process.
+    scipy uses bytes before verifying their checksum, and damaged ones can crash the process.
     """
     order = {b'IM': '<', b'MI': '>'}.get(data[MAT_HEADER - 2 : MAT_HEADER])
     place = MAT_HEADER
@@ -95,17 +95,17 @@ def inflate(data: bytes) -> None:
 
 
 def label_matrix(path: Path, values: Any) -> Array:
-    """A matrix of whole numbers >= 0 as int32, whatever type it was stored in."""
+    """Convert a matrix of whole numbers >= 0, stored as any type, to int32."""
     matrix = np.asarray(values)
     if matrix.ndim != 2 or not matrix.size or matrix.dtype.kind not in 'iufb':
         refuse_labels(path, f'labels are a matrix of numbers; this is {matrix.dtype} of shape {matrix.shape}')
     if not ((matrix >= 0) & (matrix <= np.iinfo(np.int32).max) & (matrix == np.floor(matrix))).all():
-        refuse_labels(path, 'labels are whole numbers from 0 on')
+        refuse_labels(path, 'labels are whole numbers >= 0')
     return matrix.astype(np.int32)
 
 
 def panoptic_labels(sample: Sample, annotations: Path) -> tuple[Array, ...]:
-    """COCO's panoptic PNG, whose colour is the number of a segment, as the categories of the segments; 0 where there is none."""
+    """COCO's panoptic PNG, whose colours encode segment numbers, as the segments' categories; 0 for no segment."""
     path = sample.truths[0]
     segments = panoptic_segments(annotations).get(path.name)
     if segments is None:
@@ -122,18 +122,18 @@ def panoptic_labels(sample: Sample, annotations: Path) -> tuple[Array, ...]:
 
 @functools.lru_cache(maxsize=2)
 def panoptic_segments(annotations: Path) -> dict[str, dict[int, int]]:
-    """For every file of COCO's panoptic annotations the category of each segment."""
+    """Read COCO's panoptic annotations: for each file, the category of each segment."""
     try:
         return {
             annotation['file_name']: {int(segment['id']): int(segment['category_id']) for segment in annotation['segments_info']}
             for annotation in read_annotations(annotations)['annotations']
         }
     except (KeyError, TypeError, ValueError) as error:
-        refuse_labels(annotations, f'no panoptic annotations in the form of COCO: {error!r}')
+        refuse_labels(annotations, f'not panoptic annotations in COCO format: {error!r}')
 
 
 class Painting(NamedTuple):
-    """A picture's labels as regions in the order of painting: (category, run lengths)."""
+    """A picture's labels as regions (category, run lengths), in painting order."""
 
     phase: str
     height: int
@@ -142,7 +142,7 @@ class Painting(NamedTuple):
 
 
 def detail_labels(sample: Sample, annotations: Path) -> tuple[Array, ...]:
-    """PASCAL in Detail's annotations as categories, a later region on top of earlier ones; 0 where there is none."""
+    """PASCAL in Detail's annotations as categories, later regions on top of earlier ones; 0 for no region."""
     from pycocotools import mask
 
     painting = detail_paintings(annotations)[sample.name]
@@ -160,7 +160,7 @@ def detail_labels(sample: Sample, annotations: Path) -> tuple[Array, ...]:
 
 @functools.lru_cache(maxsize=1)
 def detail_paintings(annotations: Path) -> dict[str, Painting]:
-    """The pictures of a file in the form of PASCAL in Detail, by name."""
+    """Read a file in PASCAL in Detail's format: its pictures, by name."""
     try:
         content = read_annotations(annotations)
         paintings = {
@@ -170,7 +170,7 @@ def detail_paintings(annotations: Path) -> dict[str, Painting]:
         for region in content['annos_segmentation']:
             paintings[region['image_id']][1].regions.append((int(region['category_id']), region['segmentation']))
     except (KeyError, TypeError, ValueError) as error:
-        refuse_labels(annotations, f'no annotations in the form of PASCAL in Detail: {error!r}')
+        refuse_labels(annotations, f'not annotations in the format of PASCAL in Detail: {error!r}')
     return dict(paintings.values())
 
 
@@ -178,7 +178,7 @@ def read_annotations(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        refuse_labels(path, f'no JSON: {error}')
+        refuse_labels(path, f'not valid JSON: {error}')
 
 
 READERS: dict[str, Reader] = {

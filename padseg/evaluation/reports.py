@@ -1,4 +1,4 @@
-"""The files of an evaluation for people to read: a table of pictures, the scores in words, a chart, and a sheet of pictures."""
+"""Reports of an evaluation for people to read: a table of pictures, the scores in words, a chart, and a contact sheet."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ COLUMNS = ('name', 'status', 'reason', 'pixels', 'regions')
 OF_CLASSES = ('accuracy', 'miou')
 
 DOTS = 100  # a chart's pixels per inch
-NAME_LENGTH = 32  # letters of a class on the chart
+NAME_LENGTH = 32  # characters of a class name on the chart
 BINS = 20
 
 
 def write_reports(out: Path, report: ScoresRecord, task: Task, pictures: Callable[[], Iterable[PictureScores]]) -> None:
-    """Write per_image.csv, scores.md, sheet.jpg and classes.png, or without classes covering.png. pictures: gives the records anew."""
+    """Write per_image.csv, scores.md, sheet.jpg and classes.png, or covering.png without classes. pictures: returns the records anew."""
     write_table(pictures(), bool(task.classes.names), out / 'per_image.csv')
     with atomic(out / 'scores.md') as temporary:
         temporary.write_text(scores_in_words(report), encoding='utf-8', errors='backslashreplace')
@@ -38,7 +38,7 @@ def write_reports(out: Path, report: ScoresRecord, task: Task, pictures: Callabl
 
 
 def write_table(pictures: Iterable[PictureScores], with_classes: bool, path: Path) -> None:
-    """One line per picture, by name; missing scores are left empty."""
+    """Write one line per picture, sorted by name, with missing scores left empty."""
     rows = sorted(table_row(picture, with_classes) for picture in pictures)
     with atomic(path) as temporary, temporary.open('w', newline='', encoding='utf-8', errors='backslashreplace') as file:
         table = csv.writer(file, lineterminator='\n')
@@ -52,7 +52,7 @@ def table_row(picture: PictureScores, with_classes: bool) -> tuple[str, ...]:
 
 
 def scores_of(picture: PictureScores, with_classes: bool) -> tuple[float | None, ...]:
-    """Values of OF_CLASSES or OF_PARTITIONS, the latter for the first threshold."""
+    """Values of OF_CLASSES or OF_PARTITIONS; the latter at the first threshold."""
     if with_classes:
         return picture.accuracy, picture.miou
     if not picture.regions:
@@ -62,7 +62,7 @@ def scores_of(picture: PictureScores, with_classes: bool) -> tuple[float | None,
 
 
 def write_class_chart(iou: Mapping[str, float | None], mean: float | None, path: Path) -> None:
-    """Bars of the classes that count, the best on top, as PNG; 5 classes take an inch."""
+    """Draw a bar for each class that counts, best on top, as PNG with 5 classes per inch."""
     ranked = sorted(((value, name) for name, value in iou.items() if value is not None), reverse=True)
 
     from matplotlib.figure import Figure
@@ -70,7 +70,7 @@ def write_class_chart(iou: Mapping[str, float | None], mean: float | None, path:
     figure = Figure((8, 1.2 + 0.2 * len(ranked)), DOTS, layout='constrained')
     axes = figure.add_subplot()
     axes.barh(range(len(ranked)), [value for value, _ in ranked], color='#4477aa')
-    # class names may hold dollar signs, which are no formulas
+    # class names may contain dollar signs, which are not formulas
     axes.set_yticks(range(len(ranked)), [shortened(name, NAME_LENGTH) for _, name in ranked], fontsize=8, parse_math=False)
     for place, (value, _) in enumerate(ranked):
         axes.text(value + 0.005, place, four_decimals(value), va='center', fontsize=7)
@@ -80,7 +80,7 @@ def write_class_chart(iou: Mapping[str, float | None], mean: float | None, path:
 
 
 def write_covering_chart(covering: list[float], path: Path) -> None:
-    """How many pictures have which covering, as PNG."""
+    """Draw a histogram of the pictures' covering, as PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure((8, 4), DOTS, layout='constrained')

@@ -1,6 +1,6 @@
-"""Which runs may write to an output folder at a time, and where each keeps its records.
+"""Which runs may write to an output folder at the same time, and where each keeps its records.
 
-A run of its own has the folder to itself. Runs of different shards share it: each keeps its records in OUT/shards/i-of-N, until a run
+A run without shards has the folder to itself. Runs of different shards share it: each keeps its records in OUT/shards/i-of-N until a run
 without shards, or `padseg run --collect`, joins them.
 """
 
@@ -48,9 +48,9 @@ def joinable(out: Path) -> dict[Shard, tuple[Path, Run]]:
 
 @contextlib.contextmanager
 def exclusive(out: Path, *foreign: str) -> Iterator[None]:
-    """Make the output folder, keep all other runs out, shards too, and remove what killed runs left half written beside the records.
+    """Create the output folder, lock out all other runs, including shards, and remove half-written files left by killed runs.
 
-    OutputConflict if a run is in it, or if it holds a file `foreign`, the header of another command.
+    Raises OutputConflict if a run is using the folder, or if it holds a file in `foreign`, another command's header.
     """
     make_output(out, *foreign)
     with locked(out, busy(out)), contextlib.ExitStack() as stack:
@@ -63,11 +63,11 @@ def exclusive(out: Path, *foreign: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def shared(out: Path, shard: Shard, *foreign: str) -> Iterator[None]:
-    """Make the output folder and keep out all runs but those of the other shards of N. OutputConflict as for `exclusive`."""
+    """Create the output folder and lock out all runs except the other shards of N. OutputConflict as for `exclusive`."""
     make_output(out, *foreign)
     with contextlib.ExitStack() as stack:
         with briefly(out):
-            sweep(out, {'run.json'})  # all that a shard writes there, and only while it holds the folder
+            sweep(out, {'run.json'})  # the only file that a shard writes there, and only while it holds the folder
             for (i, n), folder in shard_homes(out).items():
                 if n != shard[1]:
                     with locked(folder, f'a run of shard {i}/{n} is writing to {out}: only shards of the same N can share it'):
@@ -99,7 +99,7 @@ def all_records(out: Path) -> dict[str, Recorded]:
 
 
 def unfinished(folders: Sequence[Path]) -> list[str]:
-    """The shards, as i/N, without a finished run in these folders, of that N of which the fewest are missing; often none."""
+    """Shards, as i/N, without a finished run in these folders, for the N with the fewest missing; often none."""
     states: dict[int, dict[int, bool]] = {}
     for (i, n), (_, run) in [item for out in folders for item in joinable(out).items()]:
         states.setdefault(n, {})[i] = run.status == 'finished'
@@ -122,6 +122,6 @@ def forget_records(out: Path) -> None:
 
 
 def forget_shards(out: Path) -> None:
-    """Remove the shards' records after they are joined."""
+    """Remove the shards' records once they are joined."""
     if (out / SHARDS).is_dir():
         remove(out / SHARDS)

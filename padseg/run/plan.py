@@ -1,4 +1,4 @@
-"""Which pictures a run processes, and which of them are still to be done."""
+"""Decide which pictures a run processes, and which of them are still pending."""
 
 from __future__ import annotations
 
@@ -67,17 +67,17 @@ def plan(job: Job, frames: list[Found], pictures: list[Found]) -> Plan:
     past = {} if job.overwrite else records
     pending = [picture for picture in pictures if not settled(picture, past.get(picture.name), job)]
     again = {picture.name for picture in pending}
-    # failed pictures that this run is not about keep their records, unless they are gone
+    # failed pictures outside this run keep their records, unless their files are gone
     unselected = {picture.name for picture in frames} - {picture.name for picture in pictures}
     kept = {name: record for name, record in records.items() if name not in again and (record.status == 'done' or name in unselected)}
     kept |= {picture.name: records[picture.name] for picture in pictures if picture.name not in again}
-    if shard:  # what is not of the shard is recorded elsewhere
+    if shard:  # pictures outside the shard are recorded elsewhere
         kept = {picture.name: kept[picture.name] for picture in pictures if picture.name in kept}
     return Plan(pending, kept, earlier if done else None, {name: past[name] for name in again if name in past})
 
 
 def settled(picture: Found, record: Recorded | None, job: Job) -> bool:
-    """Whether nothing is to be done for this very picture: it has all its results, or it failed and is not to be tried again."""
+    """Return whether a picture needs no work: it has all its results, or it failed and must not be retried."""
     if record is None or (record.status == 'failed' and job.retry_failed):
         return False
     entry = entry_of(record)

@@ -1,4 +1,4 @@
-"""The method of a job, ready to work, and the record that says how: by a loaded model, or by token maps that a run kept."""
+"""Prepare a job's method and its record, either with a loaded model or with token maps stored by an earlier run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def from_model(job: Job, earlier: Run | None = None) -> tuple[Stages, Run]:
 
 
 def prepared_for(job: Job, method: Method, revision: str | None = None, **how: Any) -> Any:
-    """What the method works with; its model is loaded by the job's settings."""
+    """Prepare the method, loading its model with the job's settings."""
     backbone = open_backbone(method, job.options, job.model, revision or job.revision, vae=job.vae, compile=job.compile, **how)
     return method.prepare(backbone, job.options, job.classes)
 
@@ -92,7 +92,7 @@ def all_settings(job: Job, method: Method, spec: Spec | None, of_model: dict[str
 
 
 def settings_of_model(job: Job, backbone: Backbone | None) -> dict[str, Setting]:
-    """The settings of the model that affect the results."""
+    """Model settings that affect the results."""
     if backbone is None:
         return {}
     return {'weights': backbone.identity.weights, 'dtype': dtype_of(backbone), 'compile': job.compile}
@@ -173,14 +173,14 @@ def dtype_of(backbone: Backbone) -> str:
 
 
 def torch_threads() -> int:
-    """The number of threads that torch uses: with another number sums may round differently."""
+    """Number of threads that torch uses; another number may change the rounding of sums."""
     import torch
 
     return torch.get_num_threads()
 
 
 def from_maps(job: Job) -> tuple[Stages, Run]:
-    """Seg4Diff by token maps that an earlier run kept. NoImages if there are none."""
+    """Prepare Seg4Diff with token maps stored by an earlier run. NoImages if there are none."""
     assert job.maps is not None
     made = run_of_maps(job)
     settings = settings_of_maps(job, made)
@@ -226,5 +226,5 @@ def settings_key(settings: dict[str, Setting]) -> str:
 
 
 def now() -> str:
-    """The time in UTC, to the second."""
+    """Current time in UTC, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec='seconds')

@@ -1,4 +1,4 @@
-"""What a run writes about itself: run.json, manifest.jsonl, failures.jsonl; other programs read them."""
+"""What a run writes about itself, for other programs to read: run.json, manifest.jsonl, failures.jsonl."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Kept = Annotated[Setting, PlainValidator(setting)]
 
 
 class Entry(BaseModel):
-    """One picture, a line of manifest.jsonl. input is a POSIX path relative to the folder, outputs are to OUT; size is (height, width).
+    """One picture, a line of manifest.jsonl. input: POSIX path relative to the folder; outputs: relative to OUT; size: (height, width).
 
     modified: when the file last changed, in nanoseconds since 1970; reduced_from: the size of the file's picture if it was reduced;
     notes: what was done to it that is not plain decoding. Results have the picture's own name, so no record leads to those of another.
@@ -70,7 +70,7 @@ class Entry(BaseModel):
 
 
 class ModelRecord(BaseModel):
-    """The model that made the results; weights: sha256 of its files."""
+    """The model that made the results; weights: SHA-256 of its files."""
 
     model: Name
     folder: Name
@@ -79,7 +79,7 @@ class ModelRecord(BaseModel):
 
 
 class RunTotals(BaseModel):
-    """Pictures of the last run over OUT. skipped: those of `done` that earlier runs had done; regions: mean of a done picture."""
+    """Pictures in the last run over OUT. skipped: those in `done` from earlier runs; regions: mean per finished picture."""
 
     images: Whole = 0
     done: Whole = 0
@@ -89,7 +89,7 @@ class RunTotals(BaseModel):
 
 
 class Run(BaseModel):
-    """run.json. requested: settings as asked for; settings: as used, all that decides the results; key: their sha256.
+    """run.json. requested: settings as given; settings: as used, all that affect the results; key: their SHA-256.
 
     model, dtype: None for a method that needs no model. stamp: of the model's files as they were when they were hashed, from sizes and
     times alone: where it is the same, they need not be read again to know that their content is. None if there is none to compare.
@@ -116,12 +116,12 @@ class Run(BaseModel):
 
 
 def read_run(path: Path) -> Run | None:
-    """The record of the run that last wrote here; None if there is none. OutputConflict if it cannot be understood."""
+    """Read the record of the last run that wrote here; None if there is none. OutputConflict if it is unreadable."""
     return read_header(path, Run, 'a padseg run')
 
 
 class Recorded(NamedTuple):
-    """A picture's line of the manifest with what a run needs of it: an Entry takes five times the memory, and there may be millions."""
+    """A picture's manifest line with the fields that a run needs: there may be millions, and an Entry takes five times the memory."""
 
     line: str
     status: str
@@ -134,10 +134,10 @@ def as_recorded(entry: Entry) -> Recorded:
 
 
 def entry_of(record: Recorded) -> Entry:
-    """The entry that a line holds."""
+    """Parse the entry in a line."""
     return read_line(record.line, Entry)
 
 
 def read_records(path: Path) -> dict[str, Recorded]:
-    """The last record of every picture in a manifest, by name. OutputConflict if it cannot be understood."""
+    """Read the last record of every picture in a manifest, by name. OutputConflict if the manifest is unreadable."""
     return {entry.input: as_recorded(entry) for entry in read_lines(path, Entry)}

@@ -1,4 +1,4 @@
-"""Free space on disks, and sizes in words."""
+"""Free disk space, and sizes in words."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def free_space(path: Path) -> int:
 
 
 def human(size: int) -> str:
-    """13 B, 4.2 kB, 8.1 GB."""
+    """Format a size: 13 B, 4.2 kB, 8.1 GB."""
     number, units = float(size), ['B', 'kB', 'MB', 'GB', 'TB']
     while number >= 1000 and len(units) > 1:
         number /= 1000

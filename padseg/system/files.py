@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from padseg.errors import OutputConflict, ResourceExhausted
 
-PREFIX = '.padseg-'  # of temporary names; hidden, and short so that long names stay possible
+PREFIX = '.padseg-'  # prefix of temporary names; hidden, and short so that long names remain possible
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ELOOP}  # a place that cannot be written to
 MARK = 12  # hexadecimal digits
@@ -77,7 +77,7 @@ def opened(path: Path) -> BinaryIO:
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` for the block to make a file or a folder of files at; it then takes the place of `path` at once.
+    """Yield a temporary path next to `path` at which the block creates a file or a folder of files; it then replaces `path` in one step.
 
     If the block raises, nothing is left of it and `path` is as it was. A link at `path` is replaced, not followed. OSError for a file
     where a folder is, and the other way round.
@@ -106,16 +106,16 @@ def full_disk(out: Path) -> Iterator[None]:
             raise OutputConflict(f'cannot write to {place}: {error.strerror}') from error
         if error.errno not in FULL:
             raise
-        raise ResourceExhausted(f'{out}: {error.strerror}; what is finished stays, and the same command continues') from error
+        raise ResourceExhausted(f'{out}: {error.strerror}; finished results are kept, and the same command continues') from error
 
 
 def temporary_beside(path: Path) -> Path:
-    """A new name in the folder of `path`."""
+    """Return a new temporary path in the same folder as `path`."""
     return path.parent / f'{temporary_prefix(path.name)}-{uuid.uuid4().hex[:MARK]}'
 
 
 def flush(path: Path) -> None:
-    """Wait until the file's bytes are on the disk."""
+    """Wait until the file's bytes are on disk."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -169,5 +169,5 @@ def together(folder: Path, clean: Callable[[], None]) -> Iterator[None]:
 
 
 def temporary_prefix(name: str) -> str:
-    """How temporary names for a file or folder of this name begin: runs that share a folder know theirs by it."""
+    """Prefix of temporary names for a file or folder of this name, so that runs sharing a folder recognise their own."""
     return PREFIX + hashlib.sha256(os.fsencode(name)).hexdigest()[:MARK]
