@@ -1,5 +1,20 @@
-"""`python -m padseg`."""
+"""`python -m padseg`, and the command `padseg`."""
 
-from padseg.commands import main
+from __future__ import annotations
 
-raise SystemExit(main())
+
+def start() -> int:
+    """Run the command that the arguments of this process name; its exit code."""
+    try:
+        from padseg.system.streams import close_stdout, open_streams
+
+        open_streams()
+        from padseg.commands import main
+
+        return close_stdout(main())
+    except KeyboardInterrupt:  # while libraries were imported
+        return 130
+
+
+if __name__ == '__main__':
+    raise SystemExit(start())

@@ -65,14 +65,14 @@ def locate(model: str, revision: str | None = None, *, fetch: bool = True) -> So
     return source
 
 
-def locate_vae(name: str, family: str) -> Source:
-    """Locate the files of a standalone small VAE: `tiny`, a hub id or a folder. Raises UsageError, ModelUnavailable."""
+def locate_vae(name: str, family: str, *, fetch: bool = True) -> Source:
+    """The files of a small VAE that comes by itself: `tiny`, a hub id or a folder. Raises UsageError, ModelUnavailable."""
     repo = LAYOUTS[family].small_vae if name == SMALL_VAE else name
     folder, commit = pathlib.Path(repo), None
     if not folder.is_dir():
         if not HUB_ID.fullmatch(repo):
             raise UsageError(f'unknown VAE {name}: use {SMALL_VAE}, a hub id such as org/name, or a folder with an AutoencoderTiny')
-        folder = snapshot(repo, None, (config_name('.'), f'{weights_name(".")}*.safetensors*'))
+        folder = snapshot(repo, None, (config_name('.'), f'{weights_name(".")}*.safetensors*'), fetch=fetch)
         commit = folder.name
     source = Source(Spec(repo=repo), name, folder, commit)
     check_files(source, ('.',))
@@ -321,7 +321,10 @@ def text_files(source: Source) -> list[pathlib.Path]:
 def cache_home() -> pathlib.Path:
     """padseg's cache folder: $PADSEG_CACHE, or a folder in the user's cache."""
     home = os.environ.get('PADSEG_CACHE') or os.path.join(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'padseg')
-    return pathlib.Path(home).expanduser()
+    try:
+        return pathlib.Path(home).expanduser()
+    except RuntimeError:  # HOME is not set, and the system does not know the user: nothing can be kept
+        return pathlib.Path(os.devnull, 'padseg')
 
 
 def part_files(folder: pathlib.Path, parts: Sequence[str]) -> list[pathlib.Path]:

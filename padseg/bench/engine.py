@@ -116,7 +116,7 @@ def run_stages(folder: Path, out: Path, count: int) -> Cost:
     out.mkdir()
     with Stop() as stop:
         began = os.times()
-        pending, records, _ = plan(job, pictures, pictures)
+        pending, records, *_ = plan(job, pictures, pictures)
         for entry in engine.work(job, engine.results(job, stages, pending, stop), pending, records.values(), stop):
             records[entry.input] = as_recorded(entry)
         ended = os.times()

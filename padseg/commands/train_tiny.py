@@ -7,7 +7,6 @@ from pathlib import Path
 
 import click
 
-from padseg.system.libraries import require
 from padseg.system.text import warn
 from padseg.train.settings import TrainingSettings, without_masks
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +12,13 @@ from typing import NamedTuple
 from padseg.errors import NoImages, OutputConflict
 from padseg.run.convert import write_coco
 from padseg.run.engine import FOREIGN, Counts, agree, count, finish_records
-from padseg.run.locks import all_records, exclusive, forget_shards, shard_homes, unfinished
+from padseg.run.locks import all_records, exclusive, forget, forget_shards, joinable, unfinished
 from padseg.run.records import Entry, Recorded, Run, entry_of, read_run
-from padseg.system.files import atomic, full_disk, sweep
+from padseg.run.source import refuse_unlike, same_folder
+from padseg.system.files import atomic, full_disk, inside, opened, sweep
+from padseg.system.ledger import write_header
+
+log = logging.getLogger(__name__)
 
 
 class Collected(NamedTuple):
@@ -26,8 +31,8 @@ class Collected(NamedTuple):
 def collect(folders: Sequence[Path], out: Path, coco: bool = False) -> Collected:
     """Join the records of all shards in these output folders into those of `out`, and copy results from the other folders there.
 
-    Raises NoImages if there are no results, OutputConflict if their settings differ, if two folders hold results of different pictures with
-    the same name, or if a run is writing to one of them.
+    Raises NoImages where there are no results, OutputConflict if their settings differ, if two folders hold results of different
+    pictures of one name, if a run is writing to one of them, or if a record or a link leads out of its folder.
     """
     others = [folder for folder in folders if folder.resolve() != out.resolve()]
     made = {folder: read_run(folder / 'run.json') for folder in folders}
@@ -39,10 +44,17 @@ def collect(folders: Sequence[Path], out: Path, coco: bool = False) -> Collected
         for folder in (out, *others):
             stack.enter_context(exclusive(folder, FOREIGN))
         existing = read_run(out / 'run.json')
+        first = existing or known[0]
         for folder, run in zip(made, known, strict=True):
-            agree(folder, existing or known[0], run)
+            agree(folder, first, run)
         missing = unfinished([out, *others])
         records = all_records(out)
+        for folder, run in zip(made, known, strict=True):
+            if not same_folder(Path(first.source), Path(run.source)):
+                refuse_unlike(first, run, folder, all_records(folder).values())
+        if existing is None:  # whatever is recorded there is of no known settings
+            forget(out)
+            write_header(first.model_copy(update={'status': 'interrupted'}), out / 'run.json')
         for folder in others:
             for name, record in all_records(folder).items():
                 if to_be_copied(record, records.get(name), folder, out):
@@ -51,17 +63,20 @@ def collect(folders: Sequence[Path], out: Path, coco: bool = False) -> Collected
         seconds = sum(run.seconds or 0.0 for folder in {out, *others} for run in recorded_runs(folder))
         done = sum(record.status == 'done' for record in records.values())
         counts = count(len(records), records.values(), done, seconds)
-        finish_records(out, existing or known[0], records, counts, worked=True)
+        finish_records(out, first, records, counts, worked=True)
         if not missing:
             forget_shards(out)
         if coco and counts.done:
-            write_coco(out)
+            for name, reason in write_coco(out).items():
+                log.warning('not in the COCO files: %s: %s', name, reason)
     return Collected(counts, missing)
 
 
 def recorded_runs(folder: Path) -> list[Run]:
-    """The runs with records in an output folder: those of its shards, or its own."""
-    return [run for home in shard_homes(folder).values() or [folder] if (run := read_run(home / 'run.json'))]
+    """The runs that have records in an output folder: those of its shards, or the one."""
+    shards = [run for _, run in joinable(folder).values()]
+    alone = read_run(folder / 'run.json')
+    return shards or ([alone] if alone else [])
 
 
 def to_be_copied(record: Recorded, here: Recorded | None, folder: Path, out: Path) -> bool:
@@ -73,15 +88,28 @@ def to_be_copied(record: Recorded, here: Recorded | None, folder: Path, out: Pat
     entry = entry_of(record)
     if entry.sha256 != entry_of(here).sha256:
         raise OutputConflict(f'{folder} and {out} hold results of different pictures named {entry.input}')
-    return not all((out / path).exists() for path in entry.outputs.values())
+    return not all(inside(out, path).exists() for path in entry.outputs.values())
 
 
 def bring(entry: Entry, folder: Path, out: Path) -> None:
-    """Copy a picture's results."""
+    """Copy a picture's results, of which nothing but files is taken. OutputConflict for links, and for what is missing."""
     for path in entry.outputs.values():
-        sweep((out / path).parent, {Path(path).name})
-        with atomic(out / path) as temporary:
-            if (folder / path).is_dir():
-                shutil.copytree(folder / path, temporary, copy_function=shutil.copyfile)
+        source, target = inside(folder, path), inside(out, path)
+        sweep(target.parent, {target.name})
+        with atomic(target) as temporary:
+            if source.is_dir():
+                temporary.mkdir()
+                for file in sorted(source.iterdir()):
+                    copy_file(file, temporary / file.name)
             else:
-                shutil.copyfile(folder / path, temporary)
+                copy_file(source, temporary)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the content of a file. OutputConflict for anything else, such as a link; OSError if `target` cannot be written."""
+    try:
+        file = opened(source)
+    except OSError as error:
+        raise OutputConflict(f'{source} cannot be copied: {error.strerror}') from error
+    with file, target.open('wb') as copy:
+        shutil.copyfileobj(file, copy)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,22 +18,26 @@ from padseg.run.convert import write_coco
 from padseg.run.job import (
     Job,
     outputs,
+    places,
     requested,
 )
-from padseg.run.locks import briefly, exclusive, forget_shards, home, shard_homes, shared
-from padseg.run.picture import OutOfMemory, Stages, Taken, labelled, mapped, save, take
-from padseg.run.plan import choose, look, plan, refuse_collisions
-from padseg.run.prepare import from_maps, from_model, now
+from padseg.run.locks import briefly, exclusive, forget, forget_records, forget_shards, home, shard_homes, shared
+from padseg.run.picture import OutOfMemory, Stages, Taken, discard, labelled, mapped, save, take
+from padseg.run.plan import choose, is_result, look, plan, refuse_collisions
+from padseg.run.prepare import from_maps, from_model, now, settings_now, with_threads_of
 from padseg.run.records import (
+    SUFFIXES,
     Entry,
     Recorded,
     Run,
     RunTotals,
     as_recorded,
+    entry_of,
     read_run,
 )
 from padseg.run.space import warn_if_short
-from padseg.system.files import full_disk, sweep
+from padseg.run.threads import as_before
+from padseg.system.files import full_disk, inside, sweep
 from padseg.system.ledger import REMEDY, continued, line, refuse_other_settings, write_header, write_lines
 from padseg.system.progress import Progress, Silent
 from padseg.system.signals import Stop
@@ -60,8 +64,8 @@ class Counts(NamedTuple):
 def run(job: Job, progress: Progress = Silent()) -> Counts:
     """Segment all pictures of the job that its output lacks; a picture that fails is recorded and the others continue.
 
-    Raises NoImages, UsageError, ModelUnavailable, ResourceExhausted, and OutputConflict if the output was made with other settings or
-    another run is writing to it.
+    Raises NoImages, UsageError, ModelUnavailable, ResourceExhausted, and OutputConflict if the output was made with other settings or of
+    other pictures, is being written, or cannot be used.
     """
     began = time.perf_counter()
     found = look(job)
@@ -70,19 +74,22 @@ def run(job: Job, progress: Progress = Silent()) -> Counts:
     own = home(job.out, shard)
     with full_disk(job.out), held(job), Stop() as stop:
         refuse_collisions(job.out, pictures)
-        pending, records, earlier = plan(job, frames, pictures)
+        pending, records, earlier, past = plan(job, frames, pictures)
         skipped = len(pictures) - len(pending)
-        worked = bool(pending) or earlier is None or earlier.requested != requested(job)
-        if worked:
-            record, made = start(job, pending, earlier, stop)
-            with contextlib.closing(progress):
+        alike = earlier and not pending and earlier.requested == requested(job)
+        record = settings_now(job, earlier) if earlier and alike else None
+        worked = record is None
+        if record is None:
+            clean(job, pending)
+            with as_before(job, earlier), contextlib.ExitStack() as stack:
+                record, made = start(job, pending, records.values(), earlier, stop)
+                stack.enter_context(contextlib.closing(progress))
                 progress.start(len(pending))
-                for entry in work(job, made, pending, records.values(), stop):
+                for entry in work(job, made, pending, records.values(), stop, past):
                     records[entry.input] = as_recorded(entry)
                     progress.step(entry.model_dump())
         else:
-            assert earlier is not None
-            record = earlier
+            agree(job.out, earlier, record, REMEDY)
         present = [records[picture.name] for picture in pictures if picture.name in records]
         counts = count(len(pictures), present, skipped, time.perf_counter() - began, stop.signal)
         counts = counts._replace(unreadable=len(found.unreadable))
@@ -104,13 +111,21 @@ def held(job: Job) -> contextlib.AbstractContextManager[None]:
     return shared(job.out, shard, FOREIGN) if shard else exclusive(job.out, FOREIGN)
 
 
-def start(job: Job, pending: list[Found], earlier: Run | None, stop: Stop) -> tuple[Run, Iterator[Entry]]:
-    """The run in words, and the records of its pictures, which are made when they are asked for."""
+def start(job: Job, pending: list[Found], kept: Iterable[Recorded], earlier: Run | None, stop: Stop) -> tuple[Run, Iterator[Entry]]:
+    """The run in words, and the records of its pictures, which are made when they are asked for.
+
+    Records of other settings are gone before the header says what the settings are now.
+    """
     start_decoding()
     stages, record = prepare_job(job, earlier)
-    write_header(record, home(job.out, job.selection.shard) / 'run.json')
+    own = home(job.out, job.selection.shard)
+    if job.selection.shard:
+        write_lines((one.line for one in kept), own / 'manifest.jsonl')
+    elif earlier is None:
+        forget(job.out)
     if job.classes:
         write_classes(job.classes, job.out / 'classes.json')
+    write_header(record, own / 'run.json')
     warn_if_short(job, pending, int(str(record.settings.get('side', 0))))
     if job.engine == 'ray':  # Ray's actors load the model themselves, so the one here is released
         return record, results_on_ray(job, record, pending, stop, job.address)
@@ -118,16 +133,18 @@ def start(job: Job, pending: list[Found], earlier: Run | None, stop: Stop) -> tu
 
 
 def prepare_job(job: Job, earlier: Run | None) -> tuple[Stages, Run]:
-    """Prepare the stages and the run's record. OutputConflict if results in the same place were made with other settings."""
-    stages, record = from_maps(job) if job.maps else from_model(job)
+    """What is done with pictures, and the run in words. OutputConflict if results in the same place came from other settings."""
+    stages, record = from_maps(job) if job.maps else from_model(job, earlier)
     if not job.selection.shard:
         agree(job.out, earlier, record, REMEDY)
         return stages, record
     with briefly(job.out):  # the first of several shards that start together determines the settings
         others = shard_homes(job.out).keys() - {job.selection.shard}
         existing = read_run(job.out / 'run.json') if earlier or others else None
+        record = with_threads_of(existing, job, record)
         agree(job.out, existing, record)
         if existing is None:
+            forget_records(job.out)
             write_header(record, job.out / 'run.json')
     return stages, record
 
@@ -138,13 +155,21 @@ def agree(out: Path, earlier: Run | None, record: Run, remedy: str = 'choose ano
         refuse_other_settings(out, earlier.settings, record.settings, remedy=remedy)
 
 
-def work(job: Job, made: Iterable[Entry], pending: list[Found], kept: Iterable[Recorded], stop: Stop) -> Iterator[Entry]:
-    """Process the pending pictures, yielding each record after its manifest line, which is the last thing written for a picture."""
+def work(
+    job: Job, made: Iterable[Entry], pending: list[Found], kept: Iterable[Recorded], stop: Stop, past: Mapping[str, Recorded] = {}
+) -> Iterator[Entry]:
+    """Do the pending pictures, as their records are made, each with its manifest line as the last thing written.
+
+    past: what earlier runs with the same settings recorded of them.
+    """
     own = home(job.out, job.selection.shard)
-    clean(job, pending)
+    kinds = [kind for kind in SUFFIXES if (job.out / kind).is_dir()]
     failures = 0
     with continued((record.line for record in kept), own / 'manifest.jsonl') as add:
+        if not job.selection.shard:
+            forget_shards(job.out)  # their records are in the manifest now
         for entry in made:
+            keep_or_discard(job, entry, past.get(entry.input), kinds)
             add(line(entry))
             yield entry
             failures += entry.status == 'failed'
@@ -154,14 +179,33 @@ def work(job: Job, made: Iterable[Entry], pending: list[Found], kept: Iterable[R
         clean(job, pending)
 
 
+def keep_or_discard(job: Job, entry: Entry, before: Recorded | None, kinds: Iterable[str]) -> None:
+    """Of the results of a done picture that this run was not asked for, record those that are of the same picture and settings still,
+    and remove the others."""
+    if entry.status == 'failed':
+        return
+    earlier = entry_of(before) if before else None
+    for kind, path in places(entry.input).items():
+        if kind in entry.outputs or kind not in kinds:
+            continue
+        if earlier and earlier.sha256 == entry.sha256 and is_result(job.out, earlier, kind):
+            entry.outputs[kind] = path
+        else:
+            discard(job, {kind: path})
+
+
 def clean(job: Job, pending: list[Found]) -> None:
-    """Remove half-written files left by killed runs; next to other shards, only those meant to become results of these pictures."""
-    names: dict[Path, set[str]] = {}
+    """Remove what killed runs left half written; beside other shards, only where it was to become results of these pictures.
+
+    OutputConflict if results would be written through a link.
+    """
+    names: dict[str, set[str]] = {}
     for picture in pending:
         for path in outputs(picture.name, job).values():
-            names.setdefault((job.out / path).parent, set()).add(Path(path).name)
+            folder, _, name = path.rpartition('/')
+            names.setdefault(folder, set()).add(name)
     for folder, mine in names.items():
-        sweep(folder, mine if job.selection.shard else None)
+        sweep(inside(job.out, folder), mine if job.selection.shard else None)
 
 
 def results(job: Job, stages: Stages, pending: list[Found], stop: Stop) -> Iterator[Entry]:

@@ -15,11 +15,11 @@ import PIL.ImageColor
 import pydantic
 
 from padseg.errors import OutputConflict, UsageError
-from padseg.exports import FORMATS
 from padseg.images import Reading
 from padseg.methods import DEFAULTS
 from padseg.methods.options import MethodOptions, Setting, plain_settings
 from padseg.methods.seg4diff import Options
+from padseg.run.records import SUFFIXES
 from padseg.run.selection import Selection
 
 ENGINES = ('local', 'ray')
@@ -64,9 +64,14 @@ class Job(NamedTuple):
 
 
 def outputs(name: str, job: Job) -> dict[str, str]:
-    """Paths of a picture's results by format, relative to the output folder."""
-    places = {key: f'{key}/{name}{module.SUFFIX}' for key, module in FORMATS.items() if key != 'overlays' or job.overlay}
-    return places | ({'maps': f'maps/{name}.npz'} if job.save_maps else {})
+    """Where the results of a picture go, relative to the output folder, by format."""
+    asked = {'overlays': job.overlay, 'maps': job.save_maps}  # the others always
+    return {key: place for key, place in places(name).items() if asked.get(key, True)}
+
+
+def places(name: str) -> dict[str, str]:
+    """Where any results of a picture go, asked for or not."""
+    return {key: f'{key}/{name}{suffix}' for key, suffix in SUFFIXES.items()}
 
 
 def requested(job: Job) -> dict[str, Setting]:

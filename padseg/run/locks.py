@@ -7,29 +7,43 @@ without shards, or `padseg run --collect`, joins them.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from padseg.run.records import Recorded, read_records, read_run
-from padseg.system.files import remove, sweep
-from padseg.system.ledger import busy, locked, make_output
+from padseg.run.records import Recorded, Run, read_records, read_run
+from padseg.system.files import inside, remove, sweep
+from padseg.system.ledger import busy, differences, locked, make_output, refuse_strange
 
 Shard = tuple[int, int]  # (i, N), i from 1
 
 SHARDS = 'shards'
-SECONDS = 10.0  # time that a shard waits while another one starts
+MOST_SHARDS = 1_000_000
+RECORDS = ('run.json', 'manifest.jsonl', 'failures.jsonl', 'classes.json')
+SECONDS = 10.0  # that a shard waits while another one begins
 
 
 def home(out: Path, shard: Shard | None) -> Path:
-    """Folder where a run keeps run.json, manifest.jsonl and failures.jsonl."""
-    return out / SHARDS / f'{shard[0]}-of-{shard[1]}' if shard else out
+    """Where a run keeps run.json, manifest.jsonl and failures.jsonl."""
+    return inside(out, f'{SHARDS}/{shard[0]}-of-{shard[1]}') if shard else out
 
 
 def shard_homes(out: Path) -> dict[Shard, Path]:
-    """The shards with records in an output folder."""
-    folders = [path for path in (out / SHARDS).glob('*-of-*') if path.is_dir()]
-    names = {path: path.name.split('-of-') for path in folders}
-    return {(int(i), int(n)): path for path, (i, n) in sorted(names.items()) if i.isdecimal() and n.isdecimal()}
+    """The shards that have records in an output folder."""
+    folders = [path for path in inside(out, SHARDS).glob('*-of-*') if path.is_dir() and not path.is_symlink()]
+    names = {path: re.fullmatch(r'([1-9]\d{0,6})-of-([1-9]\d{0,6})', path.name, re.ASCII) for path in sorted(folders)}
+    shards = {(int(match[1]), int(match[2])): path for path, match in names.items() if match}
+    return {(i, n): path for (i, n), path in shards.items() if i <= n <= MOST_SHARDS}
+
+
+def joinable(out: Path) -> dict[Shard, tuple[Path, Run]]:
+    """The shards whose records are of the settings that the output folder has, with their runs.
+
+    Others are what a run with --overwrite left behind when it was killed.
+    """
+    made = read_run(out / 'run.json')
+    runs = {shard: (folder, read_run(folder / 'run.json')) for shard, folder in shard_homes(out).items()} if made else {}
+    return {shard: (folder, run) for shard, (folder, run) in runs.items() if made and run and not differences(made.settings, run.settings)}
 
 
 @contextlib.contextmanager
@@ -42,6 +56,7 @@ def exclusive(out: Path, *foreign: str) -> Iterator[None]:
     with locked(out, busy(out)), contextlib.ExitStack() as stack:
         for (i, n), folder in shard_homes(out).items():
             stack.enter_context(locked(folder, f'the run of shard {i}/{n} is writing to {out}'))
+        refuse_strange(out, RECORDS)
         sweep(out)
         yield
 
@@ -59,6 +74,8 @@ def shared(out: Path, shard: Shard, *foreign: str) -> Iterator[None]:
                         pass
             home(out, shard).mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(home(out, shard), f'another run of shard {shard[0]}/{shard[1]} is writing to {out}'))
+            for folder in (out, home(out, shard)):
+                refuse_strange(folder, RECORDS)
         sweep(home(out, shard))
         yield
 
@@ -69,9 +86,11 @@ def briefly(out: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def all_records(out: Path) -> dict[str, Recorded]:
-    """Last record of every picture in an output folder, including those of shards."""
-    # shards' manifests are newer than the folder's own, which a run writes after joining all earlier shards
-    manifests = [folder / 'manifest.jsonl' for folder in shard_homes(out).values()]
+    """The last record of every picture in an output folder, including those of shards; none where no run.json says what they are of."""
+    if read_run(out / 'run.json') is None:
+        return {}
+    # the folder's own manifest is written last by a run that has joined what shards were there before: theirs are newer
+    manifests = [folder / 'manifest.jsonl' for folder, _ in joinable(out).values()]
     newest_last = sorted((path for path in manifests if path.exists()), key=lambda path: path.stat().st_mtime_ns)
     records: dict[str, Recorded] = {}
     for path in (out / 'manifest.jsonl', *newest_last):
@@ -82,11 +101,24 @@ def all_records(out: Path) -> dict[str, Recorded]:
 def unfinished(folders: Sequence[Path]) -> list[str]:
     """Shards, as i/N, without a finished run in these folders, for the N with the fewest missing; often none."""
     states: dict[int, dict[int, bool]] = {}
-    for (i, n), folder in [item for out in folders for item in shard_homes(out).items()]:
-        run = read_run(folder / 'run.json')
-        states.setdefault(n, {})[i] = run is not None and run.status == 'finished'
+    for (i, n), (_, run) in [item for out in folders for item in joinable(out).items()]:
+        states.setdefault(n, {})[i] = run.status == 'finished'
     missing = [[f'{i}/{n}' for i in range(1, n + 1) if not finished.get(i)] for n, finished in states.items()]
     return min(missing, key=len, default=[])
+
+
+def forget(out: Path) -> None:
+    """Remove the records of an output folder but for its header, and those of its shards.
+
+    This comes before a header with other settings: wherever a run is killed, no result counts as one of settings that did not make it.
+    """
+    forget_records(out)
+    forget_shards(out)
+
+
+def forget_records(out: Path) -> None:
+    for name in ('manifest.jsonl', 'failures.jsonl'):
+        (out / name).unlink(missing_ok=True)
 
 
 def forget_shards(out: Path) -> None:

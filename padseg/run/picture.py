@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from padseg.errors import NotFinite, OutputConflict
+from padseg.errors import ModelUnavailable, NotFinite, OutputConflict, ResourceExhausted
 from padseg.exports import FORMATS
 from padseg.images import Found, ImageError, decode_apart
-from padseg.run.job import Job, outputs
+from padseg.run.job import Job, outputs, places
 from padseg.run.records import Entry
-from padseg.system.files import NAME_FAULTS, inside
+from padseg.system.files import FULL, inside, remove
 
 if TYPE_CHECKING:
     from padseg.methods.options import ViewOptions
     from padseg.types import Array, Image, LabelMap, TokenMaps
 
+LONGEST = 500  # characters of a reason: torch's hold the calls of its C++ part
+MEMORY = 'not enough memory for it: try --shrink, a smaller --side or --batch, or fewer --workers'
 log = logging.getLogger(__name__)
 
 
@@ -36,7 +39,7 @@ class Taken(NamedTuple):
 
 
 class OutOfMemory(ImageError):
-    """A picture that by itself exceeds the device's memory."""
+    """A picture that is too much for the memory, by itself."""
 
 
 class Stages(NamedTuple):
@@ -68,8 +71,9 @@ def take(job: Job, picture: Found, stopped: Callable[[], bool] = lambda: False) 
         for note in notes:
             if note.startswith('first of'):  # the remaining frames are left out
                 log.warning('%s: %s', picture.name, note)
-    except (ImageError, OSError) as error:
+    except Exception as error:
         fail(entry, error)
+        image = None
     entry.stages['decode'] = round(time.perf_counter() - began, 4)
     return Taken(entry, image, void)
 
@@ -87,43 +91,48 @@ def mapped(stages: Stages, taken: list[Taken]) -> Iterator[Taken]:
 
 
 def labelled(stages: Stages, taken: Taken) -> Taken:
-    """Add a picture's label map; a failed picture is returned unchanged."""
+    """A picture with its label map, or failed."""
     if taken.image is None:
         return taken
     from padseg.methods.stages.labels import unassign
 
     began = time.perf_counter()
-    labels = stages.labels(taken.image, taken.maps)
+    try:
+        labels = stages.labels(taken.image, taken.maps)
+        if taken.void is not None:
+            labels = unassign(labels, taken.void)
+    except Exception as error:
+        fail(taken.entry, error)
+        return taken._replace(image=None, maps=None)
     taken.entry.stages['labels'] = round(time.perf_counter() - began, 4)
-    return taken._replace(labels=labels if taken.void is None else unassign(labels, taken.void))
+    return taken._replace(labels=labels)
 
 
 def by_method(forward: Callable[[Sequence[Image]], Sequence[Any]], taken: list[Taken]) -> list[Taken]:
-    """Compute token maps of a batch with `forward`, halving the batch if memory runs out or attention is not finite.
-
-    A picture for which this happens alone has failed.
-    """
+    """Token maps of a batch by a forward; where that raises an error, by halves of the batch, so that only the picture at fault fails."""
     images = [picture.image for picture in taken if picture.image is not None]
     try:
         maps = forward(images)
-    except RuntimeError as error:
-        memory = of_memory(error)
-        if not memory and not isinstance(error, NotFinite):
-            raise
+    except Exception as error:
         if len(taken) == 1:
-            fail(taken[0].entry, OutOfMemory('out of memory, alone in its batch: try a smaller --side') if memory else error)
+            alone = OutOfMemory('out of memory, alone in its batch: try a smaller --side') if of_memory(error) else error
+            fail(taken[0].entry, alone)
             return [taken[0]._replace(image=None)]
-        log.warning('%s with %d pictures at once: trying half as many', 'out of memory' if memory else error, len(taken))
-        half = len(taken) // 2
-        return by_method(forward, taken[:half]) + by_method(forward, taken[half:])
-    return [picture._replace(maps=own) for picture, own in zip(taken, maps, strict=True)]
+        if is_of_run(error):
+            raise
+        if of_memory(error) or isinstance(error, NotFinite):
+            log.warning('%s with %d pictures at once: trying half as many', 'out of memory' if of_memory(error) else error, len(taken))
+    else:
+        return [picture._replace(maps=own) for picture, own in zip(taken, maps, strict=True)]
+    half = len(taken) // 2  # here, where nothing holds what the forward left in memory
+    return by_method(forward, taken[:half]) + by_method(forward, taken[half:])
 
 
 def of_memory(error: Exception) -> bool:
-    """Return whether torch reports that the device's memory is full."""
+    """Whether this is the word of numpy, Python or torch that memory is full, the machine's or the device's."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or 'DefaultCPUAllocator' in str(error)
 
 
 def by_maps(out: Path, known: dict[str, str | None], options: ViewOptions, taken: list[Taken]) -> list[Taken]:
@@ -147,17 +156,17 @@ def by_maps(out: Path, known: dict[str, str | None], options: ViewOptions, taken
 
 
 def save(job: Job, taken: Taken) -> Entry:
-    """Write a picture's results and return its complete record. OSError for problems that are not specific to this picture."""
+    """Write a picture's results, or remove those of a picture that failed; its complete record. OSError if the disk is full."""
     entry, image, _, maps, labels = taken
     if image is not None and labels is not None:
         began = time.perf_counter()
         try:
             write_results(job, entry, image, maps, labels)
-        except (ImageError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in NAME_FAULTS:
-                raise
+        except Exception as error:
             fail(entry, error)
         entry.stages['write'] = round(time.perf_counter() - began, 4)
+    if entry.status == 'failed':
+        discard(job, places(entry.input))
     entry.seconds = round(sum(entry.stages.values()), 4)
     return entry
 
@@ -185,6 +194,33 @@ def count_regions(labels: LabelMap) -> int:
     return int(np.count_nonzero(np.bincount(labels.labels.ravel())[1:]))
 
 
+def discard(job: Job, results: Mapping[str, str]) -> None:
+    """Remove these results of a picture, whose record does not name them any more: nothing may take them for what the run made of it."""
+    for kind, place in results.items():
+        path = job.out / place
+        with contextlib.suppress(OSError):  # such as a name that is too long to have been written
+            if kind == 'masks' or path.is_symlink() or not path.is_dir():  # x.png.png may be the folder of other label maps
+                remove(path)
+
+
 def fail(entry: Entry, error: Exception) -> None:
+    """Record that a picture failed, and why. An error that is not of this picture is raised again."""
+    if is_of_run(error):
+        raise error
+    log.debug('%s failed', entry.input, exc_info=error)
+    if isinstance(error, MemoryError):
+        error = OutOfMemory(MEMORY)
+    entry.status = 'failed'
     entry.error = type(error).__name__
-    entry.reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    entry.reason = (error.strerror if isinstance(error, OSError) else None) or shortened(str(error)) or entry.error
+
+
+def is_of_run(error: Exception) -> bool:
+    """Whether an error would meet every picture: a full disk, or a model or an output folder that is another one."""
+    return isinstance(error, (ModelUnavailable, OutputConflict, ResourceExhausted)) or (isinstance(error, OSError) and error.errno in FULL)
+
+
+def shortened(reason: str) -> str:
+    """The reason without line breaks, cut where it gets long."""
+    line = ' '.join(reason.split())
+    return line if len(line) <= LONGEST else f'{line[:LONGEST]} …'

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import os
+import stat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,22 +13,26 @@ from padseg.images import HEIC, LINKED, Found, Listing, collisions, frames_of, i
 from padseg.run.job import Job, outputs
 from padseg.run.locks import all_records
 from padseg.run.records import (
+    Entry,
     Recorded,
     Run,
     entry_of,
     read_run,
 )
 from padseg.run.selection import select
+from padseg.run.source import refuse_other_source, refuse_results, unchanged
 
 log = logging.getLogger(__name__)
 
 
 class Plan(NamedTuple):
-    """What to do. kept: records of pictures that stay unchanged; earlier: the run that made the existing results."""
+    """What is to be done. kept: records of pictures that stay as they are; earlier: the run that made the existing results; past: what
+    it recorded of pictures that are done again with the same settings."""
 
     pending: list[Found]
     kept: dict[str, Recorded]
     earlier: Run | None
+    past: dict[str, Recorded] = {}
 
 
 def look(job: Job) -> Listing:
@@ -47,8 +52,7 @@ def choose(job: Job, found: Listing | None = None) -> tuple[list[Found], list[Fo
 
     Raises NoImages if there are none, and UsageError.
     """
-    if job.source.resolve() == job.out.resolve():
-        raise UsageError(f'the output folder cannot be the folder of pictures: {job.out}')
+    refuse_results(job.source, job.out)
     found = found or look(job)
     frames = [frame for picture in found.pictures for frame in frames_of(picture, job.reading)]
     if not frames:
@@ -70,17 +74,25 @@ def remedy(kinds: dict[str, int]) -> str:
 
 
 def refuse_collisions(out: Path, pictures: list[Found]) -> None:
-    """Raise UsageError if two pictures would have the same result files."""
+    """UsageError if two pictures would have the same result files, or one a folder of results in that of another."""
+    names = {picture.name for picture in pictures}
+    for picture in pictures:
+        above = next((folder for folder in folders_above(picture.name) if folder in names), None)
+        if above:  # a frame of a file: no file has the name of a folder
+            raise UsageError(f'{above} is a frame of a file, and the folder of {picture.name}: rename one, or --exclude it')
     same = collisions(picture.name for picture in pictures)
     if same and ignores_case(out):
         raise UsageError(f'{same[0][0]} and {same[0][1]} are the same name on the file system of {out}: rename one, or --exclude it')
 
 
 def plan(job: Job, frames: list[Found], pictures: list[Found]) -> Plan:
-    """Compare the chosen pictures with the existing results. OutputConflict if these are unreadable."""
+    """Compare the chosen pictures with the existing results. OutputConflict if these cannot be understood or are of another source."""
     shard = job.selection.shard
     earlier = None if job.overwrite and not shard else read_run(job.out / 'run.json')
     records = all_records(job.out) if earlier else {}
+    done = any(record.status == 'done' for record in records.values())
+    if earlier and done:
+        refuse_other_source(job.source, job.out, earlier, records, frames)
     past = {} if job.overwrite else records
     pending = [picture for picture in pictures if not settled(picture, past.get(picture.name), job)]
     again = {picture.name for picture in pending}
@@ -90,8 +102,7 @@ def plan(job: Job, frames: list[Found], pictures: list[Found]) -> Plan:
     kept |= {picture.name: records[picture.name] for picture in pictures if picture.name not in again}
     if shard:  # pictures outside the shard are recorded elsewhere
         kept = {picture.name: kept[picture.name] for picture in pictures if picture.name in kept}
-    done = any(record.status == 'done' for record in records.values())
-    return Plan(pending, kept, earlier if done else None)
+    return Plan(pending, kept, earlier if done else None, {name: past[name] for name in again if name in past})
 
 
 def settled(picture: Found, record: Recorded | None, job: Job) -> bool:
@@ -99,12 +110,23 @@ def settled(picture: Found, record: Recorded | None, job: Job) -> bool:
     if record is None or (record.status == 'failed' and job.retry_failed):
         return False
     entry = entry_of(record)
-    if entry.status == 'done' and not all((job.out / path).exists() for path in outputs(picture.name, job).values()):
+    if entry.status == 'done' and not all(is_result(job.out, entry, key) for key in outputs(picture.name, job)):
+        return False
+    return unchanged(picture, entry, job.checksum)
+
+
+def is_result(out: Path, entry: Entry, key: str) -> bool:
+    """Whether a picture has a result of this kind: recorded, as what is not may be of other settings, and a file or folder of its own."""
+    if key not in entry.outputs:
         return False
     try:
-        now = picture.path.stat()
-        if not job.checksum and (now.st_size, now.st_mtime_ns) == (entry.bytes, entry.modified):
-            return True
-        return hashlib.sha256(picture.path.read_bytes()).hexdigest() == entry.sha256
+        mode = os.lstat(out / entry.outputs[key]).st_mode
     except OSError:
-        return False  # reading it again will report the error
+        return False
+    return stat.S_ISDIR(mode) if key == 'masks' else stat.S_ISREG(mode)
+
+
+def folders_above(name: str) -> list[str]:
+    """a and a/b for a/b/c.png."""
+    parts = name.split('/')
+    return ['/'.join(parts[:number]) for number in range(1, len(parts))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import platform
@@ -9,28 +10,41 @@ from datetime import datetime, timezone
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from padseg.errors import NoImages, UsageError
-from padseg.methods import Method, method_named, open_backbone, seg4diff
+from padseg.errors import ModelUnavailable, NoImages, PadsegError, UsageError
+from padseg.methods import Method, check_settings, method_named, open_backbone, seg4diff
 from padseg.methods.options import Setting, plain_settings
 from padseg.run.job import Job, method_settings, naming_settings, options_from, reading_settings, requested, settings_from
 from padseg.run.locks import all_records
 from padseg.run.picture import Stages, by_maps, by_method
 from padseg.run.records import ModelRecord, Run, entry_of, read_run
+from padseg.run.source import recorded_source
+from padseg.run.threads import decides, threads_before, use
 from padseg.system.files import inside
+from padseg.system.ledger import ADDED
 from padseg.system.versions import versions
 from padseg.version import __version__
 
 if TYPE_CHECKING:
     from padseg.backbones import Backbone
+    from padseg.backbones.source import Source
+    from padseg.backbones.spec import Spec
 
 
-def from_model(job: Job) -> tuple[Stages, Run]:
-    """Prepare the method with the model that it needs, if any. UsageError for options that do not go together."""
+def from_model(job: Job, earlier: Run | None = None) -> tuple[Stages, Run]:
+    """The method by the model that it needs, if it needs one. UsageError for what does not fit together.
+
+    earlier: the run that this one continues.
+    """
     method = method_named(job.method, 'classes' if job.classes else 'regions')
     if job.save_maps and not method.FAMILIES:
-        raise UsageError(f'{job.method} has no maps to keep: omit --save-maps')
+        raise UsageError(f'{job.method} has no maps to keep: leave out --save-maps')
+    stamp = None
+    if method.FAMILIES:
+        with contextlib.suppress(PadsegError):  # which loading says better
+            found = located(job)
+            stamp = files_stamp(*found) if found else None  # before they are read: what changes after this is noticed later
     prepared = prepared_for(job, method, device=job.device, dtype=job.dtype)
-    return stages_of(method, prepared), record_of(job, method, prepared)
+    return stages_of(method, prepared), record_of(job, method, prepared, earlier, stamp)
 
 
 def prepared_for(job: Job, method: Method, revision: str | None = None, **how: Any) -> Any:
@@ -44,18 +58,14 @@ def stages_of(method: Method, prepared: Any) -> Stages:
     return Stages(partial(by_method, forward), partial(method.labels, prepared=prepared))
 
 
-def record_of(job: Job, method: Method, prepared: Any) -> Run:
-    """The record of the run."""
+def record_of(job: Job, method: Method, prepared: Any, earlier: Run | None = None, stamp: str | None = None) -> Run:
+    """The record of the run. earlier: the one that it continues."""
     backbone: Backbone | None = prepared.backbone
-    settings = {
-        **method_settings(job),
-        **settings_of_model(job, backbone),
-        **method.recorded(job.options, backbone.spec if backbone else None),
-    }
-    settings |= naming_settings(job) | reading_settings(job.reading)
+    of_model = settings_of_model(job, backbone) | settings_of_threads(job, backbone, earlier)
+    settings = all_settings(job, method, backbone.spec if backbone else None, of_model)
     return Run(
         padseg=__version__,
-        source=str(job.source.resolve()),
+        source=recorded_source(job.source),
         requested=requested(job),
         settings=settings,
         key=settings_key(settings),
@@ -67,7 +77,19 @@ def record_of(job: Job, method: Method, prepared: Any) -> Run:
         versions=versions(),
         batch=job.batch,
         started=now(),
+        stamp=stamp,
     )
+
+
+def all_settings(job: Job, method: Method, spec: Spec | None, of_model: dict[str, Setting]) -> dict[str, Setting]:
+    """All that decides the results, as a record has it. of_model: of its files and of how it works."""
+    return {
+        **method_settings(job),
+        **of_model,
+        **method.recorded(job.options, spec),
+        **naming_settings(job),
+        **reading_settings(job.reading),
+    }
 
 
 def settings_of_model(job: Job, backbone: Backbone | None) -> dict[str, Setting]:
@@ -84,6 +106,76 @@ def settings_of_model(job: Job, backbone: Backbone | None) -> dict[str, Setting]
     }
 
 
+def settings_of_threads(job: Job, backbone: Backbone | None, earlier: Run | None) -> dict[str, Setting]:
+    """The number of threads, if results depend on it; once it is recorded it stays."""
+    before = earlier.settings.get('threads') if earlier else None
+    if backbone is None or not (before or decides(job, str(backbone.device), dtype_of(backbone))):
+        return {}
+    return {'threads': torch_threads() if backbone.device.type == 'cpu' else before}
+
+
+def with_threads_of(first: Run | None, job: Job, record: Run) -> Run:
+    """The record of a run beside others, with as many threads as the first of them, which are used from here on."""
+    number = threads_before(job, first)
+    if first is None or number is None or 'threads' not in record.settings:
+        return record
+    use(number)
+    settings = {**record.settings, 'threads': number}
+    return record.model_copy(update={'settings': settings, 'key': settings_key(settings), 'threads': number})
+
+
+def settings_now(job: Job, earlier: Run) -> Run | None:
+    """The record of a finished run with the settings that the job has now, for which no model is loaded; its device is not asked for.
+
+    None if only loading tells whether the model is the same, as its files were touched or changed. A model that is not there any more is
+    the one that it was. Raises ModelUnavailable for one that is damaged, and NoImages.
+    """
+    if job.maps:
+        settings = settings_of_maps(job, run_of_maps(job))
+        return earlier.model_copy(update={'settings': settings, 'key': settings_key(settings)})
+    method = method_named(job.method, 'classes' if job.classes else 'regions')
+    if not method.FAMILIES or earlier.model is None:
+        return earlier.model_copy(update={'settings': all_settings(job, method, None, {})})
+    found = located(job)
+    if found is None:
+        return earlier
+    source, vae = found
+    if files_stamp(source, vae) != earlier.stamp:
+        return None
+    kept = {name: earlier.settings[name] for name in ('weights', *ADDED) if name in earlier.settings}
+    of_model = {**kept, 'dtype': job.dtype or earlier.dtype, 'compile': job.compile}
+    return earlier.model_copy(update={'settings': all_settings(job, method, source.spec, of_model)})
+
+
+def located(job: Job) -> tuple[Source, Source | None] | None:
+    """The files of the job's model and of its other VAE; None if they are not on this disk, or not all of them."""
+    from padseg.backbones.source import locate, locate_vae
+
+    try:
+        source = locate(job.model, job.revision, fetch=False)
+        vae = locate_vae(job.vae, source.spec.family, fetch=False) if job.vae else None
+    except UsageError:  # no such folder
+        return None
+    except ModelUnavailable as error:
+        if error.state == ModelUnavailable('').state:
+            raise
+        return None
+    check_settings(source.spec)
+    return source, vae
+
+
+def files_stamp(source: Source, vae: Source | None) -> str:
+    """What tells whether any file of a model may have changed since, without reading one: SHA-256 over names, sizes, times and inodes."""
+    digest = hashlib.sha256()
+    for folder in (source.folder, *([vae.folder] if vae else [])):
+        for path in sorted((*folder.glob('*'), *folder.glob('*/*'))):
+            if path.is_file():
+                status = path.stat()  # the time of change of the inode is not for anyone to set
+                kept = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+                digest.update(f'{path.relative_to(folder).as_posix()} {kept}\n'.encode('utf-8', 'surrogateescape'))
+    return digest.hexdigest()
+
+
 def dtype_of(backbone: Backbone) -> str:
     return str(backbone.dtype).removeprefix('torch.')
 
@@ -98,29 +190,43 @@ def torch_threads() -> int:
 def from_maps(job: Job) -> tuple[Stages, Run]:
     """Prepare Seg4Diff with token maps stored by an earlier run. NoImages if there are none."""
     assert job.maps is not None
-    made = read_run(job.maps / 'run.json')
-    if made is None or not inside(job.maps, 'maps').is_dir():
-        raise NoImages(f'{job.maps} holds no token maps: make them with `padseg run --save-maps --out {job.maps}`')
-    if settings_from(made.settings).method_name != job.method:
-        raise UsageError(f'{job.maps} holds maps of classes: use `padseg label` to make other label maps')
-    changes = {name: value for name, value in plain_settings(job.options).items() if name in seg4diff.LATER and value is not None}
-    settings = {**made.settings, **changes}
-    known = {name: entry_of(record).sha256 for name, record in all_records(job.maps).items()}
+    made = run_of_maps(job)
+    settings = settings_of_maps(job, made)
+    entries = (entry_of(record) for record in all_records(job.maps).values())
+    known = {entry.input: entry.sha256 for entry in entries if 'maps' in entry.outputs}
     prepared = seg4diff.Prepared(options_from(seg4diff.Options, settings), {}, None)
     record = made.model_copy(
         update={
             'status': 'running',
             'padseg': __version__,
-            'source': str(job.source.resolve()),
+            'source': recorded_source(job.source),
             'requested': requested(job),
             'settings': settings,
             'key': settings_key(settings),
             'versions': versions(),
             'started': now(),
             'ended': None,
+            'stamp': None,
         }
     )
     return Stages(partial(by_maps, job.maps, known, prepared.options), partial(seg4diff.labels, prepared=prepared)), record
+
+
+def run_of_maps(job: Job) -> Run:
+    """The run that kept token maps. NoImages if there are none, UsageError if they are of classes."""
+    assert job.maps is not None
+    made = read_run(job.maps / 'run.json')
+    if made is None or not inside(job.maps, 'maps').is_dir():
+        raise NoImages(f'{job.maps} holds no token maps: make them with `padseg run --save-maps --out {job.maps}`')
+    if settings_from(made.settings).method_name != job.method:
+        raise UsageError(f'{job.maps} holds maps of classes: use `padseg label` to make other label maps')
+    return made
+
+
+def settings_of_maps(job: Job, made: Run) -> dict[str, Setting]:
+    """The settings of the run that kept the maps, with those that come after them as the job has them."""
+    changes = {name: value for name, value in plain_settings(job.options).items() if name in seg4diff.LATER and value is not None}
+    return {**made.settings, **changes}
 
 
 def settings_key(settings: dict[str, Setting]) -> str:

@@ -94,7 +94,8 @@ class Run(BaseModel):
     """run.json. requested: settings as given; settings: as used, all that affect the results; key: their SHA-256.
 
     model, dtype: None for a method that needs no model. left_out: files of the source that were not taken for pictures, by kind, their
-    number; unreadable: folders in it that could not be listed, with the reason.
+    number; unreadable: folders in it that could not be listed, with the reason. stamp: of the model's files as they were when they were
+    hashed, from sizes and times alone: where it is the same, their content need not be read again. None if there is none to compare.
     """
 
     status: Literal['running', 'finished', 'interrupted'] = 'running'
@@ -116,6 +117,7 @@ class Run(BaseModel):
     counts: RunTotals = RunTotals()
     left_out: dict[Name, int] = {}
     unreadable: dict[Name, str] = {}
+    stamp: str | None = None
 
 
 def read_run(path: Path) -> Run | None:

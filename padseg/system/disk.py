@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 
 def free_space(path: Path) -> int:
-    """Free bytes on the disk where this folder is or would be created."""
-    path = path.expanduser().absolute()
+    """Bytes free where this folder is or would be made."""
+    path = Path(os.path.expanduser(path)).absolute()  # a path without home where there is none
     return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
 
 

@@ -32,7 +32,7 @@ Record = TypeVar('Record', bound=BaseModel)
 Settings = Mapping[str, Any]
 
 LOCK = '.lock'
-ADDED = ('scheduler', 'text_encoders')  # settings that records of version 0.1 do not have
+ADDED = ('scheduler', 'text_encoders', 'threads')  # settings that records of version 0.1 do not have
 REMEDY = 'choose another --out, or --overwrite'
 UNREADABLE = (ValueError, RecursionError)  # no JSON, JSON of another form, or brackets without end
 LARGEST = 2**26  # bytes of a header: many failures are listed in some
@@ -154,6 +154,14 @@ def flattened(settings: Settings, between: str = '.') -> dict[str, Any]:
         else:
             plain[name] = value
     return plain
+
+
+def refuse_strange(folder: Path, names: Iterable[str]) -> None:
+    """OutputConflict if something that is no file has the name of a record: this would show only when the job has ended."""
+    for name in names:
+        path = folder / name
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise OutputConflict(f'{path} is not a regular file: remove it, or choose another --out')
 
 
 @contextlib.contextmanager

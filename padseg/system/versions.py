@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from functools import cache
 
 LIBRARIES = ('torch', 'diffusers', 'transformers', 'numpy', 'scipy', 'scikit-image', 'opencv-python', 'opencv-python-headless', 'pillow')
 
@@ -14,6 +15,7 @@ def versions() -> dict[str, str]:
     return {'python': platform.python_version(), **{name: number for name, number in installed.items() if number}}
 
 
+@cache  # reading what is installed takes a few milliseconds
 def version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)

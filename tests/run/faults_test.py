@@ -10,6 +10,12 @@ import pytest
 from support import faults
 from support.processes import start
 
+from padseg.run import engine
+from padseg.run.job import Job
+
+# what is killed, and before which of its changes: before all with PADSEG_TEST_EVERY=1
+ACTIONS = {'run': 15, 'overwrite': 15, 'overwrite shards': 15, 'shards overwrite shards': 30, 'join': 15, 'collect': 10, 'merge': 15}
+
 
 @pytest.fixture
 def pictures(tmp_path):
@@ -20,6 +26,31 @@ def pictures(tmp_path):
         coarse = rng.integers(0, 200, (2, 2, 3)).repeat(-(-size[0] // 2), 0).repeat(-(-size[1] // 2), 1)[: size[0], : size[1]]
         PIL.Image.fromarray((coarse + rng.integers(0, 30, coarse.shape)).astype(np.uint8)).save(path)
     return tmp_path / 'in'
+
+
+@pytest.fixture(scope='module')
+def specks(tmp_path_factory):
+    """Two pictures of eight pixels, one for each of two shards."""
+    folder = tmp_path_factory.mktemp('specks')
+    for name in ('a.png', 'c.png'):
+        PIL.Image.fromarray(np.arange(24, dtype=np.uint8).reshape(2, 4, 3)).save(folder / name)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def maps(specks, sd3_folder, tmp_path_factory):
+    """Their token maps."""
+    out = tmp_path_factory.mktemp('maps')
+    engine.run(Job(specks, out, model=str(sd3_folder), device='cpu', save_maps=True))
+    return out
+
+
+@pytest.mark.parametrize('action', ACTIONS)
+def test_killed_at_every_change_no_old_result_counts_as_a_new_one(specks, maps, tmp_path, action):
+    every = int(os.environ.get('PADSEG_TEST_EVERY', ACTIONS[action]))
+    ran = start(faults.at_every_event, specks, tmp_path, maps, action, every).wait()
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout) > faults.BEGINNING
 
 
 @pytest.mark.parametrize('fault', faults.ENDED_BY)

@@ -11,15 +11,18 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from padseg.errors import ResourceExhausted
+from padseg.errors import OutputConflict, ResourceExhausted
+from padseg.methods.classical import GridOptions
+from padseg.methods.seg4diff import Options
 from padseg.run import engine
 from padseg.run.collect import collect
 from padseg.run.convert import convert
 from padseg.run.job import Job
 from padseg.run.selection import Selection
 
+BEGINNING = 14  # changes of a run before its first result: old records go, and the header says what the settings are now
 UNTOUCHED = 40  # exit code of a process that ended before its fault
 ENDED_BY = {'kill': -signal.SIGKILL, 'full': ResourceExhausted.exit_code}
 
@@ -71,8 +74,94 @@ def actions(job: Job) -> dict[str, tuple[Callable[[], object], list[Job]]]:
     }
 
 
-def run_in_child(act: Callable[[], object], out: Path | None = None, fault: str = '', number: int = 0) -> int:
-    """Act in a child process and return its exit code. With a folder `out`, the fault comes before write number `number` below it."""
+class Story(NamedTuple):
+    """A command that is killed. begun: what there was before; act: the command; without: the same without --overwrite; before: the command
+    of the old settings, which may find that its results are gone, but never others in their place."""
+
+    begun: Callable[[], object]
+    act: Callable[[], object]
+    without: Callable[[], object]
+    before: Callable[[], object]
+
+
+def at_every_event(source: Path, root: Path, maps: Path | None, action: str, every: int) -> int:
+    """Kill a command before changes that it makes below its output folder: before each at its beginning, then before every so many.
+
+    Whatever is done then, with --overwrite or without, or with the old settings, gives what it gives undisturbed, or OutputConflict, and
+    after that the old settings give the old results. Prints how often it was killed.
+    """
+    out, kept = root / 'out', root / 'kept'
+    story = stories(source, out, maps)[action]
+
+    def restart(state: Path | None) -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        if state and state.is_dir():
+            shutil.copytree(state, out)
+
+    story.begun()
+    shutil.copytree(out, root / 'begun') if out.is_dir() else None
+    restart(None)
+    story.before()
+    old = tree(out)
+    restart(root / 'begun')
+    story.act()
+    new = tree(out)
+    number, kills = 1, 0
+    restart(root / 'begun')
+    while (code := forked(story.act, out, 'kill', number)) != UNTOUCHED:
+        assert code == ENDED_BY['kill'], (number, code)
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(out, kept) if out.is_dir() else kept.mkdir()
+        story.act()
+        assert differing(tree(out), new) == [], (number, 'again')
+        restart(kept)
+        if refused(story.without):
+            story.before()
+            assert differing(tree(out), old) == [], (number, 'after a refusal')
+        else:
+            assert differing(tree(out), new) == [], (number, 'without --overwrite')
+        restart(kept)
+        if not refused(story.before):
+            assert differing(tree(out), old) == [], (number, 'old settings')
+        restart(root / 'begun')
+        kills += 1
+        number += 1 if number < BEGINNING else every
+    print(kills)
+    return 0
+
+
+def refused(act: Callable[[], object]) -> bool:
+    try:
+        act()
+    except OutputConflict:
+        return True
+    return False
+
+
+def stories(source: Path, out: Path, maps: Path | None) -> dict[str, Story]:
+    """By name. The settings of old results are a grid of one cell, or a threshold, and those of new ones others."""
+    old = Job(source, out, GridOptions(1), method='grid', overlay=True)
+    new = Job(source, out, GridOptions(2), method='grid')
+    parts = [old._replace(selection=Selection(shard=(number, 2))) for number in (1, 2)]
+    merged, again = (Job(source, out, Options(threshold=value), maps=maps) for value in (0.5, float('inf')))
+    whole = [*parts, old]
+
+    def run(*jobs: Job, **changes: Any) -> Callable[[], object]:
+        return lambda: [engine.run(job._replace(**changes)) for job in jobs]
+
+    return {
+        'run': Story(run(), run(new), run(new), run(new)),
+        'overwrite': Story(run(old), run(new, overwrite=True), run(new), run(old)),
+        'overwrite shards': Story(run(*parts), run(new, overwrite=True), run(new), run(old)),
+        'shards overwrite shards': Story(run(*parts), run(*parts, old, overwrite=True), run(*whole), run(old)),
+        'join': Story(run(*parts), run(old), run(old), run(old)),
+        'collect': Story(run(*parts), lambda: collect([out], out), run(old), run(old)),
+        'merge': Story(run(merged), run(again, overwrite=True), run(again), run(merged)),
+    }
+
+
+def forked(act: Callable[[], object], out: Path | None = None, fault: str = '', number: int = 0) -> int:
+    """Exit code of a child that acts, with a fault before the so-manieth write below a folder if there is one."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -95,7 +184,7 @@ def install_fault(out: Path, fault: str, number: int) -> list[int]:
     seen = [0]
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event not in ('open', 'os.rename', 'os.mkdir', 'os.remove') or not str(arguments[0]).startswith(str(out)):
+        if event not in ('open', 'os.rename', 'os.mkdir', 'os.remove', 'os.rmdir') or not place(event, arguments).startswith(str(out)):
             return
         if (event == 'open' and not arguments[2] & (os.O_WRONLY | os.O_RDWR)) or (event == 'os.remove' and fault == 'full'):
             return
@@ -107,6 +196,12 @@ def install_fault(out: Path, fault: str, number: int) -> list[int]:
 
     sys.addaudithook(hook)
     return seen
+
+
+def place(event: str, arguments: tuple[Any, ...]) -> str:
+    """The path that an event is about; where it is one in an open folder, as when a tree is removed, that folder."""
+    folder = -1 if event == 'open' else arguments[-1]
+    return str(arguments[0]) if folder < 0 or not os.path.isdir('/proc/self/fd') else os.readlink(f'/proc/self/fd/{folder}')
 
 
 def tree(folder: Path) -> dict[str, object]:

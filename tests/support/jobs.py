@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import resource
 import signal
+import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -60,6 +62,25 @@ def killed_often(job: Job, kills: int) -> None:
             engine.run(job._replace(overwrite=ended % 5 == 0))
             os._exit(0)
         ended += os.waitpid(child, 0)[1] == signal.SIGPROF
+
+
+def as_nobody(arguments: Sequence[str]) -> int:
+    """padseg by a user who may not write to what others own; root may everywhere."""
+    if os.geteuid() == 0:
+        os.setgid(65534)
+        os.setuid(65534)
+    return main(arguments)
+
+
+def with_full_disk(arguments: Sequence[str], place: str) -> int:
+    """padseg, where the disk is full for files whose path has `place` in it."""
+
+    def hook(event: str, details: tuple[Any, ...]) -> None:
+        if event == 'open' and place in str(details[0]) and details[2] & os.O_WRONLY:
+            raise OSError(errno.ENOSPC, 'No space left on device')
+
+    sys.addaudithook(hook)
+    return main(arguments)
 
 
 def with_small_files(arguments: Sequence[str], limit: int) -> int:
