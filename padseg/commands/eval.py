@@ -15,6 +15,7 @@ from padseg.commands.run import SOME_FAILED
 from padseg.methods import DEFAULTS, METHODS
 from padseg.methods.seg4diff import Options
 from padseg.system.progress import shown
+from padseg.system.text import printable
 
 if TYPE_CHECKING:
     from padseg.evaluation.job import Asked, Contender, Evaluation
@@ -58,7 +59,7 @@ class EvalCommand(MethodCommand):
 @click.option('--background', type=click.IntRange(min=0), help='with --labels or folder: class that is the background')
 @click.option('--regions', is_flag=True, help='with --labels or folder: the ground truth has no classes, compare partitions')
 @click.option('--protocol', help='how regions become classes and what is compared, see docs/evaluation.md (default: seg4diff-paper)')
-@click.option('--compare', help="pixels that are compared: native, crop, 512, 128, short-640 (default: the protocol's; native with --pred)")
+@click.option('--compare', help="pixels that are compared: native, crop, 512, 128, short-640, short-640-cut (default: the protocol's; native with --pred)")
 @click.option('--raw-ids', is_flag=True, help='match ids of predictions as they are, gaps included, as released code does')
 @click.option('--resize', is_flag=True, help="bring predictions of another size to the ground truth's by nearest neighbour")
 @click.option('--allow-missing', is_flag=True, help='score the other pictures when some are missing')
@@ -97,7 +98,7 @@ def command(ctx: click.Context, /, as_json: bool, quiet: bool, check: bool, **gi
     report = run_evaluation(job_of(ctx, given), shown(quiet)).report
     print(json.dumps(report.model_dump()) if as_json else '\n'.join(score_lines(report)))
     for name, reason in report.failed.items():
-        print(f'padseg: {name}: {reason}', file=sys.stderr)
+        print(printable(f'padseg: {name}: {reason}'), file=sys.stderr)
     return SOME_FAILED if report.counts['failed'] else 0
 
 

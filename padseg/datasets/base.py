@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from padseg.errors import NoImages
+from padseg.system.text import printable
 
 VOID = -1  # a pixel that belongs to no class and does not count
 SHOWN = 5  # names that a message lists
@@ -76,6 +77,6 @@ class DatasetRow(NamedTuple):
 
 def some(names: Iterable[str]) -> str:
     """The first few names, and how many more there are."""
-    listed = list(names)
+    listed = [printable(name) for name in names]
     more = f' and {len(listed) - SHOWN} more' if len(listed) > SHOWN else ''
     return ', '.join(listed[:SHOWN]) + more

@@ -5,14 +5,27 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from padseg.datasets import Sample
+from padseg.errors import OutputConflict
 from padseg.evaluation.evaluate import score_sample, score_stored, stamp_of
 from padseg.evaluation.job import Evaluation
 from padseg.evaluation.protocols import rules
 from padseg.evaluation.scores import PictureScores, Result, ScoresRecord, ScoreTotals, finite
-from padseg.system.ledger import continued, line, owned, read_header, read_line, read_lines, refuse_other_settings, write_header
+from padseg.system.ledger import (
+    REMEDY,
+    continued,
+    line,
+    owned,
+    read_header,
+    read_line,
+    read_lines,
+    refuse_other_settings,
+    write_header,
+    write_lines,
+)
 from padseg.system.progress import Progress, Silent
 from padseg.system.versions import versions
 
@@ -31,7 +44,7 @@ def run_evaluation(job: Evaluation, progress: Progress = Silent()) -> Outcome:
     report = ScoresRecord(protocol=job.protocol, settings=settings(job), versions=versions())
     totals = ScoreTotals(job.task.classes, job.task.rules)
     failed: dict[str, str] = {}
-    with owned(job.out, 'run.json') if job.out else contextlib.nullcontext(), contextlib.closing(progress):
+    with output(job.out) if job.out else contextlib.nullcontext(), contextlib.closing(progress):
         for picture in pictures(job, report, progress):
             totals.add(picture)
             if picture.status == 'failed' and len(failed) < FAILED_SHOWN:
@@ -43,6 +56,19 @@ def run_evaluation(job: Evaluation, progress: Progress = Silent()) -> Outcome:
             write_reports(job.out, report, job.task, partial(read_lines, job.out / 'pictures.jsonl', PictureScores))
             write_header(report, job.out / 'scores.json')
     return Outcome(totals.result(), report)
+
+
+@contextlib.contextmanager
+def output(out: Path) -> Iterator[None]:
+    """Own the output folder. OutputConflict for what lies in its way there, or if it must not be written to; else as `owned`."""
+    try:
+        with owned(out, 'run.json'):
+            for name in ('scores.json', 'pictures.jsonl'):
+                if (out / name).exists() and not (out / name).is_file():
+                    raise OutputConflict(f'{out / name} is no file: {REMEDY}')  # and a pipe would be waited for
+            yield
+    except OSError as error:
+        raise OutputConflict(f'cannot write to {out}: {error}') from error
 
 
 def settings(job: Evaluation) -> dict[str, Any]:
@@ -92,6 +118,8 @@ def written(job: Evaluation, report: ScoresRecord, kept: dict[str, str]) -> Iter
     if job.out is None:
         yield lambda text: None
         return
+    if not kept:
+        write_lines((), job.out / 'pictures.jsonl')  # before the settings: scores by other ones must never stand under these
     write_header(report, job.out / 'scores.json')
     lines = (kept[sample.name] for sample in job.task.dataset.samples if sample.name in kept)
     with continued(lines, job.out / 'pictures.jsonl') as add:

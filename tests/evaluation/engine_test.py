@@ -91,7 +91,7 @@ def test_the_protocol_decides_what_the_model_sees(camvid, sd3_folder, tmp_path, 
 
 
 def test_maps_are_enlarged_straight_to_the_compared_size(camvid, backbone, sd3_folder, tmp_path, capsys):
-    """DiffSeg compares at 512 x 512: the same as segmenting the cut square with the maps of the centre."""
+    """DiffSeg compares at 512 x 512: the same as segmenting the cut square with the maps of the centre, numbered as its proposals are."""
     from padseg.methods.seg4diff import token_maps
     from padseg.methods.stages.labels import label_map
     from padseg.methods.stages.proposals import merge
@@ -102,8 +102,10 @@ def test_maps_are_enlarged_straight_to_the_compared_size(camvid, backbone, sd3_f
     maps = token_maps(read(camvid / 'images/val/b.png'), backbone, options)
     proposals = merge(maps, 0.0, options.resolve(backbone.spec).normalisation)
     assert proposals.frame.box == (0, 16, 48, 48)
-    expected = label_map(proposals._replace(frame=Frame((512, 512), (0, 0, 512, 512)))).labels
-    assert np.array_equal(read_label_map(tmp_path / 'out/labels/b.png'), expected)
+    expected = label_map(proposals._replace(frame=Frame((512, 512), (0, 0, 512, 512))))
+    number = [-1] + [proposals.members.index(tokens) for tokens in expected.tokens]  # of each region
+    assert len(set(number)) == len(number) > 3 and max(number) > len(number)  # some proposals have no pixel
+    assert np.array_equal(read_label_map(tmp_path / 'out/labels/b.png'), np.array(number)[expected.labels])
 
 
 def test_a_later_run_continues_and_gives_the_same(camvid, sd3_folder, tmp_path, capsys):
