@@ -107,10 +107,12 @@ def contents(path: str) -> bytes:
     import os
     import stat
 
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), 'rb') as file:  # a pipe would be waited for
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            refuse('not a regular file')
+    opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
+    status = os.fstat(opened)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(opened)
+        refuse('not a regular file')
+    with open(opened, 'rb') as file:
         if status.st_size > LARGEST:
             refuse(f'file of {status.st_size} bytes exceeds {LARGEST}')
         return file.read(LARGEST)

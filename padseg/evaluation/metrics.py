@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 DENSE = 1 << 16  # ids below which a table of all ids is quicker than filling run by run
 COUNTED = 1 << 20  # fields of a table that are counted one by one; of a larger one only those that have pixels
-LARGEST = 1 << 24  # fields of a table of classes and regions: matching takes it whole, and time that grows faster than it
+LARGEST = 1 << 24  # fields of a table of classes and regions, which matching takes whole; overlaps of two partitions
 BLOCK = 1 << 16  # pixels counted at once: what is in between stays in the cache and asks for no fresh memory
 
 
@@ -105,6 +105,8 @@ def overlaps(a: Array, b: Array) -> Overlaps:
     field *= width
     field += b.ravel()
     field.sort()
+    if 1 + np.count_nonzero(field[1:] != field[:-1]) > LARGEST:
+        raise TooMany(f'{height} and {width} regions overlap in more than {LARGEST} ways')
     starts = run_starts(field)
     return Overlaps(*np.divmod(field[starts], width), np.diff(np.append(starts, field.size)))
 
@@ -254,7 +256,10 @@ def mean(values: Array) -> float:
 
 
 def region_scores(truth: Array, pred: Array) -> RegionScores:
-    """Compare two partitions (H, W). Only `covering` depends on which one is the truth: its regions are the ones covered."""
+    """Compare two partitions (H, W). Only `covering` depends on which one is the truth: its regions are the ones covered.
+
+    TooMany for more than LARGEST overlaps of a true with a predicted region.
+    """
     row, column, table = overlaps(truth, pred)
     table = table.astype(np.float64)
     rows, columns = np.bincount(row, table), np.bincount(column, table)  # pixels of each region
