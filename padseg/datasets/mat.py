@@ -18,12 +18,13 @@ from typing import IO, TYPE_CHECKING, NamedTuple, cast
 import numpy as np
 
 from padseg.datasets import mat_child
-from padseg.datasets.mat_child import MEMORY, SECONDS
+from padseg.datasets.mat_child import MEMORY
 from padseg.errors import UnreadableLabels
 
 if TYPE_CHECKING:
     from padseg.types import Array
 
+SECONDS = 20  # that a file may take
 NUMBER = np.dtype(np.int32)
 PIPE = 1 << 20  # bytes
 LOCK = threading.Lock()
@@ -71,7 +72,7 @@ def asked(request: bytes) -> Answer | int:
 @functools.lru_cache(maxsize=1)
 def reader(owner: int) -> subprocess.Popen[bytes]:
     """The process that reads for this one. owner: the id of this one, since a process that is forked from it needs its own."""
-    command = [sys.executable, '-S', mat_child.__file__, *map(str, sys.path)]
+    command = [sys.executable, '-S', mat_child.__file__, str(SECONDS), *map(str, sys.path)]
     child = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, **ONE_THREAD}
     )

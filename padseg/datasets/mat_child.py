@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 if TYPE_CHECKING:
     from padseg.types import Array
 
-SECONDS = 20  # that a file may take
 MEMORY = 1 << 30  # bytes of addresses that reading a file may take
 LARGEST = 1 << 28  # bytes of a file, and of what it unpacks to
 HEADER, TAG, COMPRESSED = 128, 8, 15  # bytes, bytes, and the type of a compressed element
@@ -25,8 +24,8 @@ class Refused(Exception):
     """A file that holds no label maps; the message is the reason."""
 
 
-def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answer until there are no more requests. SIGALRM ends the process when a file takes too long."""
+def serve(requests: BinaryIO, answers: BinaryIO, seconds: int) -> None:
+    """Answer until there are no more requests. SIGALRM ends the process when a file takes longer than so many seconds."""
     import signal
 
     import scipy.io  # noqa: F401  # before memory is bounded, and outside of the first file's time
@@ -34,13 +33,13 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asks decides when to stop
     bound_memory()
     for request in requests:
-        signal.alarm(SECONDS)
+        signal.alarm(seconds)
         reason, matrices = answer(*json.loads(request))
+        signal.alarm(0)
         text = json.dumps([reason, [matrix.shape for matrix in matrices]]).encode()
         for part in (b'%08d' % len(text), text, *(memoryview(matrix).cast('B') for matrix in matrices)):
             answers.write(part)
         answers.flush()
-        signal.alarm(0)
 
 
 def answer(path: str, variable: str, field: str | None) -> tuple[str, list[Array]]:
@@ -171,5 +170,5 @@ def refuse(reason: str) -> NoReturn:
 
 
 if __name__ == '__main__':
-    sys.path[:] = sys.argv[1:]  # scipy is where the process that asks has it
-    serve(sys.stdin.buffer, sys.stdout.buffer)
+    sys.path[:] = sys.argv[2:]  # scipy is where the process that asks has it
+    serve(sys.stdin.buffer, sys.stdout.buffer, int(sys.argv[1]))

@@ -15,7 +15,6 @@ from padseg.evaluation.job import Evaluation
 from padseg.evaluation.protocols import rules
 from padseg.evaluation.scores import PictureScores, Result, ScoresRecord, ScoreTotals, finite
 from padseg.system.ledger import (
-    REMEDY,
     continued,
     line,
     owned,
@@ -65,7 +64,7 @@ def output(out: Path) -> Iterator[None]:
         with owned(out, 'run.json'):
             for name in ('scores.json', 'pictures.jsonl'):
                 if (out / name).exists() and not (out / name).is_file():
-                    raise OutputConflict(f'{out / name} is no file: {REMEDY}')  # and a pipe would be waited for
+                    raise OutputConflict(f'{out / name} is no file: choose another --out')  # and a pipe would be waited for
             yield
     except OSError as error:
         raise OutputConflict(f'cannot write to {out}: {error}') from error
