@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from padseg.datasets import Sample
+from padseg.datasets import FOLDER, VOID, Dataset, Sample
 from padseg.errors import OutputConflict
 from padseg.evaluation.evaluate import score_sample, score_stored, stamp_of
 from padseg.evaluation.job import Evaluation
@@ -73,6 +73,7 @@ def output(out: Path) -> Iterator[None]:
 def settings(job: Evaluation) -> dict[str, Any]:
     """All that decides the scores, every rule in words."""
     dataset = job.task.dataset
+    own = values_of(dataset)
     return {
         'dataset': dataset.name,
         'root': str(dataset.root.resolve()),
@@ -85,7 +86,19 @@ def settings(job: Evaluation) -> dict[str, Any]:
         'resize': job.task.resize,
         'predictions': job.source,
         'thresholds': list(job.thresholds),
+        **({} if own == USUAL else {'values': own}),
     }
+
+
+USUAL = {'first': 0, 'ignored': [255], 'background': None}
+
+
+def values_of(dataset: Dataset) -> dict[str, Any]:
+    """What the values in the files of one's own folder mean: that of the first class, those that do not count; and the background."""
+    if dataset.name != FOLDER or dataset.table is None:
+        return USUAL
+    ignored = [value for value, number in enumerate(dataset.table) if number == VOID]
+    return {'first': dataset.table.index(0) if 0 in dataset.table else None, 'ignored': ignored, 'background': dataset.background}
 
 
 PARTITIONS = {
@@ -140,7 +153,11 @@ def kept_lines(job: Evaluation, report: ScoresRecord) -> dict[str, str]:
     earlier = None if job.overwrite else read_header(job.out / 'scores.json', ScoresRecord, 'an evaluation')
     if earlier is None:
         return {}
-    refuse_other_settings(job.out, earlier.settings, report.settings, 'an evaluation')
+    now, then = report.settings, earlier.settings
+    unsaid = {name: now[name] for name in ('values',) if name in now and name not in then}  # by padseg before it was recorded
+    refuse_other_settings(job.out, {**unsaid, **then}, now, 'an evaluation')
+    if unsaid:
+        return {}
     samples = {sample.name: sample for sample in job.task.dataset.samples}
     kept: dict[str, str] = {}
     for picture in read_lines(job.out / 'pictures.jsonl', PictureScores):

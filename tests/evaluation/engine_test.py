@@ -16,7 +16,7 @@ import pytest
 from padseg import segment
 from padseg.commands import main
 from padseg.evaluation.evaluate import evaluate
-from padseg.evaluation.protocols import protocol
+from padseg.evaluation.protocols import WORDS, protocol
 from padseg.evaluation.scores import PictureScores
 from padseg.exports.png import read_label_map, write_label_map
 from padseg.images import read
@@ -295,3 +295,67 @@ def test_runs_and_evaluations_keep_out_of_each_others_folders(camvid, sd3_folder
     assert main([*evaluation, str(tmp_path / 'second')]) == 0
     assert main([*run, str(tmp_path / 'second')]) == 6
     assert 'holds scores.json' in capsys.readouterr().err
+
+
+# ---- stored records of other settings, and records that somebody made up
+
+
+def test_an_evaluation_by_earlier_rules_of_a_preset_is_not_continued(camvid, tmp_path, capsys):
+    """diffseg once renumbered ids: its scores do not mix with those of now."""
+    arguments = ('camvid', '--root', camvid, '--pred', camvid / 'labels/val', '--protocol', 'diffseg', '--out', tmp_path / 'out')
+    evaluated(*arguments)
+    path = tmp_path / 'out/scores.json'
+    record = json.loads(path.read_text())
+    assert record['settings']['rules']['ids'].startswith('as they are')
+    record['settings']['rules']['ids'] = f'compact: {WORDS["ids"]["compact"]}'
+    path.write_text(json.dumps(record))
+    evaluated(*arguments, code=6)
+    assert 'rules.ids compact' in capsys.readouterr().err
+    evaluated(*arguments, '--overwrite')
+
+
+def test_what_values_mean_is_among_the_settings(camvid, tmp_path, capsys):
+    folders = ('--pred', camvid / 'labels/val', '--labels', camvid / 'labels/val', '--num-classes', 12, '--out', tmp_path / 'out')
+    evaluated(*folders, '--ignore', 11)
+    first = printed(capsys)
+    assert first['settings']['values'] == {'first': 0, 'ignored': [11], 'background': None}
+    for others in ([], ['--ignore', 3], ['--ignore', 11, '--background', 1]):
+        evaluated(*folders, *others, code=6)
+        assert 'holds an evaluation of other settings (values.' in capsys.readouterr().err
+    path = tmp_path / 'out/scores.json'
+    record = json.loads(path.read_text())
+    del record['settings']['values']  # as padseg wrote it before
+    path.write_text(json.dumps(record))
+    evaluated(*folders, '--ignore', 3)
+    assert printed(capsys)['iou']['3'] is None and first['iou']['3'] == 1.0
+
+
+@pytest.mark.parametrize(
+    'field',
+    [{'counts': {'0': [2**70, 0, 0, 0]}}, {'counts': {'0': [-1, 0, 0, 0]}}, {'pixels': 2**70}, {'found': -1}, {'status': 'odd'}, {'name': []}],
+)
+def test_made_up_records_are_refused_in_one_line(camvid, tmp_path, capsys, field):
+    arguments = ('camvid', '--root', camvid, '--pred', camvid / 'labels/val', '--out', tmp_path / 'out')
+    evaluated(*arguments)
+    path = tmp_path / 'out/pictures.jsonl'
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(json.dumps({**json.loads(lines[0]), **field}) + '\n' + ''.join(lines[1:]))
+    capsys.readouterr()
+    evaluated(*arguments, code=6)
+    assert 'pictures.jsonl, line 1 is not a record of a picture' in capsys.readouterr().err
+
+
+def test_made_up_records_of_partitions_are_refused(bsds, tmp_path, capsys):
+    (tmp_path / 'pred').mkdir()
+    for name in NAMES:
+        shutil.copy(bsds / f'labels/val/{name}_0.png', tmp_path / f'pred/{name}.png')
+    arguments = ('bsds500', '--root', bsds, '--pred', tmp_path / 'pred', '--out', tmp_path / 'out')
+    evaluated(*arguments)
+    path = tmp_path / 'out/pictures.jsonl'
+    lines = path.read_text().splitlines(keepends=True)
+    record = json.loads(lines[0])
+    for field in ({'covering': float('inf')}, {'vi': float('nan')}, {'boundary': [10**400, 1, 1, 1]}, {'boundary': [-5, 1, 1, 1]}):
+        path.write_text(json.dumps({**record, 'regions': [{**record['regions'][0], **field}]}) + '\n' + ''.join(lines[1:]))
+        evaluated(*arguments, code=6)
+    path.write_text(''.join(lines))
+    evaluated(*arguments)
