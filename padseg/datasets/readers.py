@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from padseg.types import Array
 
 NO_RECORD = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # what JSON of another form raises
+COLOURS = 1 << 24
 LONGEST = 1 << 33  # bytes of annotations; those of PASCAL in Detail take much of one gigabyte
 FIRST, LAST, MORE = 48, 48 + 63, 0x20  # bytes of run lengths in COCO's form, and the bit that says that another one follows
 
@@ -72,11 +73,20 @@ def panoptic_segments(annotations: Path) -> dict[str, dict[int, int]]:
     """For every file of COCO's panoptic annotations the category of each segment."""
     try:
         return {
-            annotation['file_name']: {int(segment['id']): int(segment['category_id']) for segment in annotation['segments_info']}
+            annotation['file_name']: {
+                number(segment['id']): number(segment['category_id']) for segment in annotation['segments_info']
+            }
             for annotation in read_annotations(annotations)['annotations']
         }
     except NO_RECORD as error:
         refuse_labels(annotations, f'no panoptic annotations in the form of COCO: {error!r}')
+
+
+def number(value: Any) -> int:
+    """What a colour of 24 bits can say. ValueError for anything else."""
+    if not 0 <= int(value) < COLOURS:
+        raise ValueError(f'number {value}')
+    return int(value)
 
 
 class Painting(NamedTuple):
