@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import numpy as np
 import PIL.Image
 import pytest
 from support import eval_faults
+from support.eval_faults import as_nobody
 from support.jobs import with_small_files
 from support.processes import padseg, start
+
+from padseg.commands import main
 
 
 @pytest.fixture
@@ -32,3 +36,46 @@ def test_at_every_write_nothing_is_lost_and_scores_of_other_settings_never_count
     arguments = ([*new, '--overwrite', *end], [*old, *end]) if overwrite else ([*new, *end], [])
     ran = start(eval_faults.at_every_write, *arguments, tmp_path / 'out', fault, first, every).wait()
     assert ran.returncode == 0, ran.stderr
+
+
+IN_THE_WAY = {
+    'scores.json is a folder': lambda out: (out / 'scores.json').mkdir(),
+    'scores.json is a pipe': lambda out: os.mkfifo(out / 'scores.json'),
+    'scores.json is text': lambda out: (out / 'scores.json').write_text('text'),
+    'scores.json is deep': lambda out: (out / 'scores.json').write_text('[' * 100_000),
+    'records are a folder': lambda out: (out / 'pictures.jsonl').mkdir(),
+    'records are a pipe': lambda out: os.mkfifo(out / 'pictures.jsonl'),
+    'the lock is a folder': lambda out: (out / '.lock').mkdir(),
+    'a table is a folder': lambda out: (out / 'per_image.csv').mkdir(),
+    'words are a folder': lambda out: (out / 'scores.md').mkdir(),
+    'a chart is a folder': lambda out: (out / 'classes.png').mkdir(),
+    'the sheet is a folder': lambda out: (out / 'sheet.jpg').mkdir(),
+}
+
+
+@pytest.mark.parametrize('what', IN_THE_WAY)
+def test_what_lies_in_the_way_is_said_in_one_line(command, tmp_path, what, capsys):
+    (tmp_path / 'out').mkdir()
+    IN_THE_WAY[what](tmp_path / 'out')
+    assert main(command) == 6
+    said = capsys.readouterr().err
+    assert said.startswith('padseg: ') and said.count('\n') == 1 and str(tmp_path / 'out') in said
+
+
+def test_a_folder_that_must_not_be_written_to(command, tmp_path):
+    (tmp_path / 'out').mkdir(mode=0o555)
+    ran = start(as_nobody, tmp_path, command).wait()
+    assert ran.returncode == 6, ran.stderr
+    assert ran.stderr.startswith('padseg: cannot write to ') and ran.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize('size', [400, 3000, 9000])
+def test_a_full_disk_has_its_exit_code(command, tmp_path, size):
+    """Files cannot grow larger than so many bytes: the settings, the records, the table, the words, the chart or the sheet do not fit."""
+    for name in map(str, range(40)):
+        for folder in ('truth', 'pred'):
+            shutil.copy(tmp_path / folder / 'a.png', tmp_path / folder / f'{name}.png')
+    ran = start(with_small_files, command, size).wait()
+    assert ran.returncode == 7, (ran.returncode, ran.stderr)
+    assert ran.stderr.startswith('padseg: ') and ran.stderr.count('\n') == 1
+    assert padseg(*command).returncode == 0
