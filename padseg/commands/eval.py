@@ -59,7 +59,10 @@ class EvalCommand(MethodCommand):
 @click.option('--background', type=click.IntRange(min=0), help='with --labels or folder: class that is the background')
 @click.option('--regions', is_flag=True, help='with --labels or folder: the ground truth has no classes, compare partitions')
 @click.option('--protocol', help='how regions become classes and what is compared, see docs/evaluation.md (default: seg4diff-paper)')
-@click.option('--compare', help="pixels that are compared: native, crop, 512, 128, short-640, short-640-cut (default: the protocol's; native with --pred)")
+@click.option(
+    '--compare',
+    help="pixels that are compared: native, crop, 512, 128, short-640, short-640-cut (default: the protocol's; native with --pred)",
+)
 @click.option('--raw-ids', is_flag=True, help='match ids of predictions as they are, gaps included, as released code does')
 @click.option('--resize', is_flag=True, help="bring predictions of another size to the ground truth's by nearest neighbour")
 @click.option('--allow-missing', is_flag=True, help='score the other pictures when some are missing')

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple, cast
 
@@ -89,23 +90,23 @@ def end(child: subprocess.Popen[bytes]) -> int:
 
 def answer_of(child: subprocess.Popen[bytes], request: bytes) -> Answer:
     """What the process answers. EOFError or BrokenPipeError if it has ended, ValueError if that makes no sense."""
-    requests, answers = cast(IO[bytes], child.stdin), cast(IO[bytes], child.stdout)
+    requests, answers = cast(IO[bytes], child.stdin), cast(BufferedReader, child.stdout)
     requests.write(request)
     requests.flush()
     reason, shapes = json.loads(exactly(answers, int(exactly(answers, 8))))
     return Answer(reason, tuple(matrix(answers, height, width) for height, width in shapes))
 
 
-def matrix(answers: IO[bytes], height: int, width: int) -> Array:
+def matrix(answers: BufferedReader, height: int, width: int) -> Array:
     if not 0 < height * width <= MEMORY // NUMBER.itemsize:
         raise ValueError(f'{height} x {width}')
     numbers = np.empty((height, width), NUMBER)
-    if answers.readinto(memoryview(numbers).cast('B')) < numbers.nbytes:  # type: ignore[attr-defined]
+    if answers.readinto(numbers.data) < numbers.nbytes:
         raise EOFError
     return numbers
 
 
-def exactly(answers: IO[bytes], size: int) -> bytes:
+def exactly(answers: BufferedReader, size: int) -> bytes:
     data = answers.read(size)
     if len(data) < size:
         raise EOFError

@@ -73,9 +73,7 @@ def panoptic_segments(annotations: Path) -> dict[str, dict[int, int]]:
     """For every file of COCO's panoptic annotations the category of each segment."""
     try:
         return {
-            annotation['file_name']: {
-                number(segment['id']): number(segment['category_id']) for segment in annotation['segments_info']
-            }
+            annotation['file_name']: {number(segment['id']): number(segment['category_id']) for segment in annotation['segments_info']}
             for annotation in read_annotations(annotations)['annotations']
         }
     except NO_RECORD as error:

@@ -12,7 +12,7 @@ from padseg.datasets import FOLDER, Dataset, FolderSettings, Sample, label_folde
 from padseg.datasets.check import Check, check_dataset
 from padseg.errors import UsageError
 from padseg.evaluation.evaluate import Task, paired, stored
-from padseg.evaluation.protocols import DEFAULT, WARNINGS, Protocol, protocol
+from padseg.evaluation.protocols import CONTEXT, DEFAULT, WARNINGS, Protocol, protocol
 from padseg.methods import DEFAULTS, METHODS, Method, method_named, open_backbone
 from padseg.system.progress import Progress
 
@@ -113,7 +113,13 @@ def ground_of(asked: Asked) -> Ground:
     thresholds = numbers(asked.sweep)
     if thresholds and (dataset.classes or asked.pred):
         raise UsageError('--sweep is for a model on a data set without classes, such as bsds500')
-    return Ground(dataset, name, rules, preds, thresholds, WARNINGS.get(rules.matching))
+    return Ground(dataset, name, rules, preds, thresholds, warning_of(dataset, rules))
+
+
+def warning_of(dataset: Dataset, rules: Protocol) -> str | None:
+    """What to say of figures by these rules, if anything."""
+    row = WARNINGS.get(rules.matching)
+    return f'{row}; {CONTEXT}' if row and dataset.name == 'context60' else row
 
 
 def opened_dataset(asked: Asked, raw_labels: bool = False) -> Dataset:

@@ -100,7 +100,8 @@ def overlaps(a: Array, b: Array) -> Overlaps:
     height, width = int(a.max()) + 1, int(b.max()) + 1
     if height * width <= COUNTED:
         table = tally(a, b, height, width)
-        return Overlaps(*np.nonzero(table), table[table > 0])
+        row, column = np.nonzero(table)
+        return Overlaps(row, column, table[row, column])
     field = a.ravel().astype(np.int64)
     field *= width
     field += b.ravel()
@@ -108,7 +109,8 @@ def overlaps(a: Array, b: Array) -> Overlaps:
     if 1 + np.count_nonzero(field[1:] != field[:-1]) > LARGEST:
         raise TooMany(f'{height} and {width} regions overlap in more than {LARGEST} ways')
     starts = run_starts(field)
-    return Overlaps(*np.divmod(field[starts], width), np.diff(np.append(starts, field.size)))
+    row, column = np.divmod(field[starts], width)
+    return Overlaps(row, column, np.diff(np.append(starts, field.size)))
 
 
 def class_table(truth: Array, pred: Array, num_classes: int, compacted: bool = True) -> Array:
@@ -172,7 +174,7 @@ def numbered(labels: Array) -> Array:
         ids, first = np.unique(part[run_starts(part)], return_index=True)
         fresh = number[ids] < 0
         number[ids[fresh][first[fresh].argsort()]] = np.arange(known, known + np.count_nonzero(fresh))
-        known += np.count_nonzero(fresh)
+        known += int(np.count_nonzero(fresh))
     number = number.astype(np.min_scalar_type(known))
     found = np.empty(flat.size, number.dtype)
     for start in range(0, flat.size, BLOCK):

@@ -43,11 +43,10 @@ def predict_regions(
 
     def predict(name: str, image: Image, where: View, present: Sequence[int] = ()) -> list[Array]:
         maps = kept_maps(method, prepared, image, out / 'maps' / f'{name}.npz') if out and keep_maps else method.maps([image], prepared)[0]
-        raw = rules is not None and rules.ids == 'as they are' and has_numbers(method, prepared.options, maps, where, rules)
-        predictions = [
-            proposal_numbers(setting.options, maps, where, rules) if raw else compared_labels(method, setting, image, maps, where)
-            for setting in settings
-        ]
+        if rules and has_numbers(method, prepared.options, maps, where, rules):
+            predictions = [proposal_numbers(setting.options, maps, where, rules) for setting in settings]
+        else:
+            predictions = [compared_labels(method, setting, image, maps, where) for setting in settings]
         if out:
             write_label_map(LabelMap(predictions[0], ()), out / 'labels' / f'{name}.png')
         return predictions
@@ -74,8 +73,12 @@ def compared_labels(method: Method, prepared: Any, image: Image, maps: Any, wher
 
 
 def has_numbers(method: Method, options: Any, maps: Any, where: View, rules: Protocol) -> bool:
-    """Whether the regions at the compared pixels are plainly those of the strongest proposals."""
-    if method is not seg4diff or any(getattr(options, name) != value for name, value in seg4diff.UNREFINED.items()):
+    """Whether numbers count, and the regions at the compared pixels are plainly those of the strongest proposals."""
+    if (
+        rules.ids != 'as they are'
+        or method is not seg4diff
+        or any(getattr(options, name) != value for name, value in seg4diff.UNREFINED.items())
+    ):
         return False
     size = maps.frame.size
     return bool(maps.frame.box == ((0, 0, *size) if rules.compare == RELEASED_CUT else where.box))

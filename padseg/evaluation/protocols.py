@@ -32,6 +32,7 @@ class Protocol:
 
 
 RELEASED_CUT = 'short-640-cut'
+CONTEXT = 'for PASCAL Context with background it passes 59 classes, not 60: score context59'
 PROTOCOLS: dict[str, Protocol] = {
     'diffseg': Protocol('DiffSeg (Tian et al., CVPR 2024), google/diffseg', 'diffseg', '512', ids='as they are'),
     'diffcut': Protocol(
@@ -48,7 +49,7 @@ PROTOCOLS: dict[str, Protocol] = {
     ),
     'seg4diff-paper': Protocol('Seg4Diff (Kim et al., 2025), as its paper describes it', 'seg4diff-paper', 'crop'),
     'seg4diff-release': Protocol(
-        'Seg4Diff, as its released code computes it; for PASCAL Context with background that code passes 59 classes: score context59',
+        f'Seg4Diff, as its released code computes it; {CONTEXT}',
         'seg4diff-release',
         RELEASED_CUT,
         matching='row',

@@ -58,7 +58,9 @@ def check_lines(checked: Check) -> list[str]:
     ]
     if checked.classes:
         lines.append(f'{"value":>9} {"pixels":>12} {"files":>7}  becomes')
-        lines += [f'{value.value:9} {value.pixels:12} {value.files:7}  {printable(value.name)}{number(value.number)}' for value in checked.values]
+        lines += [
+            f'{value.value:9} {value.pixels:12} {value.files:7}  {printable(value.name)}{number(value.number)}' for value in checked.values
+        ]
     lines += [f'nothing to score in {printable(name)}' for name in checked.empty]
     lines += [printable(f'cannot be used: {problem.path}: {problem.reason}') for problem in (*checked.unreadable, *checked.different)]
     return lines

@@ -1093,7 +1093,9 @@ def test_annotations_that_are_none(tmp_path, content):
         open_dataset('context60', tmp_path)
 
 
-@pytest.mark.parametrize('segment', [{'id': 2**70, 'category_id': 1}, {'id': 1, 'category_id': 2**70}, {'id': -1, 'category_id': 1}, {'id': 1}, 7])
+@pytest.mark.parametrize(
+    'segment', [{'id': 2**70, 'category_id': 1}, {'id': 1, 'category_id': 2**70}, {'id': -1, 'category_id': 1}, {'id': 1}, 7]
+)
 def test_segments_that_cannot_be(tmp_path, segment):
     PIL.Image.new('RGB', (2, 2), (1, 0, 0)).save(tmp_path / 'a.png')
     text(tmp_path / 'a.json', json.dumps({'annotations': [{'file_name': 'a.png', 'segments_info': [segment]}]}))

@@ -332,7 +332,14 @@ def test_what_values_mean_is_among_the_settings(camvid, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     'field',
-    [{'counts': {'0': [2**70, 0, 0, 0]}}, {'counts': {'0': [-1, 0, 0, 0]}}, {'pixels': 2**70}, {'found': -1}, {'status': 'odd'}, {'name': []}],
+    [
+        {'counts': {'0': [2**70, 0, 0, 0]}},
+        {'counts': {'0': [-1, 0, 0, 0]}},
+        {'pixels': 2**70},
+        {'found': -1},
+        {'status': 'odd'},
+        {'name': []},
+    ],
 )
 def test_made_up_records_are_refused_in_one_line(camvid, tmp_path, capsys, field):
     arguments = ('camvid', '--root', camvid, '--pred', camvid / 'labels/val', '--out', tmp_path / 'out')

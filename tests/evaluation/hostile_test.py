@@ -52,7 +52,9 @@ DAMAGED = {
     'zero width': lambda path: path.write_bytes(header(0, 2) + chunk(b'IEND', b'')),
     'much text': lambda path: path.write_bytes(text_of(1 << 26)),
     'colours': lambda path: PIL.Image.new('RGB', (4, 2)).save(path),
-    'colours of 16 bits': lambda path: path.write_bytes(header(4, 2, 16, 2) + chunk(b'IDAT', zlib.compress((b'\0' + bytes(24)) * 2)) + chunk(b'IEND', b'')),
+    'colours of 16 bits': lambda path: path.write_bytes(
+        header(4, 2, 16, 2) + chunk(b'IDAT', zlib.compress((b'\0' + bytes(24)) * 2)) + chunk(b'IEND', b'')
+    ),
     'transparent': lambda path: PIL.Image.new('LA', (4, 2)).save(path),
     'JPEG': lambda path: PIL.Image.new('L', (4, 2)).save(path, 'JPEG'),
     'float': lambda path: PIL.Image.new('F', (4, 2)).save(path, 'TIFF'),
@@ -134,7 +136,19 @@ def test_files_are_found_by_one_rule_on_both_sides(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)['counts']['pictures'] == 4
 
 
-ODD = ('=HYPERLINK("http:||evil","x")', '+1+1', '-1', '@SUM(A1)', '\tx', '\rx', 'a\nb', 'a\x1b[2Jb', '| c | <b>d</b> [e](f)', 'g\u202eh', "'i")
+ODD = (
+    '=HYPERLINK("http:||evil","x")',
+    '+1+1',
+    '-1',
+    '@SUM(A1)',
+    '\tx',
+    '\rx',
+    'a\nb',
+    'a\x1b[2Jb',
+    '| c | <b>d</b> [e](f)',
+    'g\u202eh',
+    "'i",
+)
 
 
 @pytest.mark.parametrize('failed', [False, True])
@@ -155,7 +169,7 @@ def test_names_are_no_code(tmp_path, capsys, failed):
         rows = list(csv.DictReader(file))
     assert len(rows) == len(ODD) and {row['status'] for row in rows} == {'failed' if failed else 'done'}
     assert not [row for row in rows if row['name'][0] in '=+-@\t\r\n' or row['reason'][:1] in '=+-@\t\r\n' and row['reason']]
-    assert {"'=HYPERLINK(\"http:||evil\",\"x\")", "'-1", 'a\\x1b[2Jb'} <= {row['name'] for row in rows}
+    assert {'\'=HYPERLINK("http:||evil","x")', "'-1", 'a\\x1b[2Jb'} <= {row['name'] for row in rows}
     assert failed or {row['miou'] for row in rows} == {'1.0'}
     words_of = texts[3].splitlines()
     assert all(line.startswith(('|', '#', '- **', 'And ')) or not line for line in words_of)

@@ -361,7 +361,7 @@ def test_what_is_cut_from_other_sizes(size, cut, compared):
     assert (where.box, where.size) == ((0, 0, *cut), compared)
     picture = np.arange(size[0] * size[1]).reshape(size)
     assert np.array_equal(seen(picture, where), seen(picture, compared_view(size, 'short-640')))
-    slow = picture[:cut[0], :cut[1]]
+    slow = picture[: cut[0], : cut[1]]
     rows, columns = (((np.arange(to) + 0.5) * of / to).astype(int) for of, to in zip(cut, compared, strict=True))
     assert np.array_equal(seen_prediction(picture, where), slow[rows[:, None], columns])
 
