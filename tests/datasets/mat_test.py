@@ -76,11 +76,12 @@ def test_an_earlier_file_s_harm_to_the_reader_does_not_count(good):
 
 def test_a_file_that_takes_too_long(good, monkeypatch):
     monkeypatch.setattr(mat, 'SECONDS', 1)
-    mat.reader.cache_clear()
+    mat.reader.cache_clear()  # for another process, with another limit
     slow = good.with_name('slow.mat')
     slow.write_bytes(HEADER)
     os.truncate(slow, LARGEST)  # elements without content
     assert refused(slow) == 'takes more than 1 s to read'
+    monkeypatch.undo()
     assert len(read(good)) == 2
 
 
