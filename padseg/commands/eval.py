@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from padseg.commands.run import SOME_FAILED
 from padseg.methods import DEFAULTS, METHODS
 from padseg.methods.seg4diff import Options
 from padseg.system.progress import shown
-from padseg.system.text import printable
+from padseg.system.text import say, warn
 
 if TYPE_CHECKING:
     from padseg.evaluation.job import Asked, Contender, Evaluation
@@ -99,9 +98,8 @@ def command(ctx: click.Context, /, as_json: bool, quiet: bool, check: bool, **gi
     from padseg.evaluation.words import score_lines
 
     report = run_evaluation(job_of(ctx, given), shown(quiet)).report
-    print(json.dumps(report.model_dump()) if as_json else '\n'.join(score_lines(report)))
-    for name, reason in report.failed.items():
-        print(printable(f'padseg: {name}: {reason}'), file=sys.stderr)
+    say(*[json.dumps(report.model_dump())] if as_json else score_lines(report))
+    warn(*(f'padseg: {name}: {reason}' for name, reason in report.failed.items()))
     return SOME_FAILED if report.counts['failed'] else 0
 
 
@@ -111,7 +109,7 @@ def show_check(given: dict[str, Any], as_json: bool, progress: Progress) -> int:
     from padseg.evaluation.words import check_lines
 
     checked = check_of(asked_of(given), progress)
-    print(json.dumps(checked.as_dict()) if as_json else '\n'.join(check_lines(checked)))
+    say(*[json.dumps(checked.as_dict())] if as_json else check_lines(checked))
     return 0 if checked.good else SOME_FAILED
 
 
@@ -137,7 +135,7 @@ def job_of(ctx: click.Context, given: dict[str, Any]) -> Evaluation:
     asked = asked_of(given)
     ground = ground_of(asked)
     if ground.warning:
-        print(f'padseg: {ground.protocol}: {ground.warning}', file=sys.stderr)
+        warn(f'padseg: {ground.protocol}: {ground.warning}')
     if asked.pred:
         return of_stored(asked, ground)
     if ctx.get_parameter_source('geometry') is click.core.ParameterSource.DEFAULT:

@@ -119,7 +119,10 @@ def score_sample(task: Task, sample: Sample, predictor: Predict | None = None) -
     except (ImageError, UnreadableLabels, OSError, MemoryError, *unfit) as error:
         return failed(sample, stamp, error)
     where = compared_view(size, task.rules.compare)
-    preds = predictor(sample.name, source, where, shown) if predictor else [seen_prediction(source, where)]
+    try:
+        preds = predictor(sample.name, source, where, shown) if predictor else [seen_prediction(source, where)]
+    except (ImageError, MemoryError) as error:
+        return failed(sample, stamp, error)
     try:
         record = scored(task, sample, preds, truths, where)
     except (TooMany, MemoryError, *unfit) as error:

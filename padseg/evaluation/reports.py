@@ -49,7 +49,7 @@ def write_table(pictures: Iterable[PictureScores], with_classes: bool, path: Pat
 
 
 def table_row(picture: PictureScores, with_classes: bool) -> tuple[str, ...]:
-    name, reason = (csv_cell(printable(text)) for text in (picture.name, picture.reason or ''))
+    name, reason = csv_cell(picture.name), csv_cell(picture.reason or '')
     known = (name, picture.status, reason, str(picture.pixels), str(picture.found))
     return known + tuple('' if value is None or math.isnan(value) else repr(value) for value in scores_of(picture, with_classes))
 
