@@ -1,4 +1,4 @@
-"""Errors that a user can fix, with the exit codes of the command line."""
+"""Errors that users can fix, with the command line's exit codes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ class PadsegError(RuntimeError):
 
 
 class UsageError(PadsegError):
-    """A value that is not allowed; the message says which values are."""
+    """A value that is not allowed; the message lists the allowed ones."""
 
     exit_code = 2
 
 
 class ModelUnavailable(PadsegError):
-    """The model's files are not available; state says why in a word or two: `damaged`, `incomplete`, `no token`, …"""
+    """A model whose files cannot be used. state: the reason in a word or two, such as `damaged`, `incomplete` or `no token`."""
 
     exit_code = 4
 
@@ -28,7 +28,7 @@ class ModelUnavailable(PadsegError):
 
 
 class NoImages(PadsegError):
-    """There is no picture where the user pointed, or a data set has another layout."""
+    """No pictures where the user pointed, or a data set in an unknown layout."""
 
     exit_code = 5
 
@@ -40,17 +40,17 @@ class OutputConflict(PadsegError):
 
 
 class ResourceExhausted(PadsegError):
-    """The disk or the quota is full, or memory ran out; what was finished stays, and the same command continues."""
+    """The disk or quota is full, or memory ran out. Finished work is kept, and the same command continues from there."""
 
     exit_code = 7
 
 
 class NotFinite(PadsegError):
-    """Attention that overflowed; the message names layer and dtype."""
+    """Attention that overflowed; the message names the layer and the dtype."""
 
 
 class UnreadableLabels(PadsegError):
-    """A file that holds no labels, or damaged ones; the message names it and says why."""
+    """A file that holds no labels, or damaged ones; the message names the file and the reason."""
 
     exit_code = 3
 

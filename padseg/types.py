@@ -1,4 +1,4 @@
-"""The values that flow from one stage to the next; docstrings give shapes, axis order and units."""
+"""The values passed from one stage to the next; docstrings give shapes, axis order and units."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Array = NDArray[Any]
 
 
 class Frame(NamedTuple):
-    """Where the model looks: box (top, left, height, width) in pixels of a picture of size (H, W)."""
+    """The part of a picture that the model sees. size: (H, W) of the picture; box: (top, left, height, width) in its pixels."""
 
     size: tuple[int, int]
     box: tuple[int, int, int, int]
 
 
 class Latent(NamedTuple):
-    """A noised picture. z: (1, C, H', W'); sigma: noise level in 0..1; frame: the part of the picture it shows."""
+    """A noised latent. z: (1, C, H', W'); sigma: noise level in 0..1; frame: the part of the picture that it shows."""
 
     z: Tensor
     sigma: float
@@ -32,9 +32,9 @@ class Latent(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """Text as the transformer takes it. embeds: (1, L, D); pooled: (1, E); picked: the T columns read, in 0..L-1; names: T words.
+    """An encoded text. embeds: (1, L, D); pooled: (1, E); picked: the T columns to read, each in 0..L-1; names: T words.
 
-    weights: with which the maps of the columns of one name are added up to the map of that name; none where columns stand alone.
+    weights: factors for summing the maps of all columns with the same name into one map; empty if each column has its own map.
     """
 
     embeds: Tensor
@@ -45,8 +45,9 @@ class Prompt(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """What one attention layer computed. query, and output before its projection: (B, heads, N, d); key, value: (B, heads, L, d);
-    mask: additive, broadcast to (B, heads, N, L), or None. Value and output are None where they were not asked for.
+    """Inputs and output of one attention layer. query, and output before its projection: (B, heads, N, d); key, value: (B, heads, L, d).
+
+    mask: additive, broadcast to (B, heads, N, L), or None. value and output are None unless requested.
     """
 
     query: Tensor
@@ -57,9 +58,9 @@ class Attention(NamedTuple):
 
 
 class TokenMaps(NamedTuple):
-    """maps: (T, h, w) float32, the share of an image token's attention that goes to text token t; names: T words.
+    """maps: (T, h, w) float32, the share of each image token's attention that goes to text token t; names: T words.
 
-    settings: those that the method has for the model that made the maps, for options that are left open later.
+    settings: the method's settings for the model that made the maps; they fill in options left open later.
     """
 
     maps: Tensor
@@ -69,7 +70,7 @@ class TokenMaps(NamedTuple):
 
 
 class Proposals(NamedTuple):
-    """maps: (M, h, w) float64, the mean of a group's normalised maps; members: M groups of token numbers, which may overlap."""
+    """maps: (M, h, w) float64, the mean of each group's normalised maps; members: M groups of token numbers, which may overlap."""
 
     maps: Tensor
     members: tuple[tuple[int, ...], ...]
@@ -77,10 +78,10 @@ class Proposals(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """A text as one tokenizer cuts it. first: column of its first token; slots: how many there are room for, start and end included.
+    """A tokenized text. first: column of the first token; slots: the tokenizer's maximum length, start and end tokens included.
 
-    spans: (start, end) of each token in the text, (0, 0) for one that stands for none of it; strange: whether it is a special token or
-    one for what the tokenizer does not know.
+    spans: (start, end) of each token in the text, (0, 0) for tokens without text; strange: whether each token is a special or unknown
+    token.
     """
 
     first: int
@@ -90,9 +91,9 @@ class Tokens(NamedTuple):
 
 
 class LabelMap(NamedTuple):
-    """labels: (H, W) int32, 0 = unassigned, regions 1..K in order of first appearance; tokens: for each region the tokens that made it.
+    """labels: (H, W) int32, 0 = unassigned, regions 1..K in order of first appearance; tokens: for each region, the tokens that formed it.
 
-    names: of classes; where there are any, label k is the class names[k - 1], of which a picture may show a few only.
+    names: class names, if any: label k is then the class names[k - 1], and a picture need not show all of them.
     """
 
     labels: Array
@@ -100,11 +101,11 @@ class LabelMap(NamedTuple):
     names: tuple[str, ...] = ()
 
     def masks(self) -> list[dict[str, Any]]:
-        """The regions, or the classes that are shown, as Segment Anything's automatic mask generator gives masks.
+        """Return the regions, or the classes shown, in the format of Segment Anything's automatic mask generator.
 
-        Keys: segmentation (H, W) bool; area in pixels; bbox [x, y, width, height] in pixels; crop_box, the whole picture in the same
-        form; predicted_iou, point_coords and stability_score are None, as only a prompted mask has them. And two of our own: region,
-        its number in `labels`; name, of its class, or None.
+        Keys: segmentation (H, W) bool; area in pixels; bbox [x, y, width, height] in pixels; crop_box, the whole picture in the same form;
+        predicted_iou, point_coords and stability_score, all None because only prompted masks have them. padseg adds two keys: region, the
+        number in `labels`; name, the class name or None.
         """
         height, width = self.labels.shape
         return [
@@ -124,7 +125,7 @@ class LabelMap(NamedTuple):
 
 
 def box_of(mask: Array) -> list[int]:
-    """The bounding box of a mask (H, W) that is not empty: [x, y, width, height] in pixels."""
+    """Bounding box of a non-empty mask (H, W): [x, y, width, height] in pixels."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     left, top = int(columns[0]), int(rows[0])
     return [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1]

@@ -156,8 +156,8 @@ def test_the_first_start_installs_and_runs(world: World, tmp_path: Path) -> None
     ran = world.run('run', '--dir', 'my pictures', '', cwd=tmp_path)
     assert (ran.returncode, ran.stdout) == (0, f'{tmp_path}|run|--dir|my pictures||')
     assert ran.stderr == (
-        f'padseg: making {world.checkout}/.venv\n'
-        'padseg: installing torch, diffusers and about 60 more (once; takes some minutes)\n'
+        f'padseg: creating {world.checkout}/.venv\n'
+        'padseg: installing torch, diffusers and about 60 more packages (once; takes a few minutes)\n'
         'padseg: ready\n'
     )
     assert world.install_log().read_text() == 'Collecting torch\n'
@@ -365,7 +365,7 @@ def test_a_python_without_venv_is_named(world: World) -> None:
     stand_in(world.path / 'python3', '#!/bin/bash\n[[ $* != *ensurepip* ]]\n')
     ran = world.run()
     assert ran.returncode == 1
-    assert ran.stderr.startswith(f'padseg: {world.path}/python3 cannot make virtual environments')
+    assert ran.stderr.startswith(f'padseg: {world.path}/python3 cannot create virtual environments')
 
 
 @pytest.mark.parametrize('program', ['bin/test', '.ci/run'])

@@ -141,7 +141,7 @@ def test_what_is_no_picture_is_refused_in_one_line(wrong, backbone):
         with pytest.raises(WrongPicture) as caught:
             padseg.segment(images, backbone)
         message = str(caught.value)
-        assert message.startswith('a picture is a path, a file opened for reading bytes, a PIL image, or a uint8 array (H, W)')
+        assert message.startswith('a picture is a path, a file opened in binary mode, a PIL image, or a uint8 array (H, W)')
         assert '; got ' in message and '\n' not in message
     assert issubclass(WrongPicture, ValueError) and issubclass(WrongPicture, PadsegError)
 
@@ -161,7 +161,7 @@ def test_classes_are_a_list(classes, speller, picture):
 
 @pytest.mark.parametrize('model', [5, None, Path('model')])
 def test_a_model_is_a_loaded_one_or_a_name(model, picture):
-    with pytest.raises(UsageError, match='a model is a loaded one or the name of one'):
+    with pytest.raises(UsageError, match='expected a loaded model or a model name'):
         padseg.segment(picture, model)
 
 

@@ -40,7 +40,7 @@ def test_result_sheet_shows_pictures_and_overlays(tmp_path):
 def test_result_sheet_says_what_is_missing(tmp_path):
     ran = result_sheet(tmp_path, tmp_path / 'sheet.jpg')
     assert ran.returncode == 1
-    assert ran.stderr == f'there is no picture {tmp_path}/overlays/coffee.jpg.jpg\n'
+    assert ran.stderr == f'cannot read the picture {tmp_path}/overlays/coffee.jpg.jpg\n'
     assert result_sheet().returncode == 1
 
 

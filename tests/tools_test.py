@@ -155,7 +155,7 @@ def test_names_that_cannot_be_written_are_left_out(tmp_path):
     cvat, studio = convert(out, 'cvat'), convert(out, 'label-studio')
     assert list(cvat.failed) == ['bell\x07.png', strange] and 'cannot be in XML' in cvat.failed['bell\x07.png']
     assert list(of_cvat(out / 'cvat/annotations.xml')) == ['good.png']
-    assert list(studio.failed) == [strange] and 'no UTF-8' in studio.failed[strange]
+    assert list(studio.failed) == [strange] and 'not valid UTF-8' in studio.failed[strange]
     assert [addressed(task, tmp_path / 'in').name for task in tasks_of(out)] == ['bell\x07.png', 'good.png']
 
 

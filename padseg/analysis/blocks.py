@@ -1,4 +1,4 @@
-"""What the blocks of a transformer do with a picture: how well each groups it, where attention goes, how long values are."""
+"""Measures of each transformer block on a picture: how well its maps group pixels, where attention goes, and the norms of values."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from padseg.methods.stages.scores import means, scale_scores
 from padseg.types import Array, Attention, Frame, Image, Latent, Prompt, TokenMaps
 
 T = TypeVar('T')
-ENLARGED = 4  # pixels a side that an image token has when label maps are compared
-THRESHOLDS = tuple(np.geomspace(0.01, 5, 8).tolist())  # of merging; blocks differ in how far their maps are apart
+ENLARGED = 4  # side of an image token in pixels when label maps are compared
+THRESHOLDS = tuple(np.geomspace(0.01, 5, 8).tolist())  # for merging; distances between maps differ from block to block
 
 
 class Cell(NamedTuple):
-    """Where maps were read. step: from the end of the schedule, from 1; layer: block, from 0; head: one of them, or None for their mean."""
+    """Where maps come from. step: counted from the end of the schedule, from 1; layer: block, from 0; head: None for the mean of heads."""
 
     step: int
     layer: int
@@ -41,12 +41,12 @@ class Cell(NamedTuple):
 def every_block(
     latent: Latent, backbone: Backbone, prompt: Prompt, reduce: Callable[[Attention], T], what: tuple[What, ...] = QUERIES_AND_KEYS
 ) -> list[T]:
-    """What `reduce` makes of the attention of every block, from one forward on a latent (1, C, H', W').
+    """Apply `reduce` to the attention of every block, in one forward pass on a latent (1, C, H', W').
 
-    UsageError if the model was not read whole.
+    Raises UsageError if the model was not loaded whole.
     """
     if backbone.layers < backbone.spec.layers:
-        raise UsageError(f'only blocks 0..{backbone.layers - 1} of {backbone.spec.layers} were read: load(whole=True) reads all')
+        raise UsageError(f'only blocks 0..{backbone.layers - 1} of {backbone.spec.layers} were loaded: use load(whole=True)')
     layers = range(backbone.layers)
     with watch(requests_of(backbone, layers, reduce, what)) as kept:
         backbone.denoise(latent.z, latent.timestep, prompt)
@@ -54,26 +54,30 @@ def every_block(
 
 
 def grid_of(latent: Latent, backbone: Backbone) -> tuple[int, int]:
-    """Rows and columns (h, w) of image tokens."""
+    """Return the token grid (h, w) of a latent."""
     height, width = latent.z.shape[2:]
     return height // backbone.patch, width // backbone.patch
 
 
 def token_groups(backbone: Backbone, prompt: Prompt, image_tokens: int) -> dict[str, list[int]]:
-    """Numbers of the tokens of each kind: image; first, the first text token that is read; pads, the others that are; and the rest."""
+    """Group the token indices by kind.
+
+    image: image tokens; first: the first of the text tokens whose maps are read; pads: the others of them; rest: all remaining tokens, if
+    there are any.
+    """
     start, tokens = backbone.first_image_token(prompt), image_tokens + prompt.embeds.shape[1]
     first, *pads = backbone.text_columns(prompt, image_tokens)
     groups = {'image': list(range(start, start + image_tokens)), 'first': [first], 'pads': pads}
     known = {token for group in groups.values() for token in group}
-    rest = [token for token in range(tokens) if token not in known]  # of SD3: the places of T5's tokens
+    rest = [token for token in range(tokens) if token not in known]  # T5's tokens in SD3
     return {**groups, 'rest': rest} if rest else groups
 
 
 def attention_shares(seen: Attention, groups: Mapping[str, Sequence[int]]) -> Array:
-    """How attention is shared out: (G, G), row = tokens that look, column = tokens looked at, mean over heads and over the row's tokens.
+    """Attention between groups of tokens: (G, G), rows = queries, columns = keys, averaged over heads and over the queries of a group.
 
-    The groups hold every token once, so rows sum to 1; a block without preference would give each column its part of the tokens. Image
-    to text, as Seg4Diff's Sec. 3 has it, is the row of the image summed over the groups of text.
+    Every token is in exactly one group (else ValueError), so rows sum to 1. Uniform attention would give each column its share of the
+    tokens. Image-to-text attention as in Seg4Diff, Sec. 3, is the image row summed over the text groups.
     """
     tokens = seen.key.shape[2]
     if sorted(token for group in groups.values() for token in group) != list(range(tokens)):
@@ -83,20 +87,23 @@ def attention_shares(seen: Attention, groups: Mapping[str, Sequence[int]]) -> Ar
 
 
 def value_norms(values: Tensor, groups: Mapping[str, Sequence[int]]) -> dict[str, float]:
-    """Mean Euclidean norm of the values (heads, L, d), heads side by side, of each group of tokens (Seg4Diff, Fig. 4)."""
+    """Mean Euclidean norm of the values (heads, L, d), with heads concatenated, in each group of tokens (Seg4Diff, Fig. 4)."""
     norms = values.transpose(0, 1).flatten(1).float().norm(dim=1)  # (L,)
     return {name: float(norms[list(tokens)].mean()) for name, tokens in groups.items()}
 
 
 def block_maps(latent: Latent, backbone: Backbone, prompt: Prompt, reduce: Callable[[dict[int | None, Tensor]], T]) -> list[T]:
-    """What `reduce` makes of the maps of every block (see `head_maps`), from one forward."""
+    """Apply `reduce` to the maps of every block (see `head_maps`), in one forward pass."""
     grid, first = grid_of(latent, backbone), backbone.first_image_token(prompt)
     columns = backbone.text_columns(prompt, grid[0] * grid[1])
     return every_block(latent, backbone, prompt, lambda seen: reduce(head_maps(seen, grid, columns, first)))
 
 
 def head_maps(seen: Attention, grid: tuple[int, int], columns: Sequence[int], first: int) -> dict[int | None, Tensor]:
-    """The maps of these columns of keys, of each head and, under None, their mean: (T, h, w) float32 each. first: image token."""
+    """Return the maps of these key columns for each head and, under None, for the mean of heads: (T, h, w) float32 each.
+
+    first: index of the first image token.
+    """
     queries, heads = grid[0] * grid[1], range(seen.query.shape[1])
     maps: dict[int | None, Tensor] = {
         head: token_attention(seen, queries, columns, first=first, head=head)[0].T.unflatten(1, grid) for head in heads
@@ -105,9 +112,9 @@ def head_maps(seen: Attention, grid: tuple[int, int], columns: Sequence[int], fi
 
 
 def coverings(maps: Tensor, truth: Array, normalisation: str, thresholds: Sequence[float] = THRESHOLDS) -> Array:
-    """Covering of the truth by the merged maps (T, h, w) at each threshold, without refinement: (thresholds,) in 0..1.
+    """Covering of the ground truth by the merged maps (T, h, w) at each threshold, without refinement: (thresholds,) in 0..1.
 
-    truth: (H, W) regions. Both are compared at ENLARGED pixels an image token.
+    truth: (H, W) regions. Both are compared at ENLARGED x ENLARGED pixels per image token.
     """
     size = (maps.shape[1] * ENLARGED, maps.shape[2] * ENLARGED)
     seen = cv2.resize(truth.astype(np.int32), size[::-1], interpolation=cv2.INTER_NEAREST)
@@ -117,13 +124,14 @@ def coverings(maps: Tensor, truth: Array, normalisation: str, thresholds: Sequen
 
 
 def grouping(image: Image, truth: Array, backbone: Backbone, options: Options, steps: Sequence[int] = ()) -> dict[Cell, Array]:
-    """Coverings of a picture's truth (H, W) by the maps of every block: each head at the options' step, means of heads at the others.
+    """Coverings of the ground truth (H, W) by the maps of every block: (thresholds,) for each cell.
 
-    The model must see the whole picture (geometry `whole` or `stretch`). Returns (thresholds,) for each cell.
+    Each head is measured at the step of the options, and only the mean of heads at the other steps. The model must see the whole picture:
+    raises UsageError unless geometry is `whole` or `stretch`.
     """
     resolved = options.resolve(backbone.spec)
     if resolved.geometry not in ('whole', 'stretch'):
-        raise UsageError(f'geometry must be whole or stretch here; got {resolved.geometry}')
+        raise UsageError(f'analysis needs geometry whole or stretch; got {resolved.geometry}')
     by_cell: dict[Cell, Array] = {}
     wanted = [resolved.step, *(step for step in steps if step != resolved.step)]
     for step, latent in zip(wanted, encode_steps(image, backbone, resolved, wanted), strict=True):
@@ -134,12 +142,12 @@ def grouping(image: Image, truth: Array, backbone: Backbone, options: Options, s
 
 
 def head_coverings(maps: dict[int | None, Tensor], truth: Array, normalisation: str, heads: bool) -> dict[int | None, Array]:
-    """Coverings by the mean of heads and, if wanted, by each of them."""
+    """Coverings for the mean of heads and, if `heads`, for each head."""
     return {head: coverings(own, truth, normalisation) for head, own in maps.items() if heads or head is None}
 
 
 def mean_iou(counts: Iterable[dict[Cell, ClassCounts]]) -> dict[Cell, float]:
-    """mIoU over the classes that the truth has, pixels of all pictures added up, of each cell: in 0..1."""
+    """mIoU of each cell, in 0..1: pixels are summed over pictures, classes absent from the ground truth are left out."""
     total: dict[Cell, ClassCounts] = {}
     for by_cell in counts:
         for cell, one in by_cell.items():
@@ -148,15 +156,15 @@ def mean_iou(counts: Iterable[dict[Cell, ClassCounts]]) -> dict[Cell, float]:
 
 
 def best(scores: Sequence[dict[Cell, Array]]) -> dict[Cell, float]:
-    """The mean over pictures at the threshold that is best for all of them, of each cell: in 0..1."""
+    """Mean score of each cell over pictures, in 0..1, at the one threshold that maximises it."""
     return {cell: float(np.mean([by_cell[cell] for by_cell in scores], axis=0).max()) for cell in scores[0]}
 
 
 def word_counts(image: Image, truth: Array, backbone: Backbone, classes: Sequence[str], options: LabelOptions) -> dict[Cell, ClassCounts]:
-    """How well the words of a prompt find their classes in every block, by each head and by their mean, from one forward a prompt.
+    """Count how well the words of a prompt find their classes in every block, for each head and for the mean of heads.
 
-    truth: (H, W), numbers of classes from 0, others are void. The names are those of the classes in the picture, as in Seg4Diff's Sec. 4.3;
-    pixels are compared without refinement, at the first of the options' steps.
+    truth: (H, W) class indices from 0; other values are void. Prompts name the classes in the picture, as in Seg4Diff, Sec. 4.3. Pixels are
+    compared without refinement, at the first step of the options. There is one forward pass per prompt.
     """
     numbers = [number for number in np.unique(truth).tolist() if 0 <= number < len(classes)]
     counts: dict[Cell, ClassCounts] = {}
@@ -172,7 +180,7 @@ def word_counts(image: Image, truth: Array, backbone: Backbone, classes: Sequenc
 
 
 def named_maps(image: Image, backbone: Backbone, classes: Sequence[str], options: LabelOptions) -> dict[Cell, Tensor]:
-    """The scores of classes in every block, by each head and by their mean: (C, h, w) each. One forward for each prompt."""
+    """Class scores in every block, for each head and for the mean of heads: (C, h, w) each, from one forward pass per prompt."""
     naming = prepare(backbone, options, classes)
     resolved = naming.options
     step = resolved.steps[0]
@@ -187,17 +195,17 @@ def named_maps(image: Image, backbone: Backbone, classes: Sequence[str], options
 
 
 def head_means(maps: dict[int | None, Tensor], prompt: Prompt, scores: str) -> dict[int | None, Tensor]:
-    """The maps of a prompt's names, (C, h, w) each, from those of its tokens."""
+    """Average the maps of a prompt's tokens into maps of its names: (C, h, w) each."""
     return {head: means(own, prompt, scores) for head, own in maps.items()}
 
 
 def anatomy(latent: Latent, backbone: Backbone) -> dict[str, Any]:
-    """Shares of attention (layers, G, G) and norms of values (layers, G) of every block, with the groups' names and sizes."""
+    """Measure attention shares (layers, G, G) and norms of values (layers, G) of every block, with the names and sizes of the groups."""
     prompt, grid = backbone.null_prompt, grid_of(latent, backbone)
     groups = token_groups(backbone, prompt, grid[0] * grid[1])
 
     def shares_and_norms(seen: Attention) -> tuple[Array, list[float]]:
-        assert seen.value is not None  # it is asked for below
+        assert seen.value is not None  # requested below
         return attention_shares(seen, groups), [*value_norms(seen.value[0], groups).values()]
 
     shares, norms = zip(*every_block(latent, backbone, prompt, shares_and_norms, ('values',)), strict=True)

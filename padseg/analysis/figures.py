@@ -1,4 +1,4 @@
-"""The analysis of a model as tables for people, as figures, and the token maps of a picture on one sheet."""
+"""The analysis of a model as text tables and figures, and a sheet with the token maps of a picture."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from padseg.methods.seg4diff import Options, token_maps
 from padseg.system.files import atomic
 from padseg.types import Array, Image
 
-COLUMNS = 11  # maps in a row of the sheet
-WIDTH = 96  # pixels of a map
-SIZE = (11, 4)  # inches of a figure
-DOTS = 110  # an inch
+COLUMNS = 11  # maps per row of the sheet
+WIDTH = 96  # of a map, in pixels
+SIZE = (11, 4)  # of a figure, in inches
+DOTS = 110  # per inch
 
 
 def write_analysis(analysis: Analysis, sheet: Array, out: Path) -> None:
-    """OUT/analysis.json, maps.png from a sheet (H, W, 3) in BGR, grouping.png and anatomy.png."""
+    """Write analysis.json, grouping.png and anatomy.png to OUT, and the sheet (H, W, 3) BGR as maps.png."""
     with atomic(out / 'analysis.json') as temporary:
         temporary.write_text(json.dumps(as_object(analysis), indent=1) + '\n')
     with atomic(out / 'maps.png') as temporary:
@@ -35,7 +35,7 @@ def write_analysis(analysis: Analysis, sheet: Array, out: Path) -> None:
 
 
 def tables(analysis: Analysis) -> Iterator[str]:
-    """Lines: covering by block and head, covering by block and step, mIoU of words, shares of attention, norms of values."""
+    """Yield the lines of all tables: covering by head, covering by step, mIoU of words, attention shares, norms of values."""
     step, layers, heads = analysis.step, layers_of(analysis), heads_of(analysis)
     measured, one = f'{analysis.model}, {analysis.pictures} pictures, {analysis.normalisation}', f'{analysis.one_region:.4f}'
     yield f'{measured}; one region for all: {one}'
@@ -48,7 +48,7 @@ def tables(analysis: Analysis) -> Iterator[str]:
     if analysis.words:
         yield '\nmIoU of the words of classes in the picture'
         yield from by_head({(cell.layer, cell.head): value for cell, value in analysis.words.items()}, layers, heads)
-    yield f'\nattention, rows look at columns: {", ".join(analysis.groups)}'
+    yield f'\nattention from rows to columns: {", ".join(analysis.groups)}'
     for layer in layers:
         for name, row in zip(analysis.groups, analysis.shares[layer], strict=True):
             yield f'{layer:5} {name:6} ' + ' '.join(f'{value:.4f}' for value in row)
@@ -58,7 +58,7 @@ def tables(analysis: Analysis) -> Iterator[str]:
 
 
 def by_head(values: Mapping[tuple[int, int | None], float], layers: Sequence[int], heads: Sequence[int]) -> Iterator[str]:
-    """A line a block: the mean of heads and every head, in 0..1, with four decimals."""
+    """Yield one line per block: the mean of heads, then every head, values in 0..1."""
     yield 'block   mean  ' + ' '.join(f'head {head:<2}' for head in heads)
     for layer in layers:
         yield f'{layer:5}  ' + '  '.join(f'{values[layer, head]:.4f}'[:6].ljust(5) for head in (None, *heads))
@@ -73,7 +73,7 @@ def heads_of(analysis: Analysis) -> list[int]:
 
 
 def map_sheet(image: Image, backbone: Backbone, options: Options) -> Array:
-    """The picture (H, W, 3) and all its token maps, each from its smallest value to its largest: (H', W', 3) uint8 BGR."""
+    """Draw the picture (H, W, 3) and all its token maps, each scaled from its minimum to its maximum: (H', W', 3) uint8 BGR."""
     maps = token_maps(image, backbone, options).maps.cpu().numpy()  # (T, h, w)
     size = (WIDTH, round(WIDTH * image.shape[0] / image.shape[1]))
     tiles = [cv2.resize(image[..., ::-1], size, interpolation=cv2.INTER_AREA)]
@@ -86,7 +86,7 @@ def map_sheet(image: Image, backbone: Backbone, options: Options) -> Array:
 
 
 def grouping_figure(analysis: Analysis) -> Any:
-    """Covering by block, of heads and of their mean; and by step, of the means."""
+    """Plot covering by block, for heads and their mean, and by step, for the mean of heads."""
     from matplotlib.figure import Figure
 
     layers, coverings = layers_of(analysis), analysis.coverings
@@ -107,7 +107,7 @@ def grouping_figure(analysis: Analysis) -> Any:
 
 
 def anatomy_figure(analysis: Analysis) -> Any:
-    """By block: how much of its attention each kind of token gives to text, and how long values are."""
+    """Plot, by block, the attention that each kind of token pays to text, and the norms of values."""
     from matplotlib.figure import Figure
 
     layers = layers_of(analysis)

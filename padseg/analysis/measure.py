@@ -1,4 +1,4 @@
-"""The blocks of a model, measured on a folder of pictures with labels."""
+"""Measure the blocks of a model on a folder of labelled pictures."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from padseg.methods.stages.latents import encode
 from padseg.system.progress import Progress
 from padseg.types import Array, Image
 
-STEPS = (1, 2, 4, 7, 10, 14, 18, 22, 25, 28)  # from the end of the schedule, where maps are read
+STEPS = (1, 2, 4, 7, 10, 14, 18, 22, 25, 28)  # steps to measure, counted from the end of the schedule
 
 
 class Analysis(NamedTuple):
-    """What was measured, means over the pictures.
+    """Measurements of a model, averaged over pictures.
 
-    step: where heads were read; steps: where means of heads were; one_region: covering by one region for the whole picture;
-    coverings: of each cell, in 0..1, at the threshold that is best for all pictures; words: mIoU by the words of a prompt of each cell,
-    in 0..1, empty without classes; groups: kinds of tokens; shares: (layers, G, G) of attention; norms: (layers, G) of values.
+    step: where single heads are measured; steps: where the mean of heads is; one_region: covering by a single region for the whole picture;
+    coverings: of each cell, in 0..1, at the threshold that is best over all pictures; words: mIoU of each cell with the words of a prompt,
+    in 0..1, empty without classes; groups: kinds of tokens; shares: attention (layers, G, G); norms: of values (layers, G).
     """
 
     model: str
@@ -46,7 +46,10 @@ class Analysis(NamedTuple):
 
 
 def labelled_pictures(images: Path, labels: Path, count: int) -> list[tuple[Image, Array]]:
-    """Pictures (H, W, 3) with their regions (H, W), the first `count` by name; the first annotator counts. NoImages if there are none."""
+    """Load the first `count` pictures (H, W, 3) by name, with their regions (H, W) from the first annotator.
+
+    Raises NoImages if no picture has labels.
+    """
     files = {path.stem: path for path in sorted(images.iterdir()) if path.is_file()}
     dataset = label_folder(labels, None, pictures=files)
     samples = [sample for sample in dataset.samples if sample.name in files][:count]
@@ -58,9 +61,9 @@ def labelled_pictures(images: Path, labels: Path, count: int) -> list[tuple[Imag
 def analyze(
     pairs: Sequence[tuple[Image, Array]], backbone: Backbone, options: Options, classes: Sequence[str], progress: Progress
 ) -> Analysis:
-    """All that is measured of a model that was loaded whole: on pictures (H, W, 3) with regions (H, W).
+    """Measure every block of a model on pictures (H, W, 3) with regions (H, W).
 
-    classes: names of the values of the regions, from 0; with none words are not measured. UsageError if the model was not loaded whole.
+    classes: names of the label values, from 0; without names, words are not measured. Raises UsageError if the model was not loaded whole.
     """
     resolved = options.resolve(backbone.spec)
     steps = [step for step in STEPS if step <= backbone.spec.steps]
@@ -91,7 +94,7 @@ def analyze(
 
 
 def as_object(analysis: Analysis) -> dict[str, Any]:
-    """What OUT/analysis.json holds."""
+    """Return the analysis as the contents of OUT/analysis.json."""
     return {
         'model': analysis.model,
         'weights': analysis.weights,

@@ -1,4 +1,4 @@
-"""Loading models by name, and what the methods need to know of a loaded model."""
+"""Load models by name, and provide what the methods need from a loaded model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DTYPES = ('float32', 'bfloat16', 'float16')
 
 
 class Identity(NamedTuple):
-    """Which model this is. folder: where its files are; revision: commit of a hub model; weights: SHA-256 over the weight files read."""
+    """Which model this is. folder: where its files are; revision: commit of a hub model; weights: SHA-256 over the weight files."""
 
     model: str
     folder: str
@@ -33,11 +33,11 @@ class Identity(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Backbone:
-    """A loaded model. null_prompt: the empty prompt, a constant of the model. layers: how many transformer blocks were
-    read; only queries and keys of the last one, unless `whole`.
+    """A loaded model. null_prompt: the empty prompt, a constant of the model.
 
-    Sizes are in latent cells (patch) and pixels (multiple); limit is the longest side it can take, in pixels. compiled: how many of the
-    first blocks are compiled; their attention cannot be read.
+    layers: the number of transformer blocks loaded; of the last one only queries and keys, unless `whole`. patch: latent cells along a side
+    of an image token; multiple: pixels along it; limit: the longest side the model takes, in pixels. compiled: the number of leading blocks
+    that are compiled; their attention cannot be read.
     """
 
     spec: Spec
@@ -63,31 +63,33 @@ class Backbone:
         return self.transformer.dtype
 
     def attention_module(self, layer: int, what: Sequence[What] = ('queries', 'keys')) -> nn.Module:
-        """The attention of one block, in which image and text tokens meet. UsageError if `what` was not read, or the block is compiled."""
+        """Return the joint image-text attention of a block. Raises UsageError if `what` was not loaded or the block is compiled."""
         if layer >= self.layers:
-            raise UsageError(f'{self.identity.model} was read up to block {self.layers - 1}: load(layer={layer}) reads block {layer} too')
+            raise UsageError(f'{self.identity.model} was loaded up to block {self.layers - 1}: load(layer={layer}) loads block {layer} too')
         if layer < self.compiled:
             raise UsageError(
                 f'blocks 0..{self.compiled - 1} are compiled: load(layer={layer}, compile=True) does not compile block {layer}'
             )
         if not self.whole and layer == self.layers - 1 and not {'queries', 'keys'}.issuperset(what):
-            raise UsageError(f'only queries and keys of block {layer} of {self.identity.model} were read: load(whole=True) reads all of it')
+            raise UsageError(
+                f'only queries and keys of block {layer} of {self.identity.model} were loaded: load(whole=True) loads all of it'
+            )
         return self.family.attention_module(self.transformer, layer)
 
     def text_columns(self, prompt: Prompt, image_tokens: int) -> list[int]:
-        """Where the picked tokens of a prompt stand among the keys."""
+        """Positions of the prompt's picked tokens among the keys."""
         return self.family.text_columns(prompt.picked, image_tokens)
 
     def first_image_token(self, prompt: Prompt) -> int:
-        """Where image tokens begin among the queries."""
+        """Position of the first image token among the queries."""
         return self.family.first_image_token(prompt)
 
     def noise_level(self, step: int, image_tokens: int) -> NoiseLevel:
-        """The noise level of the step-th step from the end of the model's schedule; 1 has least noise. ValueError for an unknown step."""
+        """Noise level of the step-th step from the end of the model's schedule; step 1 has the least noise. ValueError if there is none."""
         return self.family.noise_level(self.scheduler, self.spec.steps, step, image_tokens)
 
     def denoise(self, z: Tensor, timestep: float, prompt: Prompt) -> Tensor:
-        """The model's forward on noised latents with a prompt: (B, C, H', W') -> the same shape."""
+        """Run the model on noised latents with a prompt: (B, C, H', W') -> the same shape."""
         return self.family.denoise(self.transformer, z, timestep, prompt)
 
 
@@ -102,13 +104,13 @@ def load(
     vae: str | None = None,
     compile: bool = False,
 ) -> Backbone:
-    """A model by its name (tiny, sd3, sd3.5, flux), hub id (`org/name` or `org/name@revision`) or folder in diffusers' layout.
+    """Load a model by name (tiny, sd3, sd3.5, flux), hub id (`org/name` or `org/name@revision`) or folder in diffusers' layout.
 
-    device: 'cpu', 'cuda', 'mps', ...; by default the GPU if there is one. dtype: float32, bfloat16 or float16; by default float32, for
-    models of more than a gigabyte float16 on a GPU and bfloat16 on a CPU that multiplies in it. layer: the last block whose token maps
-    are wanted, by default the model's expert block; what comes after it is not read, nor the VAE's decoder, unless `whole` is true.
-    vae: another VAE for the same latents in the layout of AutoencoderTiny, by hub id or folder; 'tiny' is TAESD3 or TAEF1.
-    compile: torch compiles the blocks before that layer at the first picture.
+    device: 'cpu', 'cuda', 'mps', ...; by default a GPU if there is one. dtype: float32, bfloat16 or float16; by default float32, but for
+    models of more than a gigabyte float16 on a GPU and bfloat16 on a CPU with native support for it. layer: the last block whose token maps
+    are wanted, by default the model's expert block; later blocks and the VAE's decoder are not loaded unless `whole` is true. vae: another
+    VAE for the same latents, in AutoencoderTiny's layout, by hub id or folder; 'tiny' is TAESD3 or TAEF1. compile: have torch compile the
+    blocks before that layer at the first picture.
 
     Raises UsageError for an unknown name or value, ModelUnavailable when files are missing.
     """
@@ -123,7 +125,7 @@ def load(
 
 
 def family_of(spec: Spec) -> Family:
-    """The module for the architecture that a row names."""
+    """Return the module for the architecture that a spec names."""
     from padseg.backbones import flux, sd3
 
     families: dict[str, Family] = {'sd3': sd3, 'flux': flux}
@@ -131,11 +133,11 @@ def family_of(spec: Spec) -> Family:
 
 
 def opened(model: Backbone | str, deepest: Callable[[Spec], int | None]) -> Backbone:
-    """A loaded model unchanged; a named one is loaded up to the block from `deepest` (None: whole) and kept by the process."""
+    """Return a loaded model as it is; load a named one up to block `deepest(spec)` (None: all of it) and keep it for the process."""
     if isinstance(model, Backbone):
         return model
     if not isinstance(model, str):
-        raise UsageError(f'a model is a loaded one or the name of one (tiny, sd3, a hub id, a folder); got {type(model).__name__}')
+        raise UsageError(f'expected a loaded model or a model name (tiny, sd3, a hub id, a folder); got {type(model).__name__}')
     return kept(model, deepest(spec_of(model)))
 
 

@@ -1,4 +1,4 @@
-"""Whether a model can be loaded, from here or from the hub, and the memory that it takes."""
+"""Check whether a model can be loaded, from local files or the hub, and how much memory it takes."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from padseg.backbones.source import (
 from padseg.errors import ModelUnavailable
 from padseg.system.disk import human
 
-HUB_SECONDS = 10  # for an answer of the hub
+HUB_SECONDS = 10  # timeout for the hub's answer
 READY = 'ready'
 DOWNLOADABLE = 'not downloaded'
-ABSENT = ('offline and not cached', 'incomplete')  # what a download mends
+ABSENT = ('offline and not cached', 'incomplete')  # states that a download fixes
 
 
 class State(NamedTuple):
-    """Whether a model can be loaded. message: one line with the remedy; folder: None unless it is here; download: bytes if known."""
+    """Whether a model can be loaded. message: one line with the remedy; folder: None unless it is local; download: bytes if known."""
 
     state: str
     message: str
@@ -50,14 +50,14 @@ class State(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes that the weights take, computed from their shapes: on the device, and in the computer's memory while loading."""
+    """Bytes that the weights take, computed from their shapes: on the device, and in host memory while loading."""
 
     device: int
     host: int
 
 
 def model_state(model: str, revision: str | None = None, whole: bool = False) -> tuple[State, Source | None]:
-    """What `load` would report; and the model if it is here. The hub is asked only about files that are not here.
+    """Predict what `load` would report, and return the model if it is local. The hub is asked only about missing files.
 
     whole: as in `load(whole=True)`.
     """
@@ -71,18 +71,18 @@ def model_state(model: str, revision: str | None = None, whole: bool = False) ->
         if error.state not in ABSENT or Path(spec.repo).exists() or not on_hub(spec.repo):
             return here, None
         return ask_hub(spec.repo, wanted, here), None
-    return State(READY, 'all files are here; the model loads without a network', str(source.folder), source.commit), source
+    return State(READY, 'all files are present; the model loads without a network', str(source.folder), source.commit), source
 
 
 def on_hub(repo: str) -> bool:
-    """Whether this could be a repository of the hub, and the hub may be asked."""
+    """Return whether this could be a repository on the hub that may be contacted now."""
     from huggingface_hub import is_offline_mode
 
     return not Path(repo).is_absolute() and not is_offline_mode()
 
 
 def ask_hub(repo: str, revision: str | None, here: State) -> State:
-    """Whether the files could be downloaded now, asked as a download asks; `here` if the hub does not know better."""
+    """Check whether the files could be downloaded now, by the same requests as a download; return `here` if the hub adds nothing."""
     from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
     try:
@@ -93,7 +93,7 @@ def ask_hub(repo: str, revision: str | None, here: State) -> State:
         if config is None:
             other = no_layout(repo)
             return State(other.state, str(other))
-        # of a gated repository the list can be read by everybody, the weights only with access
+        # anybody can list a gated repository's files, but only users with access can read its weights
         probe = next((name for name in wanted if name.endswith('.safetensors')), config)
         get_hf_file_metadata(hf_hub_url(repo, probe, revision=info.sha), timeout=HUB_SECONDS)
     except hub_errors() as error:
@@ -109,15 +109,15 @@ def ask_hub(repo: str, revision: str | None, here: State) -> State:
 
 
 def chosen_dtype(place: torch.device, source: Source | None) -> str:
-    """Name of the dtype that `load` chooses."""
+    """Name of the dtype that `load` would choose."""
     paths = weight_files(source.folder, LAYOUTS[source.spec.family].networks) if source else []
     return str(choose_dtype(place, sum(path.stat().st_size for path in paths))).removeprefix('torch.')
 
 
 def reckon_memory(source: Source, place: torch.device, dtype: str, whole: bool = False) -> Memory:
-    """Memory for the weights alone, those that `load` reads by default or all of them.
+    """Estimate the memory for the weights alone, either those that `load` reads by default or all of them.
 
-    On another device they pass through the computer's memory part by part; text encoders stay there.
+    For a device other than the CPU, weights pass through host memory one part at a time; text encoders stay there.
     """
     family, size, layer = family_of(source.spec), getattr(torch, dtype).itemsize, None if whole else source.spec.layer
     parts = [size * sum(map(math.prod, tensors_needed(family, source, part, layer).values())) for part in family.LAYOUT.networks]

@@ -1,4 +1,4 @@
-"""Transformer blocks compiled by torch, which pays off for many pictures."""
+"""Transformer blocks compiled by torch, which pays off when there are many pictures."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from padseg.errors import UsageError
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Have torch compile blocks when they are first used, once for pictures of all shapes. UsageError where it could not."""
+    """Have torch compile the blocks on first use, once for all picture shapes. Raises UsageError if compiling is impossible here."""
     compiler = shlex.split(os.environ.get('CXX') or ('clang++' if sys.platform == 'darwin' else 'g++'))[0]
     if shutil.which(compiler) is None:
-        raise UsageError(f'compiling needs a C++ compiler, and there is no {compiler}: install it, or leave --compile out')
+        raise UsageError(f'compiling needs a C++ compiler, and there is no {compiler}: install it, or omit --compile')
     headers = pathlib.Path(sysconfig.get_path('include'))
     if not (headers / 'Python.h').exists():
-        raise UsageError(f'compiling needs the headers of Python in {headers}: install them (python3-dev), or leave --compile out')
+        raise UsageError(f'compiling needs the Python headers in {headers}: install them (python3-dev), or omit --compile')
     for block in blocks:
-        block.compile(dynamic=True)  # by shape, results would depend on which pictures came before
+        block.compile(dynamic=True)  # compiled per shape, results would depend on the pictures that came before

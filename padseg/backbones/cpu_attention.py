@@ -1,4 +1,4 @@
-"""Attention in 16 bits on CPUs, in half the time of torch's own."""
+"""16-bit attention on CPUs that takes half the time of torch's own."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-ROWS = 256  # queries at once, so that their scores stay in the processor's cache
+ROWS = 256  # queries per step; their scores fit in the processor's cache
 
 
 class _ByRows(TorchFunctionMode):
-    """Computes fused attention of 16-bit tensors on a CPU head by head and some rows at a time."""
+    """A mode that computes fused attention of 16-bit CPU tensors head by head, a few rows at a time."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.scaled_dot_product_attention and _plain(*args, **(kwargs or {})):
@@ -22,18 +22,18 @@ class _ByRows(TorchFunctionMode):
 
 
 def _plain(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *others: Any, **named: Any) -> bool:
-    """Whether this is attention of 16-bit tensors on a CPU without mask, dropout, order or scale of its own."""
+    """Return whether this is 16-bit attention on a CPU without a mask, dropout, causality or a custom scale."""
     unusual = attn_mask is not None or any(others) or any(named.values())
     return not unusual and query.device.type == 'cpu' and query.dtype in (torch.bfloat16, torch.float16)
 
 
 def by_rows() -> TorchFunctionMode:
-    """Inside this context 16-bit attention on CPUs takes half the time of torch's own; scores are rounded to 16 bits, unlike torch's."""
+    """Context in which 16-bit attention on CPUs takes half the time of torch's own. Unlike in torch's, scores are rounded to 16 bits."""
     return _ByRows()
 
 
 def attention_by_rows(query: Tensor, key: Tensor, value: Tensor, *_: Any, rows: int = ROWS, **__: Any) -> Tensor:
-    """softmax(q k / sqrt(d)) v: (B, heads, N, d) and twice (B, heads, L, d) -> (B, heads, N, d)."""
+    """softmax(q kᵀ / sqrt(d)) v: query (B, heads, N, d), key and value (B, heads, L, d) -> (B, heads, N, d)."""
     out = torch.empty(*query.shape[:-1], value.shape[-1], dtype=value.dtype)
     scale = query.shape[-1] ** -0.5
     for batch in range(query.shape[0]):
@@ -57,5 +57,5 @@ def _shape(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _as_one_step(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-    """The same for torch.compile, which would write out every head and chunk of rows."""
+    """Wrap `attention_by_rows` as one operator for torch.compile, which would otherwise unroll every head and chunk of rows."""
     return _step(query, key, value)

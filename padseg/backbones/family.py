@@ -1,4 +1,4 @@
-"""What a module for a family of models provides: all that differs between architectures."""
+"""What the module of each model family provides: everything that differs between architectures."""
 
 from __future__ import annotations
 
@@ -23,50 +23,50 @@ class Dimensions(NamedTuple):
 
 
 class Family(Protocol):
-    """A module such as backbones/sd3.py. Layers are counted over all blocks in the order in which they run."""
+    """A module such as backbones/sd3.py. Layers count all blocks in the order in which they run."""
 
     LAYOUT: FamilyLayout
-    TEXT_DTYPE: torch.dtype  # of the text encoders, which always run on the CPU: what they give is a constant of the model
+    TEXT_DTYPE: torch.dtype  # of the text encoders, which always run on the CPU: their output is a constant of the model
 
     def size(self, config: Any) -> Dimensions:
-        """The dimensions from the configuration of the transformer."""
+        """Read the dimensions from the transformer's configuration."""
 
     def blocks(self, transformer: Any) -> Sequence[nn.Module]:
-        """All transformer blocks, in the order of layers."""
+        """All transformer blocks, in layer order."""
 
     @property
     def cut(self) -> Callable[[Any, int], None] | None:
-        """Leaves the blocks 0..layer of a transformer, of the last of them only what its queries and keys need: there the forward stops.
+        """Function that keeps blocks 0..layer of a transformer, and of the last one only what its queries and keys need.
 
-        None where models of this family are always read whole.
+        None if models of this family are always loaded whole.
         """
 
     def noise_level(self, scheduler: Any, steps: int, step: int, image_tokens: int) -> NoiseLevel:
-        """Of the step-th step from the end of the schedule that the model's pipeline has for so many steps and tokens.
+        """Noise level of the step-th step from the end of the pipeline's schedule for `steps` steps and `image_tokens` tokens.
 
-        The scheduler stays as it is. ValueError for a step that the schedule does not have.
+        Does not change the scheduler. Raises ValueError for a step outside the schedule.
         """
 
     def tokenizers(self, source: Source) -> dict[str, Any]:
-        """The tokenizers by the names of their folders. Raises ModelUnavailable if one cannot be used."""
+        """Load the tokenizers, keyed by folder. Raises ModelUnavailable if one cannot be used."""
 
     def prompt_shapes(self, slots: int, config: Any) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors of a prompt, `embeds` and `pooled`."""
+        """Shapes of a prompt's tensors, `embeds` and `pooled`."""
 
     def compute_null_prompt(self, source: Source, transformer: Any, slots: int) -> dict[str, Tensor]:
-        """The empty prompt by the text encoders: `embeds` (1, L, D) and `pooled` (1, E), float32."""
+        """Encode the empty prompt with the text encoders: `embeds` (1, L, D) and `pooled` (1, E), float32."""
 
     def null_names(self, slots: int) -> Sequence[str]:
-        """Words for its tokens, as many as are picked: the first ones."""
+        """Names for the null prompt's picked tokens, which are the first ones."""
 
     def attention_module(self, transformer: Any, layer: int) -> nn.Module:
-        """The attention of a block, in which image and text tokens meet."""
+        """Return the joint image-text attention of a block."""
 
     def text_columns(self, picked: Sequence[int], image_tokens: int) -> list[int]:
-        """Where text tokens stand among the keys."""
+        """Positions of text tokens among the keys."""
 
     def first_image_token(self, prompt: Prompt) -> int:
-        """Where image tokens begin among the queries."""
+        """Position of the first image token among the queries."""
 
     def denoise(self, transformer: Any, z: Tensor, timestep: float, prompt: Prompt) -> Tensor:
-        """One forward: (B, C, H', W') -> the same shape."""
+        """Run one forward pass: (B, C, H', W') -> the same shape."""

@@ -1,4 +1,4 @@
-"""Flux.1: what differs from other families. Text stands before the image; double blocks are followed by single ones."""
+"""Flux.1: what differs from other families. Text tokens come before image tokens; single blocks follow the double ones."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from padseg.errors import ModelUnavailable
 from padseg.types import Prompt
 
 LAYOUT = LAYOUTS['flux']
-TEXT_DTYPE = torch.bfloat16  # as T5 is published: float32 would take twice the memory and is no nearer to what was trained
-PATCH = 2  # latent cells along a side of an image token: the pipeline packs them, not the transformer
-LIMIT = 192  # tokens along a side, as for SD3: rotary embeddings have no end, but what was trained has
+TEXT_DTYPE = torch.bfloat16  # T5's published precision: float32 would double the memory without being any closer to the trained weights
+PATCH = 2  # latent cells along a side of an image token; packed by the pipeline, not by the transformer
+LIMIT = 192  # tokens along a side, as for SD3: rotary embeddings have no limit, but the training sizes do
 CLIP_SLOTS = 77
-GUIDANCE = 3.5  # the strength for which the model was distilled, its pipeline's default
+GUIDANCE = 3.5  # guidance strength that the model was distilled for, the pipeline's default
 
 
 def size(config: Any) -> Dimensions:
@@ -35,24 +35,24 @@ def blocks(transformer: FluxTransformer2DModel) -> list[Any]:
 
 
 def cut(transformer: FluxTransformer2DModel, layer: int) -> None:
-    """Leave the blocks 0..layer, of the last of them only what its queries and keys need: there the forward stops."""
+    """Keep blocks 0..layer, and of the last one only what its queries and keys need, because the forward pass stops there."""
     double = len(transformer.transformer_blocks)
     transformer.transformer_blocks = transformer.transformer_blocks[: layer + 1]
     transformer.single_transformer_blocks = transformer.single_transformer_blocks[: max(0, layer + 1 - double)]
     transformer.norm_out = transformer.proj_out = None
     last = blocks(transformer)[layer]
-    last.attn.to_v = nn.Identity()  # the processor asks for values before it comes to queries and keys
+    last.attn.to_v = nn.Identity()  # the processor computes values before queries and keys
     if layer < double:
         last.ff = last.ff_context = None
         last.attn.add_v_proj = nn.Identity()
         last.attn.to_out = last.attn.to_add_out = None
     else:
-        last.proj_mlp = last.act_mlp = nn.Identity()  # which comes before the attention
+        last.proj_mlp = last.act_mlp = nn.Identity()  # these run before the attention
         last.proj_out = None
 
 
 def noise_level(scheduler: Any, steps: int, step: int, image_tokens: int) -> NoiseLevel:
-    """Pictures of more tokens have more noise at every step."""
+    """Noise level of a step; pictures with more tokens get more noise at every step."""
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
     config = scheduler.config
@@ -61,7 +61,7 @@ def noise_level(scheduler: Any, steps: int, step: int, image_tokens: int) -> Noi
 
 
 def tokenizers(source: Source) -> dict[str, Any]:
-    """CLIP's and T5's, whose vocabulary is checked first: transformers would make an empty one."""
+    """Load the CLIP and T5 tokenizers. Checks for T5's vocabulary first: transformers would create an empty one."""
     from transformers import T5TokenizerFast
 
     clip = clip_tokenizer(source, 'tokenizer', CLIP_SLOTS)
@@ -69,7 +69,7 @@ def tokenizers(source: Source) -> dict[str, Any]:
         raise ModelUnavailable(f'tokenizer_2 of {source.model} has no vocabulary: {source.folder / "tokenizer_2"} needs tokenizer.json')
     t5 = read_part(T5TokenizerFast, source, 'tokenizer_2', 'tokenizer_config.json')
     if t5.model_max_length < source.spec.sequence:
-        raise ModelUnavailable(f'tokenizer_2 of {source.model} fills {t5.model_max_length} places; expected {source.spec.sequence}')
+        raise ModelUnavailable(f'tokenizer_2 of {source.model} has {t5.model_max_length} slots; expected {source.spec.sequence}')
     return {'tokenizer': clip, 'tokenizer_2': t5}
 
 
@@ -86,7 +86,7 @@ def compute_null_prompt(source: Source, transformer: FluxTransformer2DModel, slo
 
 
 def text_pipeline(source: Source, transformer: FluxTransformer2DModel) -> Any:
-    """diffusers' pipeline with the two text encoders, enough to encode texts."""
+    """Build diffusers' pipeline with the two text encoders and nothing else that encoding texts does not need."""
     with without_advice():
         from diffusers import FluxPipeline
 
@@ -97,7 +97,7 @@ def text_pipeline(source: Source, transformer: FluxTransformer2DModel) -> Any:
 
 
 def encode_text(pipeline: Any, slots: int, text: str) -> dict[str, Tensor]:
-    """T5's embeddings, padded to `slots` tokens without a mask, and CLIP's summary of the text: embeds (1, slots, D), pooled (1, E)."""
+    """Encode a text: T5's embeddings, padded to `slots` tokens without a mask, as embeds (1, slots, D); CLIP's summary as pooled (1, E)."""
     with torch.no_grad():
         embeds, pooled, _ = pipeline.encode_prompt(text, device=torch.device('cpu'), max_sequence_length=slots)
     return {'embeds': embeds.float().contiguous(), 'pooled': pooled.float().contiguous()}
@@ -119,7 +119,7 @@ def denoise(transformer: FluxTransformer2DModel, z: Tensor, timestep: float, pro
     count, _, height, width = z.shape
     h, w = height // PATCH, width // PATCH
     row, column = torch.arange(float(h)), torch.arange(float(w))
-    # in the transformer's own type before it is divided, as the pipeline does: in 16 bits the order matters
+    # cast to the transformer's dtype before dividing, as the pipeline does: in 16 bits the order matters
     time = torch.full((count,), timestep, device=z.device, dtype=transformer.dtype) / 1000
     velocity = transformer(
         hidden_states=packed(z).to(transformer.dtype),
@@ -135,12 +135,12 @@ def denoise(transformer: FluxTransformer2DModel, z: Tensor, timestep: float, pro
 
 
 def packed(z: Tensor) -> Tensor:
-    """Cells of a patch together, channel by channel: (B, C, 2 h, 2 w) -> (B, h w, 4 C)."""
+    """Gather the 2 x 2 cells of each patch into one token, channel by channel: (B, C, 2 h, 2 w) -> (B, h w, 4 C)."""
     cells = z.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))  # (B, C, h, 2, w, 2)
     return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def unpacked(tokens: Tensor, h: int, w: int) -> Tensor:
-    """(B, h w, 4 C) -> (B, C, 2 h, 2 w)."""
+    """Undo `packed`: (B, h w, 4 C) -> (B, C, 2 h, 2 w)."""
     cells = tokens.unflatten(2, (-1, PATCH, PATCH)).unflatten(1, (h, w))  # (B, h, w, C, 2, 2)
     return cells.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)

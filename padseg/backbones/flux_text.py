@@ -1,4 +1,4 @@
-"""Texts for Flux.1: T5's tokens have all columns; CLIP adds a summary of the text, without columns."""
+"""Text encoding for Flux.1: T5's tokens take up all columns; CLIP only adds a pooled summary of the text."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from padseg.types import Tokens
 
 @dataclasses.dataclass
 class FluxTexts:
-    """Tokenizers and, once they are needed, text encoders of one model; see `Texts`."""
+    """A model's tokenizers and text encoders, both loaded on first use; see `Texts`."""
 
     source: Source
     transformer: Any
-    keep: bool  # whether embeddings are kept in padseg's cache
+    keep: bool  # whether to cache embeddings on disk
 
     @cached_property
     def t5_tokenizer(self) -> Any:
@@ -34,13 +34,13 @@ class FluxTexts:
         return text_pipeline(self.source, self.transformer)
 
     def tokens(self, text: str, encoders: str) -> dict[str, Tokens]:
-        """T5's tokens from column 0 on."""
+        """T5's tokens from column 0."""
         if encoders != 't5':
             raise UsageError(f'only T5 has columns in {self.source.model}: encoders is t5; got {encoders}')
         return {'t5': tokens_of(self.t5_tokenizer, text, 0, self.source.spec.sequence)}
 
     def encode(self, text: str, encoders: str, unused: str) -> tuple[Tensor, Tensor]:
-        """By T5 and CLIP, from the cache or computed; the empty text is the null prompt itself."""
+        """Encode with T5 and CLIP, or read the cache; the empty text is the null prompt."""
         slots = self.source.spec.sequence
         path = cache_path(self.source, text)
         tensors = read_cache(path)

@@ -1,4 +1,4 @@
-"""How a model of each family lies in its folder: its parts, and the classes that read them. Names alone: nothing heavy is imported."""
+"""The parts in each family's model folder and the classes that read them. Names only, so that nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 
 class FamilyLayout(NamedTuple):
-    """Folders in diffusers' layout with the names of their classes, as `model_index.json` has them.
+    """Folders in diffusers' layout and their class names, as in `model_index.json`.
 
-    denoiser: the folder of the network that denoises; network: its class; schedulers: those that it may come with, the first one where
-    the configuration names none; text_encoders, tokenizers: what every text goes through; small_vae: another VAE for its latents, on the
-    hub, in the layout of AutoencoderTiny.
+    denoiser: folder of the denoising network; network: its class; schedulers: the ones a model may come with, the first being the default
+    if the configuration names none; text_encoders, tokenizers: the ones that every text goes through; small_vae: hub id of another VAE for
+    the same latents, in AutoencoderTiny's layout.
     """
 
     denoiser: str
@@ -25,7 +25,7 @@ class FamilyLayout(NamedTuple):
 
     @property
     def networks(self) -> tuple[str, ...]:
-        """The parts with weights that work on every picture."""
+        """The parts with weights that process every picture."""
         return (self.denoiser, 'vae')
 
     @property
@@ -60,7 +60,7 @@ LAYOUTS: dict[str, FamilyLayout] = {
 
 
 def all_main() -> list[str]:
-    """The main parts of models of any family: which family it is shows only when they are here."""
+    """The main parts of models of any family, for when the family is not known before the download."""
     return list(dict.fromkeys(part for layout in LAYOUTS.values() for part in layout.main))
 
 
@@ -73,19 +73,19 @@ def denoisers() -> list[str]:
 
 
 def denoiser_in(folder: pathlib.Path) -> str:
-    """The part of a model of any family that denoises: the one whose configuration is in the folder, by default the first."""
+    """Name of the denoiser's folder in a model of any family: the one that holds a configuration, by default the first."""
     return next((name for name in denoisers() if (folder / name / 'config.json').is_file()), denoisers()[0])
 
 
 def config_name(part: str) -> str:
-    """The configuration of a part."""
+    """File name of a part's configuration."""
     if part.startswith('tokenizer'):
         return 'tokenizer_config.json'
     return 'scheduler_config.json' if part == 'scheduler' else 'config.json'
 
 
 def weights_name(part: str) -> str | None:
-    """The weights of a part without their suffix, since a large model's are several files; '.' is a VAE that comes by itself."""
+    """File name of a part's weights without suffix, because large models split them into several files; '.' is a standalone VAE."""
     if part.startswith('tokenizer') or part == 'scheduler':
         return None
     return 'model' if part.startswith('text_encoder') else 'diffusion_pytorch_model'

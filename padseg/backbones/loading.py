@@ -1,4 +1,4 @@
-"""Loading a model of any family, and checking beforehand whether it would load."""
+"""Load a model of any family, and check beforehand whether it would load."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def load_family(
     vae: Source | None = None,
     compile: bool = False,
 ) -> Backbone:
-    """The parts of transformer and VAE that token maps of the blocks up to `layer` need (the row's, unless given), or the whole.
+    """Load the parts of transformer and VAE that token maps up to `layer` need (by default the expert block), or all of both if `whole`.
 
-    And the null prompt: text encoders are read only if it is not cached. vae: another VAE, which comes by itself.
-    compile: the blocks before `layer`.
+    Also loads the null prompt; text encoders are read only if it is not cached. vae: a standalone VAE to use instead. compile: compile the
+    blocks before `layer`.
     """
     layer = source.spec.layer if layer is None else layer
     if not 0 <= layer < source.spec.layers:
@@ -39,7 +39,7 @@ def load_family(
     size = sum(path.stat().st_size for path in weight_files(source.folder, family.LAYOUT.networks))
     kind = getattr(torch, dtype) if dtype else choose_dtype(place, size)
     owner, part = (vae, '.') if vae else (source, 'vae')
-    with ThreadPoolExecutor(1) as beside:  # hashing four gigabytes takes as long as reading what is needed of them
+    with ThreadPoolExecutor(1) as beside:  # hashing four gigabytes takes as long as loading the tensors needed from them
         hashed = beside.submit(weights_hash, family, source, vae)
         transformer = filled_part(family, source, family.LAYOUT.denoiser, last, place, kind)
         encoder = filled_part(family, owner, part, last, place, kind).to(memory_format=torch.channels_last)  # faster for convolutions
@@ -69,7 +69,7 @@ def load_family(
 
 
 def check_loadable(family: Family, source: Source, whole: bool = False) -> None:
-    """Raises ModelUnavailable for what `load` would refuse, as far as it shows without reading weights and without a network.
+    """Raise ModelUnavailable for what `load` would reject, as far as this can be seen without reading weights or using a network.
 
     whole: as in `load(whole=True)`.
     """

@@ -1,4 +1,4 @@
-"""The named models: whether they are here, and their licences."""
+"""The named models: whether they are available locally, and their licences."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from padseg.errors import ModelUnavailable
 
 
 def model_row(name: str, settings_of: Callable[[Spec], dict[str, Any]]) -> dict[str, Any]:
-    """A named model: repo, family, state, local, folder, bytes on disk, licence, gated, settings. Nothing is downloaded.
+    """Describe a named model: repo, family, state, local, folder, bytes on disk, licence, gated, settings. Downloads nothing.
 
-    settings_of: gives the settings that a method has for the model; they are listed with its facts.
+    settings_of: returns a method's settings for the model, which are listed together with the model's own facts.
     """
     spec, folder = BACKBONES[name], None
     try:
@@ -36,5 +36,5 @@ def model_row(name: str, settings_of: Callable[[Spec], dict[str, Any]]) -> dict[
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of all files below."""
+    """Total size in bytes of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob('*') if path.is_file())

@@ -1,4 +1,4 @@
-"""How much noise a step of a model's schedule has, and how it is mixed with a picture: flow matching and DDPM."""
+"""The noise level of each step of a model's schedule, and adding noise to a latent: flow matching and DDPM."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class NoiseLevel(NamedTuple):
-    """What a step makes of a picture: signal * clean + sigma * noise. timestep: what the model is told of it, on its schedule's scale."""
+    """A step's mix, signal * clean + sigma * noise. timestep: the model's time input, on its schedule's scale."""
 
     signal: float
     sigma: float
@@ -17,33 +17,33 @@ class NoiseLevel(NamedTuple):
 
 
 def noised(clean: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
-    """A latent (B, C, H', W') with noise of the same shape, as the model takes it at this level."""
+    """Add noise to a latent (B, C, H', W') at a noise level; the noise has the same shape."""
     return level.signal * clean + level.sigma * noise
 
 
 def scheduled(scheduler: Any, **timesteps: Any) -> Any:
-    """A copy of one of diffusers' schedulers after `set_timesteps(**timesteps)`; the one that is given stays as it is."""
+    """Return a copy of a diffusers scheduler after `set_timesteps(**timesteps)`; the original stays unchanged."""
     schedule = copy.copy(scheduler)
     schedule.set_timesteps(**timesteps)
     return schedule
 
 
 def flow_level(schedule: Any, step: int) -> NoiseLevel:
-    """Flow matching, (1 - sigma) x + sigma e (Esser et al. 2024, Sec. 3): the step-th step from the end of a schedule, 1 has least noise.
+    """Flow matching, (1 - sigma) x + sigma e (Esser et al. 2024, Sec. 3), at the step-th step from the end; step 1 has the least noise.
 
-    ValueError for a step that the schedule does not have.
+    Raises ValueError for a step outside the schedule.
     """
     timestep = timestep_of(schedule, step)
-    sigma = float(schedule.sigmas[-1 - step])  # the last one belongs to no step
+    sigma = float(schedule.sigmas[-1 - step])  # the last sigma belongs to no step
     return NoiseLevel(1 - sigma, sigma, timestep)
 
 
 def ddpm_level(schedule: Any, step: int) -> NoiseLevel:
-    """DDPM: the step-th step from the end of a schedule, 1 has least noise.
+    """DDPM noise level at the step-th step from the end of a schedule; step 1 has the least noise.
 
-    Schedulers that divide by the signal (Euler, DPM-Solver) have sigmas of their own, s = sqrt((1 - a) / a), between timesteps too; what
-    the model sees is (x + s e) / sqrt(1 + s²). PNDM repeats a timestep near the noisy end, which counts as a step of its own.
-    ValueError for a step that the schedule does not have, or for whose timestep there is no noise level.
+    Schedulers that divide by the signal (Euler, DPM-Solver) define their own sigmas, s = sqrt((1 - a) / a), also between timesteps; the
+    model then sees (x + s e) / sqrt(1 + s²). PNDM repeats a timestep near the noisy end, which counts as a separate step. Raises ValueError
+    for a step outside the schedule, or one whose timestep has no noise level.
     """
     timestep = timestep_of(schedule, step)
     sigmas = getattr(schedule, 'sigmas', None)
@@ -55,11 +55,11 @@ def ddpm_level(schedule: Any, step: int) -> NoiseLevel:
 
 
 def ddpm_level_at(scheduler: Any, timestep: int) -> NoiseLevel:
-    """DDPM, sqrt(a) x + sqrt(1 - a) e (Ho et al. 2020, Eq. 4), at a timestep of the training. ValueError for one that it did not have."""
+    """DDPM, sqrt(a) x + sqrt(1 - a) e (Ho et al. 2020, Eq. 4), at a training timestep. ValueError for a timestep out of range."""
     count = len(scheduler.alphas_cumprod)
     if not 0 <= timestep < count:
         raise ValueError(f'timestep must be in 0..{count - 1}; got {timestep}')
-    kept = scheduler.alphas_cumprod[timestep]  # float32, as are the roots of diffusers' own add_noise
+    kept = scheduler.alphas_cumprod[timestep]  # float32, as in diffusers' own add_noise
     return NoiseLevel(float(kept**0.5), float((1 - kept) ** 0.5), float(timestep))
 
 

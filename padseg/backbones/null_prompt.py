@@ -1,4 +1,4 @@
-"""The embedding of the empty prompt, a constant of a model: computed once, then kept in padseg's cache."""
+"""The embedding of the empty prompt: a constant of each model, computed once and kept in padseg's cache."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def null_prompt(family: Family, source: Source, transformer: Any, device: torch.device, dtype: torch.dtype) -> Prompt:
-    """The empty prompt: from the cache, or computed once and cached."""
+    """Load the empty prompt from the cache, or compute and cache it."""
     slots = source.spec.sequence
     shapes = family.prompt_shapes(slots, transformer.config)
     cached = cache_path(source)
@@ -30,7 +30,7 @@ def null_prompt(family: Family, source: Source, transformer: Any, device: torch.
     if shapes_of(tensors) != shapes:
         tensors = family.compute_null_prompt(source, transformer, slots)
         if shapes_of(tensors) != shapes:
-            raise ModelUnavailable(f'the text encoders of {source.model} give {shapes_of(tensors)}; its transformer takes {shapes}')
+            raise ModelUnavailable(f'the text encoders of {source.model} produce {shapes_of(tensors)}; its transformer takes {shapes}')
         write_cache(tensors, cached)
     embeds, pooled = (tensors[name].to(device, dtype) for name in shapes)
     names = tuple(family.null_names(slots))
@@ -38,7 +38,7 @@ def null_prompt(family: Family, source: Source, transformer: Any, device: torch.
 
 
 def prompt_is_cached(source: Source) -> bool:
-    """Whether loading needs no text encoders."""
+    """Return whether the model loads without its text encoders."""
     return bool(read_cache(cache_path(source)))
 
 
@@ -47,23 +47,23 @@ def shapes_of(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def cache_path(source: Source, text: str = '') -> pathlib.Path:
-    """The file for a model and a text."""
+    """Cache file for a model and a text."""
     return path_of(source, encoders_key(source), text)
 
 
 def encoders_key(source: Source) -> str:
-    """Which text encoders a model has: the commit of a hub snapshot, the content of theirs in a folder."""
+    """Identify a model's text encoders: by commit for a hub snapshot, by content for a folder."""
     return source.commit or content_hash(source.folder, text_files(source))
 
 
 def path_of(source: Source, key: str, text: str = '') -> pathlib.Path:
-    """Where the embedding of a text by the encoders of this key is kept."""
+    """Cache file for the embedding of a text by the encoders with this key."""
     words = f'{source.spec.repo if source.commit else ""} {key} {source.spec.sequence}' + (f' {text}' if text else '')
     return cache_home() / 'prompts' / f'{hashlib.sha256(words.encode()).hexdigest()}.safetensors'
 
 
 def read_cache(path: pathlib.Path) -> dict[str, Tensor]:
-    """The cached tensors, none if there are none; what cannot be read is computed again."""
+    """Read the cached tensors; an empty dict if the file is missing or unreadable, so that they are computed again."""
     try:
         return load_file(path)
     except (OSError, SafetensorError):
@@ -71,7 +71,7 @@ def read_cache(path: pathlib.Path) -> dict[str, Tensor]:
 
 
 def write_cache(tensors: dict[str, Tensor], path: pathlib.Path, what: str = 'the null prompt') -> None:
-    """Whole or not at all; a cache that cannot be written costs time only."""
+    """Write the cache file atomically. A failure is only logged, because a missing cache costs only time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:

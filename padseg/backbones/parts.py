@@ -1,4 +1,4 @@
-"""The parts of a model read from its folder: transformer and VAE cut down to what is needed, tokenizers, text encoders."""
+"""Load a model's parts from its folder: transformer and VAE, cut down to what is needed, tokenizers and text encoders."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from padseg.backbones.weights import build_empty, fill_weights, refuse_lost
 from padseg.errors import ModelUnavailable, UsageError
 from padseg.types import Tokens
 
-BLANK = '▁'  # T5's token for a space before what it has no token for with a space
-SMALL = 1 << 30  # bytes: smaller models run in float32 everywhere
-BFLOAT16 = ('avx512_bf16', 'amx_bf16', 'bf16', 'sve_bf16')  # what CPUs call it
-# what diffusers and transformers raise on files that are missing, damaged or of another kind
+BLANK = '▁'  # T5's token for a space before a character that it has no space-prefixed token for
+SMALL = 1 << 30  # bytes; smaller models run in float32 on every device
+BFLOAT16 = ('avx512_bf16', 'amx_bf16', 'bf16', 'sve_bf16')  # torch's names for CPU support of bfloat16
+# raised by diffusers and transformers for files that are missing, damaged or of the wrong kind
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
 
@@ -37,17 +37,24 @@ def choose_device(device: str | None) -> torch.device:
 
 
 def choose_dtype(device: torch.device, size: int) -> torch.dtype:
-    """float32 for small models; for others float16 on a GPU, and bfloat16 on a CPU that multiplies in it."""
+    """Choose float32 for small models, else float16 on a GPU, bfloat16 on a CPU with native support for it, and float32 on other CPUs."""
     if size < SMALL:
         return torch.float32
     if device.type != 'cpu':
         return torch.float16
+    return torch.bfloat16 if has_bfloat16(device) else torch.float32
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is worth using: CPUs without native support emulate it, and convolutions take many times as long."""
+    if device.type != 'cpu':
+        return True
     capable = torch.cpu.get_capabilities()
-    return torch.bfloat16 if any(capable.get(name) for name in BFLOAT16) else torch.float32
+    return any(capable.get(name) for name in BFLOAT16)
 
 
 def weights_hash(family: Family, source: Source, vae: Source | None) -> str:
-    """SHA-256 over the files of transformer and VAE."""
+    """SHA-256 over the files of the transformer and the VAE."""
     if vae is None:
         return content_hash(source.folder, part_files(source.folder, family.LAYOUT.networks))
     hashes = (
@@ -58,7 +65,7 @@ def weights_hash(family: Family, source: Source, vae: Source | None) -> str:
 
 
 def built(family: Family, source: Source, part: str) -> Any:
-    """The whole transformer or VAE without weights. ModelUnavailable for a configuration that cannot be used."""
+    """Build the whole transformer or VAE without weights. Raises ModelUnavailable for an unusable configuration."""
     config = read_json(source.folder / part / 'config.json')
     layout = family.LAYOUT
     kinds = {layout.denoiser: layout.network, 'vae': layout.vae, '.': 'AutoencoderTiny'}
@@ -69,7 +76,7 @@ def built(family: Family, source: Source, part: str) -> Any:
 
 
 def cut_model(family: Family, model: Any, part: str, layer: int | None) -> None:
-    """Leave of a transformer what blocks 0..layer need, if its family can be cut, of a VAE the encoder; of both all if layer is None."""
+    """Reduce a transformer to what blocks 0..layer need, if its family allows it, or a VAE to its encoder; None keeps everything."""
     if layer is None:
         return
     if part != family.LAYOUT.denoiser:
@@ -79,7 +86,7 @@ def cut_model(family: Family, model: Any, part: str, layer: int | None) -> None:
 
 
 def filled_part(family: Family, source: Source, part: str, layer: int | None, place: torch.device, kind: torch.dtype) -> Any:
-    """A model with its weights, cut as by `cut_model`."""
+    """Load a transformer or VAE with its weights, cut as by `cut_model`."""
     model = built(family, source, part)
     known = set(model.state_dict())
     cut_model(family, model, part, layer)
@@ -92,7 +99,7 @@ def filled_part(family: Family, source: Source, part: str, layer: int | None, pl
 
 
 def tensors_needed(family: Family, source: Source, part: str, layer: int | None) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what `load` reads of the transformer or VAE for blocks 0..layer, or of the whole."""
+    """Names and shapes of the tensors that `load` reads from the transformer or VAE for blocks 0..layer, or from all of it."""
     model = built(family, source, part)
     cut_model(family, model, part, layer)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -108,7 +115,7 @@ def unreadable(source: Source, part: str, error: Exception) -> ModelUnavailable:
 
 
 def read_part(kind: Any, source: Source, part: str, config: str, **options: Any) -> Any:
-    """A component from its folder, where its configuration must be. Raises ModelUnavailable for missing and damaged files."""
+    """Load a component from its folder, which must hold its configuration. Raises ModelUnavailable for missing or damaged files."""
     folder = source.folder / part
     read_json(folder / config)
     try:
@@ -118,7 +125,7 @@ def read_part(kind: Any, source: Source, part: str, config: str, **options: Any)
 
 
 def read_model(kind: Any, source: Source, part: str, **options: Any) -> Any:
-    """A component with weights, from safetensors only. ModelUnavailable also when a tensor is missing: it would be left random."""
+    """Load a component with weights, from safetensors only. A missing tensor is also ModelUnavailable: it would stay random."""
     with without_bars():
         model, info = read_part(kind, source, part, 'config.json', use_safetensors=True, output_loading_info=True, **options)
     refuse_lost(info['missing_keys'], source.folder / part, f'{part} of {source.model}')
@@ -126,8 +133,8 @@ def read_model(kind: Any, source: Source, part: str, **options: Any) -> Any:
 
 
 def read_text_encoders(source: Source, dtype: torch.dtype) -> dict[str, Any]:
-    """Text encoders by their folders. On the CPU always: what they give is a constant of the model and must not depend on where it was
-    computed first.
+    """Load the text encoders, keyed by folder. They always run on the CPU: their output is a constant of the model and must not depend on
+    the device that computed it first.
     """
     import transformers
 
@@ -136,7 +143,7 @@ def read_text_encoders(source: Source, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def read_scheduler(family: Family, source: Source) -> Any:
-    """The scheduler that the model comes with. ModelUnavailable for one that its family does not have."""
+    """Load the model's own scheduler. Raises ModelUnavailable for a scheduler unknown to its family."""
     known = family.LAYOUT.schedulers
     kind = read_json(source.folder / 'scheduler' / config_name('scheduler')).get('_class_name', known[0])
     if kind not in known:
@@ -146,7 +153,7 @@ def read_scheduler(family: Family, source: Source) -> Any:
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Hide transformers' progress bars while weights are read from disk or written to it; those of downloads stay visible."""
+    """Hide transformers' progress bars for reading and writing weights on disk; download bars stay visible."""
     from transformers.utils import logging as bars
 
     shown = bars.is_progress_bar_enabled()
@@ -160,7 +167,7 @@ def without_bars() -> Iterator[None]:
 
 @contextmanager
 def without_advice() -> Iterator[None]:
-    """Hide transformers' advice to programmers, such as on imports of diffusers' pipelines that are not used here."""
+    """Hide transformers' developer advice, such as warnings about imports of pipelines that padseg does not use."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -172,7 +179,7 @@ def without_advice() -> Iterator[None]:
 
 
 def clip_tokenizer(source: Source, part: str, slots: int) -> Any:
-    """A tokenizer that fills `slots` places. Its vocabulary is looked for first: transformers would make an empty one."""
+    """Load a CLIP tokenizer with maximum length `slots`. Checks for its vocabulary first: transformers would create an empty one."""
     from transformers import CLIPTokenizer
 
     folder = source.folder / part
@@ -180,12 +187,12 @@ def clip_tokenizer(source: Source, part: str, slots: int) -> Any:
         raise ModelUnavailable(f'{part} of {source.model} has no vocabulary: {folder} needs tokenizer.json, or vocab.json and merges.txt')
     tokenizer = read_part(CLIPTokenizer, source, part, 'tokenizer_config.json')
     if tokenizer.model_max_length != slots:
-        raise ModelUnavailable(f'{part} of {source.model} fills {tokenizer.model_max_length} places; expected {slots}')
+        raise ModelUnavailable(f'{part} of {source.model} has {tokenizer.model_max_length} slots; expected {slots}')
     return tokenizer
 
 
 def tokens_of(tokenizer: Any, text: str, first: int, slots: int) -> Tokens:
-    """All tokens of a text, even more than fit, with the places in the text that they stand for."""
+    """Tokenize a text without truncation, and return the tokens with their positions in the text."""
     encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
     special = set(tokenizer.all_special_ids)
     words = tokenizer.convert_ids_to_tokens(encoded.input_ids)

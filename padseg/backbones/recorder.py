@@ -1,4 +1,4 @@
-"""Queries, keys, values and outputs of chosen layers of an unchanged transformer, reduced while the layer runs."""
+"""Record queries, keys, values and outputs of chosen attention layers of an unmodified transformer, reduced while the layer runs."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ QUERIES_AND_KEYS: tuple[What, ...] = ('queries', 'keys')
 
 @dataclasses.dataclass(frozen=True)
 class Request(Generic[T]):
-    """What is wanted of one attention module. reduce: makes what is kept from the tensors of its call, which are let go after it.
+    """A request to record one attention module. reduce: computes the result to keep from the call's tensors, which are freed afterwards.
 
-    what: which of them it reads. Queries and keys are always given; values, and the output before its projection, only on request.
+    what: the tensors that `reduce` reads. Queries and keys are always given; values, and the output before its projection, only on request.
     """
 
     module: nn.Module
@@ -37,16 +37,16 @@ class Request(Generic[T]):
 def requests_of(
     backbone: Backbone, layers: Iterable[int], reduce: Callable[[Attention], T], what: tuple[What, ...] = QUERIES_AND_KEYS
 ) -> dict[int, Request[T]]:
-    """The same request for several layers of a model. UsageError for a layer of which this was not read, or that is compiled."""
+    """Make the same request for several layers of a model. UsageError for a layer that was not fully loaded or is compiled."""
     return {layer: Request(backbone.attention_module(layer, what), reduce, what) for layer in layers}
 
 
 class _Stop(Exception):
-    """Leaves a forward whose remaining layers are not needed."""
+    """Leaves a forward pass whose remaining layers are not needed."""
 
 
 class _Recorder(TorchFunctionMode):
-    """Answers requests at the fused attention call of a module that runs."""
+    """Answers requests inside the running module's fused attention call."""
 
     def __init__(self, requests: Mapping[Any, Request[Any]], stop: bool) -> None:
         super().__init__()
@@ -93,10 +93,10 @@ def _only(seen: Attention, what: tuple[What, ...]) -> Attention:
 
 @contextmanager
 def watch(requests: Mapping[Any, Request[T]], stop: bool = True) -> Iterator[dict[Any, T]]:
-    """Fill a dict with what every request keeps, under the request's key, while the block runs a forward.
+    """Fill a dict with the result of each request, under the request's key, while the block runs a forward pass.
 
-    With stop, forward and block end inside the last of the requested modules, before its attention is computed unless its output is
-    requested. Reductions keep their graph. Raises PadsegError if a request was never answered (another attention backend is set).
+    With `stop`, forward pass and block end inside the last requested module, before its attention is computed unless its output is
+    requested. Reductions keep their graph. Raises PadsegError if a request stays unanswered (another attention backend is set).
     """
     recorder = _Recorder(requests, stop)
     modules = {request.module: None for request in requests.values()}

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: what differs from other families. Text stands after the image among the keys."""
+"""Stable Diffusion 3 and 3.5: what differs from other families. Text tokens come after image tokens among the keys."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def blocks(transformer: SD3Transformer2DModel) -> Sequence[nn.Module]:
 
 
 def cut(transformer: SD3Transformer2DModel, layer: int) -> None:
-    """Leave the blocks 0..layer, of the last of them only what its queries and keys need: there the forward stops."""
+    """Keep blocks 0..layer, and of the last one only what its queries and keys need, because the forward pass stops there."""
     transformer.transformer_blocks = transformer.transformer_blocks[: layer + 1]
     transformer.norm_out = transformer.proj_out = None
     last = transformer.transformer_blocks[layer]
     last.attn2 = last.ff = last.ff_context = None
-    last.attn.to_v = last.attn.add_v_proj = nn.Identity()  # the processor asks for values before it comes to queries and keys
+    last.attn.to_v = last.attn.add_v_proj = nn.Identity()  # the processor computes values before queries and keys
     last.attn.to_out = last.attn.to_add_out = None
 
 
 def noise_level(scheduler: Any, steps: int, step: int, image_tokens: int) -> NoiseLevel:
-    """The same for pictures of all sizes."""
+    """Noise level of a step, the same for all picture sizes."""
     return flow_level(scheduled(scheduler, num_inference_steps=steps), step)
 
 
@@ -60,7 +60,7 @@ def compute_null_prompt(source: Source, transformer: SD3Transformer2DModel, slot
 
 
 def text_pipeline(source: Source, transformer: SD3Transformer2DModel) -> Any:
-    """diffusers' pipeline with the two CLIP text encoders, enough to encode texts."""
+    """Build diffusers' pipeline with the two CLIP text encoders and nothing else that encoding texts does not need."""
     with without_advice():
         from diffusers import StableDiffusion3Pipeline
 
@@ -72,8 +72,8 @@ def text_pipeline(source: Source, transformer: SD3Transformer2DModel) -> Any:
 
 
 def encode_text(pipeline: Any, slots: int, text: str) -> dict[str, Tensor]:
-    """CLIP-L and CLIP-G joined along channels in the first half, zeros for T5 in the second: embeds (1, 2 slots, D), pooled (1, E)."""
-    # diffusers fills T5's half with zeros by itself; its length must be said, as the default is not 77
+    """CLIP-L and CLIP-G joined along the channels of the first half, zeros for T5 in the second: embeds (1, 2 slots, D); pooled (1, E)."""
+    # diffusers fills T5's half with zeros, but needs its length, because the default is not 77
     with torch.no_grad():
         embeds, _, pooled, _ = pipeline.encode_prompt(
             prompt=text,

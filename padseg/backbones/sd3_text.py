@@ -1,4 +1,4 @@
-"""Texts for Stable Diffusion 3: CLIP-L and CLIP-G share the first columns, each in channels of its own; T5 has columns of its own."""
+"""Text encoding for Stable Diffusion 3: CLIP-L and CLIP-G share the first columns, split by channel; T5 has its own columns."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from padseg.errors import ModelUnavailable, UsageError
 from padseg.types import Tokens
 
 CLIPS = {'l': ('tokenizer',), 'g': ('tokenizer_2',), 'l+g': ('tokenizer', 'tokenizer_2'), 't5': (), 'l+g+t5': ('tokenizer', 'tokenizer_2')}
-PAD = '!'  # of the second CLIP tokenizer
-T5_PARTS = ('text_encoder_3', 'tokenizer_3')  # read only for names that are to go through it
-# the weights lie beside those in half precision
+PAD = '!'  # the second CLIP tokenizer's pad token
+T5_PARTS = ('text_encoder_3', 'tokenizer_3')  # loaded only if T5 encodes the class names
+# explicit patterns, because the repository also holds half-precision weights
 T5_FILES = ('text_encoder_3/config.json', 'text_encoder_3/model.safetensors*', 'text_encoder_3/model-*.safetensors', 'tokenizer_3/*')
 
 
 @dataclasses.dataclass
 class SD3Texts:
-    """Tokenizers and, once they are needed, text encoders of one model; see `Texts`."""
+    """A model's tokenizers and text encoders, both loaded on first use; see `Texts`."""
 
     source: Source
     transformer: Any
-    keep: bool  # whether embeddings are kept in padseg's cache
+    keep: bool  # whether to cache embeddings on disk
 
     @cached_property
     def clip_tokenizers(self) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class SD3Texts:
 
     @cached_property
     def t5_encoder(self) -> Any:
-        """On the CPU always, as the other encoders; a large one in bfloat16, as it would take 19 GB in float32."""
+        """Load T5 on the CPU, like the other encoders; a large one in bfloat16, because float32 would take 19 GB."""
         from transformers import T5EncoderModel
 
         size = sum(path.stat().st_size for path in weight_files(self.source.folder, ('text_encoder_3',)))
@@ -61,7 +61,7 @@ class SD3Texts:
 
     @cached_property
     def clip_key(self) -> str:
-        """Which encoders these are; of a folder their content, which takes a second a gigabyte to tell."""
+        """Identify the CLIP encoders. For a local folder this hashes their files, which takes about a second per gigabyte."""
         return encoders_key(self.source)
 
     @cached_property
@@ -69,9 +69,9 @@ class SD3Texts:
         return self.source.commit or content_hash(self.source.folder, t5_files(self.source))
 
     def tokens(self, text: str, encoders: str) -> dict[str, Tokens]:
-        """CLIP's tokens from column 0 on, T5's after CLIP's slots.
+        """CLIP's tokens from column 0, and T5's after CLIP's slots.
 
-        If the two CLIP tokenizers cut a text differently, UsageError where that is due to `!`, else ModelUnavailable.
+        If the two CLIP tokenizers split a text differently, raises UsageError when `!` is the cause, else ModelUnavailable.
         """
         slots = self.source.spec.sequence
         tokens = {}
@@ -89,7 +89,9 @@ class SD3Texts:
         return tokens
 
     def encode(self, text: str, encoders: str, unused: str) -> tuple[Tensor, Tensor]:
-        """The arms of Yamaguchi and Yanai's comparison: channels of a CLIP encoder that is not used are zeros, of the pooled vector too."""
+        """Encode a text for any arm of Yamaguchi and Yanai's comparison: channels of an unused CLIP encoder are zero, also in the pooled
+        vector.
+        """
         shapes = prompt_shapes(self.source.spec.sequence, self.transformer.config)
         embeds, pooled = (torch.zeros(shape) for shape in shapes.values())
         clip, t5 = embeds.chunk(2, 1)  # (1, slots, D) each
@@ -107,7 +109,7 @@ class SD3Texts:
         return embeds.to(place, kind), pooled.to(place, kind)
 
     def channels(self, part: str) -> tuple[tuple[int, int], tuple[int, int]]:
-        """First and last + 1 of a CLIP encoder's channels, of a token and of the pooled vector."""
+        """Channel range (start, stop) of a CLIP encoder in a token embedding and in the pooled vector."""
         bounds = []
         for name in ('hidden_size', 'projection_dim'):
             first = int(read_json(self.source.folder / 'text_encoder' / 'config.json')[name])
@@ -116,7 +118,7 @@ class SD3Texts:
         return bounds[0], bounds[1]
 
     def clip(self, text: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """By both CLIP encoders, from the cache or computed; the empty text is the null prompt itself."""
+        """Encode with both CLIP encoders, or read the cache; the empty text is the null prompt."""
         path = path_of(self.source, self.clip_key, text)
         tensors = read_cache(path)
         if shapes_of(tensors) != shapes:
@@ -125,7 +127,7 @@ class SD3Texts:
         return tensors
 
     def t5(self, text: str) -> Tensor:
-        """By T5, padded without a mask as in diffusers' pipeline: (1, slots, D)."""
+        """Encode with T5, padded without a mask as in diffusers' pipeline: (1, slots, D)."""
         source, slots = self.source, self.source.spec.sequence
         tokenizer = self.t5_tokenizer
         path = path_of(source, self.t5_key, f't5 {text}')
@@ -143,14 +145,14 @@ class SD3Texts:
 
 
 def t5_files(source: Source) -> list[pathlib.Path]:
-    """The files of T5 and its tokenizer, from the hub if they are not there yet."""
+    """Return the files of T5 and its tokenizer, downloading them from the hub if needed."""
     if source.commit:
         snapshot(source.spec.repo, source.commit, T5_FILES)
     return part_files(source.folder, T5_PARTS)
 
 
 def clip_tokens(tokenizer: Any, text: str, slots: int) -> Tokens:
-    """A text as a CLIP tokenizer cuts it. The second takes every `!` for its pad token; one that stands in the text is a word there."""
+    """Tokenize a text with a CLIP tokenizer. The second one treats every `!` as padding; here a `!` in the text counts as a word."""
     tokens = tokens_of(tokenizer, text, 0, slots)
     if tokenizer.pad_token != PAD:
         return tokens

@@ -1,4 +1,4 @@
-"""Where a model's files are: the package, a folder, or the hub's cache; and what identifies their content."""
+"""Locate a model's files, in the package, a folder or the hub's cache, and identify their content."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from padseg.backbones.layout import LAYOUTS, all_main, config_name, denoiser_in,
 from padseg.backbones.spec import BACKBONES, DEPTHS, FAMILIES, Spec
 from padseg.errors import ModelUnavailable, PadsegError, UsageError
 
-SMALL_VAE = 'tiny'  # stands for the one that a family has on the hub
-# what `padseg.json` of version 0.1 stated beside the facts: settings of Seg4Diff
+SMALL_VAE = 'tiny'  # stands for the family's small VAE on the hub
+# settings of Seg4Diff that version 0.1 kept at the top level of `padseg.json`
 BESIDE_FACTS = ('step', 'normalisation', 'threshold', 'refine', 'superpixels', 'join', 'components', 'min_area')
 HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
 BLOCK = 1 << 24
 
 
 class Source(NamedTuple):
-    """A located model. commit: of a hub snapshot, None for a folder."""
+    """A located model. commit: commit of a hub snapshot, None for a folder."""
 
     spec: Spec
     model: str
@@ -33,9 +33,9 @@ class Source(NamedTuple):
 
 
 def locate(model: str, revision: str | None = None, *, fetch: bool = True) -> Source:
-    """The files of a model and its row; `padseg.json` in the folder overrides the row. Of the weights only the headers are read.
+    """Locate a model's files and read its facts, which `padseg.json` in the folder overrides. Of the weights, only headers are read.
 
-    Without fetch, nothing is downloaded and the hub is not asked. Raises UsageError for an unknown name, ModelUnavailable otherwise.
+    Without `fetch`, nothing is downloaded and the hub is not contacted. Raises UsageError for an unknown name, else ModelUnavailable.
     """
     spec, commit_or_branch = named_row(model, revision)
     folder = pathlib.Path(spec.repo)
@@ -57,7 +57,7 @@ def locate(model: str, revision: str | None = None, *, fetch: bool = True) -> So
 
 
 def locate_vae(name: str, family: str) -> Source:
-    """The files of a small VAE that comes by itself: `tiny`, a hub id or a folder. Raises UsageError, ModelUnavailable."""
+    """Locate the files of a standalone small VAE: `tiny`, a hub id or a folder. Raises UsageError, ModelUnavailable."""
     repo = LAYOUTS[family].small_vae if name == SMALL_VAE else name
     folder, commit = pathlib.Path(repo), None
     if not folder.is_dir():
@@ -71,7 +71,7 @@ def locate_vae(name: str, family: str) -> Source:
 
 
 def named_row(model: str, revision: str | None = None) -> tuple[Spec, str | None]:
-    """The row of a model's name before anything is read, and the revision wanted. Raises UsageError for what can be no model."""
+    """Return the facts known from a model's name alone, and the revision wanted. Raises UsageError for a name that cannot be a model."""
     name, _, tagged = model.partition('@')
     if model in BACKBONES:
         return BACKBONES[model], revision
@@ -92,23 +92,23 @@ def no_layout(name: str) -> ModelUnavailable:
 
 
 def main_files() -> tuple[str, ...]:
-    """Patterns of the files that a model of any family needs beside its text encoders."""
+    """Glob patterns of the files that a model of any family needs besides its text encoders."""
     return ('model_index.json', 'padseg.json', *(f'{part}/*' for part in all_main()))
 
 
 def text_parts(source: Source) -> tuple[str, ...]:
-    """Text encoders and tokenizers."""
+    """Folders of the text encoders and tokenizers."""
     return LAYOUTS[source.spec.family].text
 
 
 def snapshot(repo: str, revision: str | None, patterns: Sequence[str], *, fetch: bool = True) -> pathlib.Path:
-    """The folder of the hub's files that match, downloaded unless cached; it may lack some. Of SD3, T5 is never among them."""
+    """Return the folder of a hub snapshot, downloading matching files unless cached. It may lack some; for SD3, T5 is never in it."""
     from huggingface_hub import errors, snapshot_download
 
     try:
         return pathlib.Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns), local_files_only=not fetch))
     except hub_errors() as error:
-        # newer clients refuse a folder that lacks any file of the repository; which of them are needed is decided here
+        # newer clients reject a snapshot that lacks any file of the repository; padseg itself decides which files it needs
         partial = getattr(error, 'snapshot_path', None)
         if partial and isinstance(error, errors.LocalEntryNotFoundError):
             return pathlib.Path(partial)
@@ -116,14 +116,14 @@ def snapshot(repo: str, revision: str | None, patterns: Sequence[str], *, fetch:
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
-    """All that the hub's client raises for what is wrong with a repository, an account or the network."""
+    """Exceptions of the hub's client for problems with a repository, an account or the network."""
     from huggingface_hub import errors
 
     return (OSError, errors.HFValidationError, errors.EntryNotFoundError, errors.HTTPError)
 
 
 def refusal(repo: str, revision: str | None, error: Exception) -> PadsegError:
-    """What an error of the hub's client means, in one line with the remedy."""
+    """Turn an error of the hub's client into one line that says what is wrong and how to fix it."""
     from huggingface_hub import errors, get_token, is_offline_mode
 
     page = f'https://huggingface.co/{repo}'
@@ -143,7 +143,7 @@ def refusal(repo: str, revision: str | None, error: Exception) -> PadsegError:
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return ModelUnavailable(f'{repo} has no revision {revision}: {page}/tree/main lists branches and tags', 'unknown revision')
-    # a repository that is not there is answered with 401 to those without a token, which the client knows of the usual endpoint only
+    # the hub answers 401 for a missing repository if there is no token; the client handles this only for the default endpoint
     if isinstance(error, errors.RepositoryNotFoundError) or (status == 401 and get_token() is None):
         remedy = '`hf auth login`' if get_token() is None else 'that the account of your token may read it (`hf auth whoami`)'
         return ModelUnavailable(f'{repo} is not on the hub, or is private: check the name, or {remedy}', 'unknown repository')
@@ -167,7 +167,7 @@ def refusal(repo: str, revision: str | None, error: Exception) -> PadsegError:
 
 
 def check_files(source: Source, parts: Sequence[str]) -> None:
-    """Raises ModelUnavailable if a file of these parts is missing, a configuration is not JSON, or weights do not fit their header."""
+    """Raise ModelUnavailable if a file of these parts is missing, a configuration is not JSON, or weights do not match their header."""
     from safetensors import SafetensorError
 
     refuse_missing(source.model, source.folder, source.commit, parts)
@@ -182,7 +182,7 @@ def check_files(source: Source, parts: Sequence[str]) -> None:
 
 
 def refuse_missing(model: str, folder: pathlib.Path, commit: str | None, parts: Sequence[str]) -> None:
-    """Raises ModelUnavailable that names the files of these parts which loading needs and which are not there."""
+    """Raise ModelUnavailable if files that loading needs from these parts are missing; the message names them."""
     missing = [f'{name} in {part}' for part in parts for name in needed(folder, part) if not (folder / part / name).is_file()]
     if missing:
         remedy = 'run again with a network to fetch the rest' if commit else 'copy or download the folder again'
@@ -190,7 +190,7 @@ def refuse_missing(model: str, folder: pathlib.Path, commit: str | None, parts: 
 
 
 def needed(folder: pathlib.Path, part: str) -> list[str]:
-    """Names of the files that a part is loaded from, whether they are there or not."""
+    """Names of the files that a part is loaded from, whether or not they exist."""
     weights = [path.name for path in weight_files(folder, (part,))]
     vocabulary: list[str] = []
     if part.startswith('tokenizer') and not (folder / part / 'tokenizer.json').is_file():
@@ -200,7 +200,7 @@ def needed(folder: pathlib.Path, part: str) -> list[str]:
 
 
 def weight_files(folder: pathlib.Path, parts: Sequence[str]) -> list[pathlib.Path]:
-    """The safetensors of these parts: one each, or the shards that its index lists; they need not be there."""
+    """Paths of the parts' safetensors files: one per part, or the shards that its index lists; they need not exist."""
     paths = []
     for part in parts:
         if name := weights_name(part):
@@ -219,7 +219,7 @@ def shards(index: pathlib.Path) -> list[str]:
 
 
 def tensor_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor in a safetensors file, from its header. Raises OSError or SafetensorError if it is damaged."""
+    """Read the shape of each tensor from a safetensors file's header. Raises OSError or SafetensorError if the file is damaged."""
     from safetensors import safe_open
 
     with safe_open(path, 'np') as file:
@@ -227,7 +227,7 @@ def tensor_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_row(spec: Spec, folder: pathlib.Path) -> Spec:
-    """The row of the family and with the number of blocks of the folder's transformer, and whatever its `padseg.json` says."""
+    """Complete a model's facts with the family and block count of the transformer in the folder, then with its `padseg.json`."""
     config = folder / denoiser_in(folder) / 'config.json'
     values = read_json(config)
     kind = str(values.get('_class_name', 'SD3Transformer2DModel'))
@@ -249,9 +249,9 @@ def block_count(values: dict[str, Any], name: str, config: pathlib.Path) -> int:
 
 
 def own_row(spec: Spec, path: pathlib.Path) -> Spec:
-    """The row with what a `padseg.json` states: facts of the model, and under the name of a method settings for it.
+    """Apply a `padseg.json` to a model's facts: facts at the top level, and settings of a method under the method's name.
 
-    ModelUnavailable, naming the key, for one that is not known or not allowed.
+    Raises ModelUnavailable, naming the key, for a key or value that is not allowed.
     """
     stated = read_json(path)
     own = {name: value for name, value in stated.items() if isinstance(value, dict)}
@@ -279,7 +279,7 @@ def own_row(spec: Spec, path: pathlib.Path) -> Spec:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file of a model's part. Raises ModelUnavailable if there is none."""
+    """Read the JSON object in a file of a model's part. Raises ModelUnavailable if there is none."""
     try:
         value = json.loads(path.read_text(encoding='utf-8'))
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -294,14 +294,14 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def text_files(source: Source) -> list[pathlib.Path]:
-    """The text encoders' and tokenizers' files, from the hub if they are not there yet."""
+    """Return the files of the text encoders and tokenizers, downloading them from the hub if needed."""
     if source.commit:
         snapshot(source.spec.repo, source.commit, [f'{part}/*' for part in text_parts(source)])
     return part_files(source.folder, text_parts(source))
 
 
 def cache_home() -> pathlib.Path:
-    """Where padseg keeps what it would otherwise compute or make again: $PADSEG_CACHE, or a folder of the user's cache."""
+    """padseg's cache folder: $PADSEG_CACHE, or a folder in the user's cache."""
     home = os.environ.get('PADSEG_CACHE') or os.path.join(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'padseg')
     return pathlib.Path(home).expanduser()
 
@@ -311,7 +311,7 @@ def part_files(folder: pathlib.Path, parts: Sequence[str]) -> list[pathlib.Path]
 
 
 def content_hash(folder: pathlib.Path, paths: Sequence[pathlib.Path]) -> str:
-    """SHA-256 over names and contents; a large file of the hub's cache is named after its SHA-256 and not read again."""
+    """SHA-256 over names and contents. Large files in the hub's cache are named by their SHA-256 and not read again."""
     digest = hashlib.sha256()
     for path in paths:
         blob = path.resolve().name

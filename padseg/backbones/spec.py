@@ -1,4 +1,4 @@
-"""A model as data: where its files are, and facts about it."""
+"""Models as data: where each one's files are, and facts about it."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ TINY = pathlib.Path(__file__).parent.parent / 'models' / 'tiny'
 
 
 class Spec(NamedTuple):
-    """One row, by default that of SD3-medium. A model's folder may state facts of its own in `padseg.json`.
+    """Facts about one model; the defaults are SD3-medium's. A model's folder may override them in `padseg.json`.
 
-    own: settings of methods for this model, by the method's name, as `padseg.json` states them; the methods define their meaning.
+    own: per-model settings of methods from `padseg.json`, keyed by method name; the methods define what they mean.
     """
 
     repo: str  # hub id, or a local folder in diffusers' layout
     family: str = 'sd3'  # key of DEPTHS
-    layers: int = 24  # transformer blocks; Flux's double ones are followed by its single ones
-    layer: int = 9  # expert block, from 0: where attention from image to text groups the picture best
+    layers: int = 24  # transformer blocks; Flux's single blocks follow its double ones
+    layer: int = 9  # expert block, from 0: the one whose image-to-text attention groups the picture best
     steps: int = 28  # length of the noise schedule
-    side: int = 1024  # pixels of the square picture the model was trained on
-    sequence: int = 77  # slots of the text: of each half, CLIP's and T5's, of SD3; of T5's of Flux
-    encoders: str = 'l+g'  # text encoders that names of classes go through, unless others are asked for
+    side: int = 1024  # side in pixels of the square pictures that the model was trained on
+    sequence: int = 77  # text slots: of each half (CLIP's and T5's) for SD3, of T5 for Flux
+    encoders: str = 'l+g'  # default text encoders for class names
     own: Mapping[str, Mapping[str, Any]] = {}
 
 
 FAMILIES = {'SD3Transformer2DModel': 'sd3', 'FluxTransformer2DModel': 'flux'}  # by diffusers' class of the transformer
-DEPTHS = {'sd3': ('num_layers',), 'flux': ('num_layers', 'num_single_layers')}  # where its configuration says how many blocks it has
+DEPTHS = {'sd3': ('num_layers',), 'flux': ('num_layers', 'num_single_layers')}  # configuration keys that give the number of blocks
 
 
 BACKBONES: dict[str, Spec] = {
     'tiny': Spec(repo=str(TINY)),
     'sd3': Spec(repo='stabilityai/stable-diffusion-3-medium-diffusers'),
     'sd3.5': Spec(repo='stabilityai/stable-diffusion-3.5-medium'),
-    # Seg4Diff names blocks 12 and 17; of the two, the later, since what is read for it has both
+    # Seg4Diff names blocks 12 and 17; the later one, because loading up to it covers both
     'flux': Spec(repo='black-forest-labs/FLUX.1-dev', family='flux', layers=57, layer=17, steps=50, encoders='t5'),
 }
 
 
 class Card(NamedTuple):
-    """What a named model's card says of its terms."""
+    """Licence terms from a named model's card."""
 
     licence: str
     gated: bool

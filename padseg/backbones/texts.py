@@ -1,4 +1,4 @@
-"""Any text as a prompt of a loaded model: the protocol of a text reader, and the reader of each family."""
+"""Encode any text as a prompt of a loaded model: the text reader's protocol, and each family's reader."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from padseg.types import Tokens
 
 
 class Texts(Protocol):
-    """The tokenizers of a model, and its text encoders, which are loaded for the first text that is not cached, and then kept."""
+    """A model's tokenizers and text encoders. The encoders are loaded for the first text that is not cached, and then kept."""
 
     def tokens(self, text: str, encoders: str) -> dict[str, Tokens]:
-        """The text as cut by the tokenizers whose tokens have columns, by keys of COLUMNS. UsageError for encoders the model lacks."""
+        """Tokenize a text with each tokenizer whose tokens have columns, by keys of COLUMNS. UsageError for encoders that are missing."""
 
     def encode(self, text: str, encoders: str, unused: str) -> tuple[Tensor, Tensor]:
-        """Embeddings (1, L, D) and pooled (1, E) of a text that fits, in the transformer's type and place."""
+        """Embeddings (1, L, D) and pooled vector (1, E) of a text that fits, in the transformer's dtype and on its device."""
 
 
 def texts_of(backbone: Backbone, keep: bool = True) -> Texts:
-    """The text reader of a model, made once. keep: whether embeddings are kept in padseg's cache."""
+    """Create a text reader for a model. keep: whether to cache embeddings on disk."""
     readers: dict[str, Callable[[Source, Any, bool], Texts]] = {'sd3': sd3_text.SD3Texts, 'flux': flux_text.FluxTexts}
     identity = backbone.identity
     source = Source(backbone.spec, identity.model, Path(identity.folder), identity.revision)
@@ -34,5 +34,5 @@ def texts_of(backbone: Backbone, keep: bool = True) -> Texts:
 
 @lru_cache(maxsize=4)
 def kept_texts(backbone: Backbone, keep: bool) -> Texts:
-    """The same, made once for a model: its text encoders are not read again."""
+    """Return the model's text reader, created once per model so that its text encoders are loaded only once."""
     return texts_of(backbone, keep)

@@ -1,4 +1,4 @@
-"""Models built without memory for weights, cut down to what is needed, and filled with just that from safetensors."""
+"""Build models without allocating weights, cut them down to what is needed, and load only those tensors from safetensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ AnyModule = TypeVar('AnyModule', bound=nn.Module)
 
 
 def build_empty(kind: Any, config: dict[str, Any]) -> Any:
-    """A diffusers model by its configuration, whose parameters have shapes but no memory."""
+    """Build a diffusers model from its configuration, with parameters that have shapes but no memory."""
     with torch.device('meta'):
         return kind.from_config(config)
 
@@ -24,9 +24,9 @@ def build_empty(kind: Any, config: dict[str, Any]) -> Any:
 def fill_weights(
     model: AnyModule, paths: Sequence[pathlib.Path], known: Collection[str], place: torch.device, dtype: torch.dtype, label: str
 ) -> AnyModule:
-    """Give a model the tensors it has, read one at a time. known: the names of the whole model's, which the files should hold.
+    """Load the tensors of a model, one at a time. known: tensor names of the uncut model, which the files should hold.
 
-    Raises ModelUnavailable, with `label` for the model, if the files lack one of its tensors, or hold one that the whole model lacks.
+    Raises ModelUnavailable, with `label` for the model, if the files lack a tensor of the model or hold one that the uncut model lacks.
     """
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     state: dict[str, Tensor] = {}
@@ -35,8 +35,8 @@ def fill_weights(
         names = names_in(path)
         held |= names
         for name in sorted(names & wanted.keys()):
-            # opened for each anew: an open file keeps all that was read of it in memory. A copy even of the right dtype: in the file,
-            # tensors lie at any address, by which matrix products round
+            # Reopened for each tensor: an open file keeps everything read from it in memory. Copied even if the dtype is right: tensors
+            # in a file have arbitrary alignment, which changes how matrix products round.
             with safe_open(path, 'pt') as file:
                 state[name] = file.get_tensor(name).to(place, dtype, copy=True)
     refuse_lost(wanted.keys() - held, paths[0].parent, label)
@@ -56,14 +56,14 @@ def names_in(path: pathlib.Path) -> set[str]:
 
 
 def refuse_lost(names: Iterable[str], folder: pathlib.Path, label: str) -> None:
-    """ModelUnavailable if weights lack these tensors: they would be left without values."""
+    """Raise ModelUnavailable if the weights lack any tensors: those would stay uninitialised."""
     lost = sorted(names)
     if lost:
         raise ModelUnavailable(f'{label} is incomplete: the weights in {folder} lack {len(lost)} tensors, {lost[0]} first')
 
 
 def refuse_surplus(names: Iterable[str], folder: pathlib.Path, label: str) -> None:
-    """ModelUnavailable if weights hold these tensors beside those of the model: its configuration is another model's."""
+    """Raise ModelUnavailable if the weights hold extra tensors: the configuration belongs to another model."""
     more = sorted(names)
     if more:
         raise ModelUnavailable(

@@ -1,1 +1,1 @@
-"""How fast parts of padseg are: bin/bench."""
+"""Benchmarks of parts of padseg: bin/bench."""

@@ -1,4 +1,4 @@
-"""Time parts of padseg on this machine: bin/bench."""
+"""Entry point of the benchmarks: bin/bench."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COMMANDS = (sd3.command, load.command, scale.command, vae.command, merge.command
 
 @click.group(commands=COMMANDS)
 def main() -> None:
-    """Time parts of padseg."""
+    """Benchmark parts of padseg on this machine."""
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""What a run costs apart from the model: bin/bench engine."""
+"""Overhead of a run without the model: bin/bench engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from padseg.bench.measure import TIMED, finish_bench, fresh, in_place, output_flags, peak, surface, surroundings, timed
+from padseg.bench.measure import TIMED, finish_bench, fresh, measured_on, output_flags, peak, surface, surroundings, timed
 from padseg.evaluation.metrics import compact
 from padseg.exports import write_label_map, write_masks
 from padseg.images import find, read
@@ -26,14 +26,16 @@ from padseg.run.records import as_recorded
 from padseg.system.signals import Stop
 from padseg.types import Frame, LabelMap, TokenMaps
 
-KINDS = 25  # of pictures that differ; the rest are further names of these files
+KINDS = 25  # distinct pictures; the others are hard links to them
 SMALL = (48, 64)
-MAPS = TokenMaps(torch.zeros(1, 1, 1), ('',), Frame((1, 1), (0, 0, 1, 1)))  # which are not written
+MAPS = TokenMaps(torch.zeros(1, 1, 1), ('',), Frame((1, 1), (0, 0, 1, 1)))  # a placeholder: these runs do not save maps
 
 
 class Cost(NamedTuple):
-    """Seconds. own: of the processor in padseg and its libraries, all threads together; system: in the kernel, for files; wall: on the
-    clock. peak: the most memory that the process took, in MiB."""
+    """Seconds of a run. own: user CPU time of all threads; system: CPU time in the kernel, for files; wall: elapsed time.
+
+    peak: peak memory of the process in MiB.
+    """
 
     own: float
     system: float
@@ -42,14 +44,20 @@ class Cost(NamedTuple):
 
 
 @click.command('engine')
-@click.option('--pictures', type=click.IntRange(min=10), default=200, show_default=True, help='of 481 x 321 pixels, to time')
-@click.option('--many', type=click.IntRange(min=100), default=10_000, show_default=True, help='small ones, for memory; and a tenth')
-@click.option('--folder', type=click.Path(exists=True, path_type=Path), help='on the disk to write to (default: for temporary files)')
+@click.option('--pictures', type=click.IntRange(min=10), default=200, show_default=True, help='number of 481 x 321 pictures to time')
+@click.option(
+    '--many',
+    type=click.IntRange(min=100),
+    default=10_000,
+    show_default=True,
+    help='number of small pictures for the memory test, which also runs on a tenth of them',
+)
+@click.option('--folder', type=click.Path(exists=True, path_type=Path), help='a folder on the disk to test (default: the temporary folder)')
 @output_flags
 def command(pictures: int, many: int, folder: Path | None, record: bool, as_json: bool) -> None:
-    """What a run costs apart from the model: reading and decoding a picture, its label map, masks and record.
+    """Measure a run without the model: reading and decoding pictures, and writing label maps, masks and records.
 
-    A stored label map with 14 regions takes the model's place. Start-up is left out: times are differences between a long and a short run.
+    A fixed label map with 14 regions replaces the model. Times are differences between a long and a short run, so they exclude start-up.
     """
     with tempfile.TemporaryDirectory(prefix='padseg-bench-', dir=folder) as name:
         large, small = (make_pictures(Path(name) / kind, size, count) for kind, size, count in sizes(pictures, many))
@@ -76,7 +84,7 @@ def sizes(pictures: int, many: int) -> tuple[tuple[str, tuple[int, int], int], .
 
 
 def make_pictures(folder: Path, size: tuple[int, int], count: int) -> Path:
-    """A folder of JPEG photographs, as far as smooth blobs with noise are like them: size is (height, width)."""
+    """Write JPEG stand-ins for photographs, smooth blobs with noise, to a new folder and return it. size: (height, width)."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for number in range(count):
@@ -90,18 +98,18 @@ def make_pictures(folder: Path, size: tuple[int, int], count: int) -> Path:
     return folder
 
 
-def made_labels(size: tuple[int, int]) -> LabelMap:
-    """Smooth blobs, (H, W)."""
+def make_labels(size: tuple[int, int]) -> LabelMap:
+    """Make a label map (H, W) of smooth blobs."""
     blobs = surface(np.random.default_rng(1), 512).argmax(2).astype(np.uint8)
     labels = compact(cv2.resize(blobs, size[::-1], interpolation=cv2.INTER_NEAREST)).astype(np.int32) + 1
     return LabelMap(labels, tuple((number,) for number in range(int(labels.max()))))
 
 
 def run_stages(folder: Path, out: Path, count: int) -> Cost:
-    """The engine's own work on the first so many pictures."""
+    """Run the engine without the model on the first `count` pictures and return the cost. Raises ClickException if any picture fails."""
     pictures = find(folder)[:count]
     height, width = read(pictures[0].path).shape[:2]
-    labels = made_labels((height, width))
+    labels = make_labels((height, width))
 
     stages = Stages(lambda taken: [picture._replace(maps=MAPS) for picture in taken], lambda image, maps: labels)
     job = Job(folder, out)
@@ -120,27 +128,27 @@ def run_stages(folder: Path, out: Path, count: int) -> Cost:
 
 
 def engine_steps(folder: Path, out: Path) -> dict[str, float]:
-    """Milliseconds on the clock of single steps, the quickest of several calls."""
+    """Elapsed milliseconds of each step: the median over pictures, each timed as the fastest of several calls."""
     taken: dict[str, list[float]] = {'decode': [], 'labels': [], 'masks': []}
     for picture in find(folder)[:TIMED]:
         image = timed(taken['decode'], read, picture.path)
-        labels = made_labels(image.shape[:2])
+        labels = make_labels(image.shape[:2])
         timed(taken['labels'], write_label_map, labels, out / 'a.png')
         timed(taken['masks'], write_masks, labels, out / 'a')
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
 def in_words(measured: dict[str, Any]) -> str:
-    """One line per measure."""
+    """Format the figures, one line each."""
     (few, less), (many, more) = measured['memory_mib'].items()
     taken = measured['milliseconds']
     rows = [
-        ('a picture', taken['own'], 'ms of one core'),
-        ('  and in the kernel', taken['system'], 'ms, for making files and waiting until they are on the disk'),
-        ('  on the clock', taken['wall'], 'ms'),
-        *((f'  {name}', value, 'ms on the clock, alone') for name, value in measured['steps'].items()),
+        ('per picture', taken['own'], 'ms of CPU time'),
+        ('  in the kernel', taken['system'], 'ms, to create files and flush them to disk'),
+        ('  elapsed', taken['wall'], 'ms'),
+        *((f'  {name}', value, 'ms elapsed, measured alone') for name, value in measured['steps'].items()),
         (f'memory of {few} pictures', less, 'MiB'),
         (f'memory of {many} pictures', more, f'MiB; {measured["memory_many_to_few"]:.3f} x'),
     ]
-    head = f'pictures of 481 x 321 with 14 regions; {in_place(measured)}'
+    head = f'pictures of 481 x 321 with 14 regions; {measured_on(measured)}'
     return '\n'.join([head, *(f'{name:24} {value:9.2f} {unit}' for name, value, unit in rows)])

@@ -1,4 +1,4 @@
-"""How fast scoring is on this machine, beside simpler ways to the same result in the same run: bin/bench eval."""
+"""Speed of scoring, compared with simpler implementations in the same run: bin/bench eval."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import click
 import numpy as np
 from skimage.metrics import contingency_table
 
-from padseg.bench.measure import REGIONS, TIMED, finish_bench, fresh, in_place, output_flags, peak, surface, surroundings, timed
+from padseg.bench.measure import REGIONS, TIMED, finish_bench, fresh, measured_on, output_flags, peak, surface, surroundings, timed
 from padseg.datasets import Sample, label_folder
 from padseg.evaluation.evaluate import Task, paired, score_stored, stored
 from padseg.evaluation.metrics import ClassCounts, compact, counts_of, hungarian_counts, match_regions, widened
@@ -25,27 +25,29 @@ if TYPE_CHECKING:
     from padseg.types import Array
 
 IGNORE = 255
-NOISE = 0.6  # of the prediction, relative to the truth
-BORDER = 32  # the ignored rows on top are the picture's side divided by this
+NOISE = 0.6  # of the predictions, relative to the ground truth
+BORDER = 32  # the top 1/BORDER of the rows is ignored
 
 
 class Speed(NamedTuple):
-    """seconds: of scoring, the start of workers included; peak: the most memory that the process took, in MiB."""
+    """seconds: scoring time, including the start of workers; peak: peak memory of the process in MiB."""
 
     seconds: float
     peak: float
 
 
 @click.command('eval')
-@click.option('--pairs', type=click.IntRange(min=2), default=200, show_default=True, help='label maps and ground truths to make')
-@click.option('--size', type=click.IntRange(min=BORDER), default=512, show_default=True, help='their side in pixels')
+@click.option(
+    '--pairs', type=click.IntRange(min=2), default=200, show_default=True, help='number of generated pairs of label map and ground truth'
+)
+@click.option('--size', type=click.IntRange(min=BORDER), default=512, show_default=True, help='side of the label maps in pixels')
 @click.option('--classes', type=click.IntRange(1, IGNORE), default=27, show_default=True, help='classes of the ground truth')
 @output_flags
 def command(pairs: int, size: int, classes: int, record: bool, as_json: bool) -> None:
-    """Scoring of stored label maps: pairs a second, time of each step, and memory.
+    """Measure the scoring of stored label maps: pairs per second, time of each step, and memory.
 
-    Fresh processes score half and five times as many pairs as are made, files being read again. Pairs a second come from the
-    difference of the two, which leaves out the start of processes.
+    Fresh processes score half and five times the number of generated pairs; the longer run reads files repeatedly. The rate comes from the
+    difference between the two runs, so it excludes the start of processes.
     """
     few, many = pairs // 2, pairs * 5
     with tempfile.TemporaryDirectory(prefix='padseg-bench-') as name:
@@ -73,12 +75,12 @@ def command(pairs: int, size: int, classes: int, record: bool, as_json: bool) ->
 
 
 def rate(pairs: int, seconds: float) -> float | None:
-    """Pairs a second; None where the longer run was not the slower one, because both were too short to tell."""
+    """Pairs per second; None if the longer run was not slower, which means that both runs were too short."""
     return pairs / seconds if seconds > 0 else None
 
 
 def make_pairs(folder: Path, pairs: int, size: int, classes: int) -> None:
-    """Write truth/ and pred/: palette PNGs of smooth blobs, the truth with ignored rows on top."""
+    """Write truth/ and pred/: palette PNGs of smooth blobs; the top rows of the ground truth are ignored."""
     rng = np.random.default_rng(0)
     for number in range(pairs):
         surfaces, others = (surface(rng, size) for _ in range(2))  # (size, size, REGIONS)
@@ -96,7 +98,7 @@ def task_of(folder: Path, classes: int) -> Task:
 
 
 def score(folder: Path, classes: int, number: int, workers: int) -> Speed:
-    """Score so many pairs, the same files again if there are fewer."""
+    """Score `number` pairs, reusing files if there are fewer. Raises ClickException if any pair fails."""
     task = task_of(folder, classes)
     samples = islice(cycle(task.dataset.samples), number)
     start = time.perf_counter()
@@ -108,7 +110,7 @@ def score(folder: Path, classes: int, number: int, workers: int) -> Speed:
 
 
 def eval_steps(folder: Path, classes: int) -> dict[str, float]:
-    """Milliseconds a pair of each step, and of two simpler ways to the counts, which have to give the same."""
+    """Median milliseconds per pair of each step, and of two simpler ways to count. Raises ClickException if their counts differ."""
     task = task_of(folder, classes)
     taken: dict[str, list[float]] = {'decode': [], 'classes': [], 'count': [], 'scikit_image': [], 'loop': []}
     for sample in task.dataset.samples[:TIMED]:
@@ -127,7 +129,7 @@ def same_counts(a: ClassCounts, b: ClassCounts) -> bool:
 
 
 def read_pair(task: Task, sample: Sample) -> tuple[Array, Array]:
-    """Ground truth and label map, (H, W) each."""
+    """Read the ground truth and the label map, (H, W) each."""
     (truth,) = task.dataset.read(sample)
     return truth, read_label_map(task.preds[sample.name])
 
@@ -146,19 +148,19 @@ def matched_loop(table: Array) -> ClassCounts:
 
 
 def skimage_table(pred: Array, truth: Array, classes: int) -> Array:
-    """Pixels of each class in each region by scikit-image: truth of classes and IGNORE, regions from 1 on."""
+    """Count the pixels of each class in each region with scikit-image: (classes, regions). truth: classes or IGNORE; pred: from 1."""
     table = contingency_table(truth, pred, ignore_labels=[IGNORE]).toarray().astype(np.int64)
     return np.pad(table, ((0, max(0, classes - len(table))), (0, 0)))[:classes, 1:]
 
 
 def loop_table(pred: Array, truth: Array, classes: int) -> Array:
-    """The same by counting each class in each region."""
+    """Count the same pixels in a loop over classes and regions."""
     regions = range(1, int(pred.max()) + 1)
     return np.array([[np.count_nonzero((truth == name) & (pred == region)) for region in regions] for name in range(classes)])
 
 
 def in_words(measured: dict[str, Any]) -> str:
-    """One line per measure, with its ratio if it has one."""
+    """Format the figures, one line each, with ratios."""
     per_second, start, taken = measured['pairs_per_second'], measured['with_start'], measured['milliseconds']
     (few, less), (many, more) = measured['memory_mib'].items()
     ratio = measured['two_workers_to_one']
@@ -166,13 +168,13 @@ def in_words(measured: dict[str, Any]) -> str:
     rows = [
         ('one worker', per_second[1], f'pairs/s; {start[1]:.1f} with its start'),
         ('two workers', per_second[2], f'pairs/s; {start[2]:.1f} with their start' + (f'; {ratio:.2f} x one worker' if ratio else '')),
-        ('decoding', taken['decode'], 'ms a pair'),
+        ('decoding', taken['decode'], 'ms per pair'),
         ('values to classes', taken['classes'], 'ms'),
         ('matching and counting', taken['count'], 'ms'),
-        ('  by scikit-image', taken['scikit_image'], f'ms; {measured["scikit_image_to_count"]:.1f} x'),
-        ('  by a loop', taken['loop'], f'ms; {measured["loop_to_count"]:.1f} x'),
+        ('  with scikit-image', taken['scikit_image'], f'ms; {measured["scikit_image_to_count"]:.1f} x'),
+        ('  with a loop', taken['loop'], f'ms; {measured["loop_to_count"]:.1f} x'),
         (f'memory of {few} pairs', less, 'MiB'),
         (f'memory of {many} pairs', more, f'MiB; {measured["memory_many_to_few"]:.3f} x'),
     ]
-    head = f'pairs of {size}, {measured["classes"]} classes; {in_place(measured)}'
+    head = f'pairs of {size}, {measured["classes"]} classes; {measured_on(measured)}'
     return '\n'.join([head, *(f'{name:22} {"too short" if value is None else f"{value:9.2f}"} {unit}' for name, value, unit in rows)])

@@ -1,10 +1,10 @@
-"""Floating-point operations of the method, from the shapes: two for each multiply-add of a matrix product or a convolution."""
+"""Floating-point operations of the method, computed from shapes: two per multiply-add of a matrix product or convolution."""
 
 from __future__ import annotations
 
 from typing import Any
 
-FREQUENCIES = 256  # of the timestep's embedding
+FREQUENCIES = 256  # of the timestep embedding
 
 
 def linear(rows: int, inputs: int, outputs: int) -> int:
@@ -16,16 +16,16 @@ def convolution(places: int, inputs: int, outputs: int, kernel: int = 3) -> int:
 
 
 def transformer(config: Any, image: int, text: int) -> int:
-    """The whole forward of SD3: so many image and text tokens, all blocks, the output's projection."""
+    """A full forward pass of SD3: embeddings, all blocks and the output projection. image, text: numbers of tokens."""
     width = width_of(config)
     output = linear(1, width, 2 * width) + linear(image, width, config.patch_size**2 * config.out_channels)
     return embeddings(config, image, text) + config.num_layers * block(width, image, text) - unused(width, text) + output
 
 
 def proposals(config: Any, image: int, text: int, layer: int) -> int:
-    """What the maps of one layer need: the blocks before it, and its queries of the image, keys and scores."""
+    """A forward pass up to the token maps of one block: the blocks before it, then its image queries, keys and attention scores."""
     width = width_of(config)
-    modulation = linear(1, width, 4 * width)  # shift and scale of either stream
+    modulation = linear(1, width, 4 * width)  # shift and scale of both streams
     scores = 2 * image * (image + text) * width
     expert = modulation + linear(2 * image + text, width, width) + scores
     return embeddings(config, image, text) + layer * block(width, image, text) + expert
@@ -36,7 +36,7 @@ def width_of(config: Any) -> int:
 
 
 def embeddings(config: Any, image: int, text: int) -> int:
-    """Embeddings of patches, text, timestep and pooled text."""
+    """The embeddings of patches, text, timestep and pooled text."""
     width = width_of(config)
     conditions = linear(1, FREQUENCIES, width) + linear(1, config.pooled_projection_dim, width) + 2 * linear(1, width, width)
     patches = linear(image, config.patch_size**2 * config.in_channels, width)
@@ -44,19 +44,19 @@ def embeddings(config: Any, image: int, text: int) -> int:
 
 
 def block(width: int, image: int, text: int) -> int:
-    """A joint block: modulation, projections to queries, keys, values and output, attention, and two layers four times as wide."""
+    """A joint block: modulation, projections to queries, keys, values and output, attention, and an MLP of four times the width."""
     both = image + text
     attention = 2 * (2 * both * both * width)
     return linear(1, width, 12 * width) + linear(both, width, 4 * width) + attention + 2 * linear(both, width, 4 * width)
 
 
 def unused(width: int, text: int) -> int:
-    """What the last block lacks: the text's output, its wide layers and their modulation."""
+    """The parts that the last block lacks: the output projection and MLP of the text, and the modulation of that MLP."""
     return linear(1, width, 4 * width) + linear(text, width, width) + 2 * linear(text, width, 4 * width)
 
 
 def encoder(config: Any, height: int, width: int) -> int:
-    """The encoder of AutoencoderKL on a picture: levels of residual blocks, each but the last halved, and attention in the middle."""
+    """The encoder of AutoencoderKL: levels of residual blocks with downsampling after all but the last, and attention in the middle."""
     places, channels = height * width, config.block_out_channels[0]
     total = convolution(places, config.in_channels, channels)
     for level, wider in enumerate(config.block_out_channels):
@@ -76,7 +76,7 @@ def residual(places: int, inputs: int, outputs: int) -> int:
 
 
 def tiny_encoder(config: Any, height: int, width: int) -> int:
-    """The encoder of AutoencoderTiny: levels of one convolution, halving after the first, and blocks of three."""
+    """The encoder of AutoencoderTiny: each level has one convolution, strided after the first level, and blocks of three."""
     places, total = height * width, 0
     for level, (channels, blocks) in enumerate(zip(config.encoder_block_out_channels, config.num_encoder_blocks, strict=True)):
         places //= 4 if level else 1

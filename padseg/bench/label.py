@@ -1,4 +1,4 @@
-"""What names for masks cost against how many there are, beside regions without names: bin/bench label."""
+"""Cost of naming masks by number of classes, compared with regions without names: bin/bench label."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from padseg.bench.measure import between, finish_bench, fresh, in_place, spread, surroundings
+from padseg.bench.measure import between, finish_bench, fresh, measured_on, spread, surroundings
 from padseg.bench.model import make_model
 from padseg.bench.setting import QUIET, BenchSetting, bench_backbone, bench_picture, own_side, shared_flags, synchronize
 from padseg.methods import open_vocabulary
@@ -22,12 +22,12 @@ from padseg.methods.open_vocabulary import LabelOptions
 from padseg.methods.seg4diff import Options, segment
 from padseg.types import Image
 
-COUNTS = (1, 10, 37, 38, 75, 150)  # of classes; 37 names of two tokens fill one prompt
+COUNTS = (1, 10, 37, 38, 75, 150)  # numbers of classes; 37 names of two tokens fill one prompt
 NAMES = [''.join(pair) for pair in itertools.product(string.ascii_lowercase, repeat=2)]
 
 
 class Named(NamedTuple):
-    """Seconds. words: from names to prompts, with text encoders that are read; again: the same from the cache; picture: a whole one."""
+    """Seconds. words: encode the names, text encoders loaded; again: the same from the cache; picture: label a whole picture."""
 
     words: float
     again: float
@@ -36,7 +36,7 @@ class Named(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """What one process found. run: seconds of a picture's regions; named: by number of classes."""
+    """Figures of one process. run: seconds per picture without names; named: by number of classes."""
 
     run: float
     named: dict[int, Named]
@@ -46,11 +46,11 @@ class Turn(NamedTuple):
 @shared_flags
 @click.option('--classes', multiple=True, type=click.IntRange(1, len(NAMES)), default=COUNTS, show_default=True, help='numbers of classes')
 def command(size: str, repeats: int, dtype: str, device: str, folder: Path, record: bool, as_json: bool, classes: tuple[int, ...]) -> None:
-    """Seconds of a picture against the number of classes, beside those of a picture whose regions get no names.
+    """Measure seconds per picture by number of classes, compared with regions without names.
 
-    A model of SD3-medium's shape with random weights; every name is two tokens. One forward is enough while one prompt holds all names.
+    The model is SD3-medium with random weights. Every name has two tokens. One forward pass suffices as long as one prompt holds all names.
     """
-    os.environ |= QUIET  # which the processes inherit
+    os.environ |= QUIET  # inherited by the processes
     setting = BenchSetting(fresh(make_model, folder / size, size), own_side(size), dtype=dtype, device=device)
     turns = [fresh(turn, setting, classes) for _ in range(repeats)]
     measured = {
@@ -70,10 +70,10 @@ def label_columns(rows: list[Named]) -> dict[str, Any]:
 
 
 def turn(setting: BenchSetting, counts: tuple[int, ...]) -> Turn:
-    """Everything in one process, with its own cache of embeddings."""
+    """Take all measurements in one process, with its own cache of embeddings."""
     backbone = bench_backbone(setting)
     image = bench_picture(setting.side, 0)
-    segment(image, backbone, Options(side=setting.side // 4))  # for libraries to start
+    segment(image, backbone, Options(side=setting.side // 4))  # warm up
     run = seconds(setting, lambda: segment(image, backbone, Options(side=setting.side)))
     named = {}
     with tempfile.TemporaryDirectory(prefix='padseg-bench-') as cache:
@@ -99,12 +99,12 @@ def seconds(setting: BenchSetting, function: Any) -> float:
 
 
 def in_words(measured: dict[str, Any]) -> str:
-    """One line per number of classes."""
+    """Format the figures, one line per number of classes."""
     run = statistics.median(measured['run'])
     lines = [
-        f'SD3 {measured["size"]}, {measured["side"]} x {measured["side"]}, {measured["dtype"]}; {in_place(measured)}',
-        f'regions without names: {between(spread(measured["run"]))} s a picture',
-        f'{"classes":>8}{"prompts":>9}{"a picture, s":>26}{"of run":>8}{"words, s":>24}{"from the cache, s":>26}',
+        f'SD3 {measured["size"]}, {measured["side"]} x {measured["side"]}, {measured["dtype"]}; {measured_on(measured)}',
+        f'regions without names: {between(spread(measured["run"]))} s per picture',
+        f'{"classes":>8}{"prompts":>9}{"per picture, s":>26}{"of run":>8}{"words, s":>24}{"from the cache, s":>26}',
     ]
     for count, row in measured['classes'].items():
         times = [between(spread(row[name])) for name in ('picture', 'words', 'again')]

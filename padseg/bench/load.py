@@ -1,4 +1,4 @@
-"""Loading what the maps need of SD3, beside loading the whole: bin/bench load."""
+"""Loading only the parts of SD3 that the maps need, compared with loading the whole model: bin/bench load."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import click
 import torch
 
-from padseg.bench.measure import between, finish_bench, fresh, in_place, row_of_numbers, spread, surroundings
+from padseg.bench.measure import between, finish_bench, fresh, measured_on, row_of_numbers, spread, surroundings
 from padseg.bench.model import make_model
 from padseg.bench.setting import QUIET, BenchSetting, bench_backbone, import_libraries, memory, own_side, shared_flags, synchronize
 
 
 class Loading(NamedTuple):
-    """seconds: from the files to memory; before, peak: most memory until the first file is opened and in all, in MiB."""
+    """seconds: loading time; before, peak: peak memory before the first file is opened and in total, in MiB."""
 
     seconds: float
     before: float
@@ -26,11 +26,11 @@ class Loading(NamedTuple):
 @click.command('load')
 @shared_flags
 def command(size: str, repeats: int, dtype: str, device: str, folder: Path, record: bool, as_json: bool) -> None:
-    """Loading what the maps need, beside loading the whole transformer and VAE, by our reader and by diffusers' pipeline: time and memory.
+    """Measure time and memory to load what the maps need, compared with the whole transformer and VAE.
 
-    Files that were read before come from the system's cache, if it has room.
+    The whole is loaded by our own reader and by diffusers' pipeline. Files already read come from the system's file cache, if they fit.
     """
-    os.environ |= QUIET  # which the processes inherit
+    os.environ |= QUIET  # inherited by the processes
     setting = BenchSetting(fresh(make_model, folder / size, size), own_side(size), dtype=dtype, device=device)
     fresh(load_ours, setting)
     turns = [(fresh(load_ours, setting), fresh(load_whole, setting), fresh(load_published, setting)) for _ in range(repeats)]
@@ -48,7 +48,7 @@ def command(size: str, repeats: int, dtype: str, device: str, folder: Path, reco
         'memory_ours_to_pipeline': spread([a.peak / c.peak for a, _, c in turns]),
         'added_ours_to_whole': spread(
             [(a.peak - a.before) / max(1.0, b.peak - b.before) for a, b, _ in turns]
-        ),  # a toy may fit into what imports left free
+        ),  # a small model may fit into memory that the imports left free
     }
     finish_bench('load', f'{size}-{dtype}', measured, record, as_json, in_words)
 
@@ -70,7 +70,7 @@ def load_whole(setting: BenchSetting) -> Loading:
 
 
 def load_published(setting: BenchSetting) -> Loading:
-    """Load the pipeline as users of diffusers do, without its text encoders."""
+    """Load the pipeline in the usual way of diffusers, without its text encoders."""
     from diffusers import StableDiffusion3Pipeline
     from diffusers.utils.logging import disable_progress_bar
 
@@ -84,18 +84,18 @@ def load_published(setting: BenchSetting) -> Loading:
 
 
 def in_words(measured: dict[str, Any]) -> str:
-    """Time and memory, ours, the whole, and diffusers' pipeline; medians with least and most."""
+    """Format time and memory of ours, the whole model, and diffusers' pipeline: medians with minimum and maximum."""
     return '\n'.join(
         [
-            f'{measured["size"]} model, {measured["dtype"]}; {in_place(measured)}',
+            f'{measured["size"]} model, {measured["dtype"]}; {measured_on(measured)}',
             f'{"":22}{"ours":>28}{"whole":>28}{"from_pretrained":>28}',
             row_of_numbers('loading, s', *measured['seconds'].values()),
-            row_of_numbers('most memory, MiB', *measured['peak_mib'].values(), digits=0),
+            row_of_numbers('peak memory, MiB', *measured['peak_mib'].values(), digits=0),
             row_of_numbers('  before loading', *measured['before_mib'].values(), digits=0),
             f'the whole takes {between(measured["whole_to_ours"])} x the time; '
-            f'we take {between(measured["memory_ours_to_whole"])} x the memory, {between(measured["added_ours_to_whole"])} x without '
+            f'ours takes {between(measured["memory_ours_to_whole"])} x the memory, {between(measured["added_ours_to_whole"])} x without '
             'Python and its libraries',
             f"diffusers' pipeline without text encoders takes {between(measured['pipeline_to_ours'])} x the time; "
-            f'we take {between(measured["memory_ours_to_pipeline"])} x the memory',
+            f'ours takes {between(measured["memory_ours_to_pipeline"])} x the memory',
         ]
     )

@@ -1,4 +1,4 @@
-"""What all benchmarks share: fresh processes, times, memory, and records that say where figures come from."""
+"""Code shared by all benchmarks: fresh processes, times, memory, and records of the figures and the machine."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ STATUS = Path('/proc/self/status')
 CHECKOUT = Path(__file__).parents[2]
 RECORDS = CHECKOUT / 'data/benchmarks'
 
-START = 'spawn'  # of fresh processes: with nothing that is in the memory of this one
-REGIONS = 14  # of a label map
-CELLS = 16  # random numbers across a picture, with a smooth surface between them
-TIMED = 8  # pictures that single steps are timed on
+START = 'spawn'  # how processes start: without a copy of this process's memory
+REGIONS = 14  # per label map
+CELLS = 16  # grid points of the random numbers that a surface interpolates
+TIMED = 8  # pictures used to time single steps
 REPEATS = 7
 
 
 def fresh(function: Callable[..., T], *arguments: object) -> T:
-    """The function's result from a process of its own."""
+    """Call the function in a new process and return its result."""
     with ProcessPoolExecutor(1, multiprocessing.get_context(START)) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def timed(taken: list[float], function: Callable[..., T], *arguments: object) -> T:
-    """The function's result; adds the milliseconds of the quickest of several calls to `taken`."""
+    """Call the function several times, append the milliseconds of the fastest call to `taken`, and return the result."""
     times = []
     for _ in range(REPEATS):
         start = time.perf_counter()
@@ -57,28 +57,28 @@ def timed(taken: list[float], function: Callable[..., T], *arguments: object) ->
 
 
 def peak() -> float:
-    """The most memory that this process took so far, in MiB."""
-    if STATUS.is_file():  # getrusage would count what the parent had when it started this process
+    """Return the peak memory of this process so far, in MiB."""
+    if STATUS.is_file():  # getrusage would include the parent's memory at the time of the fork
         return int(re.findall(r'^VmHWM:\s+(\d+) kB$', STATUS.read_text(), re.MULTILINE)[0]) / 2**10
     per_mib = 2**20 if sys.platform == 'darwin' else 2**10  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_mib
 
 
 def surface(rng: np.random.Generator, size: int) -> Array:
-    """Smooth random numbers, (size, size, REGIONS)."""
+    """Draw smooth random fields: (size, size, REGIONS)."""
     return cv2.resize(rng.standard_normal((CELLS, CELLS, REGIONS)), (size, size), interpolation=cv2.INTER_CUBIC)
 
 
 def output_flags(function: Callable[..., None]) -> Callable[..., None]:
-    """Flags for what `finish` does."""
+    """Add the flags that `finish_bench` needs."""
     function = click.option('--json', 'as_json', is_flag=True, help='print one JSON object')(function)
-    return click.option('--record', is_flag=True, help='write the figures to data/benchmarks/ as well')(function)
+    return click.option('--record', is_flag=True, help='also write the figures to data/benchmarks/')(function)
 
 
 def finish_bench(
     command: str, case: str, measured: dict[str, Any], record: bool, as_json: bool, words: Callable[[dict[str, Any]], str]
 ) -> None:
-    """Print what was measured, `surroundings` included, and write it to RECORDS if that is asked for."""
+    """Print the figures, and with `record` write them to RECORDS. measured: the figures, including `surroundings`."""
     print(json.dumps(measured) if as_json else words(measured))
     if record:
         where = measured['processor'] if measured['device'] == 'cpu' else measured['device']
@@ -88,8 +88,8 @@ def finish_bench(
 
 
 def surroundings(device: str = 'cpu') -> dict[str, Any]:
-    """The machine, versions and revision that the figures belong to."""
-    import torch  # which would count as memory of processes that do without
+    """Describe the machine, library versions and revision that the figures belong to."""
+    import torch  # here, so that processes without torch do not pay for its memory
 
     return {
         'processor': processor(),
@@ -104,14 +104,14 @@ def surroundings(device: str = 'cpu') -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name."""
+    """Return the name of the processor."""
     information = Path('/proc/cpuinfo')
     names = re.findall(r'^model name\s*: (.+)$', information.read_text(), re.MULTILINE) if information.exists() else []
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def revision() -> str | None:
-    """The checkout's commit, marked if files differ from it; None without git or outside a checkout."""
+    """Return the checkout's commit, marked if files have changed; None without git or outside a checkout."""
     try:
         ran = subprocess.run(
             ('git', 'describe', '--always', '--dirty', '--abbrev=12'), cwd=CHECKOUT, capture_output=True, text=True, check=True
@@ -121,8 +121,8 @@ def revision() -> str | None:
     return ran.stdout.strip()
 
 
-def in_place(measured: dict[str, Any]) -> str:
-    """Where the figures were measured, in a few words."""
+def measured_on(measured: dict[str, Any]) -> str:
+    """Name the machine on which the figures were measured, in a few words."""
     where = f'{measured["processor"]}, {measured["processors"]} processors, {measured["threads"]} threads, load {measured["load"]:.2f}'
     return where if measured['device'] == 'cpu' else f'{measured["device"]}; {where}'
 

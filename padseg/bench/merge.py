@@ -1,4 +1,4 @@
-"""What follows the model: distances, merging, label map and refinements, beside plain loops to the same result: bin/bench merge."""
+"""The stages after the model: distances, merging, label maps and refinements, compared with plain loops: bin/bench merge."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from skimage.measure import label as connected_components
 
-from padseg.bench.measure import finish_bench, fresh, in_place, output_flags, peak, surface, surroundings
+from padseg.bench.measure import finish_bench, fresh, measured_on, output_flags, peak, surface, surroundings
 from padseg.methods.stages.attention import token_attention
 from padseg.methods.stages.labels import label_map, scaled_proposals, upsample
 from padseg.methods.stages.proposals import EPS, merge, normalise, spatial, symmetric_kl
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 T = TypeVar('T')
 
-SIDE = 64  # of the maps, as of SD3's for 1024 pixels
-HEADS, TEXT = 24, 154  # of SD3: attention heads, text tokens
-KINDS = 25  # of maps that differ by more than THRESHOLD, and thus proposals
-NOISE = 0.02  # between maps of one kind
+SIDE = 64  # of the maps, as in SD3 at 1024 pixels
+HEADS, TEXT = 24, 154  # attention heads and text tokens of SD3
+KINDS = 25  # groups of maps further apart than THRESHOLD, and so the number of proposals
+NOISE = 0.02  # within a group
 THRESHOLD, NORMALISATION = 0.1, 'sum'
 SMALL = (481, 321)
 REFINED: dict[str, Any] = {'components': True, 'min_area': 0.005}
 SCALE = 300.0  # of the superpixels
-REPEATS, SPENT = 7, 1.0  # a step is repeated so often, or until so many seconds are gone
+REPEATS, SPENT = 7, 1.0  # a step is repeated this often, or until this many seconds have passed
 STEPS = {
-    'distances': 'distances of all maps',
+    'distances': 'distances between all maps',
     'merge': 'merging, with the distances',
     'label_map': 'label map',
     'superpixels': 'superpixels, by scikit-image',
@@ -49,10 +49,10 @@ STEPS = {
 @click.option('--size', type=(int, int), default=(4000, 3000), show_default=True, help='width and height of the large picture')
 @output_flags
 def command(maps: int, size: tuple[int, int], record: bool, as_json: bool) -> None:
-    """Token maps to label map on one core: time of each step beside a plain way to the same result, and memory.
+    """Measure the way from token maps to label map on one core: time of each step, compared with plain loops, and memory.
 
-    Refined stands for superpixels, components and the least area. Memory is what the label map takes above the rest of the process, and
-    what reading the maps takes from the queries and keys of SD3's expert block in float32.
+    "Refined" means with superpixels, components and a minimum area. Memory is measured for the label map, on top of the rest of the
+    process, and for computing the maps from the float32 queries and keys of SD3's expert block.
     """
     pictures = {f'{width} x {height}': fresh(merge_steps, maps, (height, width)) for width, height in (SMALL, size)}
     memory = {
@@ -71,7 +71,7 @@ def command(maps: int, size: tuple[int, int], record: bool, as_json: bool) -> No
 
 
 def merge_steps(maps: int, size: tuple[int, int]) -> dict[str, dict[str, float]]:
-    """For each step its milliseconds, those of the plain way and their ratio; both have to give the same."""
+    """Time each step: milliseconds of ours, of the plain version, and their ratio. Raises ClickException if their results differ."""
     one_core()
     tokens, picture = random_maps(maps, size), noisy_picture(size)
     inside = superpixels_of(picture, SCALE)
@@ -80,7 +80,7 @@ def merge_steps(maps: int, size: tuple[int, int]) -> dict[str, dict[str, float]]
     shares = spatial(normalised)
     return {
         'label_map': compared(lambda: label_map(proposals), lambda: plain_label_map(proposals)),
-        'superpixels': {'ours': least(lambda: superpixels_of(picture, SCALE))[0]},
+        'superpixels': {'ours': fastest(lambda: superpixels_of(picture, SCALE))[0]},
         'refined': compared(lambda: label_map(proposals, inside, **REFINED), lambda: plain_refined(proposals, inside, **REFINED)),
         'distances': compared(lambda: symmetric_kl(shares), lambda: plain_distances(shares)),
         'merge': compared(lambda: merge(tokens, THRESHOLD, NORMALISATION), lambda: plain_merge(tokens)),
@@ -93,7 +93,7 @@ def one_core() -> None:
 
 
 def random_maps(count: int, size: tuple[int, int]) -> TokenMaps:
-    """Smooth maps of KINDS kinds that differ, and slightly within a kind: (count, SIDE, SIDE); size: of the picture, (H, W)."""
+    """Draw smooth maps in KINDS distinct groups, with little noise within a group: (count, SIDE, SIDE). size: of the picture, (H, W)."""
     rng = np.random.default_rng(0)
     kinds = np.concatenate([surface(rng, SIDE) for _ in range(3)], 2).transpose(2, 0, 1)[np.arange(count) % KINDS]
     maps = np.exp(kinds + NOISE * rng.standard_normal(kinds.shape))
@@ -101,22 +101,22 @@ def random_maps(count: int, size: tuple[int, int]) -> TokenMaps:
 
 
 def noisy_picture(size: tuple[int, int]) -> Image:
-    """Smooth colours with noise, (H, W, 3): size is (H, W)."""
+    """Draw smooth colours with noise: (H, W, 3). size: (H, W)."""
     rng = np.random.default_rng(1)
     colours = cv2.resize(surface(rng, SIDE)[..., :3], size[::-1], interpolation=cv2.INTER_CUBIC)
     return (128 + 60 * colours + rng.normal(0, 8, colours.shape)).clip(0, 255).astype(np.uint8)
 
 
 def compared(ours: Callable[[], T], plain: Callable[[], T]) -> dict[str, float]:
-    """Milliseconds of both, and how many times as long the plain way takes."""
-    (quick, result), (slow, expected) = least(ours), least(plain)
+    """Time both versions: milliseconds each, and the ratio of plain to ours. Raises ClickException if their results differ."""
+    (quick, result), (slow, expected) = fastest(ours), fastest(plain)
     if not same_maps(result, expected):
-        raise click.ClickException('the plain way gives another result')
+        raise click.ClickException('the plain version gives a different result')
     return {'ours': quick, 'plain': slow, 'ratio': slow / quick}
 
 
-def least(function: Callable[[], T]) -> tuple[float, T]:
-    """Milliseconds of the processor for the quickest of several calls, and the result."""
+def fastest(function: Callable[[], T]) -> tuple[float, T]:
+    """Return the CPU time of the fastest of several calls, in milliseconds, and the result."""
     times: list[float] = []
     while len(times) < REPEATS and sum(times) < 1000 * SPENT:
         start = time.process_time()
@@ -134,14 +134,14 @@ def same_maps(one: object, other: object) -> bool:
 
 
 def plain_distances(shares: Tensor) -> Tensor:
-    """Every map against all others, one after the other: (T, N) -> (T, T)."""
+    """Compare every map with all others, one map at a time: (T, N) -> (T, T)."""
     logs = shares.clamp_min(EPS).log()
     rows = [((own * (log - logs)).sum(1) + (shares * (logs - log)).sum(1)) / 2 for own, log in zip(shares, logs, strict=True)]
     return torch.stack(rows)
 
 
 def plain_merge(tokens: TokenMaps) -> Proposals:
-    """Anchor after anchor, with the distances to all maps worked out for each."""
+    """Merge anchor by anchor, computing the distances to all maps for each."""
     normalised = normalise(tokens.maps, NORMALISATION)
     shares = normalised / normalised.sum((1, 2), keepdim=True)
     taken: set[int] = set()
@@ -158,13 +158,13 @@ def plain_merge(tokens: TokenMaps) -> Proposals:
 
 
 def plain_label_map(proposals: Proposals) -> LabelMap:
-    """All proposals enlarged at once, and one pass over the pixels for each region."""
+    """Enlarge all proposals at once, then pass over the pixels once per region."""
     winner = np.stack([upsample(values, proposals.frame.size) for values in scaled_proposals(proposals)]).argmax(0)
     return in_order(winner, proposals, winner)
 
 
 def plain_refined(proposals: Proposals, inside: Array, components: bool, min_area: float) -> LabelMap:
-    """The refinements with a pass over all pixels for each superpixel's numbers, and for each region that is absorbed."""
+    """Refine on full-size proposals: average all of them over the superpixels, and pass over all pixels for each absorbed region."""
     values = [upsample(proposal, proposals.frame.size).ravel() for proposal in scaled_proposals(proposals)]
     index = np.unique(inside, return_inverse=True)[1].ravel()
     means = [np.bincount(index, shares) / np.bincount(index) for shares in values]
@@ -174,7 +174,7 @@ def plain_refined(proposals: Proposals, inside: Array, components: bool, min_are
 
 
 def in_order(numbers: Array, proposals: Proposals, winner: Array, before: Array | None = None) -> LabelMap:
-    """Numbered by first appearance. before: the regions that the numbers name, where these have grown since."""
+    """Number the regions by first appearance. before: the regions as they were before they absorbed others."""
     labels = np.zeros(numbers.shape, np.int32)
     names, places = np.unique(numbers, return_index=True)
     tokens = []
@@ -185,7 +185,7 @@ def in_order(numbers: Array, proposals: Proposals, winner: Array, before: Array 
 
 
 def plain_absorb(regions: Array, smallest: float) -> Array:
-    """Merge the smallest region into the neighbour with the longest border, again and again, counting everything afresh."""
+    """Merge the smallest region into the neighbour with the longest shared border until none is too small, recounting every time."""
     regions = regions.astype(np.int32)
     while True:
         areas = np.bincount(regions.ravel())
@@ -201,7 +201,7 @@ def plain_absorb(regions: Array, smallest: float) -> Array:
 
 
 def memory_of(count: int, size: tuple[int, int], plainly: bool) -> float:
-    """What a label map (H, W) of so many proposals takes, in MiB."""
+    """Memory, in MiB, that a label map (H, W) of `count` proposals takes."""
     one_core()
     proposals = Proposals(random_maps(count, size).maps.double(), tuple((number,) for number in range(count)), Frame(size, (0, 0, *size)))
     before = peak()
@@ -213,18 +213,18 @@ def memory_of(count: int, size: tuple[int, int], plainly: bool) -> float:
 
 
 def memory_of_attention(maps: int) -> float:
-    """What the maps of so many tokens take beside queries and keys, in MiB: HEADS heads, SIDE² image and TEXT text tokens."""
+    """Memory, in MiB, to compute `maps` token maps, on top of the queries and keys: HEADS heads, SIDE² image and TEXT text tokens."""
     one_core()
     query, key = torch.randn(2, 1, HEADS, SIDE**2 + TEXT, 64)
-    token_attention(Attention(query[:, :1], key[:, :1]), 1, (0,))  # for libraries to start
+    token_attention(Attention(query[:, :1], key[:, :1]), 1, (0,))  # warm up
     before = peak()
     token_attention(Attention(query, key), SIDE**2, range(SIDE**2, SIDE**2 + maps))
     return peak() - before
 
 
 def in_words(measured: dict[str, Any]) -> str:
-    """One line per measure, with its plain way and the ratio."""
-    lines = [f'{measured["maps"]} maps of {SIDE} x {SIDE}; one core of: {in_place(measured)}']
+    """Format the figures, one line each, with the plain version and the ratio."""
+    lines = [f'{measured["maps"]} maps of {SIDE} x {SIDE}; one core of: {measured_on(measured)}']
     for size, taken in measured['pictures'].items():
         lines.append(f'picture of {size:12} {"ms":>12} {"plainly":>10} {"ratio":>9}')
         for step, words in STEPS.items():
@@ -233,5 +233,5 @@ def in_words(measured: dict[str, Any]) -> str:
             lines.append(f'  {words:28} {one["ours"]:8.2f}{beside}')
     memory = measured['memory_mib']
     rows = ((f'{KINDS} proposals', 'proposals'), (f'{3 * KINDS} proposals', 'three_times_as_many'), (f'{KINDS}, plainly', 'plainly'))
-    attention = f'memory for the maps from {HEADS} heads and {SIDE**2 + TEXT} tokens {memory["attention"]:.1f} MiB'
-    return '\n'.join([*lines, f'memory for {size}', *(f'  {words:28} {memory[name]:8.1f} MiB' for words, name in rows), attention])
+    attention = f'memory to compute the maps from {HEADS} heads and {SIDE**2 + TEXT} tokens: {memory["attention"]:.1f} MiB'
+    return '\n'.join([*lines, f'memory at {size}', *(f'  {words:28} {memory[name]:8.1f} MiB' for words, name in rows), attention])

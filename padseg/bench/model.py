@@ -1,4 +1,4 @@
-"""SD3-medium's architecture with random weights, on disk in the hub's layout: what bin/bench measures needs no published weights."""
+"""SD3-medium's architecture with random weights, on disk in the hub's layout, so that bin/bench needs no published weights."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
     from padseg.train.tiny_model import Parts
 
-WORDS = ['a']  # the empty prompt needs none
-SHARPER = 2  # factor of the weights that give queries and keys
-TINY_VAE = 'tiny-vae'  # the folder of the second, smaller autoencoder
+WORDS = ['a']  # the empty prompt needs no words
+SHARPER = 2  # factor on the weights of queries and keys
+TINY_VAE = 'tiny-vae'  # folder of the second, smaller autoencoder
 
 
 class Architecture(NamedTuple):
-    """Settings of a pipeline's models, and the row of its `padseg.json`."""
+    """Configurations of a pipeline's networks, and the contents of its `padseg.json`."""
 
     transformer: dict[str, Any]
     vae: dict[str, Any]
@@ -71,9 +71,10 @@ SIZES: dict[str, Architecture] = {
 
 
 def make_model(folder: Path, size: str) -> Path:
-    """The folder with the model of this size in bfloat16, T5 left out as in Seg4Diff's release; a folder that is there is kept.
+    """Write a model of this size in bfloat16 to the folder, unless it exists, and return the folder.
 
-    The same seed gives the same weights. Beside the pipeline lies TINY_VAE, an autoencoder in TAESD3's layout.
+    There is no T5, as in Seg4Diff's release. The weights come from a fixed seed. The subfolder TINY_VAE has an autoencoder in TAESD3's
+    layout.
     """
     from diffusers import AutoencoderTiny
 
@@ -94,7 +95,7 @@ def make_model(folder: Path, size: str) -> Path:
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New tensors have this type; a large model is not made in float32 first."""
+    """Create new tensors in this dtype, so that a large model is not built in float32 first."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -104,7 +105,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def build_random(architecture: Architecture) -> Parts:
-    """Models as their constructors leave them, but for the attention, which would be nearly the same everywhere."""
+    """Build the networks with their default initialisation, but with sharper attention, which would otherwise be nearly uniform."""
     from diffusers import AutoencoderKL, SD3Transformer2DModel
 
     from padseg.train.tiny_model import Parts

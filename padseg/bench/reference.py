@@ -1,4 +1,4 @@
-"""The method written the obvious way, for bin/bench sd3: the whole pipeline for every picture, the whole attention matrix, plain loops."""
+"""A naive implementation of the method for bin/bench sd3: the whole pipeline per picture, the full attention matrix, plain loops."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from padseg.methods.stages.latents import content_noise
 from padseg.types import Array, Image
 
 STEPS = 28  # of the noise schedule
-SLOTS = 77  # tokens of CLIP, and zeros of T5
+SLOTS = 77  # CLIP tokens, and as many zeros in place of T5
 
 TimedStage = Callable[[str], AbstractContextManager[None]]
 
 
-class ObviousResult(NamedTuple):
-    """Results of a picture. maps: (T, h, w) float32; groups: members of each proposal; labels: (H, W), the strongest proposal from 0."""
+class NaiveResult(NamedTuple):
+    """Result for one picture. maps: (T, h, w) float32; groups: members of each proposal; labels: (H, W), strongest proposal, from 0."""
 
     maps: Tensor
     groups: tuple[tuple[int, ...], ...]
@@ -32,7 +32,7 @@ class ObviousResult(NamedTuple):
 
 
 class WholeAttention:
-    """Joint attention with the whole matrix of all heads and keys; keeps its image-to-text part, (heads, h w, 77), of the last call."""
+    """Joint attention that forms the full matrix of all heads. It keeps the image-to-text part of the last call: (heads, h w, 77)."""
 
     def __init__(self) -> None:
         self.seen = torch.empty(0)
@@ -55,7 +55,7 @@ class WholeAttention:
 
 
 def read_whole(kind: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A diffusers model with all its weights, none of them made twice."""
+    """Load a diffusers model with all its weights, without allocating any twice."""
     with torch.device('meta'):
         model = kind.from_config(kind.load_config(folder))
     weights = {name: weight.to(device, dtype) for path in sorted(folder.glob('*.safetensors')) for name, weight in tensors(path)}
@@ -64,7 +64,7 @@ def read_whole(kind: Any, folder: Path, device: torch.device, dtype: torch.dtype
 
 
 def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and copies of a file's tensors, one mapped into memory at a time: the pages of a file count as the process's memory."""
+    """Yield names and copies of a file's tensors. Only one is mapped at a time, because mapped pages count as memory of the process."""
     with safe_open(path, 'pt') as file:
         names = list(file.keys())
     for name in names:
@@ -73,13 +73,13 @@ def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def load_models(folder: Path, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The transformer and the VAE, whole."""
+    """Load the whole transformer and VAE."""
     kinds = (('transformer', SD3Transformer2DModel), ('vae', AutoencoderKL))
     return {name: read_whole(kind, folder / name, device, dtype) for name, kind in kinds}
 
 
 def load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype) -> StableDiffusion3Pipeline:
-    """All of the pipeline but T5."""
+    """Load the whole pipeline except T5."""
     parts: dict[str, Any] = {**load_models(folder, device, dtype), 'text_encoder_3': None, 'tokenizer_3': None}
     for number in ('', '_2'):
         encoder = CLIPTextModelWithProjection.from_pretrained(folder / f'text_encoder{number}', dtype=dtype)
@@ -89,8 +89,8 @@ def load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype) -> Sta
 
 
 @torch.no_grad()
-def segment_obviously(image: Image, pipeline: StableDiffusion3Pipeline, options: Options, stage: TimedStage) -> ObviousResult:
-    """Maps, groups and label map of a picture (H, W, 3) whose sides the model takes as they are."""
+def segment_naively(image: Image, pipeline: StableDiffusion3Pipeline, options: Options, stage: TimedStage) -> NaiveResult:
+    """Segment an image (H, W, 3) whose size the model takes without resizing."""
     transformer, vae = pipeline.transformer, pipeline.vae
     with stage('text'):
         embeds, _, pooled, _ = pipeline.encode_prompt(
@@ -118,11 +118,11 @@ def segment_obviously(image: Image, pipeline: StableDiffusion3Pipeline, options:
     with stage('labels'):
         enlarged = nn.functional.interpolate(merged[None], image.shape[:2], mode='bilinear')[0]  # (M, H, W)
         labels = enlarged.argmax(0).cpu().numpy()
-    return ObviousResult(maps, groups, labels)
+    return NaiveResult(maps, groups, labels)
 
 
 def merge_by_loop(maps: Tensor, threshold: float) -> tuple[Tensor, tuple[tuple[int, ...], ...]]:
-    """Each map that no group has yet is compared with all others: merged maps (M, h, w), and the members of each."""
+    """Compare each map that has no group yet with all others, and return the merged maps (M, h, w) and the members of each."""
     flat = maps.double().flatten(1)
     low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
     rows = ((flat - low) / (high - low)).softmax(1)

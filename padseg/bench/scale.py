@@ -1,4 +1,4 @@
-"""What pictures cost as they grow in size and in number, and whether compiling pays: bin/bench scale."""
+"""Cost by picture size, number of pictures and batch size, and the gain from compiling: bin/bench scale."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scipy.optimize import nnls
 
 from padseg.backbones import Backbone
 from padseg.bench.engine import make_pictures
-from padseg.bench.measure import between, finish_bench, fresh, in_place, peak, spread, surroundings
+from padseg.bench.measure import between, finish_bench, fresh, measured_on, peak, spread, surroundings
 from padseg.bench.model import TINY_VAE, make_model
 from padseg.bench.setting import QUIET, BenchSetting, bench_backbone, bench_picture, memory, own_side, shared_flags, synchronize
 from padseg.methods.seg4diff import Options
@@ -25,14 +25,14 @@ from padseg.run import engine
 from padseg.run.job import Job
 
 TIMES = ('vae', 'transformer')
-QUARTERS = (1, 2, 3, 4)  # of the model's own side, that are measured
+QUARTERS = (1, 2, 3, 4)  # sides to measure, in quarters of the model's own
 BATCHES = (1, 4, 16)
-LATER = 3  # pictures after the first, the median of which counts
-PATCH = 16  # pixels along an image token
+LATER = 3  # pictures after the first, whose median is reported
+PATCH = 16  # side of an image token in pixels
 
 
 class Sized(NamedTuple):
-    """Seconds of a picture after another, and the most memory in MiB."""
+    """Seconds for a picture, not the first one, and peak memory in MiB."""
 
     vae: float
     transformer: float
@@ -40,14 +40,14 @@ class Sized(NamedTuple):
 
 
 class Forwards(NamedTuple):
-    """Seconds from latent to maps: of the first picture, and of a later one."""
+    """Seconds from latent to maps, for the first picture and for a later one."""
 
     first: float
     later: float
 
 
 class Ran(NamedTuple):
-    """A run over a folder. seconds: with loading; peak: most memory in MiB."""
+    """A run over a folder. seconds: including loading; peak: peak memory in MiB."""
 
     seconds: float
     peak: float
@@ -55,8 +55,12 @@ class Ran(NamedTuple):
 
 @click.command('scale')
 @shared_flags
-@click.option('--pictures', type=click.IntRange(6), default=50, show_default=True, help='of the longest run of the embedded model')
-@click.option('--compile/--no-compile', 'compiling', default=True, show_default=True, help='also measure when compiling pays')
+@click.option(
+    '--pictures', type=click.IntRange(6), default=50, show_default=True, help='number of pictures in the longest run of the embedded model'
+)
+@click.option(
+    '--compile/--no-compile', 'compiling', default=True, show_default=True, help='also measure after how many pictures compiling pays off'
+)
 def command(
     size: str,
     repeats: int,
@@ -68,13 +72,13 @@ def command(
     pictures: int,
     compiling: bool,
 ) -> None:
-    """Cost against a picture's side, the number of pictures and the batch; and after how many pictures compiling pays.
+    """Measure cost by picture size, number of pictures and batch size, and after how many pictures compiling pays off.
 
-    Sides and compiling are measured with SD3's architecture, numbers and batches as runs of the embedded model over a folder.
+    Sizes and compiling use SD3's architecture; numbers and batches use runs of the embedded model over a folder.
     """
-    os.environ |= QUIET  # which the processes inherit
+    os.environ |= QUIET  # inherited by the processes
     setting = BenchSetting(fresh(make_model, folder / size, size), own_side(size), dtype=dtype, device=device)
-    fresh(at_side, setting._replace(side=setting.side // 4))  # from now on the empty prompt is cached
+    fresh(at_side, setting._replace(side=setting.side // 4))  # caches the empty prompt
     sides = [setting.side * quarter // 4 for quarter in QUARTERS]
     by_side = {side: [fresh(at_side, setting._replace(side=side)) for _ in range(repeats)] for side in sides}
     with tempfile.TemporaryDirectory(prefix='padseg-bench-') as name:
@@ -101,18 +105,18 @@ def command(
 
 
 def scale_columns(rows: list[Any]) -> dict[str, list[float]]:
-    """The values of all turns by name."""
+    """Collect the values of all repeats by field name."""
     return {name: [getattr(one, name) for one in rows] for name in rows[0]._fields}
 
 
 def at_side(setting: BenchSetting) -> Sized:
     backbone = bench_backbone(setting)
-    one_picture(setting._replace(side=setting.side // 4), backbone)  # for libraries to start
+    one_picture(setting._replace(side=setting.side // 4), backbone)  # warm up
     return Sized(*one_picture(setting, backbone), memory(setting.device))
 
 
 def one_picture(setting: BenchSetting, backbone: Backbone) -> tuple[float, float]:
-    """Seconds from a picture to its latent, and from there to its maps."""
+    """Time one picture: seconds from image to latent, and from latent to maps."""
     options = Options(side=setting.side).resolve(backbone.spec)
     image = bench_picture(setting.side, 0)
     start = time.perf_counter()
@@ -125,7 +129,7 @@ def one_picture(setting: BenchSetting, backbone: Backbone) -> tuple[float, float
 
 
 def law(sides: list[int], seconds: list[float]) -> dict[str, float]:
-    """Seconds as a n + b n² of n image tokens, by least squares of the relative error; error: the greatest that is left."""
+    """Fit seconds = a n + b n² for n image tokens, by least squares on the relative error. error: the largest relative error."""
     tokens = (np.array(sides) / PATCH) ** 2
     terms = np.stack([tokens, tokens**2], 1)
     scaled = terms / np.array(seconds)[:, None]
@@ -135,7 +139,7 @@ def law(sides: list[int], seconds: list[float]) -> dict[str, float]:
 
 
 def run_over(folder: Path, out: Path, count: int, batch: int, device: str) -> Ran:
-    """`padseg run` on the first so many pictures, from loading the model to the last file."""
+    """Time `padseg run` on the first `count` pictures, from loading the model to the last file. Raises ClickException if any fails."""
     from padseg.run.selection import Selection
 
     start = time.perf_counter()
@@ -146,12 +150,15 @@ def run_over(folder: Path, out: Path, count: int, batch: int, device: str) -> Ra
 
 
 def compiled(setting: BenchSetting, repeats: int) -> dict[str, Any]:
-    """Forwards without compiling, with it, and with what an earlier process compiled and left on disk; pays: after how many pictures."""
+    """Time forward passes: not compiled, compiled, and compiled with the disk cache of an earlier process.
+
+    pays: the number of pictures from which compiling saves time.
+    """
     turns = []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory(prefix='padseg-bench-') as cache:
             os.environ['TORCHINDUCTOR_CACHE_DIR'] = cache
-            quick = setting._replace(vae=setting.folder / TINY_VAE)  # whose time does not count here
+            quick = setting._replace(vae=setting.folder / TINY_VAE)  # the VAE is not timed here, so take the fast one
             kinds = {'plain': False, 'compiled': True, 'again': True}
             turns.append({name: fresh(forwards, quick._replace(compile=compiles)) for name, compiles in kinds.items()})
     result: dict[str, Any] = {name: scale_columns([turn[name] for turn in turns]) for name in turns[0]}
@@ -174,31 +181,30 @@ def forwards(setting: BenchSetting) -> Forwards:
 
 
 def pays_after(plain: Forwards, other: Forwards) -> int | None:
-    """The number of pictures from which compiling saves time; None if never."""
+    """Return the number of pictures from which compiling saves time; None if it never does."""
     gain = plain.later - other.later
     return max(1, 1 + int(np.ceil((other.first - plain.first) / gain))) if gain > 0 else None
 
 
 def in_words(measured: dict[str, Any]) -> str:
-    """One table for each quantity that grows."""
-    lines = [f'{measured["size"]} model, {measured["dtype"]}; {in_place(measured)}']
-    lines.append(heading('side', 'VAE, s', 'transformer, s', 'most memory, MiB'))
+    """Format the figures, one table per quantity."""
+    lines = [f'{measured["size"]} model, {measured["dtype"]}; {measured_on(measured)}']
+    lines.append(heading('side', 'VAE, s', 'transformer, s', 'peak memory, MiB'))
     for side, taken in measured['sides'].items():
         lines.append(fitted_line(side, *taken.values()))
     for part, law in measured['law'].items():
         lines.append(
-            f'{part}: {1e3 * law["linear"]:.3g} ms for each of n image tokens and {1e6 * law["square"]:.3g} us n^2, '
-            f'within {law["error"]:.0%}'
+            f'{part}: {1e3 * law["linear"]:.3g} ms n + {1e6 * law["square"]:.3g} us n^2 for n image tokens, within {law["error"]:.0%}'
         )
     for name, key in (('pictures', 'pictures'), (f'batch, {measured["batched"]} pictures', 'batches')):
-        lines.append(heading(name, 'run of tiny, s', 'most memory, MiB'))
+        lines.append(heading(name, 'run of tiny, s', 'peak memory, MiB'))
         lines += [fitted_line(number, *taken.values()) for number, taken in measured[key].items()]
     if compiling := measured['compiling']:
         lines.append(heading('transformer', 'first, s', 'later, s'))
-        names = {'plain': 'not compiled', 'compiled': 'compiled', 'again': 'compiled before'}
+        names = {'plain': 'not compiled', 'compiled': 'compiled', 'again': 'from disk cache'}
         lines += [fitted_line(words, *compiling[name].values()) for name, words in names.items()]
         after, before = (f'from picture {number} on' if number else 'never' for number in compiling['pays'].values())
-        lines.append(f'compiling saves {compiling["gain"]:.1%} of a later forward and pays {after}; what is on disk already, {before}')
+        lines.append(f'compiling saves {compiling["gain"]:.1%} of a later forward pass and pays off {after}; from disk cache, {before}')
     return '\n'.join(lines)
 
 

@@ -1,4 +1,4 @@
-"""SD3-medium at its real size, from picture to label map, beside the whole pipeline in the same run: bin/bench sd3."""
+"""SD3-medium at full size, from picture to label map, compared with the whole pipeline in the same run: bin/bench sd3."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 
 from padseg.backbones.source import locate, read_json
 from padseg.bench import flops
-from padseg.bench.measure import between, finish_bench, fresh, in_place, row_of_numbers, spread, surroundings
+from padseg.bench.measure import between, finish_bench, fresh, measured_on, row_of_numbers, spread, surroundings
 from padseg.bench.model import TINY_VAE, make_model
 from padseg.bench.setting import (
     QUIET,
@@ -39,27 +39,30 @@ from padseg.methods.stages.proposals import merge
 from padseg.methods.stages.token_maps import latent_token_maps
 from padseg.types import Array
 
-TimedRun = Callable[[int, dict[str, float]], 'Comparison']  # on pictures of this side, noting the seconds of each stage
+TimedRun = Callable[[int, dict[str, float]], 'Comparison']  # takes the side in pixels and a dict for the seconds of each stage
 
 STAGES = ('text', 'vae', 'transformer', 'merge', 'labels')
-THRESHOLD = 0.003  # random weights give maps so alike that the published 0.1 would join them all
-LIMITS = {'float32': 1e-4, 'bfloat16': 0.1, 'float16': 0.1}  # of the root mean square difference of maps, in their standard deviations
-WARM_UP = 128  # side in pixels of a picture before those that are timed, for libraries to start
-PRODUCT = {'full': 4096, 'small': 512}  # side of the matrices whose product is the ceiling
-PRODUCTS = {'cpu': 2, 'cuda': 50}  # how many are timed
+THRESHOLD = 0.003  # maps from random weights are so similar that the published 0.1 would merge them all
+LIMITS = {'float32': 1e-4, 'bfloat16': 0.1, 'float16': 0.1}  # on the RMS difference of maps, in standard deviations
+WARM_UP = 128  # side in pixels of the warm-up picture
+PRODUCT = {'full': 4096, 'small': 512}  # side of the matrices whose product gives the ceiling
+PRODUCTS = {'cpu': 2, 'cuda': 50}  # matrix products to time
 
 
 class Comparison(NamedTuple):
-    """A picture's results. maps: (T, h, w) float32; groups: members of each proposal; labels: (H, W) int32, regions from 1."""
+    """Result for one picture. maps: (T, h, w) float32; groups: members of each proposal; labels: (H, W) int32, regions from 1."""
 
     maps: Array
     groups: tuple[tuple[int, ...], ...]
     labels: Array
 
 
-class Side(NamedTuple):
-    """One process. loading: seconds; loaded, peak: most memory in MiB until then and in all; seconds: of a picture by stage; outcome: of
-    the first picture; ceiling: operations a second by type, measured afterwards."""
+class Figures(NamedTuple):
+    """Figures of one process, which runs either implementation.
+
+    loading: seconds; loaded, peak: peak memory after loading and in total, in MiB; seconds: per picture, by stage; outcome: result for the
+    first picture; ceiling: operations per second by dtype, measured at the end.
+    """
 
     loading: float
     loaded: float
@@ -71,13 +74,17 @@ class Side(NamedTuple):
 
 @click.command('sd3')
 @shared_flags
-@click.option('--side', type=click.IntRange(WARM_UP), help="of the pictures, in pixels (default: the model's own)")
-@click.option('--batch', type=click.IntRange(1), default=1, show_default=True, help='pictures that we take together; the other has one')
+@click.option('--side', type=click.IntRange(WARM_UP), help="side of the pictures in pixels (default: the model's own)")
 @click.option(
-    '--passes', type=click.IntRange(1), default=1, show_default=True, help='batches timed in each process, the median of which counts'
+    '--batch', type=click.IntRange(1), default=1, show_default=True, help='batch size of ours; the reference takes one picture at a time'
 )
-@click.option('--vae', type=click.Choice(('exact', 'tiny')), default='exact', show_default=True, help="of ours: SD3's, or AutoencoderTiny")
-@click.option('--compile', is_flag=True, help='blocks of ours; the time for that is not counted')
+@click.option(
+    '--passes', type=click.IntRange(1), default=1, show_default=True, help='timed batches in each process; the median is reported'
+)
+@click.option(
+    '--vae', type=click.Choice(('exact', 'tiny')), default='exact', show_default=True, help="VAE of ours: SD3's own, or an AutoencoderTiny"
+)
+@click.option('--compile', is_flag=True, help='compile the blocks of ours; the time to compile is not counted')
 def command(
     size: str,
     repeats: int,
@@ -92,29 +99,29 @@ def command(
     vae: str,
     compile: bool,
 ) -> None:
-    """From picture to label map with SD3-medium's architecture and random weights, beside the whole pipeline.
+    """Measure the way from picture to label map with SD3-medium and random weights, compared with the whole pipeline.
 
-    The other side runs text encoders, VAE and all blocks for every picture, forms the whole attention matrix of the expert block and
-    merges in a loop. Both take the same pictures in turn, each in a fresh process, and have to find the same.
+    The reference runs text encoders, VAE and all blocks for every picture, forms the full attention matrix of the expert block, and
+    merges in a loop. Both process the same pictures, in alternating fresh processes, and must find the same maps.
     """
-    os.environ |= QUIET  # which the processes inherit
+    os.environ |= QUIET  # inherited by the processes
     model = fresh(make_model, folder / size, size)
     other = model / TINY_VAE if vae == 'tiny' else None
     setting = BenchSetting(model, side or own_side(size), batch, other, dtype, device, passes, compile, PRODUCT[size])
-    fresh(open_once, setting)  # from now on the empty prompt is cached
+    fresh(open_once, setting)  # caches the empty prompt
     turns = [(fresh(ours, setting), fresh(reference, setting)) for _ in range(repeats)]
-    measured = lines_of_summary(setting, size, turns)
+    measured = summarise(setting, size, turns)
     case = f'{size}-{vae}-{setting.side}-batch-{batch}-{dtype}' + ('-compiled' if compile else '')
     finish_bench('sd3', case, measured, record, as_json, in_words)
-    refuse_other_maps(measured)
+    require_same_maps(measured)
 
 
 def open_once(setting: BenchSetting) -> None:
     bench_backbone(setting)
 
 
-def ours(setting: BenchSetting) -> Side:
-    """padseg on the pictures, so many at a time."""
+def ours(setting: BenchSetting) -> Figures:
+    """Measure padseg on the pictures, in batches."""
     import_libraries()
     start = time.perf_counter()
     backbone = bench_backbone(setting)
@@ -134,12 +141,12 @@ def ours(setting: BenchSetting) -> Side:
             labels = [label_map(proposals) for proposals in merged]
         return Comparison(maps[0].maps.cpu().numpy(), merged[0].members, labels[0].labels)
 
-    return Side(loading, loaded, *repeated(run, setting))
+    return Figures(loading, loaded, *repeated(run, setting))
 
 
-def reference(setting: BenchSetting) -> Side:
-    """The whole pipeline on the same pictures, one at a time."""
-    from padseg.bench.reference import load_pipeline, segment_obviously
+def reference(setting: BenchSetting) -> Figures:
+    """Measure the whole pipeline on the same pictures, one at a time."""
+    from padseg.bench.reference import load_pipeline, segment_naively
 
     start = time.perf_counter()
     pipeline = load_pipeline(setting.folder, torch.device(setting.device), getattr(torch, setting.dtype))
@@ -150,14 +157,14 @@ def reference(setting: BenchSetting) -> Side:
     def run(side: int, taken: dict[str, float]) -> Comparison:
         stage = partial(timed_stage, taken, setting.device, 1)
         options = Options(side=side, threshold=THRESHOLD).resolve(spec)
-        result = segment_obviously(bench_picture(side, 0), pipeline, options, stage)
-        return Comparison(result.maps.cpu().numpy(), result.groups, sd3_in_order(result.labels))
+        result = segment_naively(bench_picture(side, 0), pipeline, options, stage)
+        return Comparison(result.maps.cpu().numpy(), result.groups, number_regions(result.labels))
 
-    return Side(loading, loaded, *repeated(run, setting))
+    return Figures(loading, loaded, *repeated(run, setting))
 
 
-def sd3_in_order(winners: Array) -> Array:
-    """Regions from 1 in order of first appearance, (H, W) int32."""
+def number_regions(winners: Array) -> Array:
+    """Number regions from 1 in order of first appearance: (H, W) int32."""
     names, places, index = np.unique(winners, return_index=True, return_inverse=True)
     ranks = np.empty(len(names), np.int32)
     ranks[np.argsort(places)] = np.arange(1, len(names) + 1)
@@ -165,7 +172,7 @@ def sd3_in_order(winners: Array) -> Array:
 
 
 def repeated(run: TimedRun, setting: BenchSetting) -> tuple[float, dict[str, float], Comparison, dict[str, float]]:
-    """After a picture to warm up, small unless on a GPU, so many passes: the last fields of a Side."""
+    """Warm up, run the timed passes, and return the last four fields of Figures. On the CPU the warm-up picture is small."""
     run(WARM_UP if setting.device == 'cpu' else setting.side, {})
     passes: list[dict[str, float]] = [{} for _ in range(setting.passes)]
     for taken in passes:
@@ -176,7 +183,7 @@ def repeated(run: TimedRun, setting: BenchSetting) -> tuple[float, dict[str, flo
 
 @contextmanager
 def timed_stage(taken: dict[str, float], device: str, pictures: int, name: str) -> Iterator[None]:
-    """Note the seconds of a picture that the block takes."""
+    """Record the seconds per picture that the `with` block takes."""
     start = time.perf_counter()
     yield
     synchronize(device)
@@ -184,11 +191,11 @@ def timed_stage(taken: dict[str, float], device: str, pictures: int, name: str) 
 
 
 def ceiling(setting: BenchSetting) -> dict[str, float]:
-    """Operations a second of a product of square matrices in each type, the quickest of several."""
-    return {name: quickest_product(setting, getattr(torch, name)) for name in sorted({'bfloat16', 'float32', setting.dtype})}
+    """Measure operations per second of a square matrix product in each dtype: the fastest of several."""
+    return {name: fastest_product(setting, getattr(torch, name)) for name in sorted({'bfloat16', 'float32', setting.dtype})}
 
 
-def quickest_product(setting: BenchSetting, dtype: torch.dtype) -> float:
+def fastest_product(setting: BenchSetting, dtype: torch.dtype) -> float:
     side = setting.product
     factor = torch.rand(side, side, device=setting.device).to(dtype)
     times = []
@@ -202,7 +209,7 @@ def quickest_product(setting: BenchSetting, dtype: torch.dtype) -> float:
 
 
 def operations(setting: BenchSetting) -> dict[str, dict[str, int]]:
-    """Operations of a picture: what we need, and what the whole pipeline runs."""
+    """Count the operations per picture: those that ours needs, and those of the whole pipeline."""
     spec = locate(str(setting.folder)).spec
     transformer, vae = (SimpleNamespace(**read_json(setting.folder / part / 'config.json')) for part in ('transformer', 'vae'))
     image = (setting.side // 2 ** (len(vae.block_out_channels) - 1) // transformer.patch_size) ** 2
@@ -215,8 +222,8 @@ def operations(setting: BenchSetting) -> dict[str, dict[str, int]]:
     }
 
 
-def lines_of_summary(setting: BenchSetting, size: str, turns: list[tuple[Side, Side]]) -> dict[str, Any]:
-    """All that is reported, as JSON has it: of every measure the values of all turns."""
+def summarise(setting: BenchSetting, size: str, turns: list[tuple[Figures, Figures]]) -> dict[str, Any]:
+    """Collect all figures for the JSON report, with the values of all repeats."""
     sides = {'ours': [a for a, _ in turns], 'reference': [b for _, b in turns]}
     best = {name: max(one.ceiling[name] for turn in turns for one in turn) for name in turns[0][0].ceiling}
     seconds = {name: {stage: [one.seconds[stage] for one in column] for stage in STAGES} for name, column in sides.items()}
@@ -249,16 +256,19 @@ def lines_of_summary(setting: BenchSetting, size: str, turns: list[tuple[Side, S
     }
 
 
-def refuse_other_maps(measured: dict[str, Any]) -> None:
-    """ClickException if the two sides found different maps."""
+def require_same_maps(measured: dict[str, Any]) -> None:
+    """Raise ClickException if the two implementations found different maps."""
     alike = measured['alike']
     if alike and not alike['of_deviation'] <= LIMITS[measured['dtype']]:
-        raise click.ClickException(f'the maps differ by {alike["of_deviation"]:.2g} standard deviations in the mean')
+        raise click.ClickException(f'the maps differ by {alike["of_deviation"]:.2g} standard deviations (RMS)')
 
 
 def compare(a: Comparison, b: Comparison) -> dict[str, Any]:
-    """How near the results are. of_greatest: the maps' greatest difference, relative to their greatest value; of_deviation: its root mean
-    square, relative to the standard deviation of a map."""
+    """Measure how close two results are.
+
+    of_greatest: maximum difference of the maps, relative to their maximum; of_deviation: RMS difference, relative to the mean standard
+    deviation of a map.
+    """
     difference = np.abs(a.maps - b.maps)
     return {
         'of_greatest': float(difference.max() / b.maps.max()),
@@ -270,12 +280,12 @@ def compare(a: Comparison, b: Comparison) -> dict[str, Any]:
 
 
 def in_words(measured: dict[str, Any]) -> str:
-    """A table with a stage a line, ours and the reference; medians with least and most."""
+    """Format a table of ours and the reference, one line per stage: medians with minimum and maximum."""
     seconds, operations, share, best = (measured[name] for name in ('seconds', 'operations', 'ceiling_share', 'ceiling'))
     lines = [
         f'{measured["size"]} model, {measured["side"]} x {measured["side"]}, {measured["dtype"]}, {measured["vae"]} VAE, '
-        f'batches of {measured["batch"]}; {in_place(measured)}',
-        f'product of matrices, {measured["product"]} x {measured["product"]}: '
+        f'batches of {measured["batch"]}; {measured_on(measured)}',
+        f'matrix product, {measured["product"]} x {measured["product"]}: '
         + ', '.join(f'{name} {value / 1e9:.0f} GFLOP/s' for name, value in best.items()),
         f'{"":22}{"ours":>28}{"reference":>28}',
     ]
@@ -283,19 +293,18 @@ def in_words(measured: dict[str, Any]) -> str:
         lines.append(row_of_numbers(f'{stage}, s', *(seconds[name][stage] for name in seconds)))
         if stage in share['ours']:
             lines.append(f'{"  TFLOP":22}' + ''.join(f'{operations[name][stage] / 1e12:28.4g}' for name in seconds))
-            lines.append(f'{"  share of the product":22}' + ''.join(f'{share[name][stage]:28.1%}' for name in seconds))
+            lines.append(f'{"  share of matmul rate":22}' + ''.join(f'{share[name][stage]:28.1%}' for name in seconds))
     lines += [
-        row_of_numbers('a picture, s', *measured['total'].values()),
-        row_of_numbers('most memory, MiB', *measured['peak_mib'].values(), digits=0),
+        row_of_numbers('per picture, s', *measured['total'].values()),
+        row_of_numbers('peak memory, MiB', *measured['peak_mib'].values(), digits=0),
         row_of_numbers('loading, s', *measured['loading'].values()),
-        row_of_numbers('  most memory, MiB', *measured['loaded_mib'].values(), digits=0),
+        row_of_numbers('  peak memory, MiB', *measured['loaded_mib'].values(), digits=0),
         f'speed {between(measured["reference_to_ours"])} x the reference; memory {between(measured["memory_ours_to_reference"])} x; '
-        f'beside VAE and transformer {measured["rest_share"]:.1%} of the time',
+        f'{measured["rest_share"]:.1%} of the time outside VAE and transformer',
     ]
     if alike := measured['alike']:
         lines.append(
-            f'maps differ by at most {alike["of_greatest"]:.1e} of their greatest value, {alike["of_deviation"]:.1e} standard deviations '
-            'in the mean; '
+            f'maps differ by at most {alike["of_greatest"]:.1e} of their maximum, {alike["of_deviation"]:.1e} standard deviations (RMS); '
             f'groups {"the same" if alike["same_groups"] else "different"} ({alike["groups"][0]} and {alike["groups"][1]}); '
             f'{alike["same_pixels"]:.2%} of the pixels labelled the same'
         )

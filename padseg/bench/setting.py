@@ -1,4 +1,4 @@
-"""What is measured of SD3: the model, the pictures, the machine; one place for all that bench sd3, load and scale share."""
+"""Settings and helpers that the benchmarks sd3, load, scale and label share: model, pictures, device."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ QUIET = {'TRANSFORMERS_VERBOSITY': 'error', 'DIFFUSERS_VERBOSITY': 'error', 'HF_
 
 
 class BenchSetting(NamedTuple):
-    """How one process works. vae: None for the model's own, or a folder; passes: timed batches; compile: whether ours compiles
-    blocks; product: side of the matrices whose product is the ceiling."""
+    """Settings of one process.
+
+    vae: a folder, or None for the model's own; passes: timed batches; compile: whether ours compiles its blocks; product: side of the
+    matrices whose product gives the ceiling.
+    """
 
     folder: Path
     side: int
@@ -36,13 +39,15 @@ class BenchSetting(NamedTuple):
 
 
 def shared_flags(function: Callable[..., None]) -> Callable[..., None]:
-    """The flags of these commands."""
+    """Add the flags that these benchmarks share."""
     flags = (
-        click.option('--size', type=click.Choice(list(SIZES)), default='full', show_default=True, help="SD3-medium's, or a toy's"),
-        click.option('--repeats', type=click.IntRange(1), default=3, show_default=True, help='turns, each in fresh processes'),
+        click.option(
+            '--size', type=click.Choice(list(SIZES)), default='full', show_default=True, help='SD3-medium, or a small model for tests'
+        ),
+        click.option('--repeats', type=click.IntRange(1), default=3, show_default=True, help='repetitions, each in fresh processes'),
         click.option('--dtype', type=click.Choice(DTYPES), default='bfloat16', show_default=True, help='of weights and activations'),
         click.option('--device', default='cpu', show_default=True, help='cpu or cuda'),
-        click.option('--folder', type=click.Path(path_type=Path), default=default_folder, help='where models are made, and kept'),
+        click.option('--folder', type=click.Path(path_type=Path), default=default_folder, help='where generated models are kept'),
     )
     for flag in reversed(flags):
         function = flag(function)
@@ -58,7 +63,7 @@ def own_side(size: str) -> int:
 
 
 def import_libraries() -> None:
-    """Import what `load` would import, so that this is not timed."""
+    """Import the modules that `load` would import, so that imports are not timed."""
     import padseg.backbones.flux
     import padseg.backbones.loading
     import padseg.backbones.sd3  # noqa: F401
@@ -77,12 +82,12 @@ def synchronize(device: str) -> None:
 
 
 def memory(device: str) -> float:
-    """The most memory that this process took so far, in MiB: of the GPU if there is one."""
+    """Return the peak memory of this process so far, in MiB: GPU memory on a GPU, else main memory."""
     return torch.cuda.max_memory_allocated(device) / 2**20 if device.startswith('cuda') else peak()
 
 
 def bench_picture(side: int, number: int) -> Image:
-    """Smooth shapes in plain colours with noise, (side, side, 3)."""
+    """Draw smooth shapes in plain colours with noise: (side, side, 3)."""
     rng = np.random.default_rng(number)
     shapes = cv2.resize(surface(rng, 64), (side, side), interpolation=cv2.INTER_CUBIC).argmax(2)
     colours = rng.integers(0, 256, (shapes.max() + 1, 3))

@@ -1,4 +1,4 @@
-"""The command line: find the command, and turn errors that the user can fix into one line and an exit code."""
+"""The command line. Errors that the user can fix become one line and an exit code."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from padseg.system import libraries
 from padseg.system.versions import versions
 from padseg.version import __version__
 
-# Modules of padseg.commands, imported when asked for.
+# Modules of padseg.commands, imported on demand.
 COMMANDS = ('run', 'label', 'merge', 'export', 'eval', 'analyze', 'train-tiny', 'models', 'doctor')
 INTERRUPTED = 130
 
 
 class Commands(click.Group):
-    """A group whose commands are the modules of COMMANDS."""
+    """A click group that imports its commands on demand from the modules in COMMANDS."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -41,7 +41,7 @@ def show_version(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 @click.group(cls=Commands, context_settings={'help_option_names': ['-h', '--help'], 'max_content_width': 120})
 @click.option('--version', is_flag=True, is_eager=True, expose_value=False, callback=show_version, help='Show the versions and exit.')
 def group() -> None:
-    """Segment pictures with the attention of a diffusion transformer: to its padding tokens for masks, to words for names."""
+    """Segment pictures with the attention of a diffusion transformer: padding tokens give masks, words give names."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""`padseg analyze`: which blocks of a model group pictures, how they share out attention, how long their values are."""
+"""`padseg analyze`: how well the blocks of a model group pictures, where their attention goes, and the norms of their values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import click
 
 from padseg.commands.label import names_of
 from padseg.methods.seg4diff import Options
-from padseg.system.libraries import require
 from padseg.system.progress import shown
 
 FOLDER = click.Path(path_type=Path)
@@ -18,16 +17,16 @@ FOLDER = click.Path(path_type=Path)
 
 @click.command('analyze')
 @click.option('--dir', 'images', type=FOLDER, required=True, help='folder of pictures')
-@click.option('--labels', type=FOLDER, required=True, help='folder of label maps x.png, or x_0.png, … of several annotators')
+@click.option('--labels', type=FOLDER, required=True, help='folder of label maps x.png, or x_0.png, x_1.png, … from several annotators')
 @click.option('--out', type=FOLDER, default='out', show_default=True, help='folder for the results')
 @click.option('--model', default='tiny', show_default=True, help='a model of `padseg models`, a hub id, or a folder')
 @click.option('--revision', help='branch, tag or commit on the hub')
-@click.option('--device', help='cpu, cuda, cuda:1, mps, … (default: the best there is)')
-@click.option('--dtype', help="float32, bfloat16 or float16 (default: the device's own)")
-@click.option('--count', type=click.IntRange(min=1), default=50, show_default=True, help='pictures at most')
+@click.option('--device', help='cpu, cuda, cuda:1, mps, … (default: the best available)')
+@click.option('--dtype', help='float32, bfloat16 or float16 (default: depends on the device)')
+@click.option('--count', type=click.IntRange(min=1), default=50, show_default=True, help='maximum number of pictures')
 @click.option('--normalisation', help="of token maps, as for `padseg run` (default: the model's own)")
-@click.option('--classes-file', type=FOLDER, help='names of the labels from 0, one a line: also measures how words find classes')
-@click.option('--json', 'as_json', is_flag=True, help='print one JSON object in place of tables')
+@click.option('--classes-file', type=FOLDER, help='names of the labels from 0, one per line; also measures how well words find classes')
+@click.option('--json', 'as_json', is_flag=True, help='print one JSON object instead of tables')
 @click.option('-q', '--quiet', is_flag=True, help='no progress on stderr')
 def command(
     images: Path,
@@ -43,13 +42,12 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Measure what every block of a model does.
+    """Measure every block of a model on labelled pictures.
 
-    On pictures with labels: how well a block groups them, where its attention goes, how long its values are. Prints tables.
-    Results: OUT/analysis.json, the figures OUT/grouping.png and OUT/anatomy.png, and OUT/maps.png, the token maps of the first
+    Prints tables of how well each block groups the pictures, where its attention goes, and the norms of its values.
+    Results: OUT/analysis.json, the figures OUT/grouping.png and OUT/anatomy.png, and OUT/maps.png with the token maps of the first
     picture.
     """
-    require('matplotlib', 'train')
     from padseg.analysis.figures import map_sheet, tables, write_analysis
     from padseg.analysis.measure import analyze, as_object, labelled_pictures
     from padseg.backbones import load

@@ -1,4 +1,4 @@
-"""`padseg doctor`: whether a run would find all that it needs, and what to do if not."""
+"""`padseg doctor`: check that a run would find everything it needs, and say what to do if not."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 @click.command('doctor')
 @click.option('--model', default='tiny', show_default=True, help='a model of `padseg models`, a hub id, or a folder')
 @click.option('--revision', help='branch, tag or commit on the hub')
-@click.option('--device', help='cpu, cuda, cuda:1, mps, … (default: the best there is)')
-@click.option('--dtype', help="float32, bfloat16 or float16 (default: the device's own)")
+@click.option('--device', help='cpu, cuda, cuda:1, mps, … (default: the best available)')
+@click.option('--dtype', help='float32, bfloat16 or float16 (default: depends on the device)')
 @click.option('--out', type=click.Path(path_type=Path), default='.', show_default=True, help='where results would be written')
 @click.option('--json', 'as_json', is_flag=True, help='print one JSON object')
 def command(model: str, revision: str | None, device: str | None, dtype: str | None, out: Path, as_json: bool) -> int:
-    """Check that a run would find all that it needs.
+    """Check that a run would find everything it needs.
 
-    Looks at versions, processors, disk and memory, and whether a model can be loaded. Nothing is downloaded.
+    Checks versions, processors, disk, memory, and whether the model can be loaded. Downloads nothing.
 
-    Exit code 0: a run can load the model, from this disk or from the hub. 4: it cannot, and the last lines say what to do.
+    Exit code 0: a run can load the model, from disk or from the hub. 4: it cannot; the last lines say what to do.
     """
     report = examine(model, revision, device, dtype, out)
     print(json.dumps(as_object(report)) if as_json else '\n'.join(as_lines(report)))
@@ -41,7 +41,7 @@ def command(model: str, revision: str | None, device: str | None, dtype: str | N
 
 
 class Diagnosis(NamedTuple):
-    """What a run would work with. Sizes are bytes; None is what this machine does not say."""
+    """The resources that a run would have. Sizes are in bytes; None means unknown."""
 
     versions: dict[str, str]
     platform: str
@@ -67,7 +67,7 @@ class Diagnosis(NamedTuple):
 
 
 def examine(model: str, revision: str | None, device: str | None, dtype: str | None, out: Path) -> Diagnosis:
-    """Ask machine and hub; nothing is downloaded and no weights are read. UsageError for an unknown model, device or dtype."""
+    """Query the machine and the hub, without downloading or reading weights. Raises UsageError for an unknown model, device or dtype."""
     import torch
     from huggingface_hub import constants, get_token, is_offline_mode
 
@@ -107,7 +107,7 @@ def examine(model: str, revision: str | None, device: str | None, dtype: str | N
 
 
 def with_settings(state: State, source: Source | None) -> State:
-    """The state, or what is wrong with the settings that the model's folder states for methods."""
+    """Return the state, or a failed one if the method settings in the model's folder are invalid."""
     try:
         if source:
             check_settings(source.spec)
@@ -117,12 +117,12 @@ def with_settings(state: State, source: Source | None) -> State:
 
 
 def shortages(report: Diagnosis) -> list[str]:
-    """A line with the remedy for each of disk, memory and device memory that has less free than a run needs."""
+    """Return a line with a remedy for each shortage of disk, memory or device memory."""
     lines = []
     if report.needed and report.device_memory is not None and report.device_memory < report.needed.device:
         lines.append(
             f'{report.device} has {human(report.device_memory)} free, but the weights alone take {human(report.needed.device)}: '
-            'free it, or `--dtype float16`, or `--device cpu`'
+            'free some, or use `--dtype float16` or `--device cpu`'
         )
     memory = min((size for size in (report.memory, report.memory_free) if size is not None), default=None)
     if report.needed and memory is not None and memory < report.needed.host:
@@ -138,7 +138,7 @@ def shortages(report: Diagnosis) -> list[str]:
 
 
 def as_object(report: Diagnosis) -> dict[str, Any]:
-    """The report as one JSON object."""
+    """Return the report as one JSON object."""
     values = report._asdict()
     values['state'] = report.state._asdict()
     values['needed'] = report.needed._asdict() if report.needed else None
@@ -146,20 +146,20 @@ def as_object(report: Diagnosis) -> dict[str, Any]:
 
 
 def as_lines(report: Diagnosis) -> list[str]:
-    """The report for people."""
+    """Format the report as text, one line per item."""
     sizes = {
-        'memory': f'{known(report.memory)} in all, {known(report.memory_free)} free',
-        'weights': 'not known until the model is here'
+        'memory': f'{known(report.memory)} in total, {known(report.memory_free)} free',
+        'weights': 'unknown until the model is on this machine'
         if report.needed is None
         else f'{human(report.needed.device)} on {report.device}, up to {human(report.needed.host)} of memory while loading'
-        ' (an estimate from their shapes; pictures come on top)',
+        ' (estimated from their shapes; pictures need more)',
     }
     token = 'a token' if report.token else 'no token'
     rows = {
         'versions': ', '.join(f'{name} {number}' for name, number in report.versions.items()),
         'platform': report.platform,
         'CPUs': f'{report.cpus}, {report.threads} threads',
-        'GPUs': ', '.join([*report.gpus, *(['MPS'] if report.mps else [])]) or 'none that torch can use',
+        'GPUs': ', '.join([*report.gpus, *(['MPS'] if report.mps else [])]) or 'none usable by torch',
         'device': f'{report.device} ({report.dtype or "float16 for large models, else float32"})',
         **sizes,
         'disk': f'{human(report.disk_free)} free at {report.out}',

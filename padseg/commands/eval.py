@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from padseg.system.progress import Progress
 
 FOLDER = click.Path(path_type=Path)
-NAMING = 'seg4diff-ovss'  # the protocol that gives a model the names of classes
+NAMING = 'seg4diff-ovss'  # the protocol in which the model gets class names
 NAMES = ('present', 'all')
 ONE_OF = {'layer': 'layers', 'step': 'steps'}
 
 
 class EvalCommand(MethodCommand):
-    """--method, whose default the protocol decides, with its options."""
+    """A command whose default --method depends on --protocol."""
 
     def methods(self) -> list[str]:
         return list(METHODS)
@@ -48,9 +48,9 @@ class EvalCommand(MethodCommand):
 
 @click.command('eval', cls=EvalCommand)
 @click.argument('dataset', required=False)
-@click.option('--root', type=FOLDER, help='folder of the data set')
-@click.option('--split', help='part of the data set (default: the one that is usually reported)')
-@click.option('--check', is_flag=True, help='look at the data only: layout, sizes, labels')
+@click.option('--root', type=FOLDER, help='folder with the data set')
+@click.option('--split', help='part of the data set (default: the one usually reported)')
+@click.option('--check', is_flag=True, help='only check the data: layout, sizes, labels')
 @click.option('--pred', type=FOLDER, help='score these label maps, such as OUT/labels of `padseg run`, instead of running a model')
 @click.option('--labels', type=FOLDER, help='without DATASET: folder of ground truth with the same names as --pred')
 @click.option('--num-classes', type=click.IntRange(min=1), help='with --labels or folder: classes of the ground truth')
@@ -71,12 +71,12 @@ class EvalCommand(MethodCommand):
 @click.option('--overwrite', is_flag=True, help='score everything again')
 @click.option('--model', default='tiny', show_default=True, help='a model of `padseg models`, a hub id, or a folder')
 @click.option('--revision', help='branch, tag or commit on the hub')
-@click.option('--device', help='cpu, cuda, cuda:1, mps, … (default: the best there is)')
-@click.option('--dtype', help="float32, bfloat16 or float16 (default: the device's own)")
-@click.option('--vae', help="a quicker VAE for SD3's latents: tiny (TAESD3), a hub id, or a folder with an AutoencoderTiny")
+@click.option('--device', help='cpu, cuda, cuda:1, mps, … (default: the best available)')
+@click.option('--dtype', help='float32, bfloat16 or float16 (default: depends on the device)')
+@click.option('--vae', help="a faster VAE for SD3's latents: tiny (TAESD3), a hub id, or a folder with an AutoencoderTiny")
 @compile_flag
-@click.option('--names', type=click.Choice(NAMES), help=f'{NAMING}: names of the classes in a picture, or all (default: {NAMES[0]})')
-@click.option('--quiet', '-q', is_flag=True, help='no progress')
+@click.option('--names', type=click.Choice(NAMES), help=f'{NAMING}: use the class names present in a picture, or all (default: {NAMES[0]})')
+@click.option('--quiet', '-q', is_flag=True, help='no progress on stderr')
 @click.option('--json', 'as_json', is_flag=True, help='print one JSON object')
 @click.pass_context
 def command(ctx: click.Context, /, as_json: bool, quiet: bool, check: bool, **given: Any) -> int:
@@ -86,10 +86,10 @@ def command(ctx: click.Context, /, as_json: bool, quiet: bool, check: bool, **gi
     padseg eval DATASET --root DIR [--model M]          run the model and score it
     padseg eval DATASET --root DIR --pred LABELS        score stored label maps
     padseg eval --pred LABELS --labels TRUTH --num-classes N
-    padseg eval DATASET --root DIR --check              look at the data only
+    padseg eval DATASET --root DIR --check              only check the data
 
-    A label map a.jpg.png or a.png belongs to the ground truth a.png; with --regions also to a_0.png, a_1.png, … of several
-    annotators, whose scores are averaged. Every value of a prediction is a region, 0 too.
+    A label map a.jpg.png or a.png belongs to the ground truth a.png; with --regions also to a_0.png, a_1.png, … from several
+    annotators, whose scores are averaged. Every value of a prediction is a region, including 0.
     """
     must_fit_together(given, check)
     if check:
@@ -104,7 +104,7 @@ def command(ctx: click.Context, /, as_json: bool, quiet: bool, check: bool, **gi
 
 
 def show_check(given: dict[str, Any], as_json: bool, progress: Progress) -> int:
-    """Print what the data set holds; 3 if files cannot be used or values are out of range."""
+    """Print the contents of the data set. Returns 3 if files are unusable or values are out of range, else 0."""
     from padseg.evaluation.job import check_of
     from padseg.evaluation.words import check_lines
 
@@ -114,12 +114,12 @@ def show_check(given: dict[str, Any], as_json: bool, progress: Progress) -> int:
 
 
 def must_fit_together(given: dict[str, Any], check: bool) -> None:
-    """Refuse options that contradict each other."""
+    """Raise click.UsageError for options that contradict each other."""
     if given['dataset']:
         if not given['root']:
-            raise click.UsageError('DATASET needs --root, the folder where it is.')
+            raise click.UsageError('DATASET needs --root, the folder with the data set.')
         if given['labels'] or (given['dataset'] != 'folder' and (given['num_classes'] or given['regions'])):
-            raise click.UsageError('--labels, --num-classes and --regions describe ground truth of your own: leave them out with DATASET.')
+            raise click.UsageError('--labels, --num-classes and --regions describe your own ground truth: leave them out with DATASET.')
     elif check:
         raise click.UsageError('--check needs DATASET and --root.')
     elif not (given['pred'] and given['labels']):
@@ -129,7 +129,7 @@ def must_fit_together(given: dict[str, Any], check: bool) -> None:
 
 
 def job_of(ctx: click.Context, given: dict[str, Any]) -> Evaluation:
-    """The evaluation that the options ask for."""
+    """Build the evaluation that the options describe."""
     from padseg.evaluation.job import ground_of, of_method, of_stored
 
     asked = asked_of(given)
@@ -152,7 +152,7 @@ def asked_of(given: dict[str, Any]) -> Asked:
 def contender_of(given: dict[str, Any]) -> Contender:
     from padseg.evaluation.job import Contender
 
-    for one, several in ONE_OF.items():  # of a method that reads several blocks and noise levels
+    for one, several in ONE_OF.items():  # for methods that read several blocks and noise levels
         if several in given and given[one] is not None:
             if given[several] is not None:
                 raise click.UsageError(f'Give either --{one} or --{several}.')

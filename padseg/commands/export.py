@@ -1,4 +1,4 @@
-"""`padseg export`: the results of a run in the forms of other tools."""
+"""`padseg export`: the results of a run in the formats of other tools."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ FOLDER = click.Path(path_type=Path)
 
 @click.command('export')
 @click.argument('results', metavar='OUT', type=FOLDER)
-@click.option('--format', type=click.Choice(list(CONVERTERS)), required=True, help='what to write')
+@click.option('--format', type=click.Choice(list(CONVERTERS)), required=True, help='output format')
 @click.option('--out', type=FOLDER, help='folder to write to (default: a folder in OUT named after the format)')
 @click.option('--images', type=FOLDER, help='folder of the pictures (default: where the run found them)')
 @click.option('--json', 'as_json', is_flag=True, help='print one JSON object on stdout')
-@click.option('-q', '--quiet', is_flag=True, help='nothing on stderr but errors')
+@click.option('-q', '--quiet', is_flag=True, help='only errors on stderr')
 def command(results: Path, format: str, out: Path | None, images: Path | None, as_json: bool, quiet: bool) -> int:
-    """Write the label maps that `padseg run` left in OUT in the form of another tool, without the model.
+    """Convert the label maps that `padseg run` wrote to OUT into the format of another tool, without the model.
 
-    A picture that cannot be converted is named, and the rest go on (exit code 3). Running it again gives the same bytes.
+    If some pictures cannot be converted, they are named, the rest are converted, and the exit code is 3. Repeated exports are identical
+    byte for byte.
     """
     from padseg.run.convert import convert
 
@@ -39,5 +40,5 @@ def command(results: Path, format: str, out: Path | None, images: Path | None, a
 
 
 def printable(text: str) -> str:
-    """The text with bytes that are no UTF-8 shown as such."""
+    """Escape the undecodable bytes of a text."""
     return text.encode(errors='backslashreplace').decode()

@@ -15,21 +15,21 @@ from padseg.methods.options import MethodOptions, kind_of
 from padseg.run.job import ENGINES
 
 POSITIVE = click.IntRange(min=1)
-METHOD = 'padseg.method'  # where a context keeps the method's name
+METHOD = 'padseg.method'  # key of the method's name in a context's meta
 compile_flag = click.option(
-    '--compile', is_flag=True, help='compile the transformer at the first picture; pays off for many pictures; needs a C++ compiler'
+    '--compile', is_flag=True, help='compile the transformer at the first picture; pays off for many pictures and needs a C++ compiler'
 )
 JOB = (
     click.option('--dir', 'source', type=click.Path(path_type=Path), help='folder of pictures, or one picture'),
     click.option('--out', type=click.Path(path_type=Path), default='out', show_default=True, help='folder for the results'),
     click.option('--model', default='tiny', show_default=True, help='a model of `padseg models`, a hub id, or a folder'),
     click.option('--revision', help='branch, tag or commit on the hub'),
-    click.option('--device', help='cpu, cuda, cuda:1, mps, … (default: the best there is)'),
-    click.option('--dtype', help="float32, bfloat16 or float16 (default: the device's own)"),
-    click.option('--vae', help="a quicker VAE for SD3's latents: tiny (TAESD3), a hub id, or a folder with an AutoencoderTiny"),
+    click.option('--device', help='cpu, cuda, cuda:1, mps, … (default: the best available)'),
+    click.option('--dtype', help='float32, bfloat16 or float16 (default: depends on the device)'),
+    click.option('--vae', help="a faster VAE for SD3's latents: tiny (TAESD3), a hub id, or a folder with an AutoencoderTiny"),
     compile_flag,
     click.option(
-        '--batch', type=click.IntRange(min=1), default=1, show_default=True, help='pictures per forward pass; results stay the same'
+        '--batch', type=click.IntRange(min=1), default=1, show_default=True, help='pictures per forward pass; does not change results'
     ),
     click.option(
         '--workers', type=click.IntRange(min=1), default=1, show_default=True, help='threads for reading, and as many for writing'
@@ -38,14 +38,16 @@ JOB = (
         '--engine', type=click.Choice(ENGINES), default='local', show_default=True, help='what runs the job; ray needs padseg[ray]'
     ),
     click.option('--address', help='HOST:PORT of a Ray cluster (default: $RAY_ADDRESS, or a new cluster on this machine)'),
-    click.option('--include', multiple=True, metavar='PATTERN', help='only pictures with matching names (*.jpg, cats/*); may be repeated'),
-    click.option('--exclude', multiple=True, metavar='PATTERN', help='skip pictures with matching names; may be repeated'),
+    click.option('--include', multiple=True, metavar='PATTERN', help='only pictures whose names match (*.jpg, cats/*); may be repeated'),
+    click.option('--exclude', multiple=True, metavar='PATTERN', help='skip pictures whose names match; may be repeated'),
     click.option('--shard', metavar='I/N', help='only the I-th of N parts, from 1; runs of different parts may share OUT'),
-    click.option('--limit', type=click.IntRange(min=1), help='only the first pictures, up to this number'),
-    click.option('--retry-failed/--no-retry-failed', default=True, show_default=True, help='retry unchanged pictures that failed before'),
+    click.option('--limit', type=click.IntRange(min=1), help='only the first N pictures'),
+    click.option(
+        '--retry-failed/--no-retry-failed', default=True, show_default=True, help='retry pictures that failed before, even if unchanged'
+    ),
     click.option('--max-failures', type=click.IntRange(min=0), help='stop when more pictures than this have failed'),
-    click.option('--checksum', is_flag=True, help='detect changed pictures by content, not by size and modification time'),
-    click.option('--dry-run', is_flag=True, help='print the pictures that would be processed, and do nothing'),
+    click.option('--checksum', is_flag=True, help='detect changed pictures by content, not size and modification time'),
+    click.option('--dry-run', is_flag=True, help='only print the pictures that would be processed'),
     click.option('--overlay', is_flag=True, help='also write the picture with its regions in colour'),
     click.option('--coco', is_flag=True, help='also write OUT/coco: instances.json, and panoptic.json with its PNGs'),
     click.option(
@@ -53,21 +55,24 @@ JOB = (
         is_flag=True,
         help='also keep the maps behind the label maps: token maps, for `padseg merge`, or class scores',
     ),
-    click.option('--overwrite', is_flag=True, help='do everything again, even over results of other settings'),
+    click.option('--overwrite', is_flag=True, help='redo everything, even over results made with other settings'),
     click.option('--json', 'as_json', is_flag=True, help='print the counts as one JSON object on stdout'),
-    click.option('--log-json', is_flag=True, help='write JSON on stderr, one line for each picture and event'),
+    click.option('--log-json', is_flag=True, help='write JSON to stderr, one line per picture and event'),
     click.option('--no-progress', is_flag=True, help='no progress on stderr'),
-    click.option('-q', '--quiet', is_flag=True, help='nothing on stderr but errors'),
+    click.option('-q', '--quiet', is_flag=True, help='only errors on stderr'),
 )
 READING = (
     click.option('--max-pixels', type=POSITIVE, default=MAX_PIXELS, show_default=True, help='larger pictures fail without being decoded'),
     click.option(
         '--max-file-size', type=POSITIVE, default=MAX_BYTES, show_default=True, help='larger files (in bytes) fail without being read'
     ),
-    click.option('--shrink', type=POSITIVE, metavar='PIXELS', help='shrink larger pictures to at most this many pixels, label maps too'),
     click.option(
-        '--exif', type=click.Choice(EXIF), default='apply', show_default=True, help='turn pictures upright as their EXIF data say'
+        '--shrink',
+        type=POSITIVE,
+        metavar='PIXELS',
+        help='shrink larger pictures to at most this many pixels; also shrinks their label maps',
     ),
+    click.option('--exif', type=click.Choice(EXIF), default='apply', show_default=True, help='how to treat the EXIF orientation'),
     click.option(
         '--frames',
         type=click.Choice(FRAMES),
@@ -75,26 +80,26 @@ READING = (
         show_default=True,
         help='frames to take from animations and multi-page files',
     ),
-    click.option('--value-range', type=(float, float), metavar='LOW HIGH', help='values of black and white in float or 32-bit files'),
+    click.option('--value-range', type=(float, float), metavar='LOW HIGH', help='values of black and white in float and 32-bit files'),
     click.option('--background', default='white', show_default=True, help='colour behind transparent pixels: a name or #rrggbb'),
     click.option('--void-transparent', is_flag=True, help='leave fully transparent pixels unassigned'),
 )
 
 
 def reading_flags(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Flags for how files become pictures; `reading` makes them one."""
+    """Add the flags for reading image files; `reading` turns their values into a Reading."""
     for flag in reversed(READING):
         function = flag(function)
     return function
 
 
 def reading(settings: dict[str, Any]) -> Reading:
-    """Takes the values of `reading_flags` out of a command's settings. UsageError for what makes no sense."""
+    """Pop the values of `reading_flags` from a command's settings. Raises UsageError for invalid values."""
     from padseg.run.job import rgb
 
     bounds = settings.pop('value_range')
     if bounds and not bounds[0] < bounds[1]:
-        raise click.UsageError(f'--value-range is LOW HIGH with LOW < HIGH; got {bounds[0]} {bounds[1]}')
+        raise click.UsageError(f'--value-range needs LOW < HIGH; got {bounds[0]} {bounds[1]}')
     return Reading(
         max_pixels=settings.pop('max_pixels'),
         max_bytes=settings.pop('max_file_size'),
@@ -108,7 +113,7 @@ def reading(settings: dict[str, Any]) -> Reading:
 
 
 class Several(click.ParamType[tuple[Any, ...]]):
-    """Values of one kind, separated by commas, as a tuple."""
+    """A tuple of values of one type, separated by commas."""
 
     def __init__(self, kind: type) -> None:
         self.kind = kind
@@ -124,7 +129,7 @@ class Several(click.ParamType[tuple[Any, ...]]):
 
 
 def option_flags(options: type[MethodOptions], only: Collection[str] | None = None) -> list[click.Option]:
-    """A flag for each field of a method's options, or for some of them."""
+    """Make a flag for each field of a method's options, or only for those named."""
     return [option_flag(options, field) for field in dataclasses.fields(options) if only is None or field.name in only]
 
 
@@ -138,13 +143,13 @@ def option_flag(options: type[MethodOptions], field: dataclasses.Field[Any]) -> 
 
 
 def shown_default(field: dataclasses.Field[Any]) -> str:
-    """The value, or what stands for it."""
+    """Return the default for help texts: a value, or words for it."""
     own = "the model's own" if field.default is None else str(field.default)
     return str(field.metadata.get('default', own))
 
 
 class MethodCommand(click.Command):
-    """A command that takes --method, and the options of the method that it names."""
+    """A command that takes --method and the options of that method."""
 
     task: str  # key of DEFAULTS
 
@@ -168,7 +173,7 @@ class MethodCommand(click.Command):
         return [name for name, method in METHODS.items() if method.TASK == self.task]
 
     def method_of(self, args: Sequence[str]) -> str:
-        """The method that the arguments name; the default where they name none, or one that click will refuse."""
+        """The method that the arguments name; the default if they name none, or one that click will reject."""
         name = named_in(args, '--method')
         return name if name in self.methods() else self.default(args)
 
@@ -183,26 +188,26 @@ class MethodCommand(click.Command):
             type=click.Choice(self.methods()),
             default=name,
             show_default=self.shown_default,
-            help='how to segment pictures; its options are below; for those of another, use --method NAME --help',
+            help='how to segment pictures; its options are below, those of another with --method NAME --help',
         )
         return [*own, choice, *option_flags(METHODS[name].Options), help_flag]
 
 
 def named_in(args: Sequence[str], flag: str) -> str | None:
-    """The last value that a flag has among arguments."""
+    """Return the last value of a flag among the arguments, if any."""
     values = [value for name, value in zip(['', *args], args, strict=False) if name == flag]
     equal = [arg.removeprefix(f'{flag}=') for arg in args if arg.startswith(f'{flag}=')]
     return (values + equal)[-1] if values or equal else None
 
 
 def options_given(method: str, settings: dict[str, Any]) -> MethodOptions:
-    """Takes the method's options out of a command's settings."""
+    """Pop the method's options from a command's settings."""
     kind = METHODS[method].Options
     return kind(**{field.name: settings.pop(field.name) for field in dataclasses.fields(kind)})
 
 
 def job_flags(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Flags for a job over a folder, which `run` and `label` share."""
+    """Add the flags of a job over a folder, shared by `run` and `label`."""
     for flag in reversed(JOB):
         function = flag(function)
     return function

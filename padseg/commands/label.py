@@ -1,4 +1,4 @@
-"""`padseg label`: a folder of pictures to label maps of named classes."""
+"""`padseg label`: turn a folder of pictures into label maps of named classes."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ class ClassesCommand(MethodCommand):
 
 @click.command('label', cls=ClassesCommand)
 @click.option('--classes', help='names of the classes, separated by commas: "cat, grass, sky"')
-@click.option('--classes-file', type=click.Path(path_type=Path), help='a text file with one name a line, in place of --classes')
+@click.option('--classes-file', type=click.Path(path_type=Path), help='text file with one class name per line, instead of --classes')
 @job_flags
 @reading_flags
 def command(classes: str | None, classes_file: Path | None, log_json: bool, method: str, **settings: Any) -> int:
     """Find named classes in every picture of a folder.
 
-    As `padseg run`, with label maps whose values are classes, 1 the first name: OUT/classes.json is the legend. 0 is background, where
-    options tell it from classes. With --save-maps OUT/maps has the scores of every class.
+    Works like `padseg run`, but the values of label maps are classes: 1 is the first name, and OUT/classes.json is the legend. 0 is
+    background, if the options separate it from the classes. With --save-maps, OUT/maps has the scores of every class.
     """
     if not settings['source']:
-        raise click.UsageError('which pictures? --dir FOLDER')
+        raise click.UsageError('name the folder of pictures with --dir FOLDER')
     with as_events() if log_json else contextlib.nullcontext():
         names = names_of(classes, classes_file)
         return start_run(log_json, method=method, options=options_given(method, settings), classes=names, **settings)
 
 
 def names_of(classes: str | None, file: Path | None) -> tuple[str, ...]:
-    """The names as given: empty ones between commas or lines do not count. UsageError if there is none."""
+    """Parse the class names, skipping empty ones. Raises UsageError if there are none, or unless exactly one source is given."""
     if (classes is None) == (file is None):
-        raise click.UsageError('which classes? Give either --classes or --classes-file.')
+        raise click.UsageError('Give either --classes or --classes-file.')
     try:
         parts = file.read_text(encoding='utf-8').splitlines() if file else (classes or '').split(',')
     except (OSError, UnicodeDecodeError) as error:

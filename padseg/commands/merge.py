@@ -1,4 +1,4 @@
-"""`padseg merge`: kept token maps merged again with other settings, without the model."""
+"""`padseg merge`: merge saved token maps again with other settings, without the model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from padseg.methods.seg4diff import LATER, Options
 
 
 class LaterCommand(click.Command):
-    """A command with the options that come after the token maps."""
+    """A command with the options of the stages after the token maps."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         *own, help_flag = super().get_params(ctx)
@@ -23,16 +23,16 @@ class LaterCommand(click.Command):
 @click.command('merge', cls=LaterCommand)
 @click.argument('made', metavar='OUT', type=click.Path(path_type=Path))
 @click.option('--out', type=click.Path(path_type=Path), required=True, help='folder for the new results')
-@click.option('--dir', 'source', type=click.Path(path_type=Path), help='the pictures (default: where the run found them)')
+@click.option('--dir', 'source', type=click.Path(path_type=Path), help='folder of the pictures (default: where the run found them)')
 @click.option('--overlay', is_flag=True, help='also write the picture with its regions in colour')
-@click.option('--overwrite', is_flag=True, help='do everything again, even over results of other settings')
+@click.option('--overwrite', is_flag=True, help='redo everything, even over results made with other settings')
 @click.option('--workers', type=click.IntRange(min=1), default=1, show_default=True, help='threads for reading, and as many for writing')
 @click.option('--json', 'as_json', is_flag=True, help='print the counts as one JSON object on stdout')
-@click.option('-q', '--quiet', is_flag=True, help='nothing on stderr but errors')
+@click.option('-q', '--quiet', is_flag=True, help='only errors on stderr')
 def command(made: Path, source: Path | None, as_json: bool, quiet: bool, **settings: Any) -> int:
     """Merge the token maps of `padseg run --save-maps --out OUT` again, into another folder.
 
-    Settings that are not given are those of that run. Nothing is loaded but the maps and the pictures.
+    Settings not given are those of that run. Only the maps and the pictures are loaded.
     """
     options = Options(**{name: settings.pop(name) for name in LATER})
 
@@ -44,7 +44,7 @@ def command(made: Path, source: Path | None, as_json: bool, quiet: bool, **setti
 
     earlier = read_run(made / 'run.json')
     if earlier is None:
-        raise NoImages(f'{made} holds no results of `padseg run`')
+        raise NoImages(f'there are no results of `padseg run` in {made}')
     if settings['out'].resolve() == made.resolve():
         raise UsageError(f'--out must be a folder other than {made}')
     reading = settings_from(earlier.settings).reading

@@ -1,4 +1,4 @@
-"""`padseg models`: the backbones that have a name."""
+"""`padseg models`: list the named models."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ HEADS = ('name', 'here?', 'size', 'licence', 'gated', 'repo')
 
 @click.command('models')
 @click.option('--json', 'as_json', is_flag=True, help='print one JSON object')
-@click.option('-v', '--verbose', is_flag=True, help='also print the settings of every model')
+@click.option('-v', '--verbose', is_flag=True, help='also print the settings of each model')
 def command(as_json: bool, verbose: bool) -> int:
-    """List the models that have a name.
+    """List the named models.
 
-    Whether they are here, their size on disk, and on which terms they may be used. Nothing is downloaded.
+    Shows whether each is on this machine, its size on disk, and its licence. Downloads nothing.
     """
     from padseg.backbones.named import model_row
 
@@ -40,7 +40,7 @@ def command(as_json: bool, verbose: bool) -> int:
 
 
 def cells_of(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
-    """The contents of the columns HEADS."""
+    """Return the cells of a row, in the order of HEADS."""
     size = '' if row['bytes'] is None else human(row['bytes'])
     return name, row['state'], size, row['licence'], 'yes' if row['gated'] else 'no', row['repo']
 

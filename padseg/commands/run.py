@@ -1,4 +1,4 @@
-"""`padseg run`: a folder of pictures to label maps and masks."""
+"""`padseg run`: turn a folder of pictures into label maps and masks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from padseg.run.engine import Counts
 
 SOME_FAILED = 3
-SIGNALLED = 128  # plus the number of the signal, as shells have it
+SIGNALLED = 128  # plus the signal number, as in shells
 log = logging.getLogger(__name__)
 
 
@@ -31,18 +31,18 @@ class RegionsCommand(MethodCommand):
 @click.command('run', cls=RegionsCommand)
 @click.argument('folders', nargs=-1, metavar='', type=click.Path(path_type=Path))
 @job_flags
-@click.option('--collect', is_flag=True, help='join what shards did: `padseg run --collect OUT`, or --collect OUT1 OUT2 … --out OUT')
+@click.option('--collect', is_flag=True, help='join the results of shards: `padseg run --collect OUT`, or --collect OUT1 OUT2 … --out OUT')
 @reading_flags
 def command(folders: tuple[Path, ...], collect: bool, log_json: bool, method: str, **settings: Any) -> int:
     """Segment every picture of a folder, without labels.
 
-    Running it again continues: pictures that are done are skipped, failed ones tried again. Results: OUT/labels (one indexed
-    PNG a picture), OUT/masks (one PNG a region, metadata.csv), OUT/manifest.jsonl, OUT/failures.jsonl, OUT/run.json.
+    Running the command again continues: it skips finished pictures and retries failed ones. Results: OUT/labels (one indexed
+    PNG per picture), OUT/masks (one PNG per region, and metadata.csv), OUT/manifest.jsonl, OUT/failures.jsonl, OUT/run.json.
     """
     if folders and not collect:
-        raise click.UsageError(f'give the folder of pictures with --dir {folders[0]}')
+        raise click.UsageError(f'name the folder of pictures with --dir {folders[0]}')
     if not (settings['source'] or collect):
-        raise click.UsageError('which pictures? --dir FOLDER')
+        raise click.UsageError('name the folder of pictures with --dir FOLDER')
     with as_events() if log_json else contextlib.nullcontext():
         if collect:
             return join(folders, log_json, **settings)
@@ -50,7 +50,7 @@ def command(folders: tuple[Path, ...], collect: bool, log_json: bool, method: st
 
 
 def start_run(log_json: bool, as_json: bool, no_progress: bool, quiet: bool, dry_run: bool, **settings: Any) -> int:
-    """Run the job that the flags describe, or with dry_run print what it would work on."""
+    """Run the job that the flags describe, or with dry_run only print its pending pictures. Returns the exit code."""
     from padseg.run.engine import run
     from padseg.run.job import Job
     from padseg.run.plan import choose, plan
@@ -68,12 +68,12 @@ def start_run(log_json: bool, as_json: bool, no_progress: bool, quiet: bool, dry
 
 
 def join(folders: tuple[Path, ...], log_json: bool, out: Path, coco: bool, quiet: bool, as_json: bool, **unused: Any) -> int:
-    """Collect what shards did, in these folders or in OUT."""
+    """Join the results of shards in these folders, or in OUT. Returns the exit code."""
     from padseg.run.collect import collect
 
     given = click.get_current_context().get_parameter_source('out') is not click.core.ParameterSource.DEFAULT
     if len(folders) > 1 and not given:
-        raise click.UsageError('to join several folders, name another one with --out OUT')
+        raise click.UsageError('to join several folders, name the output folder with --out OUT')
     target = out if given or not folders else folders[0]
     counts, missing = collect(folders or (out,), target, coco)
     if missing:
@@ -83,7 +83,7 @@ def join(folders: tuple[Path, ...], log_json: bool, out: Path, coco: bool, quiet
 
 @contextlib.contextmanager
 def as_events() -> Iterator[None]:
-    """Write errors, and what libraries log, as events on stderr."""
+    """Write errors and library log messages to stderr as events."""
     handler = EventHandler()
     logging.getLogger().addHandler(handler)
     logging.captureWarnings(True)
@@ -98,7 +98,7 @@ def as_events() -> Iterator[None]:
 
 
 def report(counts: Counts, out: Path, quiet: bool, as_json: bool, log_json: bool = False) -> int:
-    """Report how a run went; returns its exit code."""
+    """Print the outcome of a run and return its exit code."""
     if log_json:
         event('end', **counts._asdict(), out=str(out))
     elif not quiet:
@@ -111,9 +111,10 @@ def report(counts: Counts, out: Path, quiet: bool, as_json: bool, log_json: bool
 
 
 def run_summary(counts: Counts, out: Path) -> str:
-    """One line for the end of a run."""
+    """Summarise a run in one line."""
     before = f' ({counts.skipped} by an earlier run)' if counts.skipped else ''
     remaining = counts.images - counts.done - counts.failed
     left = f', {remaining} left: the same command continues' if remaining else ''
     failed = f'{counts.failed} failed' + (f' (see {out / "failures.jsonl"})' if counts.failed else '')
-    return f'{counts.done} done{before}, {failed}{left}, {counts.regions:.1f} regions a picture on average; label maps in {out / "labels"}'
+    regions = f'{counts.regions:.1f} regions per picture on average'
+    return f'{counts.done} done{before}, {failed}{left}, {regions}; label maps in {out / "labels"}'

@@ -1,4 +1,4 @@
-"""`padseg train-tiny`: the embedded model, trained from nothing or trained further."""
+"""`padseg train-tiny`: train the embedded model, from scratch or further."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import click
 
-from padseg.system.libraries import require
 from padseg.train.settings import TrainingSettings, without_masks
 
 POSITIVE = click.IntRange(min=1)
@@ -18,19 +17,19 @@ DEFAULTS = TrainingSettings()
 @click.command('train-tiny', context_settings={'show_default': True})
 @click.option('--out', type=click.Path(path_type=Path), default='runs/tiny', help='folder for checkpoints, curves and the model')
 @click.option('--data', multiple=True, metavar='FOLDER[=WEIGHT[=VOID]]', help='annotated photographs; may be repeated')
-@click.option('--vae-steps', type=POSITIVE, default=DEFAULTS.vae_steps, help='steps of the autoencoder alone')
-@click.option('--steps', type=POSITIVE, default=DEFAULTS.together.steps, help='then steps of all parts together')
+@click.option('--vae-steps', type=POSITIVE, default=DEFAULTS.vae_steps, help='steps with the autoencoder alone')
+@click.option('--steps', type=POSITIVE, default=DEFAULTS.together.steps, help='then steps with all parts together')
 @click.option(
     '--transformer-steps', type=click.IntRange(min=0), default=DEFAULTS.transformer.steps, help='then steps without the autoencoder'
 )
 @click.option(
-    '--start', type=click.Path(exists=True, path_type=Path), help='a model made by this command, to train further in the last stage'
+    '--start', type=click.Path(exists=True, path_type=Path), help='a model made by this command, to train further in the last stage only'
 )
-@click.option('--seed', type=int, default=DEFAULTS.seed, help='for all random numbers')
-@click.option('--masks/--no-masks', default=True, help='--no-masks: flow matching alone, at every step, for comparison')
-@click.option('--device', help='cpu, cuda, cuda:1, mps, … (default: the best there is)')
-@click.option('--workers', type=click.IntRange(min=0), default=1, help='processes that make examples')
-@click.option('--save-every', type=POSITIVE, default=250, help='steps between two checkpoints')
+@click.option('--seed', type=int, default=DEFAULTS.seed, help='seed of all random numbers')
+@click.option('--masks/--no-masks', default=True, help='--no-masks trains a baseline with flow matching alone, at every step')
+@click.option('--device', help='cpu, cuda, cuda:1, mps, … (default: the best available)')
+@click.option('--workers', type=click.IntRange(min=0), default=1, help='processes that prepare examples')
+@click.option('--save-every', type=POSITIVE, default=250, help='steps between checkpoints')
 def command(
     out: Path,
     data: tuple[str, ...],
@@ -46,12 +45,11 @@ def command(
 ) -> int:
     """Train the embedded model, from scratch or further.
 
-    It learns from synthetic scenes and, with --data, from annotated photographs:
-    FOLDER has images/x.jpg with labels/x.png, or x_0.png, x_1.png, … of several annotators; with train/ inside where there are splits.
-    WEIGHT says how often it is drawn, VOID which label is void. Running the same command again continues a training that was stopped.
-    Results: OUT/model, a folder for --model; for each stage a checkpoint, curves and a sheet of predictions.
+    The training data are synthetic scenes and, with --data, annotated photographs:
+    FOLDER has images/x.jpg with labels/x.png, or x_0.png, x_1.png, … from several annotators; with splits, images/train and labels/train.
+    WEIGHT is the relative sampling frequency, VOID the label to ignore. Running the same command again resumes a stopped training.
+    Results: OUT/model, a folder for --model; for each stage, a checkpoint, loss curves and a sheet of predictions.
     """
-    require('matplotlib', 'train')
     from padseg.train.tiny import train_tiny
 
     settings = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""Ground truth of data sets: `open_dataset` finds one on disk, its rows are in `rows`, its names and tables in the JSON files here."""
+"""Ground truth of data sets: `open_dataset` finds one on disk, `rows` lists them, and the JSON files here hold names and tables."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ __all__ = (
     'picture_name',
     'read_settings',
 )
-RAW = 'raw'  # the table that takes the values in the files as classes, where a data set has one
+RAW = 'raw'  # name of the table that uses file values as classes unchanged, for data sets that have one
 
 
 def open_dataset(name: str, root: Path, split: str | None = None, raw_labels: bool = False, allow_missing: bool = False) -> Dataset:
-    """A data set at or a little below `root`; split None is val.
+    """Open a data set at or just below `root`; split None means val.
 
-    raw_labels: the values of ADE20K's files are taken as classes as they are, unlabelled included; other data sets have no such
-    reading and stay as they are. allow_missing: pictures of the split without file or without labels are left out.
-    Raises UsageError for an unknown name or split, LayoutError for files that are missing or lie otherwise.
+    raw_labels: take the values in ADE20K's files as classes unchanged, unlabelled included; other data sets have no such reading and ignore
+    this. allow_missing: leave out pictures of the split that lack a picture file or labels. Raises UsageError for an unknown name or split,
+    LayoutError for missing files or an unknown layout.
     """
     if name not in DATASETS:
         raise UsageError(f'data set is one of {", ".join(DATASETS)}; got {name}')

@@ -1,4 +1,4 @@
-"""What a data set is made of: its row, the ways its files lie on disk, one picture with its labels, and what can be wrong."""
+"""What a data set consists of: its row, its possible layouts on disk, a picture with its labels, and the errors."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from typing import NamedTuple
 from padseg.errors import NoImages
 from padseg.system.text import printable
 
-VOID = -1  # a pixel that belongs to no class and does not count
-SHOWN = 5  # names that a message lists
+VOID = -1  # pixels that belong to no class and do not count
+SHOWN = 5  # names listed in a message
 
 
 class LayoutError(NoImages):
-    """The files of a data set do not lie as expected, or some are missing."""
+    """The files of a data set are not laid out as expected, or some are missing."""
 
 
 class Sample(NamedTuple):
-    """One picture. name: its POSIX path below the folder of pictures, without suffix; truths: files of its labels, one an annotator
-    unless a file holds those of all; image: None in a folder of labels alone."""
+    """One picture. name: its POSIX path below the folder of pictures, without suffix; image: None in a folder that holds only labels.
+
+    truths: its label files, one per annotator unless a single file holds the labels of all annotators.
+    """
 
     name: str
     image: Path | None
@@ -27,9 +29,9 @@ class Sample(NamedTuple):
 
 
 class Split(NamedTuple):
-    """folder: its name on disk; ids: the list in this package that names its pictures; pictures: how many are published.
+    """folder: the split's name on disk; ids: list in this package that names its pictures; pictures: the published number.
 
-    exact: without a list, another number of pictures than published is an error.
+    exact: without a list, any number of pictures other than the published one is an error.
     """
 
     folder: str
@@ -39,12 +41,12 @@ class Split(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """One way the files lie. Paths are below a home, {split} is the split's folder; of several paths the first that exists is taken.
+    """One way to lay out the files. Paths are below a home; {split} is the split's folder; of several paths the first that exists is used.
 
-    homes: folders that the files are usually in. With 'a/b' the root may be b, hold b, or hold a/b. images, labels: folders of files
-    <name><end>, image_end '' for any picture; a file of labels that ends in one of `beside` is something else. values: which of the
-    row's tables the numbers in the files mean. listing: a text file with one name a line; annotations: a JSON file that holds or explains
-    the labels; annotators: x_0.png, x_1.png … are the labels of one picture x; splits: those that have this layout, all if empty.
+    homes: the folders that usually hold the files. With 'a/b' the root may be b, hold b, or hold a/b. images, labels: folders of files
+    <name><end>, with image_end '' for any picture format; label files whose names end in one of `beside` are something else. values: which
+    of the row's tables the numbers in the files use. listing: a text file with one name per line; annotations: a JSON file that holds or
+    explains the labels; annotators: x_0.png, x_1.png … are labels of the same picture x; splits: the ones with this layout, all if empty.
     """
 
     name: str
@@ -63,9 +65,9 @@ class Layout(NamedTuple):
 
 
 class DatasetRow(NamedTuple):
-    """A data set. title: in words; facts: the JSON file of this package with its names and tables, '' = regions without classes.
+    """A data set. title: a short description; facts: JSON file in this package with its names and tables, '' for regions without classes.
 
-    background: whether it is scored as the 'first' or the 'last' class, or not at all.
+    background: scored as the 'first' or 'last' class, or None if it is not scored.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""What a data set on disk really holds, without a model: sizes, values and what they become, and every file that is wrong."""
+"""Check what a data set on disk holds, without a model: sizes, label values and their classes, and every faulty file."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Size = tuple[int, int]  # height, width in pixels
 
 
 class ValueCount(NamedTuple):
-    """A raw value in the files. pixels, files: how many have it; number, name: of the class it becomes, number None for none.
+    """A raw label value. pixels, files: how many have it; number, name: the class it maps to, number None for no class.
 
-    name is 'ignored', 'out of range' or 'region' where it is no class.
+    name is 'ignored', 'out of range' or 'region' for values without a class.
     """
 
     value: int
@@ -34,7 +34,7 @@ class ValueCount(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A file that cannot be used, and why."""
+    """An unusable file, and the reason."""
 
     sample: str
     path: Path
@@ -42,11 +42,11 @@ class Problem(NamedTuple):
 
 
 class Check(NamedTuple):
-    """A data set as found. pictures: of the split; published: how many it should have, if known; labels: maps that were read.
+    """The result of a check. pictures: in the split; published: the official number, if known; labels: number of label maps read.
 
-    smallest, largest: by area; sizes: how many different ones there are; values: the histogram over the set, for regions without
-    classes of region numbers; empty: pictures without a pixel that counts; unreadable, different: files that cannot be read, and
-    labels whose size is not their picture's.
+    smallest, largest: picture sizes by area; sizes: number of different sizes; values: histogram over the data set, of region numbers if
+    there are no classes; empty: pictures in which no pixel counts; unreadable, different: files that cannot be read, and labels that differ
+    in size from their picture.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Check(NamedTuple):
         return not (self.out_of_range or self.unreadable or self.different)
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as JSON takes it."""
+        """Return the check as JSON-serialisable values."""
         plain = {**self._asdict(), 'root': str(self.root), 'out_of_range': self.out_of_range, 'good': self.good}
         for field in ('values', 'out_of_range'):
             plain[field] = [value._asdict() for value in plain[field]]
@@ -86,7 +86,7 @@ class Check(NamedTuple):
 
 
 class Look(NamedTuple):
-    """One picture as found. size: the picture's own, or without one that of its labels; counts: a histogram for each annotator."""
+    """Findings for one picture. size: of the picture, or of its labels if there is no picture; counts: one histogram per annotator."""
 
     name: str
     size: Size | None
@@ -96,7 +96,7 @@ class Look(NamedTuple):
 
 
 def check_dataset(dataset: Dataset, samples: Iterable[Sample] | None = None) -> Check:
-    """Read all pictures and labels once. samples: those of the data set, wrapped by whoever wants to see how far it is."""
+    """Read all pictures and labels once. samples: the data set's samples, possibly wrapped to report progress."""
     looks = [look(dataset, sample) for sample in (dataset.samples if samples is None else samples)]
     sizes = sorted({look.size for look in looks if look.size}, key=lambda size: (size[0] * size[1], size))
     pixels: Counter[int] = Counter()
@@ -147,7 +147,7 @@ def look(dataset: Dataset, sample: Sample) -> Look:
 
 
 def class_of(dataset: Dataset, value: int) -> tuple[int | None, str]:
-    """Number and name of the class that a raw value becomes; without a number what it is instead."""
+    """Number and name of the class that a raw value maps to; without a class, None and the reason."""
     if dataset.table is None:
         return None, REGION
     number = dataset.table[value] if value < len(dataset.table) else UNDECLARED
@@ -157,5 +157,5 @@ def class_of(dataset: Dataset, value: int) -> tuple[int | None, str]:
 
 
 def is_empty(dataset: Dataset, look: Look) -> bool:
-    """Whether none of a picture's pixels counts."""
+    """Return whether none of a picture's pixels counts."""
     return bool(look.counts) and all(class_of(dataset, value)[1] == IGNORED for counts in look.counts for value in counts)

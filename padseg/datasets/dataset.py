@@ -1,4 +1,4 @@
-"""Ground truth of one split of a data set: its pictures, reading their labels, and turning these into classes."""
+"""Ground truth of one split of a data set: find its pictures, read their labels, and map them to classes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class Dataset(NamedTuple):
-    """A split found on disk. classes: names of the scored classes, none for regions without classes; background: which of them it is.
+    """A split found on disk. classes: names of the scored classes, empty for regions without classes; background: number of that class.
 
-    layout: the one that was found, in words. table: the class of each raw value. reader: key of READERS; annotations: the JSON file
-    that it needs. pictures: how many are published; missing: how many were left out for want of a file. Nothing large is in it, so
-    it can go to worker processes.
+    layout: description of the layout found. table: the class of each raw value. reader: key of READERS; annotations: the JSON file that it
+    needs. pictures: the published number; missing: how many were left out because a file is missing. A Dataset holds nothing large and can
+    be sent to worker processes.
     """
 
     name: str
@@ -36,13 +36,13 @@ class Dataset(NamedTuple):
     missing: int = 0
 
     def read(self, sample: Sample) -> tuple[Array, ...]:
-        """Raw values of every annotator, (H, W) integers >= 0. Raises UnreadableLabels with the file and the reason."""
+        """Read the raw labels of every annotator, (H, W) integers >= 0. Raises UnreadableLabels with the file and the reason."""
         return READERS[self.reader](sample, self.annotations or self.root)
 
     def to_classes(self, raw: Array) -> Array:
-        """Raw values (H, W) as classes 0..n-1 and VOID, int32; regions without classes stay as they are.
+        """Map raw values (H, W) to classes 0..n-1 and VOID, int32; regions without classes stay unchanged.
 
-        Raises UsageError with the histogram if a value is none that the data set declares.
+        Raises UsageError, with the histogram, for a value that the data set does not declare.
         """
         if self.table is None:
             return raw
@@ -51,7 +51,7 @@ class Dataset(NamedTuple):
             counts = histogram(raw)
             strange = [value for value in counts if value not in range(len(self.table)) or self.table[value] == UNDECLARED]
             raise UsageError(
-                f'labels {", ".join(map(str, strange[:LISTED]))} are none of {self.name} ({len(self.classes)} classes; declared are '
-                f'{declared(self.table)}); values and their pixels: {histogram_text(counts)}'
+                f'labels {", ".join(map(str, strange[:LISTED]))} are not labels of {self.name} ({len(self.classes)} classes; '
+                f'declared: {declared(self.table)}); pixels of each value: {histogram_text(counts)}'
             )
         return classes

@@ -1,4 +1,4 @@
-"""Finding the files of a data set: which layout a folder has, and which files of labels belong to which picture."""
+"""Find the files of a data set: which layout a folder has, and which label files belong to which picture."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from padseg.datasets.base import Layout, LayoutError, Sample, Split, some
 from padseg.datasets.readers import detail_paintings
 from padseg.datasets.tables import listed_names
 
-ENTRIES = 12  # of a folder that a message lists
-ALLOW = '--allow-missing takes what is there'
+ENTRIES = 12  # of a folder, listed in a message
+ALLOW = '--allow-missing uses what is there'
 
 
 class Part(NamedTuple):
-    """A piece of a layout. wanted: where it may be; path: where it is, or None."""
+    """A part of a layout. wanted: its possible locations; path: where it is, or None."""
 
     wanted: tuple[str, ...]
     path: Path | None
 
 
 class FoundLayout(NamedTuple):
-    """A layout that was found. labels, listing, annotations: None where the layout has none."""
+    """A layout found on disk. labels, listing, annotations: None if the layout has none."""
 
     layout: Layout
     images: Path
@@ -34,9 +34,9 @@ class FoundLayout(NamedTuple):
 
 
 def find_place(root: Path, layouts: Iterable[Layout], title: str, split: str, folder: str) -> FoundLayout:
-    """The first layout that is complete at or below `root`, for a split and its folder.
+    """Find the first complete layout at or below `root`, for a split and its folder.
 
-    Raises LayoutError with the trees that are known and what of them is there.
+    Raises LayoutError with the known trees and the parts of them that exist.
     """
     if not root.is_dir():
         raise LayoutError(f'there is no folder {root}')
@@ -55,13 +55,13 @@ def find_place(root: Path, layouts: Iterable[Layout], title: str, split: str, fo
 
 
 def homes(layout: Layout) -> list[str]:
-    """Where the files may be below a root, the root itself first: for a/b it is '', b, a/b."""
+    """Folders below a root that may hold the files, starting with the root itself: for a/b they are '', b, a/b."""
     chains = [home.split('/') for home in layout.homes]
     return list(dict.fromkeys(['', *('/'.join(chain[-length:]) for chain in chains for length in range(1, 1 + len(chain)))]))
 
 
 def parts(layout: Layout, home: Path, folder: str) -> dict[str, Part]:
-    """The pieces that a layout has below a home, by kind: images, labels, listing, annotations."""
+    """Look for the parts of a layout below a home, by kind: images, labels, listing, annotations."""
 
     def part(paths: Iterable[str], present: Callable[[Path], bool], files: str = '') -> Part:
         below = [in_split(path, folder) for path in paths]
@@ -78,12 +78,12 @@ def parts(layout: Layout, home: Path, folder: str) -> dict[str, Part]:
 
 
 def in_split(path: str, folder: str) -> str:
-    """A path of a layout with the folder of a split put in."""
+    """Insert a split's folder into a layout's path."""
     return path.replace('{split}', folder).rstrip('/')
 
 
 def folder_tree(layout: Layout, pieces: dict[str, Part]) -> str:
-    """What a layout looks like, each piece marked as found or missing."""
+    """Show a layout as a tree, with each part marked as found or missing."""
     usual = ' or '.join(filter(None, layout.homes))
     lines = [f'  {layout.name}{f" (there or in {usual})" if usual else ""}:']
     width = max(len(path) for part in pieces.values() for path in part.wanted)
@@ -94,14 +94,14 @@ def folder_tree(layout: Layout, pieces: dict[str, Part]) -> str:
 
 
 def content(folder: Path) -> str:
-    """The entries of a folder, in words."""
+    """List the entries of a folder, in words."""
     names = sorted(path.name + '/' * path.is_dir() for path in folder.iterdir())
     more = f' and {len(names) - ENTRIES} more' if len(names) > ENTRIES else ''
     return ', '.join(names[:ENTRIES]) + more or 'nothing'
 
 
 def samples(place: FoundLayout, split: Split, allow_missing: bool) -> tuple[tuple[Sample, ...], int]:
-    """The pictures of a split with their files of labels, sorted by name, and how many are missing, which must be allowed.
+    """Return the pictures of a split with their label files, sorted by name, and the number missing, which needs `allow_missing`.
 
     Raises LayoutError with the names of pictures that lack a file.
     """
@@ -125,7 +125,7 @@ def samples(place: FoundLayout, split: Split, allow_missing: bool) -> tuple[tupl
 
 
 def listed_files(place: FoundLayout, split: Split) -> Collection[str] | None:
-    """The names that a list gives: the layout's own, or that of this package; None if what is in the folders counts."""
+    """Names in the layout's own list or in this package's; None if the folders themselves define the split."""
     if place.listing:
         try:
             lines = images.contents(place.listing).decode('utf-8-sig', 'surrogateescape').splitlines()
@@ -142,7 +142,7 @@ def listed_files(place: FoundLayout, split: Split) -> Collection[str] | None:
 
 
 def labels_by_picture(place: FoundLayout, pictures: Container[str]) -> dict[str, tuple[Path, ...]]:
-    """Files of labels by the name of their picture."""
+    """Label files by picture name."""
     if place.labels is None:
         return dict.fromkeys(detail_paintings(place.annotations), (place.annotations,)) if place.annotations else {}
     paths = unique(label_files(place.labels, place.layout))
@@ -150,7 +150,7 @@ def labels_by_picture(place: FoundLayout, pictures: Container[str]) -> dict[str,
 
 
 def label_files(folder: Path, layout: Layout) -> Iterator[tuple[str, Path]]:
-    """(name, path) of the files of labels that a layout has in a folder and below; none if there is no folder."""
+    """Yield (name, path) of a layout's label files in a folder and below; nothing if there is no folder."""
     if not folder.is_dir():
         return iter(())
     return ((name, path) for name, path in files_below(folder, (layout.label_end,)) if not path.name.endswith(layout.beside))
@@ -176,7 +176,7 @@ def files_below(folder: Path, ends: Collection[str]) -> Iterator[tuple[str, Path
 
 
 def unique(files: Iterable[tuple[str, Path]]) -> dict[str, Path]:
-    """Paths by name. LayoutError if two have the same name."""
+    """Return paths by name. LayoutError if two have the same name."""
     paths: dict[str, Path] = {}
     for name, path in files:
         if name in paths:
@@ -186,7 +186,7 @@ def unique(files: Iterable[tuple[str, Path]]) -> dict[str, Path]:
 
 
 def by_annotator(paths: dict[str, Path], pictures: Container[str]) -> dict[str, tuple[Path, ...]]:
-    """Files of labels by picture: x_0, x_1, … belong to x, in order of their numbers, unless there is a picture of the full name."""
+    """Group label files by picture: x_0, x_1, … belong to x, in numerical order, unless there is a picture with the full name."""
     groups: dict[str, list[tuple[int, Path]]] = {}
     for name, path in paths.items():
         stem, _, number = name.rpartition('_')
@@ -204,6 +204,6 @@ def require_all(names: Iterable[str], known: Container[str], words: str, folder:
 
 
 def picture_name(path: PurePosixPath | Path) -> str:
-    """The name without `.png` and, if that leaves one, without the picture's own suffix: a/b.jpg.png is a/b."""
+    """Return the name without `.png` and then without a picture suffix, if there is one: a/b.jpg.png is a/b."""
     path = path.with_suffix('')
     return (path.with_suffix('') if path.suffix.lower() in images.SUFFIXES else path).as_posix()

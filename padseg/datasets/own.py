@@ -1,4 +1,4 @@
-"""Your own pictures and labels: a folder described by a small padseg.toml beside it, or a folder of labels alone."""
+"""The user's own pictures and labels: a folder described by a padseg.toml in it, or a folder of label maps alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Value = Annotated[int, Field(ge=0, lt=DENSE)]
 
 
 class Suffixes(BaseModel):
-    """What the names of pictures and of labels end in; the rest of the name is the same. images: '' for any picture."""
+    """Endings of picture and label file names; the rest of the name must match. images: '' for any picture format."""
 
     model_config = ConfigDict(extra='forbid', strict=True)
 
@@ -39,10 +39,11 @@ class Suffixes(BaseModel):
 
 
 class FolderSettings(BaseModel):
-    """padseg.toml. Without num_classes and classes, labels are regions without classes, and x_0.png, x_1.png belong to one picture x.
+    """padseg.toml. Without num_classes and classes, labels are regions without classes, and x_0.png, x_1.png are labels of the same picture
+    x.
 
-    classes: their names; ignore_index: a value in the files that does not count; background: name or number of a class;
-    reduce_zero_label: 0 does not count and 1 is class 0; images, labels: folders, with {split} or one folder a split in them.
+    classes: class names; ignore_index: file value that does not count; background: name or number of a class; reduce_zero_label: 0 does not
+    count and 1 is class 0; images, labels: folders, whose paths contain {split} or which hold one folder per split.
     """
 
     model_config = ConfigDict(extra='forbid', strict=True, frozen=True)
@@ -58,9 +59,10 @@ class FolderSettings(BaseModel):
 
 
 def open_folder(root: Path, split: str | None, settings: FolderSettings, allow_missing: bool = False) -> Dataset:
-    """Pictures and labels below `root`, in its sub-folders `split`; without one in those named val if there are, else in all.
+    """Open pictures and labels below `root`, in the subfolders named by `split`; by default in those named val if there are any, else in
+    all.
 
-    Raises UsageError for settings that contradict each other, LayoutError for files that are not there.
+    Raises UsageError for contradictory settings, LayoutError for missing files.
     """
     names, background = folder_class_names(settings)
     layouts = tuple(with_folders(layout, settings) for layout in DATASETS[FOLDER].layouts)
@@ -83,7 +85,7 @@ def open_folder(root: Path, split: str | None, settings: FolderSettings, allow_m
 
 
 def with_folders(layout: Layout, settings: FolderSettings) -> Layout:
-    """A layout with the folders and suffixes that the settings name in place of its own."""
+    """Return the layout with the folders and suffixes from the settings."""
     return layout._replace(
         images=layout.images if settings.images is None else (with_split(settings.images),),
         labels=layout.labels if settings.labels is None else (with_split(settings.labels),),
@@ -98,7 +100,7 @@ def with_split(path: str) -> str:
 
 
 def read_settings(root: Path) -> FolderSettings:
-    """The settings in padseg.toml. Raises LayoutError if there is none, UsageError for what it must not say."""
+    """Read padseg.toml. Raises LayoutError if there is none, UsageError for invalid content."""
     path = root / FILE
     try:
         return FolderSettings.model_validate(tomllib.loads(contents(path).decode('utf-8-sig')))
@@ -113,7 +115,7 @@ def read_settings(root: Path) -> FolderSettings:
 
 
 def complaint(error: Any) -> str:
-    """One thing that is wrong with the settings, in words."""
+    """Describe one invalid setting in words."""
     if error['type'] == 'extra_forbidden':
         known = (FolderSettings if len(error['loc']) == 1 else Suffixes).model_fields
         return f'{error["loc"][-1]} is not a setting; the settings are {", ".join(known)}'
@@ -121,7 +123,7 @@ def complaint(error: Any) -> str:
 
 
 def folder_class_names(settings: FolderSettings) -> tuple[tuple[str, ...], int | None]:
-    """Names of the classes, their numbers if they have none, and which is background. UsageError if settings contradict each other."""
+    """Class names, or numbers if they have no names, and the background's number. UsageError for contradictory settings."""
     names = tuple(name.strip() for name in settings.classes or map(str, range(settings.num_classes or 0)))
     if settings.num_classes not in (None, len(names)):
         raise UsageError(f'num_classes is {settings.num_classes}, but classes names {len(names)}')
@@ -138,7 +140,7 @@ def folder_class_names(settings: FolderSettings) -> tuple[tuple[str, ...], int |
 
 
 def folder_class_table(settings: FolderSettings, num_classes: int) -> Table | None:
-    """The class of each value in the files; None for regions without classes."""
+    """The class of each file value; None for regions without classes."""
     if not num_classes:
         return None
     table = [VOID] * settings.reduce_zero_label + list(range(num_classes))
@@ -151,9 +153,9 @@ def folder_class_table(settings: FolderSettings, num_classes: int) -> Table | No
 def label_folder(
     labels: Path, num_classes: int | None, ignore: int | None = 255, background: int | None = None, pictures: Container[str] = ()
 ) -> Dataset:
-    """The PNG files in a folder and below as ground truth; `num_classes` None: regions without classes.
+    """Open the PNG files in a folder and below as ground truth; `num_classes` None means regions without classes.
 
-    For these x_0.png, x_1.png … are the labels of one picture x, unless `pictures` holds the name x_0 itself. Raises LayoutError if
+    For those, x_0.png, x_1.png … are labels of the same picture x, unless `pictures` contains the name x_0 itself. Raises LayoutError if
     there is no PNG, UsageError for a number out of range.
     """
     try:

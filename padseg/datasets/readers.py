@@ -1,4 +1,4 @@
-"""Files of labels to raw values (H, W), each format by its one reader; nothing is converted, so a palette PNG keeps its indices."""
+"""Read label files as raw values (H, W), one reader per format. Nothing is converted, so a palette PNG keeps its indices."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FIRST, LAST, MORE = 48, 48 + 63, 0x20  # bytes of run lengths in COCO's form, an
 
 
 class Reader(Protocol):
-    """Raw values of every annotator of a picture, (H, W) integers >= 0; annotations: a JSON file that some need.
+    """Reads the raw values of every annotator of a picture, (H, W) integers >= 0; annotations: a JSON file that some readers need.
 
     Raises UnreadableLabels.
     """
@@ -38,7 +38,7 @@ def refuse_labels(path: Path, reason: str) -> NoReturn:
 
 
 def png_labels(sample: Sample, annotations: Path) -> tuple[Array, ...]:
-    """One PNG an annotator."""
+    """One PNG per annotator."""
     return tuple(map(read_label_map, sample.truths))
 
 
@@ -53,7 +53,7 @@ def bsds_labels(sample: Sample, annotations: Path) -> tuple[Array, ...]:
 
 
 def panoptic_labels(sample: Sample, annotations: Path) -> tuple[Array, ...]:
-    """COCO's panoptic PNG, whose colour is the number of a segment, as the categories of the segments; 0 where there is none."""
+    """COCO's panoptic PNG, whose colours encode segment numbers, as the segments' categories; 0 for no segment."""
     path = sample.truths[0]
     segments = panoptic_segments(annotations).get(path.name)
     if segments is None:
@@ -70,7 +70,7 @@ def panoptic_labels(sample: Sample, annotations: Path) -> tuple[Array, ...]:
 
 @functools.lru_cache(maxsize=2)
 def panoptic_segments(annotations: Path) -> dict[str, dict[int, int]]:
-    """For every file of COCO's panoptic annotations the category of each segment."""
+    """Read COCO's panoptic annotations: for each file, the category of each segment."""
     try:
         return {
             annotation['file_name']: {number(segment['id']): number(segment['category_id']) for segment in annotation['segments_info']}
@@ -88,7 +88,7 @@ def number(value: Any) -> int:
 
 
 class Painting(NamedTuple):
-    """A picture's labels as regions in the order of painting: (category, run lengths)."""
+    """A picture's labels as regions (category, run lengths), in painting order."""
 
     phase: str
     height: int
@@ -97,7 +97,7 @@ class Painting(NamedTuple):
 
 
 def detail_labels(sample: Sample, annotations: Path) -> tuple[Array, ...]:
-    """PASCAL in Detail's annotations as categories, a later region on top of earlier ones; 0 where there is none."""
+    """PASCAL in Detail's annotations as categories, later regions on top of earlier ones; 0 for no region."""
     from pycocotools import mask
 
     painting = detail_paintings(annotations)[sample.name]
@@ -127,7 +127,7 @@ def whole_counts(counts: str) -> bytes:
 
 @functools.lru_cache(maxsize=1)
 def detail_paintings(annotations: Path) -> dict[str, Painting]:
-    """The pictures of a file in the form of PASCAL in Detail, by name."""
+    """Read a file in PASCAL in Detail's format: its pictures, by name."""
     try:
         content = read_annotations(annotations)
         paintings = {

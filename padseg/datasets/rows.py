@@ -1,10 +1,10 @@
-"""The data sets that padseg knows, as data: which classes are scored, which splits there are, and how the files may lie."""
+"""The data sets that padseg knows, as data: their scored classes, splits and possible layouts."""
 
 from __future__ import annotations
 
 from padseg.datasets.base import DatasetRow, Layout, Split
 
-OTHER_ENCODINGS = ('_labelTrainIds.png', '_instanceTrainIds.png')  # made by tools, beside the original files
+OTHER_ENCODINGS = ('_labelTrainIds.png', '_instanceTrainIds.png')  # made by tools, next to the original files
 
 VOC_HOME = ('VOCdevkit/VOC2012',)
 VOC_LIST = 'ImageSets/Segmentation/{split}.txt'
@@ -16,7 +16,7 @@ VOC_LAYOUTS = (
 
 
 def prepared_voc(folder: str) -> Layout:
-    """What detectron2 projects convert VOC to: class numbers."""
+    """VOC as detectron2 projects convert it: class numbers."""
     return Layout('prepared for detectron2', VOC_HOME, ('JPEGImages',), (folder + '/{split}',), values='classes', listing=VOC_LIST)
 
 
@@ -90,7 +90,7 @@ CITY_SPLITS = {'val': Split('val', pictures=500), 'train': Split('train', pictur
 
 
 def city(name: str, values: str, kind: str) -> Layout:
-    """Cityscapes with one of the kinds of label files that lie side by side."""
+    """Cityscapes with one of its kinds of label files, which lie side by side."""
     return Layout(
         name,
         ('cityscapes',),
@@ -158,7 +158,7 @@ DATASETS: dict[str, DatasetRow] = {
         ),
     ),
     FOLDER: DatasetRow(
-        "one's own, described by padseg.toml beside it",
+        'your own data, described by a padseg.toml in the folder',
         '',
         {},
         (

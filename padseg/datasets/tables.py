@@ -1,4 +1,4 @@
-"""From the numbers in files to classes: names and tables as JSON beside this module, and look-up."""
+"""Map the numbers in label files to classes: names and tables, stored as JSON next to this module, and look-up."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ if TYPE_CHECKING:
     from padseg.types import Array
 
 FOLDER = Path(__file__).parent
-UNDECLARED = -2  # a number that the files of a data set never hold
+UNDECLARED = -2  # a number that never occurs in a data set's files
 BYTE = 256
-DENSE = 65536  # values below this, which a PNG can hold, are counted in a table
-LISTED = 20  # values that a histogram in a message shows
+DENSE = 65536  # values below this (16 bits, the most in a PNG) are counted with a table
+LISTED = 20  # values shown in a message's histogram
 
 Table = tuple[int, ...]  # class of each raw value from 0 on, VOID or UNDECLARED
 
 
 @functools.cache
 def facts(name: str) -> Any:
-    """The content of a JSON file of this package."""
+    """Load one of this package's JSON files."""
     return json.loads((FOLDER / f'{name}.json').read_text(encoding='ascii'))
 
 
 def row_class_names(row: DatasetRow) -> tuple[str, ...]:
-    """Names of the classes that a row scores, in order; none for regions without classes."""
+    """Names of the classes that a row scores, in order; empty for regions without classes."""
     names = tuple(facts(row.facts)['names']) if row.facts else ()
     return {None: names, 'first': ('background', *names), 'last': (*names, 'background')}[row.background]
 
 
 def background_class(row: DatasetRow) -> int | None:
-    """The number of the class that is background."""
+    """Number of the background class, or None."""
     return {None: None, 'first': 0, 'last': len(row_class_names(row)) - 1}[row.background]
 
 
 def value_table(row: DatasetRow, values: str) -> Table | None:
-    """The table of one way of writing a row's classes; None for regions without classes."""
+    """Table for one way of encoding a row's classes; None for regions without classes."""
     if not row.facts:
         return None
     return expanded(facts(row.facts)['values'][values], int(row.background == 'first'), background_class(row))
 
 
 def expanded(ranges: Mapping[str, str], first: int, background: int | None) -> Table:
-    """A table from ranges {values: classes}, both 'n' or 'low-high' inclusive, later ones on top of earlier ones.
+    """Expand ranges {values: classes} to a table; both are 'n' or inclusive 'low-high', and later ranges override earlier ones.
 
-    One class for many values is the class of all; 'void' is none, 'background' is `background`, or void without one. first: the number
+    A single class applies to all its values; 'void' means no class, 'background' means `background`, or void if that is None. first: number
     of class 0.
     """
     words = {'void': VOID, 'background': VOID if background is None else background}
@@ -72,12 +72,12 @@ def span(text: str) -> range:
 
 @functools.lru_cache(maxsize=8)
 def lookup(table: Table) -> Array:
-    """The table as an array that any byte is an index of, int32."""
+    """Extend the table to an int32 array that any byte can index."""
     return np.array(table + (UNDECLARED,) * (BYTE - len(table)), np.int32)
 
 
 def look_up(raw: Array, table: Table) -> Array | None:
-    """Classes of raw values: (H, W) -> (H, W) int32; None if a value is not declared."""
+    """Map raw values to classes: (H, W) -> (H, W) int32; None if a value is undeclared."""
     numbers = lookup(table)
     if raw.dtype != np.uint8 and (raw.min() < 0 or raw.max() >= len(numbers)):
         return None
@@ -86,7 +86,7 @@ def look_up(raw: Array, table: Table) -> Array | None:
 
 
 def declared(table: Table) -> str:
-    """The values that a table declares, as ranges: '0..20, 255'."""
+    """Format the values that a table declares as ranges: '0..20, 255'."""
     values = [value for value, number in enumerate(table) if number != UNDECLARED]
     starts = [value for value in values if value - 1 not in values]
     ends = [value for value in values if value + 1 not in values]
@@ -94,7 +94,7 @@ def declared(table: Table) -> str:
 
 
 def histogram(raw: Array) -> dict[int, int]:
-    """How many pixels have each value, in rising order."""
+    """Count the pixels with each value, in ascending order of values."""
     if raw.min() < 0 or raw.max() >= DENSE:
         values, pixels = np.unique(raw, return_counts=True)
         return dict(zip(values.tolist(), pixels.tolist(), strict=True))
@@ -103,13 +103,13 @@ def histogram(raw: Array) -> dict[int, int]:
 
 
 def histogram_text(counts: Mapping[int, int]) -> str:
-    """A histogram in one line: '0: 12, 3: 4'."""
+    """Format a histogram as one line: '0: 12, 3: 4'."""
     shown = ', '.join(f'{value}: {pixels}' for value, pixels in list(counts.items())[:LISTED])
     return shown + (f' and {len(counts) - LISTED} more values' if len(counts) > LISTED else '')
 
 
 def listed_names(ids: str) -> tuple[str, ...]:
-    """The names in a list of this package: COCO's numbers have twelve digits, VOC's a year and six."""
+    """Read the names in one of this package's lists: COCO's have twelve digits, VOC's a year and six digits."""
     numbers = facts(ids)
     if isinstance(numbers, list):
         return tuple(f'{number:012}' for number in numbers)

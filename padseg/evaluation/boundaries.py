@@ -1,4 +1,4 @@
-"""The boundary benchmark of BSDS500: how much of the drawn boundaries a partition finds, and how much of its own was drawn."""
+"""The boundary benchmark of BSDS500: how many of the annotated boundaries a partition finds, and how many of its own were annotated."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ TOLERANCE = 0.0075  # of the picture's diagonal: what BSDS500 allows, 4.3 pixels
 
 
 class BoundaryCounts(NamedTuple):
-    """Boundary pixels of a picture; the counts of pictures add up.
+    """Boundary pixels of a picture; counts of several pictures can be added.
 
-    truth: of all annotators; matched_truth: those with a partner, so that the two give recall.
-    pred: predicted; matched_pred: those that have a partner with at least one annotator.
+    truth: over all annotators; matched_truth: those with a match, so that the two give recall. pred: predicted; matched_pred: those with a
+    match in at least one annotator.
     """
 
     matched_truth: int
@@ -34,7 +34,7 @@ class BoundaryCounts(NamedTuple):
 
 
 class PrecisionRecall(NamedTuple):
-    """All in 0..1; f: the harmonic mean of the other two."""
+    """All in 0..1; f: harmonic mean of precision and recall."""
 
     precision: float
     recall: float
@@ -42,7 +42,7 @@ class PrecisionRecall(NamedTuple):
 
 
 class BoundarySweep(NamedTuple):
-    """ods: all pictures at the threshold number `best`; ois: each picture at its own best threshold."""
+    """best: index of the ODS threshold; ods: all pictures at that threshold; ois: each picture at its own best threshold."""
 
     best: int
     ods: PrecisionRecall
@@ -50,7 +50,7 @@ class BoundarySweep(NamedTuple):
 
 
 class ScoreSweep(NamedTuple):
-    """ods: the mean over pictures at the threshold number `best`; ois: the mean of each picture's best."""
+    """best: index of the ODS threshold; ods: mean over pictures at that threshold; ois: mean of each picture's best score."""
 
     best: int
     ods: float
@@ -58,7 +58,7 @@ class ScoreSweep(NamedTuple):
 
 
 def region_boundaries(labels: Array) -> Array:
-    """(H, W) bool: pixels whose 2 x 2 block down to the right holds several labels, with the last row and column repeated (seg2bdry)."""
+    """Boundary pixels, (H, W) bool: the 2 x 2 block to the lower right has several labels; last row and column are repeated (seg2bdry)."""
     require_same_shape(labels, labels)
     block = np.pad(labels, ((0, 1), (0, 1)), 'edge')  # (H + 1, W + 1)
     several: Array = (block[:-1, 1:] != labels) | (block[1:, :-1] != labels) | (block[1:, 1:] != labels)
@@ -82,9 +82,9 @@ def thin_boundaries(labels: Array) -> Array:
 
 
 def boundary_counts(pred: Array, truths: Sequence[Array], tolerance: float = TOLERANCE) -> BoundaryCounts:
-    """Count what the boundaries of one label map (H, W) share with those of each annotator's (Arbelaez et al. 2011).
+    """Count the boundary pixels that a label map (H, W) shares with those of each annotator (Arbelaez et al. 2011).
 
-    tolerance: how far apart two pixels may match, as a share of the diagonal. ValueError for another size or no annotator.
+    tolerance: maximum distance of matching pixels, as a share of the diagonal. ValueError for different sizes or no annotator.
     """
     for truth in truths:
         require_same_shape(truth, pred)
@@ -92,7 +92,7 @@ def boundary_counts(pred: Array, truths: Sequence[Array], tolerance: float = TOL
 
 
 def count_matches(pred: Array, truths: Sequence[Array], tolerance: float = TOLERANCE) -> BoundaryCounts:
-    """`boundary_counts` of thin boundaries (H, W) bool, for those who compare many predictions with the same truths."""
+    """As `boundary_counts`, for thinned boundaries (H, W) bool, so that many predictions can be compared with the same truths."""
     if not truths or tolerance < 0:
         raise ValueError(f'expected at least one annotator and a tolerance >= 0; got {len(truths)} and {tolerance}')
     radius = tolerance * float(np.hypot(*pred.shape))
@@ -108,7 +108,7 @@ def count_matches(pred: Array, truths: Sequence[Array], tolerance: float = TOLER
 
 
 def match_boundaries(a: Array, b: Array, radius: float) -> tuple[Array, Array]:
-    """Pair points (A, 2) and (B, 2) at most `radius` apart, one to one: as many pairs as there can be, then the least total distance.
+    """Match points (A, 2) and (B, 2) at most `radius` apart one to one: the most pairs possible, then the smallest total distance.
 
     Returns the pairs' numbers in `a` and in `b`. BSDS's own matcher approximates this: it minimises distance with a cost of 100
     times the radius for each point left out, over a graph that it thins by chance. Which of equally good pairings comes out is left open.
@@ -122,8 +122,8 @@ def match_boundaries(a: Array, b: Array, radius: float) -> tuple[Array, Array]:
     columns, column = np.unique(near['j'], return_inverse=True)
     if not len(rows):
         return columns, rows
-    # Each row may stay alone in a column of its own, which costs more than any detour that would spare it. Ones are added
-    # everywhere because the solver takes a zero for no edge.
+    # Each row may stay unmatched through an extra column of its own, which costs more than any rerouting that would match it.
+    # 1 is added to all costs because the solver treats zero as no edge.
     alone = np.arange(len(rows))
     cost = np.append(near['v'] + 1, np.full(len(rows), max(radius, 1) * (len(rows) + 1) + 1))
     places = np.append(row, alone), np.append(column, len(columns) + alone)
@@ -133,7 +133,7 @@ def match_boundaries(a: Array, b: Array, radius: float) -> tuple[Array, Array]:
 
 
 def precision_recall_f(counts: BoundaryCounts) -> PrecisionRecall:
-    """Precision, recall and F of counts. As in BSDS, 0 / 0 is 0: where nothing is predicted or drawn, and F where both are 0."""
+    """Precision, recall and F of counts. As in BSDS, 0 / 0 is 0: if nothing is predicted or annotated, and for F if both are 0."""
     precision = counts.matched_pred / max(counts.pred, 1)
     recall = counts.matched_truth / max(counts.truth, 1)
     both = precision + recall
@@ -141,14 +141,14 @@ def precision_recall_f(counts: BoundaryCounts) -> PrecisionRecall:
 
 
 def total_counts(counts: Sequence[BoundaryCounts]) -> BoundaryCounts:
-    """The counts of several pictures as one."""
+    """Add the counts of several pictures."""
     return BoundaryCounts(*(sum(column) for column in zip(*counts, strict=True)))
 
 
 def boundary_sweep(counts: Sequence[Sequence[BoundaryCounts]]) -> BoundarySweep:
-    """ODS and OIS of counts[picture][threshold], the first among equal thresholds; F is not interpolated between thresholds.
+    """ODS and OIS of counts[picture][threshold], with ties going to the first threshold; F is not interpolated between thresholds.
 
-    ValueError unless each picture has the same number of thresholds, at least one. OIS may be below ODS, since counts are summed.
+    ValueError unless all pictures have the same number of thresholds, at least one. OIS may be below ODS, because counts are summed.
     """
     lengths = sorted({len(picture) for picture in counts})
     if len(lengths) != 1 or not lengths[0]:
@@ -161,7 +161,7 @@ def boundary_sweep(counts: Sequence[Sequence[BoundaryCounts]]) -> BoundarySweep:
 
 
 def score_sweep(scores: Array) -> ScoreSweep:
-    """ODS and OIS of a score (pictures, thresholds) that is best where it is greatest, such as covering; the first among equals."""
+    """ODS and OIS of a score (pictures, thresholds) for which higher is better, such as covering; ties go to the first threshold."""
     if scores.ndim != 2 or not scores.size:
         raise ValueError(f'expected scores of (pictures, thresholds), at least one of each; got shape {scores.shape}')
     means = scores.mean(0)

@@ -1,4 +1,4 @@
-"""An evaluation with its records on disk, from which a later one continues."""
+"""Run an evaluation with records on disk, from which a later run continues."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ FAILED_SHOWN = 20
 
 
 class Outcome(NamedTuple):
-    """How an evaluation went. report: as in scores.json; failed pictures in it are the first few."""
+    """The result of an evaluation. report: as in scores.json; it lists only the first few failed pictures."""
 
     result: Result
     report: ScoresRecord
 
 
 def run_evaluation(job: Evaluation, progress: Progress = Silent()) -> Outcome:
-    """Score all pictures of the job, those that its output holds already from there. OutputConflict if that is of other settings."""
+    """Score all pictures of the job, reusing scores already in its output. OutputConflict if those were made with other settings."""
     report = ScoresRecord(protocol=job.protocol, settings=settings(job), versions=versions())
     totals = ScoreTotals(job.task.classes, job.task.rules)
     failed: dict[str, str] = {}
@@ -71,7 +71,7 @@ def output(out: Path) -> Iterator[None]:
 
 
 def settings(job: Evaluation) -> dict[str, Any]:
-    """All that decides the scores, every rule in words."""
+    """All settings that affect the scores, with every rule in words."""
     dataset = job.task.dataset
     own = values_of(dataset)
     return {
@@ -108,7 +108,7 @@ PARTITIONS = {
 
 
 def pictures(job: Evaluation, report: ScoresRecord, progress: Progress) -> Iterator[PictureScores]:
-    """The records of all samples in their order: kept ones, and new ones, which are added to the output at once."""
+    """Yield the records of all samples in order: stored ones, and new ones, which are written to the output at once."""
     kept = kept_lines(job, report) if job.out else {}
     pending = [sample for sample in job.task.dataset.samples if sample.name not in kept]
     new = scored(job, pending)
@@ -126,7 +126,7 @@ def pictures(job: Evaluation, report: ScoresRecord, progress: Progress) -> Itera
 
 @contextlib.contextmanager
 def written(job: Evaluation, report: ScoresRecord, kept: dict[str, str]) -> Iterator[Callable[[str], None]]:
-    """Begin the records in the output, if there is one, with the lines that are kept; what adds others."""
+    """Start the output's records, if there is an output, with the lines to keep; yields a function that adds lines."""
     if job.out is None:
         yield lambda text: None
         return
@@ -145,9 +145,9 @@ def scored(job: Evaluation, samples: list[Sample]) -> Iterator[PictureScores]:
 
 
 def kept_lines(job: Evaluation, report: ScoresRecord) -> dict[str, str]:
-    """The lines of an earlier evaluation in the same folder that are of these very pictures, by name: a record itself takes more memory.
+    """Lines of an earlier evaluation in the same folder that are still valid, by picture name. Lines take less memory than records.
 
-    OutputConflict if that evaluation was of other settings.
+    Raises OutputConflict if that evaluation used other settings.
     """
     assert job.out is not None
     earlier = None if job.overwrite else read_header(job.out / 'scores.json', ScoresRecord, 'an evaluation')
@@ -164,12 +164,12 @@ def kept_lines(job: Evaluation, report: ScoresRecord) -> dict[str, str]:
         if picture.name in samples and holds(job, samples[picture.name], picture):
             kept[picture.name] = line_of(picture)
         else:
-            kept.pop(picture.name, None)  # an older line of it does not count either
+            kept.pop(picture.name, None)  # drop an older line of it, too
     return kept
 
 
 def holds(job: Evaluation, sample: Sample, picture: PictureScores) -> bool:
-    """Whether a record is of this very picture, ground truth and prediction, with counts of these classes or a score a threshold."""
+    """Return whether a record still matches the picture's files, the number of classes and the number of thresholds."""
     classes = len(job.task.classes.names)
     thresholds = 0 if classes else max(1, len(job.thresholds))
     if picture.status == 'failed' or any(not 0 <= number < classes for number in picture.counts) or len(picture.regions) != thresholds:
@@ -178,12 +178,12 @@ def holds(job: Evaluation, sample: Sample, picture: PictureScores) -> bool:
 
 
 def line_of(picture: PictureScores) -> str:
-    """A picture's record as it stands in pictures.jsonl."""
+    """Format a picture's record as a line of pictures.jsonl."""
     return line(picture, exclude_defaults=True)
 
 
 def finished(job: Evaluation, report: ScoresRecord, totals: ScoreTotals, failed: dict[str, str]) -> ScoresRecord:
-    """The report with the scores of all pictures."""
+    """Complete the report with the scores of all pictures."""
     values = totals.result()._asdict()
     counts = {name: values.pop(name) for name in ('pictures', 'ignored', 'failed')}
     iou = values.pop('iou', {})

@@ -1,4 +1,4 @@
-"""Predictions against the ground truth of a data set, one picture at a time: stored label maps, or a model's."""
+"""Compare predictions with a data set's ground truth, one picture at a time; predictions are stored label maps or come from a model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from padseg.evaluation.predict import Predict
     from padseg.types import Array, Image
 
-CHUNK = 8  # pictures that a worker takes at once
+CHUNK = 8  # pictures sent to a worker at once
 
 
 class Task(NamedTuple):
@@ -87,11 +87,11 @@ def evaluate(
 
 
 def score_stored(task: Task, samples: Iterable[Sample], workers: int = 1) -> Iterator[PictureScores]:
-    """Records of pictures with stored label maps, in their order, by one or several processes."""
+    """Yield the records of pictures with stored label maps, in order, using one or several processes."""
     if workers == 1:
         yield from (score_sample(task, sample) for sample in samples)
         return
-    # light processes of their own: torch, if this process has it, is not theirs
+    # spawned processes stay small: they do not inherit torch from this one
     context = multiprocessing.get_context('spawn')
     light = task._replace(dataset=task.dataset._replace(samples=()), preds={})
     pairs = [(sample, {sample.name: task.preds[sample.name]}) for sample in samples]
@@ -108,7 +108,7 @@ def score_pair(task: Task, pair: tuple[Sample, dict[str, Path]]) -> PictureScore
 
 
 def score_sample(task: Task, sample: Sample, predictor: Predict | None = None) -> PictureScores:
-    """The record of one picture, from its stored label map or from the predictor; a file that cannot be read makes it a failed one."""
+    """Score one picture, from its stored label map or the predictor; if a file cannot be read, the record says that it failed."""
     stamp = stamp_of(*sample.truths, sample.image if predictor else task.preds[sample.name])
     unfit = (UsageError,) if task.lenient else ()
     try:
@@ -145,7 +145,7 @@ def failed(sample: Sample, stamp: str, error: Exception) -> PictureScores:
 
 
 def present(task: Task, sample: Sample, truths: Sequence[Array]) -> list[int]:
-    """The classes that a ground truth still has when it is reduced to a short edge of 640 pixels, as Seg4Diff's released code sees it."""
+    """Classes left in the ground truth at a short edge of 640 pixels, which is how Seg4Diff's released code sees it."""
     if not task.dataset.classes:
         return []
     classes = classes_of(task, sample, truths[0])
@@ -154,7 +154,7 @@ def present(task: Task, sample: Sample, truths: Sequence[Array]) -> list[int]:
 
 
 def classes_of(task: Task, sample: Sample, raw: Array) -> Array:
-    """Raw values as classes and VOID. UsageError names the file whose values are none of the data set's."""
+    """Map raw values to classes and VOID. UsageError names the file if it has undeclared values."""
     try:
         return task.dataset.to_classes(raw)
     except UsageError as error:
@@ -162,7 +162,7 @@ def classes_of(task: Task, sample: Sample, raw: Array) -> Array:
 
 
 def stamp_of(*paths: Path | None) -> str:
-    """Size and time of change of files: another stamp means that they are to be read again."""
+    """Sizes and modification times of files; a changed stamp means that they must be read again."""
     marks = []
     for path in paths:
         try:
@@ -174,7 +174,7 @@ def stamp_of(*paths: Path | None) -> str:
 
 
 def read_picture(sample: Sample, size: tuple[int, int]) -> Image:
-    """The sample's picture (H, W, 3). UsageError if the ground truth is of another size."""
+    """Read the sample's picture (H, W, 3). UsageError if the ground truth has another size."""
     if sample.image is None:
         raise UsageError(f'there is no picture for {sample.name}: give label maps with --pred')
     image = read(sample.image)
@@ -190,7 +190,7 @@ def size_of(sample: Sample, truths: Sequence[Array]) -> tuple[int, int]:
     first, *others = (truth.shape for truth in truths)
     for other in others:
         if other != first:
-            raise UsageError(f'the ground truths of {sample.name} are {size_in_words(first)} and {size_in_words(other)}')
+            raise UsageError(f'the ground truths of {sample.name} differ in size: {size_in_words(first)} and {size_in_words(other)}')
     return first
 
 
@@ -200,7 +200,7 @@ def stored_map(task: Task, sample: Sample, size: tuple[int, int]) -> Array:
 
 
 def fitting(pred: Array, size: tuple[int, int], path: Path, resize: bool) -> Array:
-    """A prediction at the ground truth's size (H, W). UsageError if it has another and is not to be resized."""
+    """Return a prediction at the ground truth's size (H, W). UsageError if it has another size and must not be resized."""
     if pred.shape == size:
         return pred
     if not resize:
@@ -213,7 +213,7 @@ def size_in_words(size: tuple[int, ...]) -> str:
 
 
 def stored(folder: Path) -> dict[str, Path]:
-    """Label maps below a folder by their picture's name: b/a.jpg.png and b/a.png are b/a. NoImages if there is none, or two for one."""
+    """Label maps below a folder by picture name: b/a.jpg.png and b/a.png are b/a. NoImages if there are none, or two for one name."""
     preds: dict[str, Path] = {}
     for _, path in files_below(folder, ('.png',)) if folder.is_dir() else ():
         name = picture_name(path.relative_to(folder))
@@ -226,7 +226,7 @@ def stored(folder: Path) -> dict[str, Path]:
 
 
 def paired(dataset: Dataset, preds: dict[str, Path], allow_missing: bool) -> tuple[Dataset, dict[str, Path]]:
-    """The samples that have a label map, and the label maps that have a sample. NoImages names the others unless they may be missing."""
+    """Keep the samples with a label map and the label maps with a sample. NoImages names the others unless they may be missing."""
     names = {sample.name for sample in dataset.samples}
     if not allow_missing:
         require_none('no label map for', names - preds.keys())

@@ -1,4 +1,4 @@
-"""What an evaluation is asked to do: the ground truth, the rules, and where the predictions come from."""
+"""What an evaluation is asked to do: the ground truth, the rules, and the source of the predictions."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ PRESENT = 'present'
 
 
 class Asked(NamedTuple):
-    """What `padseg eval` is asked for, as its options say it.
+    """Options of `padseg eval`.
 
-    dataset, root, split: a data set below a folder; or labels: a folder of label maps. num_classes, ignore, background: of ground truth
-    that does not say so itself; regions: it has no classes. pred: label maps to score in place of a model's. sweep: thresholds as text.
+    dataset, root, split: a data set below a folder; or labels: a folder of label maps. num_classes, ignore, background: for ground truth
+    that does not define them itself; regions: it has no classes. pred: label maps to score instead of a model's. sweep: thresholds as text.
     """
 
     dataset: str | None
@@ -55,7 +55,7 @@ class Asked(NamedTuple):
 class Contender(NamedTuple):
     """The method that makes the predictions, a key of METHODS, with its options; model … compile as for `padseg.load`.
 
-    names: which names a method whose task is classes is given, 'present' (unless said otherwise) or 'all'.
+    names: which names to give to a method that takes class names, 'present' (the default) or 'all'.
     """
 
     method: str
@@ -70,8 +70,10 @@ class Contender(NamedTuple):
 
 
 class Ground(NamedTuple):
-    """Ground truth and rules. protocol: name of the rules, which may have been changed; preds: stored label maps by picture name;
-    warning: what to say of the rules, if anything."""
+    """Ground truth and rules. protocol: name of the rules, some of which may have been changed; preds: stored label maps by picture name.
+
+    warning: what to tell the user about the rules, if anything.
+    """
 
     dataset: Dataset
     protocol: str
@@ -82,9 +84,9 @@ class Ground(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What is evaluated. source: where predictions come from, in words; missing: listed pictures that are left out.
+    """What to evaluate. source: description of where predictions come from; missing: listed pictures that are left out.
 
-    out: folder for records and reports, or None; thresholds: those of the predictor, if it has several.
+    out: folder for records and reports, or None; thresholds: the predictor's, if it has several.
     """
 
     task: Task
@@ -99,9 +101,9 @@ class Evaluation(NamedTuple):
 
 
 def ground_of(asked: Asked) -> Ground:
-    """The ground truth and the rules that are asked for. Raises UsageError for values that are not allowed, NoImages where nothing is."""
+    """Return the ground truth and rules. Raises UsageError for values that are not allowed, NoImages if there is nothing."""
     name = asked.protocol or DEFAULT
-    whole = asked.pred and not asked.protocol  # what made the label maps saw the picture as it liked
+    whole = asked.pred and not asked.protocol  # there is no telling what part of the picture the label maps were made from
     rules = protocol(name, compare=asked.compare or ('native' if whole else None), ids='as they are' if asked.raw_ids else None)
     preds = stored(asked.pred) if asked.pred else {}
     if asked.labels:
@@ -123,16 +125,16 @@ def warning_of(dataset: Dataset, rules: Protocol) -> str | None:
 
 
 def opened_dataset(asked: Asked, raw_labels: bool = False) -> Dataset:
-    """The data set below root; the options can say what a padseg.toml would."""
+    """Open the data set below root; options can replace a padseg.toml."""
     assert asked.dataset is not None and asked.root is not None
-    if asked.dataset == FOLDER and (asked.num_classes or asked.regions):  # in place of padseg.toml
+    if asked.dataset == FOLDER and (asked.num_classes or asked.regions):  # instead of padseg.toml
         own = FolderSettings(num_classes=asked.num_classes, ignore_index=asked.ignore, background=asked.background)
         return open_folder(asked.root, asked.split, own, asked.allow_missing)
     return open_dataset(asked.dataset, asked.root, asked.split, raw_labels, asked.allow_missing)
 
 
 def of_stored(asked: Asked, ground: Ground) -> Evaluation:
-    """The evaluation of stored label maps. NoImages if some have no ground truth, or the other way round, and that is not allowed."""
+    """Set up the evaluation of stored label maps. NoImages for unpaired label maps or ground truths, unless allowed."""
     assert asked.pred is not None
     dataset, preds = paired(ground.dataset, ground.preds, asked.allow_missing)
     return Evaluation(
@@ -147,7 +149,7 @@ def of_stored(asked: Asked, ground: Ground) -> Evaluation:
 
 
 def of_method(asked: Asked, ground: Ground, contender: Contender) -> Evaluation:
-    """The evaluation of a method. UsageError where the ground truth or the rules are not for what it makes."""
+    """Set up the evaluation of a method. UsageError if the ground truth or rules do not suit its output."""
     method = method_named(contender.method)
     check_task(ground, contender, method)
     how = {name: getattr(contender, name) for name in ('revision', 'device', 'dtype', 'vae', 'compile')}
@@ -190,7 +192,7 @@ def predictor_of(asked: Asked, ground: Ground, contender: Contender, method: Met
 
 
 def source_of(contender: Contender, method: Method, backbone: Backbone | None) -> dict[str, Any]:
-    """The method, its model and its settings, as scores.json has them."""
+    """Describe the method, its model and its settings for scores.json."""
     source: dict[str, Any] = {} if contender.method in DEFAULTS.values() else {'method': contender.method}
     if backbone:
         dtype = str(backbone.dtype).removeprefix('torch.')
@@ -206,7 +208,7 @@ def numbers_of(ground: Ground, method: Method) -> dict[str, str]:
 
 
 def numbers(text: str | None) -> tuple[float, ...]:
-    """Thresholds from a text such as 0.01,0.02. UsageError for anything else."""
+    """Parse thresholds from a text such as 0.01,0.02. UsageError for anything else."""
     try:
         values = tuple(float(part) for part in (text or '').split(',') if part)
     except ValueError as error:
@@ -217,14 +219,14 @@ def numbers(text: str | None) -> tuple[float, ...]:
 
 
 def check_of(asked: Asked, progress: Progress) -> Check:
-    """What the data set below root holds, without a model."""
+    """Check what the data set below root holds, without a model."""
     dataset = opened_dataset(asked)
     with contextlib.closing(progress):
         return check_dataset(dataset, watched(dataset.samples, progress))
 
 
 def watched(samples: Sequence[Sample], progress: Progress) -> Iterator[Sample]:
-    """The samples, each counted as done when the next one is asked for."""
+    """Yield the samples, counting each as done when the next one is requested."""
     progress.start(len(samples))
     for sample in samples:
         yield sample

@@ -1,4 +1,4 @@
-"""How well two label maps agree. Every measure starts from their contingency table."""
+"""Measures of agreement between two label maps, all based on their contingency table."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class TooMany(PadsegError):
 
 
 class ClassCounts(NamedTuple):
-    """Pixels of each class after matching, (num_classes,) int64 each; total: the valid pixels. Counts of pictures add up.
+    """Pixels of each class after matching, (num_classes,) int64 each; total: valid pixels. Counts of several pictures can be added.
 
-    spilled: those false positives whose region has no pixel of the class it was matched with; which class that is depends on how
-    regions are numbered.
+    spilled: false positives of classes matched with a region in which they have no pixel; which class that is depends on how regions are
+    numbered.
     """
 
     true_positive: Array
@@ -54,10 +54,10 @@ class ClassCounts(NamedTuple):
 
 
 class ClassScores(NamedTuple):
-    """Shares in 0..1. iou, class_accuracy: one a class, nan where it does not count.
+    """Shares in 0..1. iou, class_accuracy: one per class, nan for classes that do not count.
 
-    miou_order_free leaves out the false positives of regions matched with a class they do not touch, so that it does not depend on
-    how regions are numbered (but for equal overlaps).
+    miou_order_free leaves out false positives of regions matched with a class that they do not touch, so that it does not depend on how
+    regions are numbered (except for equal overlaps).
     """
 
     accuracy: float
@@ -69,7 +69,7 @@ class ClassScores(NamedTuple):
 
 
 class RegionScores(NamedTuple):
-    """Agreement of two partitions: covering and probabilistic Rand index in 0..1, variation of information in bits, regions predicted."""
+    """Agreement of two partitions: covering and probabilistic Rand index in 0..1, variation of information in bits, predicted regions."""
 
     covering: float
     pri: float
@@ -114,7 +114,7 @@ def overlaps(a: Array, b: Array) -> Overlaps:
 
 
 def class_table(truth: Array, pred: Array, num_classes: int, compacted: bool = True) -> Array:
-    """Pixels of each class in each region: (num_classes, regions) int64. Pixels with a truth outside 0..num_classes-1 do not count.
+    """Count the pixels of each class in each region: (num_classes, regions) int64. Pixels with truth outside 0..num_classes-1 are ignored.
 
     Columns are regions in order of first appearance, or, not compacted, the ids 0..max themselves. Raises ValueError for label maps
     that are of different sizes, no integers, or predictions below 0, TooMany for more classes and regions than can be matched.
@@ -132,7 +132,7 @@ def class_table(truth: Array, pred: Array, num_classes: int, compacted: bool = T
 
 
 def tally(rows: Array, columns: Array, height: int, width: int, low: int = 0) -> Array:
-    """How often each pair of numbers occurs: integers low..height-1 and 0..width-1 of one shape -> (height - low, width) int64."""
+    """Count each pair of numbers: integers low..height-1 and 0..width-1 of the same shape -> (height - low, width) int64."""
     counts = np.zeros((height - low) * width, np.int64)
     rows, columns = rows.ravel(), columns.ravel()
     for start in range(0, rows.size, BLOCK):
@@ -145,23 +145,23 @@ def tally(rows: Array, columns: Array, height: int, width: int, low: int = 0) ->
 
 
 def run_starts(flat: Array) -> Array:
-    """Where runs of one id start, the only places where an id can appear first: (N,) -> (R,)."""
+    """Start of each run of equal ids, the only places where an id can first appear: (N,) -> (R,)."""
     return np.append(0, np.flatnonzero(flat[1:] != flat[:-1]) + 1)
 
 
 def count_ids(labels: Array) -> int:
-    """The number of different ids."""
+    """Number of distinct ids."""
     flat = labels.ravel()
     return len(np.unique(flat[run_starts(flat)]))
 
 
 def compact(labels: Array) -> Array:
-    """Ids renumbered 0..K-1 in order of first appearance, row by row, int64; the shape stays."""
+    """Renumber ids 0..K-1 in order of first appearance, row by row, int64; the shape stays."""
     return numbered(labels).astype(np.int64)
 
 
 def numbered(labels: Array) -> Array:
-    """As compact, in the smallest type that holds the numbers."""
+    """As `compact`, in the smallest type that holds the numbers."""
     flat = labels.ravel()
     if flat.min() < 0 or flat.max() >= DENSE:
         starts = run_starts(flat)
@@ -183,37 +183,37 @@ def numbered(labels: Array) -> Array:
 
 
 def match_regions(table: Array) -> Array:
-    """The column that each row gets so that one-to-one matches hold the most pixels: (rows, columns >= rows) -> (rows,) (SciPy)."""
+    """Column for each row in the one-to-one matching with the most pixels: (rows, columns >= rows) -> (rows,) (SciPy)."""
     return np.asarray(linear_sum_assignment(table, maximize=True)[1])
 
 
 def widened(table: Array) -> Array:
-    """Empty columns added until there are as many as rows, so that every class gets one."""
+    """Add empty columns until there are as many as rows, so that every class gets one."""
     return np.pad(table, ((0, 0), (0, max(0, table.shape[0] - table.shape[1]))))
 
 
 def counts_of(table: Array, column: Array) -> ClassCounts:
-    """Counts when class g is given the region column[g]: (classes, regions) and (classes,)."""
+    """Counts when class g is assigned the region column[g]: (classes, regions) and (classes,)."""
     hit = table[np.arange(len(table)), column]
     wrong = table.sum(0)[column] - hit
     return ClassCounts(hit, wrong, table.sum(1) - hit, np.where(hit > 0, 0, wrong), int(table.sum()))
 
 
 def hungarian_counts(pred: Array, truth: Array, num_classes: int, compacted: bool = True) -> ClassCounts:
-    """Match regions to classes one to one so that the most pixels agree, for one picture (DiffSeg, Sec. 4.1).
+    """Match regions to classes one to one to maximise agreeing pixels, for one picture (DiffSeg, Sec. 4.1).
 
-    Pixels whose truth is outside 0..num_classes-1 do not count. Absent classes take part in the matching, so surplus regions may
-    be charged to them; which one is a tie that depends on numbering, hence regions are compacted first unless told otherwise.
+    Pixels whose truth is outside 0..num_classes-1 do not count. Absent classes take part in the matching, so surplus regions may be charged
+    to them; which one is a tie that depends on numbering, so regions are compacted first unless told otherwise.
     """
     table = widened(class_table(truth, pred, num_classes, compacted))
     return counts_of(table, match_regions(table))
 
 
 def merge_background(table: Array, background: int) -> Array:
-    """DiffCut's many-to-one rule: (classes, regions) -> (classes, regions + 1), the last column holding all that became background.
+    """DiffCut's many-to-one rule: (classes, regions) -> (classes, regions + 1), with everything merged into background in the last column.
 
-    The other classes are matched first, without the background's pixels. A class is kept if any region that was matched with a class
-    has a pixel of it; the regions of kept classes stay, all others are merged. The truth takes part, so this is an oracle.
+    The other classes are matched first, without the background's pixels. A class is kept if any matched region has a pixel of it; regions
+    of kept classes stay, all others are merged. This uses the ground truth, so it is an oracle.
     """
     objects = widened(np.delete(table, background, 0))
     column = match_regions(objects)
@@ -225,10 +225,10 @@ def merge_background(table: Array, background: int) -> Array:
 
 
 def class_scores(counts: ClassCounts, absent: str = 'unless-predicted') -> ClassScores:
-    """Scores from counts summed over a data set.
+    """Compute scores from counts summed over a data set.
 
-    absent: which classes without a true pixel are in the means: `unless-predicted`, none but those with false positives (DiffSeg);
-    `left-out`, none (detectron2); `zero`, all, as 0 (GoCA, whose denominators also carry 1e-8).
+    absent: which classes without true pixels enter the means: `unless-predicted`, only those with false positives (DiffSeg); `left-out`,
+    none (detectron2); `zero`, all, as 0 (GoCA, whose denominators also carry 1e-8).
     """
     present = counts.true_positive + counts.false_negative
     union = present + counts.false_positive
@@ -252,7 +252,7 @@ def ratio(part: Array, whole: Array) -> Array:
 
 
 def mean(values: Array) -> float:
-    """The mean of those that are not nan; nan if there is none."""
+    """Mean of the values that are not nan; nan if there are none."""
     values = values[~np.isnan(values)]
     return float(values.mean()) if len(values) else float('nan')
 
@@ -269,7 +269,7 @@ def region_scores(truth: Array, pred: Array) -> RegionScores:
     iou = table / (rows[row] + columns[column] - table)
     best = np.maximum.reduceat(iou, run_starts(row))  # of each true region
     pairs = two_of(pixels)
-    # Pairs that are together in exactly one of the two partitions disagree.
+    # The partitions disagree on pairs that are together in exactly one of them.
     apart = two_of(rows).sum() + two_of(columns).sum() - 2 * two_of(table).sum()
     return RegionScores(
         covering=float((best * rows).sum() / pixels),
@@ -280,13 +280,13 @@ def region_scores(truth: Array, pred: Array) -> RegionScores:
 
 
 def two_of(count: Array) -> Array:
-    """Pairs that can be drawn from `count` things."""
+    """Number of pairs among `count` items."""
     return count * (count - 1) / 2
 
 
 def entropy(share: Array) -> float:
     """Entropy in bits of a distribution of any shape."""
-    # scikit-image's variation_of_information takes 8 times as long from a ready table of 10 x 14, and 30 times from one of 300 x 1743
+    # scikit-image's variation_of_information takes 8 times as long given a 10 x 14 table, and 30 times given a 300 x 1743 one
     share = share[share > 0]
     return float(-(share * np.log2(share)).sum())
 

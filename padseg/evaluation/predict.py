@@ -1,4 +1,4 @@
-"""A method's predictions at the compared pixels, and the token maps they came from, kept so that another threshold needs no forward."""
+"""A method's predictions at the compared pixels, and their token maps, which are kept so that another threshold needs no forward pass."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from padseg.methods.stages.proposals import merge
 from padseg.methods.stages.saved_maps import forward_settings, read_maps, write_maps
 from padseg.types import Array, Frame, Image, LabelMap, TokenMaps
 
-PROMPTS_KEPT = 64  # in memory: many pictures show the same classes
+PROMPTS_KEPT = 64  # in memory, because many pictures show the same classes
 
-# From a picture's name, its pixels (H, W, 3), what is compared of it and the classes that its truth shows: one prediction (h, w) a setting.
+# (picture name, pixels (H, W, 3), compared view, classes in its ground truth) -> one prediction (h, w) per setting.
 Predict = Callable[[str, Image, View, Sequence[int]], list[Array]]
 
 
@@ -34,7 +34,7 @@ def predict_regions(
     keep_maps: bool = False,
     rules: Protocol | None = None,
 ) -> Predict:
-    """Regions, 0 = unassigned, one prediction for each threshold.
+    """Predict regions, 0 = unassigned, once per threshold.
 
     out: folder for labels/ and, with keep_maps, maps/; None keeps nothing. rules: where they take ids as they are, regions that were
     not refined have the numbers of their proposals from 0 on, as in released code.
@@ -55,7 +55,7 @@ def predict_regions(
 
 
 def kept_maps(method: Method, prepared: Any, image: Image, path: Path) -> Any:
-    """The picture's token maps: those kept by an earlier run with the same settings, or new ones."""
+    """Load the picture's token maps from an earlier run with the same settings, or compute and store them."""
     made_by = forward_settings(prepared.backbone, prepared.options)
     maps = read_maps(path, made_by)
     if maps is None:
@@ -65,7 +65,7 @@ def kept_maps(method: Method, prepared: Any, image: Image, path: Path) -> Any:
 
 
 def compared_labels(method: Method, prepared: Any, image: Image, maps: Any, where: View) -> Array:
-    """The label map at the compared pixels. Where the model saw just what is compared, maps are enlarged straight to that size."""
+    """Label map at the compared pixels. If the model saw exactly those, maps are enlarged directly to that size."""
     if maps is not None and maps.frame.box == where.box:
         direct = maps._replace(frame=Frame(where.size, (0, 0, *where.size)))
         return method.labels(np.ascontiguousarray(seen_prediction(image, where)), direct, prepared).labels
@@ -110,11 +110,11 @@ def predict_classes(
     names: str = 'present',
     out: Path | None = None,
 ) -> Predict:
-    """The class of every compared pixel, as a number from 0. classes: of the data set; background: which of them it is.
+    """Predict the class of every compared pixel, as a number from 0. classes: of the data set; background: number of that class.
 
-    names: 'present', only those that the ground truth of a picture has are looked for in it, as Seg4Diff does; 'all': all of them.
+    names: 'present' looks only for classes in the picture's ground truth, as Seg4Diff does; 'all' looks for all of them.
     """
-    keep = names == 'all'  # prompts of single pictures would fill the cache
+    keep = names == 'all'  # prompts for single pictures would fill the cache
 
     @lru_cache(PROMPTS_KEPT)
     def prepared_for(chosen: tuple[int, ...]) -> Any:
@@ -135,7 +135,7 @@ def predict_classes(
 
 
 def otherwise(labels: Array, background: int | None) -> int:
-    """The class of pixels that were given none. UsageError if there are such pixels and the data set has no class for them."""
+    """Class of unlabelled pixels. UsageError if there are any and the data set has no class for them."""
     if background is None and not labels.all():
         raise UsageError('the data set has no class for unlabelled pixels, which --background-below and some geometries leave')
     return background or 0

@@ -1,4 +1,4 @@
-"""Evaluation protocols as data: which pixels are compared, how regions become classes, and what enters the mean."""
+"""Evaluation protocols as data: which pixels are compared, how regions become classes, and which classes enter the mean."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """Rules of one evaluation. Every value of a field is spelled out in WORDS."""
+    """Rules of an evaluation. WORDS describes every value of a field."""
 
     source: str
     geometry: str  # of Options: what a model sees
@@ -27,7 +27,7 @@ class Protocol:
     background: str = 'class'
     void: str = 'ignored'
     absent: str = 'unless-predicted'
-    raw_labels: bool = False  # ADE20K's file values taken as classes, unlabelled included
+    raw_labels: bool = False  # use ADE20K's file values as classes, unlabelled included
     ids: str = 'compact'
 
 
@@ -114,7 +114,7 @@ WARNINGS = {'row': 'regions are matched in every row of pixels, which inflates t
 
 
 def protocol(name: str, **changes: Any) -> Protocol:
-    """A preset, with the fields that are not None replaced. UsageError for an unknown name."""
+    """Return a preset, with the fields that are not None replaced. UsageError for an unknown name or value."""
     if name not in PROTOCOLS:
         raise UsageError(f'protocol is one of {", ".join(PROTOCOLS)}; got {name}')
     given = {field: value for field, value in changes.items() if value is not None}
@@ -125,7 +125,7 @@ def protocol(name: str, **changes: Any) -> Protocol:
 
 
 def rules(chosen: Protocol) -> dict[str, str]:
-    """Every rule in words."""
+    """Describe every rule in words."""
     return {
         'source': chosen.source,
         'geometry': chosen.geometry,
@@ -135,21 +135,21 @@ def rules(chosen: Protocol) -> dict[str, str]:
 
 
 class Classes(NamedTuple):
-    """The classes that a protocol scores on a data set. background: which of them that is, or None."""
+    """The classes that a protocol scores on a data set. background: number of that class, or None."""
 
     names: tuple[str, ...]
     background: int | None
 
 
 def scored_classes(names: tuple[str, ...], background: int | None, rules: Protocol) -> Classes:
-    """A data set's classes, with background added where the protocol wants one that is not there."""
+    """Return a data set's classes, adding background if the protocol needs it and it is missing."""
     if rules.void == 'class' and background is None:
         return Classes((*names, 'background'), len(names))
     return Classes(names, background)
 
 
 def class_map(truth: Array, classes: Classes, rules: Protocol) -> Array:
-    """Ground truth of classes and VOID as the protocol has it: (H, W) -> (H, W)."""
+    """Apply the protocol's rules for void and background to ground truth with classes and VOID: (H, W) -> (H, W)."""
     if rules.void != 'ignored' and classes.background is not None:
         return np.where(truth == VOID, classes.background, truth)
     if rules.background == 'ignored' and classes.background is not None:
@@ -158,7 +158,7 @@ def class_map(truth: Array, classes: Classes, rules: Protocol) -> Array:
 
 
 def class_counts(pred: Array, truth: Array, classes: Classes, rules: Protocol) -> ClassCounts:
-    """Counts of one picture: prediction (H, W) and ground truth (H, W) of classes and VOID."""
+    """Counts of one picture: prediction (H, W) and ground truth (H, W) with classes and VOID."""
     truth = class_map(truth, classes, rules)
     if rules.matching == 'row':
         total = ClassCounts.none(len(classes.names))
@@ -169,13 +169,13 @@ def class_counts(pred: Array, truth: Array, classes: Classes, rules: Protocol) -
 
 
 def block_counts(pred: Array, truth: Array, classes: Classes, rules: Protocol) -> ClassCounts:
-    """Counts of a picture, or of one row of it, from its one table."""
+    """Counts of a picture, or of one row of it, from a single table."""
     table = table_of(pred, truth, classes, rules)
     return counts_of(table, assignment(table, classes, rules))
 
 
 def table_of(pred: Array, truth: Array, classes: Classes, rules: Protocol) -> Array:
-    """Pixels of each class in each region, never fewer columns than rows: (classes, regions)."""
+    """Count the pixels of each class in each region, with at least as many columns as rows: (classes, regions)."""
     if rules.matching == 'none' and pred.max() >= len(classes.names):
         raise UsageError(f'a prediction of classes holds {pred.max()}; allowed: 0..{len(classes.names) - 1}')
     table = class_table(truth, pred, len(classes.names), rules.ids == 'compact')
@@ -190,7 +190,7 @@ def assignment(table: Array, classes: Classes, rules: Protocol) -> Array:
     if rules.matching == 'none':
         return column
     if rules.background == 'many-to-one' and classes.background is not None:
-        # DiffCut numbers background last, and how ties fall depends on the order
+        # DiffCut numbers background last, and ties depend on the order
         order = np.argsort(column == classes.background, kind='stable')
         column[order] = match_regions(table[order])
         return column
@@ -198,8 +198,10 @@ def assignment(table: Array, classes: Classes, rules: Protocol) -> Array:
 
 
 class View(NamedTuple):
-    """Which pixels are compared. rows, columns: of the picture, for the ground truth; box: (top, left, height, width) of it that a
-    prediction made for this view covers, at size (height, width)."""
+    """The compared pixels. rows, columns: of the picture, for the ground truth; box: (top, left, height, width) in the picture.
+
+    A prediction made for this view covers the box; size: its (height, width).
+    """
 
     rows: Array
     columns: Array
@@ -208,7 +210,7 @@ class View(NamedTuple):
 
 
 def compared_view(size: tuple[int, int], compare: str) -> View:
-    """The pixels that are compared in a picture of size (height, width)."""
+    """Return the compared pixels of a picture of size (height, width)."""
     everything = (0, 0, *size)
     if compare == 'native':
         return View(np.arange(size[0]), np.arange(size[1]), everything, size)
@@ -218,7 +220,7 @@ def compared_view(size: tuple[int, int], compare: str) -> View:
         return View(nearest(size[0], height), nearest(size[1], width), cut if compare == RELEASED_CUT else everything, (height, width))
     if compare == '128':
         top, left, short, _ = box = diffcut_square(size)
-        # nearest-exact to 1024 takes pixel centres, the step from there to 128 the first of every 8 pixels
+        # resizing to 1024 by nearest-exact takes pixel centres, and reducing that to 128 takes the first of every 8 pixels
         steps = ((np.arange(128) * 8 + 0.5) * short / 1024).astype(np.int64)
         return View(top + steps, left + steps, box, (128, 128))
     top, left, short, _ = box = centre_square(size)
@@ -227,19 +229,19 @@ def compared_view(size: tuple[int, int], compare: str) -> View:
 
 
 def nearest(length: int, wanted: int) -> Array:
-    """Pixels whose cells hold the centres of `wanted` even cells: (wanted,) in 0..length-1."""
+    """Indices of the pixels that contain the centres of `wanted` equal cells: (wanted,) in 0..length-1."""
     return ((np.arange(wanted) + 0.5) * length / wanted).astype(np.int64)
 
 
 def seen(truth: Array, where: View) -> Array:
-    """The compared pixels of a ground truth (H, W)."""
+    """Select the compared pixels of a ground truth (H, W)."""
     if where.box == (0, 0, *truth.shape) and where.size == truth.shape:
         return truth
     return truth[where.rows[:, None], where.columns]
 
 
 def seen_prediction(pred: Array, where: View) -> Array:
-    """A stored label map of the whole picture (H, W) at the compared pixels, by nearest neighbour."""
+    """Select the compared pixels of a whole picture's label map (H, W), by nearest neighbour."""
     top, left, height, width = where.box
     if (height, width) == where.size:
         return pred[top : top + height, left : left + width]

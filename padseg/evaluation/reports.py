@@ -1,4 +1,4 @@
-"""The files of an evaluation for people to read: a table of pictures, the scores in words, a chart, and a sheet of pictures."""
+"""Reports of an evaluation for people to read: a table of pictures, the scores in words, a chart, and a contact sheet."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BINS = 20
 
 
 def write_reports(out: Path, report: ScoresRecord, task: Task, pictures: Callable[[], Iterable[PictureScores]]) -> None:
-    """Write per_image.csv, scores.md, sheet.jpg and classes.png, or without classes covering.png. pictures: gives the records anew."""
+    """Write per_image.csv, scores.md, sheet.jpg and classes.png, or covering.png without classes. pictures: returns the records anew."""
     write_table(pictures(), bool(task.classes.names), out / 'per_image.csv')
     with atomic(out / 'scores.md') as temporary:
         temporary.write_text(scores_in_words(report), encoding='utf-8', errors='backslashreplace')
@@ -40,7 +40,7 @@ def write_reports(out: Path, report: ScoresRecord, task: Task, pictures: Callabl
 
 
 def write_table(pictures: Iterable[PictureScores], with_classes: bool, path: Path) -> None:
-    """One line per picture, by name; missing scores are left empty."""
+    """Write one line per picture, sorted by name, with missing scores left empty."""
     rows = sorted(table_row(picture, with_classes) for picture in pictures)
     with atomic(path) as temporary, temporary.open('w', newline='', encoding='utf-8', errors='backslashreplace') as file:
         table = csv.writer(file, lineterminator='\n')
@@ -55,7 +55,7 @@ def table_row(picture: PictureScores, with_classes: bool) -> tuple[str, ...]:
 
 
 def scores_of(picture: PictureScores, with_classes: bool) -> tuple[float | None, ...]:
-    """Values of OF_CLASSES or OF_PARTITIONS, the latter for the first threshold."""
+    """Values of OF_CLASSES or OF_PARTITIONS; the latter at the first threshold."""
     if with_classes:
         return picture.accuracy, picture.miou
     if not picture.regions:
@@ -85,7 +85,7 @@ def write_class_chart(iou: Mapping[str, float | None], mean: float | None, path:
 
 
 def write_covering_chart(covering: list[float], path: Path) -> None:
-    """How many pictures have which covering, as PNG."""
+    """Draw a histogram of the pictures' covering, as PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure((8, 4), DOTS, layout='constrained')

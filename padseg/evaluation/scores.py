@@ -1,4 +1,4 @@
-"""Scores of pictures as records, and their sum over a data set."""
+"""Scores of pictures as records, and their totals over a data set."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Share = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Regions(BaseModel):
-    """A partition against those of its picture's annotators. Means over them, but for `boundary`: the counts of BoundaryCounts."""
+    """Scores of a partition: means over the picture's annotators, except for `boundary`, which has the counts of BoundaryCounts."""
 
     covering: Share
     pri: Share
@@ -41,10 +41,10 @@ class Regions(BaseModel):
 
 
 class PictureScores(BaseModel):
-    """One picture's scores. stamp: what its files were, so that a later run knows whether they changed.
+    """One picture's scores. stamp: state of its files, so that a later run knows whether they changed.
 
-    counts: true positives, false positives, false negatives and spilled pixels of each class that has any; regions: one for each
-    threshold that was tried, without classes.
+    counts: true positives, false positives, false negatives and spilled pixels of each class that has any; regions: one per threshold,
+    without classes.
     """
 
     name: Name
@@ -67,7 +67,7 @@ class PictureScores(BaseModel):
 
 
 class ScoresRecord(BaseModel):
-    """scores.json. settings: all that decides the scores; counts: pictures scored, without a pixel that counts, failed, left out."""
+    """scores.json. settings: all that affect the scores; counts: pictures scored, without a pixel that counts, failed, left out."""
 
     status: Literal['running', 'finished'] = 'running'
     padseg: str = __version__
@@ -84,7 +84,7 @@ class ScoresRecord(BaseModel):
 class ClassResult(NamedTuple):
     """Scores of a data set with classes, shares in 0..1. pictures: those scored; ignored: those without a pixel that counts.
 
-    iou: by class name, nan where the class does not count.
+    iou: by class name, nan for classes that do not count.
     """
 
     pictures: int
@@ -98,7 +98,7 @@ class ClassResult(NamedTuple):
 
 
 class RegionResult(NamedTuple):
-    """Scores of partitions. Means over a picture's annotators, then over pictures; vi in bits; regions: predicted ones a picture.
+    """Scores of partitions: means over each picture's annotators, then over pictures; vi in bits; regions: predicted per picture.
 
     precision, recall, f: of boundaries, from counts summed over pictures.
     """
@@ -119,7 +119,7 @@ Result = ClassResult | RegionResult
 
 
 def score_classes(name: str, pred: Array, truth: Array, classes: Classes, rules: Protocol) -> PictureScores:
-    """The record of one picture with classes: prediction and ground truth (H, W) at the compared pixels."""
+    """Score one picture with classes: prediction and ground truth (H, W) at the compared pixels."""
     counts = class_counts(pred, truth, classes, rules)
     if not counts.total:
         return PictureScores(name=name, status='ignored', found=count_ids(pred))
@@ -137,7 +137,7 @@ def score_classes(name: str, pred: Array, truth: Array, classes: Classes, rules:
 
 
 def score_regions(name: str, preds: Sequence[Array], truths: Sequence[Array]) -> PictureScores:
-    """The record of one picture without classes: one prediction a threshold, and the ground truths of its annotators, all (H, W)."""
+    """Score one picture without classes: one prediction per threshold, and each annotator's ground truth, all (H, W)."""
     rows = []
     for pred in preds:
         covering, pri, vi, _ = np.mean([region_scores(truth, pred) for truth in truths], axis=0).tolist()
@@ -146,13 +146,13 @@ def score_regions(name: str, preds: Sequence[Array], truths: Sequence[Array]) ->
 
 
 class ScoreTotals:
-    """The sum over pictures; the pictures themselves are not kept."""
+    """Totals over pictures; the pictures themselves are not kept."""
 
     def __init__(self, classes: Classes, rules: Protocol) -> None:
         self.classes = classes
         self.rules = rules
         self.counts = ClassCounts.none(len(classes.names))
-        self.tried: list[list[Regions]] = []  # for each picture without classes, one a threshold
+        self.tried: list[list[Regions]] = []  # for each picture without classes, one per threshold
         self.found = 0
         self.number = {'done': 0, 'ignored': 0, 'failed': 0}
 
@@ -169,7 +169,7 @@ class ScoreTotals:
             self.counts = self.counts.plus(ClassCounts(rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3], picture.pixels))
 
     def result(self) -> Result:
-        """Scores of all pictures so far; of the first threshold if there are several."""
+        """Scores over all pictures so far, at the first threshold if there are several."""
         numbers = self.number['done'], self.number['ignored'], self.number['failed']
         if self.classes.names:
             scores = class_scores(self.counts, self.rules.absent)
@@ -180,7 +180,7 @@ class ScoreTotals:
         return RegionResult(*numbers, covering, pri, vi, *precision_recall_f(boundary), self.found / max(1, numbers[0]))
 
     def sweep(self, thresholds: Sequence[float]) -> dict[str, Any]:
-        """Scores at each threshold; ODS, at the one that is best for the data set; OIS, at each picture's best one."""
+        """Scores at each threshold, at the best one for the data set (ODS), and at each picture's best one (OIS)."""
         boundary = [[row.boundary for row in rows] for rows in self.tried]  # pictures, thresholds
         means = np.array([[(row.covering, row.pri, -row.vi) for row in rows] for rows in self.tried])  # pictures, thresholds, 3
         if not boundary:
@@ -200,5 +200,5 @@ class ScoreTotals:
 
 
 def finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    """The values with None in place of nan, which JSON does not have."""
+    """Replace nan, which JSON does not have, by None."""
     return {name: None if math.isnan(value) else value for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""A sheet of the best and the worst pictures of an evaluation: picture, ground truth, matched prediction."""
+"""A contact sheet of an evaluation's best and worst pictures: picture, ground truth, matched prediction."""
 
 from __future__ import annotations
 
@@ -38,31 +38,31 @@ from padseg.system.files import atomic
 if TYPE_CHECKING:
     from padseg.types import Array, Image
 
-SHOWN = 4  # pictures at either end of the sheet
-WIDTH, HEIGHT = 240, 360  # pixels that a thumbnail fits into
+SHOWN = 4  # best pictures, and as many worst ones
+WIDTH, HEIGHT = 240, 360  # maximum size of a thumbnail in pixels
 GAP = 8
-LETTERS = 13  # height of text, pixels
+LETTERS = 13  # text height in pixels
 QUALITY = 85
-LONGEST = 300  # letters of a title that are worth measuring
+LONGEST = 300  # characters of a title, cut to this before measuring
 UNMATCHED = -2
-STRIPES = np.array([(255, 255, 255), (112, 112, 112)], np.uint8)  # of regions that are matched with no class
+STRIPES = np.array([(255, 255, 255), (112, 112, 112)], np.uint8)  # for regions that match no class
 STRIPE = 4  # pixels
 
 
 def rating(picture: PictureScores) -> float | None:
-    """What pictures are ranked by: mIoU, or covering without classes; None for one without a score."""
+    """Score for ranking pictures: mIoU, or covering without classes; None for a picture without a score."""
     return picture.regions[0].covering if picture.regions else picture.miou
 
 
 class SheetRow(NamedTuple):
-    """A picture on the sheet: cells are thumbnails (h, w, 3), at most HEIGHT x WIDTH."""
+    """A picture on the sheet. cells: thumbnails (h, w, 3), at most HEIGHT x WIDTH."""
 
     title: str
     cells: list[Image]
 
 
 def write_sheet(task: Task, pictures: Iterable[PictureScores], out: Path) -> None:
-    """sheet.jpg: the best pictures, then the worst, each with its ground truth and its prediction."""
+    """Write sheet.jpg: the best pictures, then the worst, each with its ground truth and prediction."""
     samples = {sample.name: sample for sample in task.dataset.samples}
     rows = [sheet_row(task, samples[picture.name], title, out) for title, picture in ranked(pictures)]
     drawn = sheet(rows, 3 if any(sample.image for sample in samples.values()) else 2)
@@ -73,7 +73,7 @@ def write_sheet(task: Task, pictures: Iterable[PictureScores], out: Path) -> Non
 
 
 def ranked(pictures: Iterable[PictureScores]) -> list[tuple[str, PictureScores]]:
-    """The best and the worst pictures, none twice, from the best down, each with what is written above it."""
+    """Select the best and the worst pictures, without duplicates, from best to worst, each with its title."""
     top: list[tuple[float, str, PictureScores]] = []
     bottom: list[tuple[float, str, PictureScores]] = []
     for picture in pictures:
@@ -90,7 +90,7 @@ def ranked(pictures: Iterable[PictureScores]) -> list[tuple[str, PictureScores]]
 
 
 def sheet_row(task: Task, sample: Sample, title: str, out: Path) -> SheetRow:
-    """A picture's row; one whose files cannot be read any more has the reason in its title and no cells."""
+    """Build a picture's row; if its files can no longer be read, the row has the reason in its title and no cells."""
     try:
         truth = task.dataset.read(sample)[0]  # (H, W)
         where = compared_view(truth.shape, task.rules.compare)
@@ -109,7 +109,7 @@ def sheet_row(task: Task, sample: Sample, title: str, out: Path) -> SheetRow:
 
 
 def prediction(task: Task, sample: Sample, size: tuple[int, int], where: View, out: Path) -> Array:
-    """The prediction that was scored, at the compared pixels: (h, w)."""
+    """Load the prediction that was scored, at the compared pixels: (h, w)."""
     path = task.preds.get(sample.name)
     if path:
         return seen_prediction(fitting(read_label_map(path), size, path, task.resize), where)
@@ -118,7 +118,7 @@ def prediction(task: Task, sample: Sample, size: tuple[int, int], where: View, o
 
 
 def cropped(task: Task, sample: Sample, size: tuple[int, int], where: View) -> Image | None:
-    """Thumbnail of what is compared of the picture; None if there is no picture that can be read and fits."""
+    """Thumbnail of the compared part of the picture; None if no picture can be read or fits."""
     try:
         image = read_picture(sample, size)
     except (PadsegError, OSError):
@@ -130,7 +130,7 @@ def cropped(task: Task, sample: Sample, size: tuple[int, int], where: View) -> I
 
 
 def matched(pred: Array, truth: Array, classes: Classes, rules: Protocol) -> Array:
-    """The class that each pixel's region is matched with, or UNMATCHED: (H, W) each; truth as `class_map` gives it."""
+    """Class that each pixel's region is matched with, or UNMATCHED: (H, W) each; truth as given by `class_map`."""
     if rules.matching == 'row':
         lines = zip(pred[:, None], truth[:, None], strict=True)
         return np.concatenate([matched_block(*line, classes, rules) for line in lines])
@@ -144,7 +144,7 @@ def matched_block(pred: Array, truth: Array, classes: Classes, rules: Protocol) 
     regions = compact(pred) if rules.ids == 'compact' else pred.astype(np.int64)
     of_region = class_of[: int(regions.max()) + 1]
     if rules.background == 'many-to-one' and classes.background is not None:
-        # the column after the regions holds those that were merged, whose own columns are empty
+        # the column after the regions holds the merged ones, whose own columns are empty
         merged = ~table[:, : len(of_region)].any(0)
         of_region = np.where(merged, class_of[len(of_region)], of_region)
     return of_region[regions]
@@ -161,7 +161,7 @@ def painted_labels(labels: Array, count: int) -> Image:
 
 
 def outlined(labels: Array, image: Image | None) -> Image:
-    """Thumbnail of the picture, or of regions in colours, with their boundaries in white."""
+    """Thumbnail of the picture, or of coloured regions, with region boundaries in white."""
     labels = small(labels)
     drawn = voc_colours()[compact(labels) % 255 + 1] if image is None else image.copy()
     drawn[inner_boundaries(labels)] = 255
@@ -169,7 +169,7 @@ def outlined(labels: Array, image: Image | None) -> Image:
 
 
 def blank() -> Image:
-    """A blank thumbnail for a picture that cannot be shown."""
+    """Placeholder thumbnail for a picture that cannot be shown."""
     return np.full((WIDTH, WIDTH, 3), 224, np.uint8)
 
 
@@ -180,13 +180,13 @@ def fitted(height: int, width: int) -> tuple[int, int]:
 
 
 def small(labels: Array) -> Array:
-    """Labels (H, W) at the size of their thumbnail, by nearest neighbour."""
+    """Resize labels (H, W) to thumbnail size by nearest neighbour."""
     height, width = fitted(*labels.shape)
     return labels[nearest(labels.shape[0], height)[:, None], nearest(labels.shape[1], width)]
 
 
 def sheet(rows: list[SheetRow], columns: int) -> PIL.Image.Image:
-    """The rows one below the other, each under its title."""
+    """Stack the rows vertically, each under its title."""
     line = LETTERS + GAP
     width = GAP + columns * (WIDTH + GAP)
     heads = ('picture', 'ground truth', 'prediction')[-columns:]
@@ -203,7 +203,7 @@ def sheet(rows: list[SheetRow], columns: int) -> PIL.Image.Image:
 
 
 def within(text: str, font: Any, width: int) -> str:
-    """The text, or as much of it as fits into `width` pixels."""
+    """Shorten the text as needed to fit into `width` pixels."""
     text = shortened(text, LONGEST)
     length = len(text)
     while font.getlength(shortened(text, length)) > width:
@@ -212,7 +212,7 @@ def within(text: str, font: Any, width: int) -> str:
 
 
 def shortened(text: str, length: int) -> str:
-    """The text, or its first and last letters, `length` in all."""
+    """Shorten the text to `length` characters by replacing its middle with an ellipsis."""
     if len(text) <= length:
         return text
     start = (length - 3) // 2

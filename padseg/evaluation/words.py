@@ -1,4 +1,4 @@
-"""Scores and the contents of a data set in words: scores.md, and lines for a terminal."""
+"""Scores and data set contents in words: scores.md, and lines for a terminal."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def in_a_row(values: Mapping[str, float]) -> str:
 
 
 def check_lines(checked: Check) -> list[str]:
-    """What the data set holds, one line per fact."""
+    """Describe what the data set holds, one line per fact."""
     published = f' of {checked.published} published' if checked.published else ''
     sizes = [size_in_words(size) for size in (checked.smallest, checked.largest) if size]
     lines = [
@@ -71,7 +71,7 @@ def number(of: int | None) -> str:
 
 
 def scores_in_words(report: ScoresRecord) -> str:
-    """scores.md: what was evaluated and how, with all scores as shares with 4 decimals."""
+    """Content of scores.md: what was evaluated and how, with all scores as shares with 4 decimals."""
     settings = dict(report.settings)
     rules = settings.pop('rules')
     counts = {f'pictures {word}': report.counts[name] for name, word in COUNTS.items()}
@@ -95,7 +95,7 @@ def scores_in_words(report: ScoresRecord) -> str:
 
 
 def sweep_table(sweep: Mapping[str, Any]) -> str:
-    """Scores at each threshold, then each at its best for the data set (ODS) and for each picture (OIS)."""
+    """Scores at each threshold, then at the best threshold for the data set (ODS) and for each picture (OIS)."""
     heads = ('threshold', *OF_PARTITIONS)
     ends = [(f'ODS, F at {sweep["ods"]["threshold"]}', sweep['ods']), ('OIS', sweep['ois'])]
     rows = [*((row['threshold'], row) for row in sweep['rows']), *ends]
@@ -103,7 +103,7 @@ def sweep_table(sweep: Mapping[str, Any]) -> str:
 
 
 def listing(heads: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
-    """A table in Markdown."""
+    """A Markdown table."""
     lines = [heads, ('---',) * len(heads), *(tuple(map(cell_text, row)) for row in rows)]
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
@@ -119,7 +119,7 @@ def four_decimals(value: float | None) -> str:
 
 
 def setting_rows(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Settings within settings as lines of their own."""
+    """Flatten nested settings to one row each."""
     for name, value in flattened(settings, ' ').items():
         shown = ', '.join(map(str, value)) or None if isinstance(value, list) else value
         yield name, NONE if shown is None else shown

@@ -1,6 +1,6 @@
-"""Label maps to files. FORMATS writes one label map, CONVERTERS a whole run; each has one module per format.
+"""Write label maps to files. FORMATS write one label map, CONVERTERS a whole run; each format has its own module.
 
-A key of FORMATS is also the folder of a run's output that holds the results.
+The keys of FORMATS are also the result folders in a run's output.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ['CONVERTERS', 'FORMATS', 'export', 'read_label_map', 'read_masks', 'w
 
 
 class Format(Protocol):
-    """What a format's module offers. SUFFIX is what it adds to a picture's name; '' for a folder."""
+    """Interface of a format's module. SUFFIX: appended to the picture's name; '' for a folder."""
 
     SUFFIX: str
 
@@ -37,9 +37,9 @@ FORMATS: dict[str, Format] = {
 
 
 class Converter(Protocol):
-    """What a converter's module offers. FOLDER: where it goes inside the run's output; PARTS: folders in it with a file a picture.
+    """Interface of a converter's module. FOLDER: its folder in the run's output; PARTS: folders in it with one file per picture.
 
-    BESIDE: whether its masks are laid over the picture's own file, which has to be of their size.
+    BESIDE: whether masks are laid over the picture's original file, which must then have the same size.
     """
 
     FOLDER: str
@@ -47,7 +47,10 @@ class Converter(Protocol):
     BESIDE: bool
 
     def writer(self, place: Place) -> AbstractContextManager[Add]:
-        """What is entered writes one picture, or raises UnreadableLabels or ImageError and leaves nothing of it."""
+        """Return a context manager that yields a function.
+
+        The function writes one picture, or raises UnreadableLabels or ImageError and leaves nothing of that picture behind.
+        """
 
 
 CONVERTERS: dict[str, Converter] = {
@@ -61,9 +64,9 @@ CONVERTERS: dict[str, Converter] = {
 
 
 def export(labels: LabelMap, path: str | Path, image: Image | None = None, format: str | None = None) -> None:
-    """Write a label map in the named format, or in the one that the path's suffix says; no suffix means a folder of masks.
+    """Write a label map in the named format, or in the one that the path's suffix implies; no suffix means a folder of masks.
 
-    Raises UsageError for an unknown format, and for an overlay without the picture (H, W, 3).
+    Raises UsageError for an unknown format, or an overlay without the picture (H, W, 3).
     """
     path = Path(path)
     by_suffix = {module.SUFFIX: name for name, module in FORMATS.items()}

@@ -11,7 +11,7 @@ from padseg.system.files import atomic
 
 
 def write_classes(names: Sequence[str], path: Path) -> None:
-    """Write which value of label maps is which class, with its colour there; 0 is background, or where the model did not look."""
+    """Write the class and colour of each label value; 0 is background, or where the model did not look."""
     colours = voc_colours(len(names) + 1).tolist()
     rows = [{'id': number, 'name': name, 'color': colours[number]} for number, name in enumerate(names, start=1)]
     with atomic(path) as temporary:

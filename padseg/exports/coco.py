@@ -1,4 +1,4 @@
-"""A run as one data set in COCO's form: instances.json with a run-length mask for each region."""
+"""Export a run as a COCO data set: instances.json with a run-length mask for each region."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FILE = 'instances.json'
 
 @contextlib.contextmanager
 def writer(place: Place) -> Iterator[Add]:
-    """Write instances.json; ids of annotations are unique over the file."""
+    """Write instances.json; annotation ids are unique within the file."""
     numbers = itertools.count(1)
     with annotated(place.folder / FILE, place, categories(place)) as add:
         yield lambda picture: add(
@@ -32,12 +32,12 @@ def writer(place: Place) -> Iterator[Add]:
 
 
 def categories(place: Place) -> list[dict[str, Any]]:
-    """What regions can be, all of one category if they have no classes."""
+    """COCO categories of regions; only one if there are no classes."""
     return [{'id': number, 'name': name, 'supercategory': ''} for number, name in enumerate(place.categories, start=1)]
 
 
 def annotation(region: Region, category: int, picture: LabelledPicture, number: int) -> dict[str, Any]:
-    """A region as COCO has it: its mask as run lengths down the columns, in pycocotools' letters."""
+    """A region as a COCO annotation, its mask in pycocotools' compressed run-length encoding (column-major)."""
     runs = mask.encode(region.mask.astype(np.uint8, order='F'))
     return {
         'id': number,
@@ -54,7 +54,7 @@ def annotation(region: Region, category: int, picture: LabelledPicture, number: 
 def annotated(
     path: Path, place: Place, categories: list[dict[str, Any]]
 ) -> Iterator[Callable[[LabelledPicture, Iterable[dict[str, Any]]], None]]:
-    """Write a file of COCO's outline, complete or not at all, with the annotations as they come; what is yielded adds a picture's."""
+    """Write a file in COCO's format atomically, with annotations as they come; the yielded function adds the annotations of one picture."""
     images: list[str] = []
     head = {'info': {'description': 'regions found by padseg', **place.made_by}, 'licenses': [], 'categories': categories}
     with atomic(path) as temporary, temporary.open('w', encoding='ascii') as file:

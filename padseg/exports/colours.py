@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def voc_colours(count: int = 256) -> Array:
-    """Colours of ids 0..count-1, (count, 3) uint8 RGB: bits 0, 1, 2 of an id, then 3, 4, 5, … fill R, G, B from the top bit down."""
+    """Colours of ids 0..count-1, (count, 3) uint8 RGB: an id's bits 0, 1, 2, then 3, 4, 5, … fill R, G, B from the highest bit down."""
     ids = np.arange(count)
     colours = np.zeros((count, 3), np.uint8)
     for place in range(8):

@@ -1,4 +1,4 @@
-"""A run as CVAT's XML for images: annotations.xml with a run-length mask for each region."""
+"""Export a run as CVAT's XML for images: annotations.xml with a run-length mask for each region."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ TAIL = """      </labels>
   </meta>
 """
 FOOT = '</annotations>\n'
-NOT_IN_XML = re.compile('[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]')  # not even as a character reference
+NOT_IN_XML = re.compile('[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]')  # characters that XML forbids even as references
 
 
 @contextlib.contextmanager
 def writer(place: Place) -> Iterator[Add]:
-    """Write annotations.xml; CVAT pairs its images with those of a task by name."""
+    """Write annotations.xml; CVAT matches its images to those of a task by name."""
     with atomic(place.folder / FILE) as temporary, temporary.open('w', encoding='utf-8') as file:
         file.write(HEAD + ''.join(LABEL.format(name=escape(in_xml(name))) for name in place.categories) + TAIL)
 
         def add(picture: LabelledPicture) -> None:
             if NOT_IN_XML.search(picture.name):
-                raise ImageError('its name holds a control character or is no UTF-8, which cannot be in XML')
+                raise ImageError('its name has a control character or is not valid UTF-8, which XML cannot hold')
             height, width = picture.labels.shape
             file.write(f'  <image id="{picture.number - 1}" name={quoteattr(picture.name)} width="{width}" height="{height}">\n')
             file.writelines(element(region, in_xml(place.name(region))) for region in each_region(picture.labels))
@@ -62,12 +62,12 @@ def writer(place: Place) -> Iterator[Add]:
 
 
 def in_xml(name: str) -> str:
-    """The name of a class without what cannot be in XML."""
+    """Replace characters in a class name that XML cannot hold."""
     return NOT_IN_XML.sub('?', name)
 
 
 def element(region: Region, name: str) -> str:
-    """A region as a mask: the runs of its box."""
+    """A region as a mask element: the runs within its box."""
     left, top, width, height = region.box
     rle = ', '.join(map(str, run_lengths(region.patch)))
     box = f'left="{left}" top="{top}" width="{width}" height="{height}"'
@@ -75,7 +75,7 @@ def element(region: Region, name: str) -> str:
 
 
 def run_lengths(mask: Array) -> list[int]:
-    """How long the runs of a bool mask are, row by row: without and with the region in turn, so the first is 0 if it starts with it."""
+    """Run lengths of a bool mask, row by row, alternating between 0s and 1s; the first is 0 if the mask starts with 1."""
     bits = mask.ravel()
     ends = np.flatnonzero(bits[1:] != bits[:-1]) + 1
     lengths: list[int] = np.diff(ends, prepend=0, append=bits.size).tolist()

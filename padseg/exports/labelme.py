@@ -1,4 +1,4 @@
-"""A run as labelme's files: one JSON a picture, in which every region is a shape of the type mask."""
+"""Export a run as labelme files: one JSON per picture, with each region as a shape of type mask."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from padseg.system.files import atomic
 FOLDER = 'labelme'
 PARTS: tuple[str, ...] = ('',)
 BESIDE = True
-VERSION = '5.5.0'  # of labelme, whose form of a file this is
+VERSION = '5.5.0'  # labelme version of this file format
 
 
 @contextlib.contextmanager
 def writer(place: Place) -> Iterator[Add]:
-    """Write <name>.json, where labelme looks for it. What a person may have written outside the run's own folder stays."""
+    """Write <name>.json where labelme looks for it. Outside the run's own folder, files with other content are never overwritten."""
     paths = {name: place.folder / file for name, file in file_names(place.names).items()}
 
     def add(picture: LabelledPicture) -> None:
@@ -34,7 +34,7 @@ def writer(place: Place) -> Iterator[Add]:
         shown = os.path.relpath(place.images.resolve() / picture.name, path.parent.resolve())
         data = (json.dumps(described(picture, shown, place), indent=2) + '\n').encode('ascii')
         if path.exists() and not place.own and path.read_bytes() != data:
-            raise UnreadableLabels(path, 'is there already with other annotations: move it away, or choose another --out')
+            raise UnreadableLabels(path, 'already exists with other annotations: move it away, or choose another --out')
         with atomic(path) as temporary:
             temporary.write_bytes(data)
 
@@ -42,15 +42,15 @@ def writer(place: Place) -> Iterator[Add]:
 
 
 def file_names(names: Sequence[str]) -> dict[str, str]:
-    """The file of each picture: its name with .json for the suffix; after the suffix where two pictures would share a file."""
+    """Name the file of each picture: its name with .json in place of the suffix, or after the suffix if two pictures would share a file."""
     stems = {name: str(PurePosixPath(name).with_suffix('')) for name in names}
-    # one rule on every system: some take a.json and A.json for the same file
+    # the same rule on every system, because on some a.json and A.json are the same file
     taken = collections.Counter(text.casefold() for text in (*stems.values(), *names))
     return {name: f'{stem if taken[stem.casefold()] == 1 else name}.json' for name, stem in stems.items()}
 
 
 def described(picture: LabelledPicture, shown: str, place: Place) -> dict[str, Any]:
-    """The file's content; shown: path of the picture as seen from the file."""
+    """The file's content; shown: path of the picture relative to the file."""
     height, width = picture.labels.shape
     return {
         'version': VERSION,
@@ -64,7 +64,7 @@ def described(picture: LabelledPicture, shown: str, place: Place) -> dict[str, A
 
 
 def shape(region: Region, name: str) -> dict[str, Any]:
-    """A region as a shape. Its two points are the first and the last pixel of its box, its mask the box as PNG of 0 and 1."""
+    """A region as a shape. Its two points are the first and last pixel of its box, its mask the box as a PNG of 0 and 1."""
     left, top, width, height = region.box
     data = cv2.imencode('.png', region.patch.astype(np.uint8))[1].tobytes()
     return {

@@ -1,4 +1,4 @@
-"""A run as Label Studio's tasks: tasks.json with a brush mask for each region, and the labelling interface that shows them."""
+"""Export a run as Label Studio tasks: tasks.json with a brush mask for each region, and the labelling interface that shows them."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ VIEW = """<View>
 {labels}  </BrushLabels>
 </View>
 """
-CHANNELS = 4  # a brush mask is a picture of red, green, blue and opacity, all 0 or all 255
-WORD = 8  # bits of a value
-SIZES = (3, 4, 8, 16)  # bits of a run's length; a run is written with the first that is enough
+CHANNELS = 4  # a brush mask is an RGBA picture whose pixels are all 0 or all 255
+WORD = 8  # bits per value
+SIZES = (3, 4, 8, 16)  # possible bits per run length; each run uses the first that is enough
 
 
 @contextlib.contextmanager
 def writer(place: Place) -> Iterator[Add]:
-    """Write tasks.json and interface.xml; pictures are addressed as files of a local storage, seen from the folder above theirs."""
+    """Write tasks.json and interface.xml. Picture URLs point into a local storage rooted at the folder above the pictures' folder."""
     folder = Path(os.path.abspath(place.images)).name
     model = ' '.join(filter(None, ('padseg', place.made_by['version'], place.made_by.get('model') or place.made_by.get('method'))))
     with atomic(place.folder / TASKS) as temporary, temporary.open('w', encoding='ascii') as file:
@@ -60,11 +60,11 @@ def quoted(path: str) -> str:
     try:
         return urllib.parse.quote(path)
     except UnicodeEncodeError as error:
-        raise ImageError('its name is no UTF-8, which Label Studio cannot address') from error
+        raise ImageError('its name is not valid UTF-8, so Label Studio cannot address it') from error
 
 
 def task(picture: LabelledPicture, url: str, model: str, place: Place) -> dict[str, Any]:
-    """A picture with its regions as a prediction, from which annotations can start."""
+    """A picture with its regions as a prediction, which annotators can start from."""
     shape: tuple[int, int] = picture.labels.shape
     result = [brush(region, shape, in_xml(place.name(region))) for region in each_region(picture.labels)]
     return {'data': {'image': url}, 'predictions': [{'model_version': model, 'result': result}]}
@@ -85,9 +85,9 @@ def brush(region: Region, shape: tuple[int, int], name: str) -> dict[str, Any]:
 
 
 def brush_bytes(mask: Array) -> list[int]:
-    """A bool mask (H, W) as the bytes of Label Studio's bit stream, which is not COCO's run-length code.
+    """Encode a bool mask (H, W) in Label Studio's bit stream, which differs from COCO's run-length encoding.
 
-    Head: the number of values (32 bits), the bits of one value less 1 (5) and of the four kinds of length less 1 (4 each).
+    Header: the number of values (32 bits), the bits per value minus 1 (5), and the bits of the four run lengths minus 1 (4 each).
     """
     head = f'{CHANNELS * mask.size:032b}{WORD - 1:05b}' + ''.join(f'{size - 1:04b}' for size in SIZES)
     alternating = zip(run_lengths(mask), itertools.cycle((0, 255)))
@@ -97,7 +97,7 @@ def brush_bytes(mask: Array) -> list[int]:
 
 
 def pieces(length: int) -> Iterator[int]:
-    """A length as a sum of such as the widest of SIZES can hold."""
+    """Split a length into parts that the widest of SIZES can hold."""
     longest = 1 << SIZES[-1]
     yield from itertools.repeat(longest, length // longest)
     if length % longest:
@@ -105,6 +105,6 @@ def pieces(length: int) -> Iterator[int]:
 
 
 def run_bits(length: int, value: int) -> str:
-    """The bits of a value that repeats: 1 for a run, which of SIZES, the length less 1, the value."""
+    """Encode a repeated value: 1 for a run, the index into SIZES, the length minus 1, the value."""
     kind = next(kind for kind, size in enumerate(SIZES) if length <= 1 << size)
     return f'1{kind:02b}{length - 1:0{SIZES[kind]}b}{value:0{WORD}b}'

@@ -1,4 +1,4 @@
-"""A label map as a folder of binary PNGs with metadata.csv, as Segment Anything's automatic mask generator lays it out."""
+"""Write a label map as a folder of binary PNGs with metadata.csv, in the layout of Segment Anything's automatic mask generator."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 SUFFIX = ''
 BOX = ('bbox_x0', 'bbox_y0', 'bbox_w', 'bbox_h')
 CROP = ('crop_box_x0', 'crop_box_y0', 'crop_box_w', 'crop_box_h')
-UNKNOWN = ('point_input_x', 'point_input_y', 'predicted_iou', 'stability_score')  # only a prompted mask has these: left empty
-ENCODING = (cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE)  # both quicker and smaller for masks
+UNKNOWN = ('point_input_x', 'point_input_y', 'predicted_iou', 'stability_score')  # left empty: only prompted masks have these
+ENCODING = (cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE)  # faster and smaller for masks
 COLUMNS = ('id', 'area', *BOX, *UNKNOWN, *CROP, 'region', 'tokens')
 
 
 def write(image: Image | None, labels: LabelMap, path: Path) -> None:
-    """The exporter's form of `write_masks`; the picture is not needed."""
+    """`write_masks` with an exporter's signature; the picture is not needed."""
     write_masks(labels, path)
 
 
 def write_masks(labels: LabelMap, folder: Path) -> None:
-    """Write region k as folder/{k-1}.png, 0 or 255, and a row of metadata.csv; boxes are x, y, width, height in pixels.
+    """Write region k as folder/{k-1}.png, 0 or 255, with a row in metadata.csv; boxes are x, y, width, height in pixels.
 
-    Where regions are classes, those that the picture shows, with their names in a last column.
+    If regions are classes, only those that the picture shows are written, with their names in an extra last column.
     """
     height, width = labels.labels.shape
     text = io.StringIO()
@@ -56,7 +56,7 @@ def write_masks(labels: LabelMap, folder: Path) -> None:
 
 
 def read_masks(folder: Path) -> Array:
-    """Labels (H, W) int32 of a folder that `write_masks` wrote. Raises UsageError if it holds no mask or they overlap."""
+    """Read labels (H, W) int32 from a folder written by `write_masks`. UsageError if it holds no masks or they overlap."""
     paths = sorted(folder.glob('*.png'), key=lambda path: int(path.stem))
     if not paths:
         raise UsageError(f'there is no mask in {folder}')

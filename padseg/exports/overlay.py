@@ -1,4 +1,4 @@
-"""The picture with its regions in colour and their boundaries in white, as JPEG; with the names of classes, where there are any."""
+"""Draw regions in colour and their boundaries in white over the picture, as JPEG, with a legend of class names if there are any."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 SUFFIX = '.jpg'
 QUALITY = 90
-LONGEST = 65500  # pixels of a side that JPEG encoders take
-LETTERS, LINES, GAP = 10, 28, 3  # of the legend: least height of letters, lines down a picture, pixels between them
-SIDE_PER_LINE = 800  # pixels of picture for each pixel of boundary width, so that it is seen in large pictures too
+LONGEST = 65500  # longest side in pixels that JPEG encoders accept
+LETTERS, LINES, GAP = 10, 28, 3  # of the legend: minimum letter height, lines per picture height, gap in pixels
+SIDE_PER_LINE = 800  # picture pixels per pixel of boundary width, so that boundaries stay visible in large pictures
 
 
 def write(image: Image | None, labels: LabelMap, path: Path) -> None:
-    """Write `overlay(image, labels)` as JPEG. Raises UsageError without an image, ImageError for one longer than JPEG allows."""
+    """Write `overlay(image, labels)` as JPEG. Raises UsageError without an image, ImageError for one too large for JPEG."""
     if image is None:
         raise UsageError('an overlay needs the picture: export(labels, path, image)')
     if max(image.shape) > LONGEST:
@@ -41,7 +41,7 @@ def write(image: Image | None, labels: LabelMap, path: Path) -> None:
 
 
 def overlay(image: Image, labels: Array) -> Array:
-    """(H, W, 3) uint8: half picture, half the region's colour; pixels of label 0 stay as they are."""
+    """Blend picture and region colours half and half, (H, W, 3) uint8; pixels with label 0 stay unchanged."""
     if image.shape[:2] != labels.shape:
         raise ValueError(f'picture and labels differ in size: {image.shape[:2]} and {labels.shape}')
     colours = voc_colours()[np.where(labels > 0, (labels - 1) % 255 + 1, 0)]  # (H, W, 3)
@@ -52,7 +52,7 @@ def overlay(image: Image, labels: Array) -> Array:
 
 
 def with_legend(drawn: Array, labels: LabelMap) -> Array:
-    """The overlay with the colours and names of the classes that the picture shows in a corner, as many as there is room for."""
+    """Add a legend in a corner of the overlay with colours and names of the classes shown, as many as fit."""
     size = max(LETTERS, min(drawn.shape[:2]) // LINES)
     shown = [int(number) for number in np.unique(labels.labels) if number][: drawn.shape[0] // (size + GAP)]
     if not shown:
@@ -69,7 +69,7 @@ def with_legend(drawn: Array, labels: LabelMap) -> Array:
 
 
 def inner_boundaries(labels: Array) -> Array:
-    """(H, W) bool, true within about a line's width of where the label changes to the right or below."""
+    """Boundary mask, (H, W) bool: true within about a line width of where the label changes to the right or below."""
     edges = np.zeros(labels.shape, np.uint8)
     edges[:, :-1] |= labels[:, :-1] != labels[:, 1:]
     edges[:-1] |= labels[:-1] != labels[1:]

@@ -1,4 +1,4 @@
-"""A run in COCO's panoptic form: panoptic.json, and one PNG a picture whose colours are region numbers."""
+"""Export a run in COCO's panoptic format: panoptic.json, and one PNG per picture whose colours encode region numbers."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def writer(place: Place) -> Iterator[Add]:
 
 
 def coloured(place: Place) -> list[dict[str, Any]]:
-    """Categories with the colours that classes have in label maps."""
+    """Categories with the colours that their classes have in label maps."""
     colours = voc_colours(len(place.classes) + 1)[1:].tolist() or [COLOUR]
     return [{**category, 'isthing': 1, 'color': colour} for category, colour in zip(categories(place), colours, strict=True)]
 
 
 def segment_info(region: Region, category: int) -> dict[str, Any]:
-    """A region's row in segments_info; its id is its number in the label map."""
+    """A region's entry in segments_info; its id is its number in the label map."""
     return {'id': region.number, 'category_id': category, 'area': region.area, 'bbox': list(region.box), 'iscrowd': 0}
 
 
 def coded(labels: Array) -> Array:
-    """(H, W, 3) uint8 in OpenCV's order blue, green, red, where red + 256 green + 65536 blue is the region; 0 is void."""
+    """Encode labels as (H, W, 3) uint8 in OpenCV's BGR order, with red + 256 green + 65536 blue = region; 0 is void."""
     wide = labels.astype(np.uint32)
     return np.stack([wide >> 16 & 255, wide >> 8 & 255, wide & 255], -1).astype(np.uint8)

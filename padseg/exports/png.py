@@ -1,4 +1,4 @@
-"""A label map as one indexed PNG: VOC palette up to 255 regions, 16-bit grey above."""
+"""Write a label map as one indexed PNG: VOC palette for up to 255 regions, 16-bit grey above that."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 SUFFIX = '.png'
 INDEXED = ('P', 'L', '1', 'I;16', 'I')
-STRETCHED = {'L;2': 85, 'L;4': 17}  # Pillow multiplies greys of 2 and 4 bits by this, to fill a byte
+STRETCHED = {'L;2': 85, 'L;4': 17}  # Pillow scales 2-bit and 4-bit greys by these factors to fill a byte
 
 
 def write(image: Image | None, labels: LabelMap, path: Path) -> None:
-    """The exporter's form of `write_label_map`; the picture is not needed."""
+    """`write_label_map` with an exporter's signature; the picture is not needed."""
     write_label_map(labels, path)
 
 
 def write_label_map(labels: LabelMap, path: Path) -> None:
-    """Write labels (H, W), 0..65535, as palette PNG, or as 16-bit grey if there are more than 255 regions."""
+    """Write labels (H, W), 0..65535, as a palette PNG, or as 16-bit grey for more than 255 regions."""
     highest = int(labels.labels.max())
     if highest > np.iinfo(np.uint16).max:
         raise ValueError(f'a PNG holds at most 65535 regions; got {highest}')
@@ -40,11 +40,11 @@ def write_label_map(labels: LabelMap, path: Path) -> None:
         picture = PIL.Image.fromarray(labels.labels.astype(np.uint8))
         picture.putpalette(voc_colours().tobytes())
     with atomic(path) as temporary:
-        picture.save(temporary, 'PNG', compress_type=zlib.Z_RLE)  # five times as quick for a fifth more bytes
+        picture.save(temporary, 'PNG', compress_type=zlib.Z_RLE)  # five times as fast for a fifth more bytes
 
 
 def read_label_map(path: Path) -> Array:
-    """Labels (H, W), uint8, uint16 or int32: indices of a palette PNG or greys of a grey one. UnreadableLabels if it holds none."""
+    """Read labels (H, W), uint8, uint16 or int32: palette indices or grey values. UnreadableLabels if the file holds none."""
     labels, rawmode = png_pixels(path, INDEXED, 'a label map has one channel, grey or with a palette')
     if labels.dtype == bool:
         return labels.astype(np.uint8)
@@ -52,9 +52,9 @@ def read_label_map(path: Path) -> Array:
 
 
 def png_pixels(path: Path, modes: tuple[str, ...], wanted: str) -> tuple[Array, str]:
-    """The pixels of a PNG in one of Pillow's modes, and how they are packed in the file. Raises UnreadableLabels."""
+    """Read a PNG in one of Pillow's modes: its pixels, and how the file packs them. Raises UnreadableLabels."""
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # Pillow warns of large pictures, which label maps may be
+        warnings.simplefilter('ignore')  # Pillow warns about large pictures, but label maps may be large
         try:
             with PIL.Image.open(io.BytesIO(contents(path)), formats=('PNG',)) as picture:
                 if picture.mode not in modes:

@@ -1,4 +1,4 @@
-"""What the converters of a whole run share: a picture with its label map, where its files are, and its regions one by one."""
+"""What all converters of a run share: a picture with its label map, the location of its files, and its regions one by one."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from padseg.types import Array
 
 
-REGION = 'region'  # the name of all that have none
+REGION = 'region'  # name of regions without a class
 
 
 class LabelledPicture(NamedTuple):
-    """A done picture. number: its place in name order, from 1; name: its POSIX path below the pictures; labels: (H, W), 0 = unassigned."""
+    """A finished picture. number: its position in name order, from 1; name: POSIX path below the pictures; labels: (H, W), 0 for none."""
 
     number: int
     name: str
@@ -27,8 +27,11 @@ class LabelledPicture(NamedTuple):
 
 
 class Place(NamedTuple):
-    """folder: where the files go; own: it lies inside the run's; images: folder of the pictures, reading: how the run read them;
-    names: of all done ones. classes: names of the regions' classes, by their number from 1; none if regions have no names."""
+    """Where and what to export. folder: for the output; own: whether it is inside the run's; images: folder of the pictures.
+
+    reading: how the run read the pictures; names: of all finished pictures; classes: class names by region number from 1, empty if regions
+    have no classes.
+    """
 
     folder: Path
     own: bool
@@ -40,11 +43,11 @@ class Place(NamedTuple):
 
     @property
     def categories(self) -> tuple[str, ...]:
-        """The categories of regions; without classes there is only one."""
+        """Category names of regions; a single one if there are no classes."""
         return self.classes or (REGION,)
 
     def category(self, region: Region) -> int:
-        """The number of a region's category, from 1."""
+        """Number of a region's category, from 1."""
         return region.number if self.classes else 1
 
     def name(self, region: Region) -> str:
@@ -55,7 +58,7 @@ Add = Callable[[LabelledPicture], None]
 
 
 class Region(NamedTuple):
-    """number: in the label map; box: left, top, width, height in pixels; mask: (H, W) bool of the whole picture."""
+    """number: in the label map; box: left, top, width, height in pixels; mask: (H, W) bool over the whole picture."""
 
     number: int
     box: tuple[int, int, int, int]
@@ -64,13 +67,13 @@ class Region(NamedTuple):
 
     @property
     def patch(self) -> Array:
-        """The part of the mask that the box holds, (height, width) bool."""
+        """The mask cropped to the box, (height, width) bool."""
         left, top, width, height = self.box
         return self.mask[top : top + height, left : left + width]
 
 
 def each_region(labels: Array) -> Iterator[Region]:
-    """The regions of a label map (H, W) by number, one mask in memory at a time; unassigned pixels, 0, are no region."""
+    """Yield the regions of a label map (H, W) by number, with one mask in memory at a time; 0, unassigned, is not a region."""
     for number in np.unique(labels[labels > 0]).tolist():
         mask = labels == number  # (H, W)
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))

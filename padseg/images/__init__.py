@@ -1,4 +1,4 @@
-"""Files to pictures: finding them in a folder, and reading them."""
+"""Find picture files in a folder and read them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from padseg.images.decode import (
 )
 from padseg.types import Array, Image
 
-# The rest of the package has all that is about pictures from here.
+# The rest of the package imports everything about pictures from here.
 __all__ = [
     'DAMAGE',
     'DECODERS',
@@ -63,18 +63,18 @@ __all__ = [
     'read',
 ]
 
-Readable = Image | PIL.Image.Image | str | Path | IO[bytes]  # a picture, or where its file is
-KINDS = 'a picture is a path, a file opened for reading bytes, a PIL image, or a uint8 array (H, W), (H, W, 3) RGB or (H, W, 4) RGBA'
+Readable = Image | PIL.Image.Image | str | Path | IO[bytes]  # a picture, or its file
+KINDS = 'a picture is a path, a file opened in binary mode, a PIL image, or a uint8 array (H, W), (H, W, 3) RGB or (H, W, 4) RGBA'
 FRAME = re.compile(r'(.+)\.f(\d{4})', re.DOTALL)
 SUFFIXES = frozenset('.jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .tif .tiff .gif .ppm .pgm .pbm .pnm'.split())
 
 
 class WrongPicture(UsageError, ValueError):
-    """An argument that is not a picture; the message says what is accepted."""
+    """An argument that is not a picture; the message lists what is accepted."""
 
 
 class Found(NamedTuple):
-    """A picture's file. name: its POSIX path relative to the folder that was searched; frame: which one of it, from 0."""
+    """A picture found on disk. name: its POSIX path relative to the searched folder; frame: its number within the file, from 0."""
 
     path: Path
     name: str
@@ -82,7 +82,7 @@ class Found(NamedTuple):
 
 
 def find(source: Path, skip: Path | None = None) -> list[Found]:
-    """The picture files in a folder and below, sorted by name; or the one file that `source` is. NoImages if there is no `source`.
+    """Find the picture files in a folder and below, sorted by name, or the single file `source`. NoImages if `source` does not exist.
 
     Hidden files, special files, linked folders and the folder `skip` are left out.
     """
@@ -104,7 +104,7 @@ def refuse(error: OSError) -> NoReturn:
 
 
 def is_special(path: Path) -> bool:
-    """Whether this is a pipe, a socket or a device. A dangling link is not special: it has to be reported."""
+    """Return whether the path is a pipe, socket or device. A dangling link is not special: it must be reported."""
     try:
         return not stat.S_ISREG(path.stat().st_mode)
     except OSError:
@@ -112,9 +112,9 @@ def is_special(path: Path) -> bool:
 
 
 def frames_of(picture: Found, reading: Reading) -> list[Found]:
-    """The frames of a file as pictures `a.gif.f0000`, `a.gif.f0001`, … if all are wanted and there are several; else the file as it is.
+    """Return a file's frames as pictures `a.gif.f0000`, `a.gif.f0001`, … if all are wanted and there are several, else the file itself.
 
-    It also stays one if it cannot be read or has more than MAX_FRAMES frames: decoding it says so.
+    A file that cannot be read or has more than MAX_FRAMES frames also stays one picture; decoding it reports the error.
     """
     if reading.frames == 'first':
         return [picture]
@@ -130,13 +130,13 @@ def frames_of(picture: Found, reading: Reading) -> list[Found]:
 
 
 def file_and_frame(name: str) -> tuple[str, int]:
-    """The file's name and the frame of it that a picture's name stands for: `a.gif.f0003` is frame 3 of `a.gif`."""
-    match = FRAME.fullmatch(name)  # no file that is taken for a picture has such a suffix
+    """Split a picture's name into file name and frame number: `a.gif.f0003` is frame 3 of `a.gif`."""
+    match = FRAME.fullmatch(name)  # no picture file has such a suffix
     return (match[1], int(match[2])) if match else (name, 0)
 
 
 def collisions(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Pairs of names that are one where neither case nor the form of accents counts: the first in order, and each other one."""
+    """Pairs of names that are equal if case and accent encoding are ignored: the first in order, and each other one."""
     first: dict[str, str] = {}
     pairs = []
     for name in sorted(set(names)):
@@ -147,22 +147,22 @@ def collisions(names: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def ignores_case(folder: Path) -> bool:
-    """Whether a folder takes `a` and `A` for one name, tried with a temporary file. OSError if it cannot be written to."""
+    """Test with a temporary file whether a folder treats `a` and `A` as the same name. OSError if the folder is not writable."""
     with tempfile.NamedTemporaryFile(prefix='.case-', dir=folder) as file:
         path = Path(file.name)
         return path.with_name(path.name.swapcase()).exists()
 
 
 def as_images(image: Any) -> list[Image]:
-    """The pictures of a list or a tuple, or the one that this is."""
+    """Convert a picture, or a list or tuple of them, to a list of images."""
     return [as_image(picture) for picture in image] if isinstance(image, (list, tuple)) else [as_image(image)]
 
 
 def as_image(image: Readable) -> Image:
-    """A picture in any accepted form as (H, W, 3) uint8 RGB.
+    """Convert a picture in any accepted form to (H, W, 3) uint8 RGB.
 
-    A path, an open file or a PIL image is read as `read` does: upright, transparent parts on white. An array is (H, W) grey, (H, W, 3)
-    RGB or (H, W, 4) RGBA of uint8. Raises WrongPicture for anything else, ImageError for a file that is no picture, OSError.
+    Paths, open files and PIL images are read as by `read`: upright, transparent parts on white. Arrays are (H, W) grey, (H, W, 3) RGB or
+    (H, W, 4) RGBA uint8. Raises WrongPicture for anything else, ImageError for a file that is not a picture, and OSError.
     """
     if isinstance(image, (str, Path)):
         return read(image)
@@ -176,7 +176,7 @@ def as_image(image: Readable) -> Image:
 
 
 def from_array(array: Array) -> Image:
-    """A picture from an array of samples."""
+    """Convert an array of samples to a picture."""
     form = f'{array.dtype} of shape {array.shape}'
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or not array.size or (array.ndim == 3 and array.shape[2] not in (3, 4)):
         raise WrongPicture(f'{KINDS}; got an array of {form}')
@@ -186,22 +186,22 @@ def from_array(array: Array) -> Image:
 
 
 def from_file(file: Any) -> Image:
-    """A picture from a file that is open for reading bytes, from where it stands."""
+    """Read a picture from a file opened in binary mode, from its current position."""
     data = file.read(MAX_BYTES + 1)
     if not isinstance(data, bytes):
         raise WrongPicture(f'{KINDS}; got a file opened as text: open it with "rb"')
     if len(data) > MAX_BYTES:
-        raise ImageError(f'file of more than {MAX_BYTES} bytes')
+        raise ImageError(f'file exceeds {MAX_BYTES} bytes')
     return decode(data, Reading())
 
 
 def read(path: str | Path, reading: Reading = Reading()) -> Image:
-    """The picture in a file, (H, W, 3) uint8 RGB, upright. Raises ImageError with the reason, OSError if the file cannot be read."""
+    """Read a picture file as (H, W, 3) uint8 RGB, upright. Raises ImageError with the reason, OSError if the file cannot be read."""
     return decode(contents(Path(path), reading), reading)
 
 
 def contents(path: Path, reading: Reading = Reading()) -> bytes:
-    """The bytes of a file. Raises ImageError if it is too large or not a file, which is found out before it is read; and OSError."""
+    """Read a file's bytes. Raises ImageError, before reading, if it is too large or not a regular file; and OSError."""
     check_file(path, reading)
     return path.read_bytes()
 
@@ -209,6 +209,6 @@ def contents(path: Path, reading: Reading = Reading()) -> bytes:
 def check_file(path: Path, reading: Reading) -> None:
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise ImageError('not a regular file')  # a pipe would be waited for
+        raise ImageError('not a regular file')  # reading a pipe would block
     if status.st_size > reading.max_bytes:
         raise ImageError(f'file of {status.st_size} bytes exceeds {reading.max_bytes}')

@@ -1,4 +1,4 @@
-"""A file's bytes to a picture, upright 8-bit RGB, within limits and with notes on what was done; or the reason why not."""
+"""Decode a file's bytes to an upright 8-bit RGB picture, within limits, with notes on conversions, or with the reason why it cannot be."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from padseg.types import Array, Image
 
 
 class Decoder(NamedTuple):
-    """A kind of file: what its first bytes look like, and the class that decodes it."""
+    """A file format: a pattern for its first bytes, and the class that decodes it."""
 
     start: re.Pattern[bytes]
     open: type[ImageFile]
 
 
-# The decoders that are let near a stranger's file; Pillow knows many more. They are called by their classes because PIL.Image.open
-# refuses large pictures by a setting of the whole process, where a run has a limit of its own.
+# The decoders trusted with unknown files; Pillow has many more. Their classes are used directly because PIL.Image.open
+# limits picture size with a process-wide setting, while each run has its own limit.
 DECODERS = {
     'JPEG': Decoder(re.compile(rb'\xff\xd8\xff'), JpegImageFile),
     'PNG': Decoder(re.compile(rb'\x89PNG\r\n\x1a\n'), PngImageFile),
@@ -49,28 +49,27 @@ DECODERS = {
 }
 MAX_PIXELS = 89_000_000
 MAX_BYTES = 1_000_000_000
-MAX_FRAMES = 1000  # of one file: more are an attack or a film
+MAX_FRAMES = 1000  # per file; more means an attack or a film
 EXIF = ('apply', 'ignore')
 FRAMES = ('first', 'all')
 UNREADABLE_EXIF = ('EXIF data not readable',)
-DRAFTS = (8, 4, 2)  # the whole numbers by which a JPEG can be reduced while it is decoded
-# What Pillow's decoders raise on damaged files: OSError for most, the rest from parsing headers.
+DRAFTS = (8, 4, 2)  # the factors by which a JPEG can be reduced during decoding
+# Raised by Pillow's decoders for damaged files: OSError for most, the rest while parsing headers.
 DAMAGE = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError, struct.error, zlib.error)
 
 
 class ImageError(PadsegError):
-    """A file that padseg cannot use as a picture; the message is the reason."""
+    """A file that padseg cannot use as a picture; the message gives the reason."""
 
     exit_code = 3
 
 
 class Reading(NamedTuple):
-    """How files are read. max_pixels, max_bytes: larger pictures and files are refused, before they are decoded or read.
+    """How files are read. max_pixels, max_bytes: limits; larger pictures and files are rejected before decoding or reading.
 
-    exif: whether a picture is turned upright as its EXIF data say, one of EXIF; frames: of an animation or a file of many pages, one of
-    FRAMES; value_range: which samples become black and white, of pictures with samples of floats or 32 bits, which are refused without
-    it; background: RGB behind what is transparent; void: tell which pixels are fully transparent; shrink: reduce pictures of more
-    pixels than this.
+    exif: whether to turn a picture upright as its EXIF data say, one of EXIF; frames: of an animation or multi-page file, one of FRAMES;
+    value_range: sample values that become black and white, for pictures with float or 32-bit samples, which are rejected without it;
+    background: RGB behind transparent parts; void: whether to report fully transparent pixels; shrink: reduce pictures with more pixels.
     """
 
     max_pixels: int = MAX_PIXELS
@@ -84,8 +83,11 @@ class Reading(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """A picture (H, W, 3). void: (H, W) bool, where it is fully transparent, None if nowhere or not asked for; size: (H, W) of the
-    file's picture, upright, before it was reduced; notes: what was done to it that is not plain decoding, in words."""
+    """A picture (H, W, 3). notes: conversions beyond plain decoding, in words.
+
+    void: (H, W) bool, where it is fully transparent; None if nowhere or not requested. size: (H, W) of the file's upright picture before
+    reduction.
+    """
 
     image: Image
     void: Array | None
@@ -94,21 +96,21 @@ class Decoded(NamedTuple):
 
 
 def decode(data: bytes, reading: Reading = Reading(), frame: int = 0) -> Image:
-    """The picture in a file's bytes, (H, W, 3) uint8 RGB, upright. Raises ImageError with the reason."""
+    """Decode a picture to (H, W, 3) uint8 RGB, upright. Raises ImageError with the reason."""
     return decode_with_notes(data, reading, frame).image
 
 
 def decode_pillow(picture: PIL.Image.Image) -> Image:
-    """The picture in a Pillow image, (H, W, 3) uint8 RGB, by the rules for files: upright, on white where transparent. ImageError."""
+    """Convert a Pillow image to (H, W, 3) uint8 RGB by the rules for files: upright, on white where transparent. Raises ImageError."""
     with reasons():
         check_size(picture, Reading())
         return unpack(picture, Reading(), ()).image
 
 
 def decode_with_notes(data: bytes, reading: Reading = Reading(), frame: int = 0) -> Decoded:
-    """The picture in a file's bytes with what there is to say of it. Raises ImageError with the reason.
+    """Decode a picture, with notes on conversions. Raises ImageError with the reason.
 
-    JPEG is reduced while it is decoded. Other formats take up to 4 bytes a pixel of the file's picture, and the reduced one, at once.
+    JPEGs are reduced during decoding. Other formats take up to 4 bytes per pixel of the original picture plus the reduced one in memory.
     """
     if not data:
         raise ImageError('empty file')
@@ -123,13 +125,13 @@ def decode_with_notes(data: bytes, reading: Reading = Reading(), frame: int = 0)
 
 @contextlib.contextmanager
 def reasons() -> Iterator[None]:
-    """Turn what decoding raises into ImageError."""
+    """Turn exceptions from decoding into ImageError."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # oddities that do not stop Pillow
+            warnings.simplefilter('ignore')  # oddities that Pillow can handle
             yield
     except PIL.Image.DecompressionBombError as error:
-        raise ImageError('more pixels than Pillow reads of this kind of file') from error
+        raise ImageError('more pixels than Pillow reads from this kind of file') from error
     except MemoryError as error:
         raise ImageError('not enough memory to decode it: try --shrink, or fewer --workers') from error
     except DAMAGE as error:
@@ -137,7 +139,7 @@ def reasons() -> Iterator[None]:
 
 
 def opened_file(file: IO[bytes], reading: Reading) -> ImageFile:
-    """A file whose header was read and found to be within the limits; its first frame is not decoded yet."""
+    """Open a picture file and check its header against the limits; the first frame is not decoded yet."""
     start = file.read(16)
     file.seek(0)
     decoder = next((decoder for decoder in DECODERS.values() if decoder.start.match(start)), None)
@@ -154,7 +156,7 @@ def check_size(picture: PIL.Image.Image, reading: Reading) -> None:
 
 
 def count_frames(file: IO[bytes], reading: Reading) -> int:
-    """Frames of an animation or pages of a TIFF, at most MAX_FRAMES + 1; a damaged one is the last that counts."""
+    """Count the frames of an animation or pages of a TIFF, up to MAX_FRAMES + 1; counting ends with the first damaged one."""
     picture = opened_file(file, reading)
     if isinstance(picture, TiffImageFile):
         return count_pages(picture)
@@ -165,7 +167,7 @@ def count_frames(file: IO[bytes], reading: Reading) -> int:
 
 
 def count_pages(picture: TiffImageFile) -> int:
-    """The same for a TIFF. Pillow's own count takes minutes for very many pages."""
+    """As count_frames, for a TIFF. Pillow's own count takes minutes for very many pages."""
     for page in range(1, MAX_FRAMES + 1):
         try:
             picture.seek(page)
@@ -177,7 +179,7 @@ def count_pages(picture: TiffImageFile) -> int:
 
 
 def frame_notes(data: bytes, picture: ImageFile, reading: Reading) -> tuple[str, ...]:
-    """That there are more frames than the first. Raises ImageError if all are wanted and there are too many."""
+    """Note that there are more frames than the first. Raises ImageError if all are wanted and there are too many."""
     if not isinstance(picture, (GifImageFile, TiffImageFile)) and getattr(picture, 'n_frames', 1) == 1:
         return ()
     number = count_frames(io.BytesIO(data), reading)
@@ -188,12 +190,12 @@ def frame_notes(data: bytes, picture: ImageFile, reading: Reading) -> tuple[str,
 
 
 def unpack(picture: PIL.Image.Image, reading: Reading, notes: tuple[str, ...]) -> Decoded:
-    """A frame whose size was checked, decoded. Raises ImageError for samples of no known range, and what Pillow raises on damage."""
+    """Decode a frame whose size was checked. Raises ImageError for samples of unknown range, and whatever Pillow raises for damage."""
     bounds = None
     if is_deep(picture):
         bounds = own_bounds(picture) or reading.value_range
         if bounds is None:
-            raise ImageError('float or 32-bit samples, whose range is not known: give it by --value-range')
+            raise ImageError('float or 32-bit samples of unknown range: give it with --value-range')
     turn, turn_notes = turning(picture, reading)
     profile, profile_notes = profile_for(picture)
     size = picture.size
@@ -204,7 +206,7 @@ def unpack(picture: PIL.Image.Image, reading: Reading, notes: tuple[str, ...]) -
     if isinstance(picture, TiffImageFile):
         size = picture.size  # Pillow has turned it
     elif isinstance(picture, JpegImageFile) and picture.mode == 'CMYK' and 'adobe' not in picture.info:
-        loaded = PIL.ImageChops.invert(picture)  # Pillow takes all CMYK for Adobe's, where 0 is full ink
+        loaded = PIL.ImageChops.invert(picture)  # Pillow treats all CMYK as Adobe's, where 0 is full ink
     by = factor(picture.size, reading.shrink) if reading.shrink else 1
     image = TURNS[turn](to_rgb(loaded, Colours(bounds, profile, reading.background), by))
     void = to_void(loaded, by) if reading.void else None
@@ -216,23 +218,23 @@ def unpack(picture: PIL.Image.Image, reading: Reading, notes: tuple[str, ...]) -
 
 
 def turning(picture: PIL.Image.Image, reading: Reading) -> tuple[int, tuple[str, ...]]:
-    """The key in TURNS for what is to be done with a picture after it was loaded, and a note if that cannot be known."""
+    """Key in TURNS for turning a loaded picture upright, and a note if the orientation cannot be read."""
     try:
         exif = picture.getexif()
     except DAMAGE:
         return 1, UNREADABLE_EXIF
-    if not exif and picture.info.get('exif'):  # the JPEG decoder keeps to itself that it failed
+    if not exif and picture.info.get('exif'):  # the JPEG decoder hides that parsing failed
         return 1, UNREADABLE_EXIF
     orientation = exif.get(Base.Orientation, 1)
     if not isinstance(orientation, int) or orientation not in TURNS:
         return 1, ()
-    if isinstance(picture, TiffImageFile):  # which Pillow turns while it loads
+    if isinstance(picture, TiffImageFile):  # Pillow turns these while loading
         return 1 if reading.exif == 'apply' else {6: 8, 8: 6}.get(orientation, orientation), ()
     return orientation if reading.exif == 'apply' else 1, ()
 
 
 def profile_for(picture: PIL.Image.Image) -> tuple[Profile, tuple[str, ...]]:
-    """The colour profile that is embedded in a picture, if it can be used, and notes on how colours are converted."""
+    """Return a picture's embedded colour profile, if usable, and notes on how colours are converted."""
     plainly = (f'converted from {picture.mode}',) if picture.mode in CONVENTIONS else ()
     data = picture.info.get('icc_profile')
     if not data:
@@ -244,7 +246,7 @@ def profile_for(picture: PIL.Image.Image) -> tuple[Profile, tuple[str, ...]]:
 
 
 def draft(picture: JpegImageFile, by: int) -> None:
-    """Have a JPEG reduced while it is decoded, as far as that goes, but not more than `by` times."""
+    """Have a JPEG reduced during decoding as far as possible, but at most by a factor of `by`."""
     scale = next((scale for scale in DRAFTS if scale <= by), 1)
     if scale > 1:
         picture.draft(None, (max(1, picture.width // scale), max(1, picture.height // scale)))

@@ -1,4 +1,4 @@
-"""Samples of any kind to upright 8-bit sRGB: deep greys, transparency, inks, colour profiles, orientation, in strips that bound memory."""
+"""Convert samples of any kind to upright 8-bit sRGB: deep greys, transparency, inks, colour profiles; in strips, to limit memory."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import PIL.ImageCms
 
 from padseg.types import Array, Image
 
-STRIP = 2**22  # pixels that are converted at a time
+STRIP = 2**22  # pixels converted at a time
 TIFF_BITS_PER_SAMPLE = 258
-CONVENTIONS = ('CMYK', 'YCbCr', 'LAB')  # modes whose conversion to RGB is a matter of convention, unless a profile says
-SPACES = {'RGB ': 'RGB', 'GRAY': 'L', 'CMYK': 'CMYK'}  # of a colour profile: the mode of the pixels it is for
+CONVENTIONS = ('CMYK', 'YCbCr', 'LAB')  # modes whose conversion to RGB is a convention, unless a profile defines it
+SPACES = {'RGB ': 'RGB', 'GRAY': 'L', 'CMYK': 'CMYK'}  # a colour profile's space and the Pillow mode it applies to
 GREYS = ('1', 'L', 'LA')
-SAME = 2  # levels of 255 by which a profile may differ from sRGB and still be called the same
-# What turns a stored picture upright, by the value of EXIF's orientation.
+SAME = 2  # levels out of 255 by which a profile may differ and still count as sRGB
+# How to turn a stored picture upright, by EXIF orientation.
 TURNS: dict[int, Callable[[Array], Array]] = {
     1: lambda array: array,
     2: np.fliplr,
@@ -34,18 +34,18 @@ TURNS: dict[int, Callable[[Array], Array]] = {
 }
 
 Transform = PIL.ImageCms.ImageCmsTransform
-Range = tuple[float, float]  # of samples: the values that become 0 and 255
+Range = tuple[float, float]  # the sample values that become 0 and 255
 
 
 class Profile(NamedTuple):
-    """A colour profile. mode: of the pixels it is for, None if it cannot be used; transform: to sRGB, None if nothing is to be done."""
+    """A colour profile. mode: the pixel mode it applies to, None if unusable; transform: to sRGB, None if no conversion is needed."""
 
     mode: str | None = None
     transform: Transform | None = None
 
 
 class Colours(NamedTuple):
-    """How samples become sRGB. bounds: the range of deep samples, else None; background: RGB behind transparency."""
+    """How to convert samples to sRGB. bounds: range of deep samples, else None; background: RGB behind transparent parts."""
 
     bounds: Range | None
     profile: Profile
@@ -53,12 +53,12 @@ class Colours(NamedTuple):
 
 
 def is_deep(picture: PIL.Image.Image) -> bool:
-    """Whether the samples are of more than 8 bits."""
+    """Return whether samples have more than 8 bits."""
     return picture.mode == 'F' or picture.mode.startswith('I')
 
 
 def own_bounds(picture: PIL.Image.Image) -> Range | None:
-    """The range of deep samples by their depth; None for floats and 32-bit integers, which have none."""
+    """Range of deep samples, from their bit depth; None for floats and 32-bit integers, which have no fixed range."""
     if picture.mode == 'F' or (picture.mode == 'I' and picture.format == 'TIFF'):
         return None
     bits: tuple[int, ...] = getattr(picture, 'tag_v2', {}).get(TIFF_BITS_PER_SAMPLE, (16,))
@@ -66,14 +66,14 @@ def own_bounds(picture: PIL.Image.Image) -> Range | None:
 
 
 def factor(size: tuple[int, int], pixels: int) -> int:
-    """The smallest whole number by which both sides are divided, rounded up, for at most so many pixels."""
+    """Smallest integer factor that reduces both sides, rounded up, to at most `pixels` pixels in all."""
     width, height = size
     candidates = range(1, max(size) + 1)
     return candidates[bisect_left(candidates, True, key=lambda by: math.ceil(width / by) * math.ceil(height / by) <= pixels)]
 
 
 def to_rgb(picture: PIL.Image.Image, colours: Colours, by: int = 1) -> Image:
-    """A loaded picture of any mode, (H, W, 3) uint8 sRGB; each square of `by` pixels to one, their mean."""
+    """Convert a loaded picture of any mode to (H, W, 3) uint8 sRGB; each square of `by` x `by` pixels becomes one, their mean."""
     rows = max(1, STRIP // (picture.width * by)) * by
     image = np.empty((*reduced(picture, by), 3), np.uint8)
     for top, strip in strips(picture, rows):
@@ -83,7 +83,7 @@ def to_rgb(picture: PIL.Image.Image, colours: Colours, by: int = 1) -> Image:
 
 
 def to_void(picture: PIL.Image.Image, by: int = 1) -> Array | None:
-    """Where a loaded picture is fully transparent, (H, W) bool, with squares of `by` pixels as one; None if it is so nowhere."""
+    """Fully transparent pixels, (H, W) bool, with each square of `by` x `by` pixels as one; None if there are none."""
     rows = max(1, STRIP // (picture.width * by)) * by
     void = np.zeros(reduced(picture, by), bool)
     for top, strip in strips(picture, rows):
@@ -96,12 +96,12 @@ def to_void(picture: PIL.Image.Image, by: int = 1) -> Array | None:
 
 
 def reduced(picture: PIL.Image.Image, by: int) -> tuple[int, int]:
-    """(H, W) of a picture whose sides are divided by a whole number."""
+    """Size (H, W) of a picture reduced by an integer factor."""
     return math.ceil(picture.height / by), math.ceil(picture.width / by)
 
 
 def strips(picture: PIL.Image.Image, rows: int) -> Iterator[tuple[int, PIL.Image.Image]]:
-    """A picture in strips of so many rows, each with the number of its first."""
+    """Yield a picture in strips of `rows` rows, each with the number of its first row."""
     for top in range(0, picture.height, rows):
         yield top, picture.crop((0, top, picture.width, min(top + rows, picture.height)))
 
@@ -121,15 +121,15 @@ def strip_to_rgb(picture: PIL.Image.Image, colours: Colours) -> PIL.Image.Image:
 
 
 def to_bytes(samples: Array, bounds: Range) -> Array:
-    """Samples in a range as 0..255, uint8; what is outside the range becomes its nearer end, NaN the lower."""
+    """Scale samples in a range to 0..255, uint8; values outside are clipped, and NaN becomes 0."""
     lowest, highest = bounds
     share = (samples.astype(np.float64) - lowest) / (highest - lowest)
     return (np.clip(np.nan_to_num(share, nan=0.0), 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-@lru_cache(maxsize=8)  # the pictures of a folder often have one profile, and to prepare it takes longer than to read a small picture
+@lru_cache(maxsize=8)  # pictures in a folder often share a profile, and preparing it takes longer than reading a small picture
 def profile_of(data: bytes) -> Profile:
-    """An embedded colour profile. Its mode is None if it is damaged or not one of pixels."""
+    """Parse an embedded colour profile. Its mode is None if it is damaged or not for pixels."""
     try:
         profile = PIL.ImageCms.ImageCmsProfile(io.BytesIO(data))
         mode = SPACES[profile.profile.xcolor_space]
@@ -147,7 +147,7 @@ def profile_of(data: bytes) -> Profile:
 
 
 def is_srgb(transform: Transform, mode: str) -> bool:
-    """Whether a transform of L or RGB changes colours by no more than rounding does."""
+    """Return whether a transform of L or RGB changes colours by no more than rounding."""
     side = 256 if mode == 'L' else 9
     levels = np.linspace(0, 255, side).astype(np.uint8)
     colours = levels[None] if mode == 'L' else np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
@@ -157,7 +157,7 @@ def is_srgb(transform: Transform, mode: str) -> bool:
 
 
 def fits_range(profile: Profile, picture: PIL.Image.Image) -> bool:
-    """Whether the profile is for pixels like the picture's. Grey pictures with a profile for RGB are common."""
+    """Return whether the profile applies to the picture's pixels. Grey pictures with an RGB profile are common."""
     if profile.mode == 'RGB':
         return picture.mode not in CONVENTIONS
     return picture.mode in GREYS or is_deep(picture) if profile.mode == 'L' else picture.mode == profile.mode

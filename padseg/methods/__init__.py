@@ -1,4 +1,4 @@
-"""The methods, one file per paper. Run, label, eval and merge use a method only through this protocol."""
+"""The methods, one file per paper. Run, label, eval and merge access a method only through this protocol."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from padseg.methods.options import MethodOptions, Setting
     from padseg.types import Image, LabelMap
 
-DEFAULTS = {'regions': 'seg4diff', 'classes': 'open-vocabulary'}  # by task
+DEFAULTS = {'regions': 'seg4diff', 'classes': 'open-vocabulary'}  # keyed by task
 
 
 class Method(Protocol):
-    """What a method's module offers, such as methods/seg4diff.py. Importing it imports no torch, as `--help` needs its options."""
+    """Interface of a method's module, such as methods/seg4diff.py. Importing it must not import torch, since `--help` needs its options."""
 
     @property
     def TASK(self) -> str:
@@ -26,29 +26,29 @@ class Method(Protocol):
 
     @property
     def FAMILIES(self) -> frozenset[str]:
-        """The families of models that it is defined for; none if it needs no model."""
+        """Model families that the method supports; empty if it needs no model."""
 
     @property
     def Options(self) -> type[MethodOptions]:
-        """A frozen dataclass, with help and range in its fields."""
+        """A frozen dataclass whose fields carry help and range."""
 
     def deepest(self, options: Any, spec: Spec) -> int | None:
-        """The last block of the model that is read; None for all of them."""
+        """The last block to read; None for all of them."""
 
     def prepare(self, backbone: Any, options: Any, classes: Sequence[str] = (), keep: bool = True) -> Any:
-        """All that does not depend on a picture: options resolved, prompts encoded (keep: and cached), layers checked.
+        """Do everything that does not depend on a picture: resolve options, encode prompts (keep: and cache them), check layers.
 
-        The result has `options` and `backbone`. UsageError for options or classes that the model cannot take.
+        The result has `options` and `backbone`. UsageError for options or classes that the model does not support.
         """
 
     def maps(self, images: Sequence[Image], prepared: Any) -> Sequence[Any]:
-        """The forwards: TokenMaps of every picture, or None for a method that needs no model."""
+        """Run the forward passes: TokenMaps of each picture, or None for a method without a model."""
 
     def labels(self, image: Image, maps: Any, prepared: Any) -> LabelMap:
-        """The label map of a picture, without a forward."""
+        """Compute a picture's label map, without a forward pass."""
 
     def recorded(self, options: Any, spec: Any) -> dict[str, Setting]:
-        """All options that decide the results on a model, resolved, as a record holds them."""
+        """All options that affect the results on a model, resolved, for a record."""
 
 
 METHODS: dict[str, Method] = {
@@ -62,7 +62,7 @@ METHODS: dict[str, Method] = {
 
 
 def method_named(name: str, task: str | None = None) -> Method:
-    """The method of this name. UsageError, with the known ones, if there is none, or none for the task."""
+    """Return the method with this name. UsageError, listing the known ones, if there is none, or none for the task."""
     known = [key for key, method in METHODS.items() if task in (None, method.TASK)]
     if name not in known:
         raise UsageError(f'method is one of {", ".join(known)}; got {name}')
@@ -70,7 +70,7 @@ def method_named(name: str, task: str | None = None) -> Method:
 
 
 def open_backbone(method: Method, options: Any, model: str, revision: str | None = None, **how: Any) -> Backbone | None:
-    """The model for a method, read as far as it is needed; None for a method that needs none. how: as for `padseg.load`."""
+    """Load a method's model as far as the method needs it; None for a method without a model. how: as for `padseg.load`."""
     if not method.FAMILIES:
         return None
     from padseg.backbones import load
@@ -83,7 +83,7 @@ def open_backbone(method: Method, options: Any, model: str, revision: str | None
 
 
 def check_settings(spec: Spec) -> None:
-    """ModelUnavailable for settings in a model's `padseg.json` that no method takes."""
+    """Raise ModelUnavailable for settings in a model's `padseg.json` that no method accepts."""
     strange = sorted(spec.own.keys() - METHODS.keys())
     if strange:
         raise ModelUnavailable(f'padseg.json of {spec.repo} has settings of unknown methods: {", ".join(strange)}')

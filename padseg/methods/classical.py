@@ -1,7 +1,7 @@
-"""Classical segmenters, which need no model: baselines.
+"""Classical segmenters that need no model, as baselines.
 
 Felzenszwalb and Huttenlocher, Efficient Graph-Based Image Segmentation, 2004; SLIC superpixels (Achanta et al., 2012) merged by mean
-colour; k-means of colour and place; a grid.
+colour; k-means on colour and position; a grid.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from padseg.methods.options import Setting
     from padseg.types import Array, Image
 
-SIDE = 120  # pixels: k-means clusters a reduced copy, and its labels are enlarged
-CLOSENESS = 0.5  # of a pixel's distance on that copy, in units of 8-bit Lab
+SIDE = 120  # pixels; k-means clusters a reduced copy, and its labels are enlarged
+CLOSENESS = 0.5  # weight of one pixel's distance on that copy, in 8-bit Lab units
 ATTEMPTS = 2
 SUPERPIXELS = 300
 COMPACTNESS = 10
@@ -31,9 +31,9 @@ COUNT = Range('a whole number >= 1', 1)
 
 @dataclasses.dataclass(frozen=True)
 class FelzenszwalbOptions:
-    """Options of the graph-based regions."""
+    """Options of graph-based segmentation."""
 
-    scale: float = option(600.0, 'regions are larger for a larger scale', range=Range('a number >= 0', 0, float('inf')))
+    scale: float = option(600.0, 'a larger scale gives larger regions', range=Range('a number >= 0', 0, float('inf')))
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -41,10 +41,10 @@ class FelzenszwalbOptions:
 
 @dataclasses.dataclass(frozen=True)
 class SlicOptions:
-    """Options of merged superpixels."""
+    """Options of superpixel merging."""
 
     distance: float = option(
-        30.0, 'neighbours whose mean Lab colours are nearer than this are merged', range=Range('a number >= 0', 0, float('inf'))
+        30.0, 'merge neighbours whose mean Lab colours are closer than this', range=Range('a number >= 0', 0, float('inf'))
     )
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class SlicOptions:
 class KMeansOptions:
     """Options of k-means."""
 
-    clusters: int = option(4, 'clusters of colour and place', range=COUNT)
+    clusters: int = option(4, 'number of clusters in colour and position', range=COUNT)
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -65,7 +65,7 @@ class KMeansOptions:
 class GridOptions:
     """Options of the grid."""
 
-    cells: int = option(4, 'rectangles down, and as many across; 1 is the whole picture', range=COUNT)
+    cells: int = option(4, 'rectangles down and across; 1 is the whole picture', range=COUNT)
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -78,14 +78,14 @@ def graph_based(image: Image, options: FelzenszwalbOptions) -> Array:
 
 
 def merged_superpixels(image: Image, options: SlicOptions) -> Array:
-    """SLIC superpixels, the two neighbours nearest in mean Lab colour merged until all are `distance` apart."""
+    """Merge SLIC superpixels, always the two neighbours closest in mean Lab colour, until all are at least `distance` apart."""
     from skimage import graph
     from skimage.color import rgb2lab
     from skimage.segmentation import slic
 
     pieces = slic(image, n_segments=SUPERPIXELS, compactness=COMPACTNESS, start_label=0)
     if pieces.max() == 0:
-        return pieces  # the graph would be empty, without even this one
+        return pieces  # the graph would be empty, without even this one region
     neighbours = graph.rag_mean_color(rgb2lab(image), pieces)
     return graph.merge_hierarchical(
         pieces,
@@ -110,7 +110,7 @@ def colour_difference(regions: Any, _: int, kept: int, neighbour: int) -> dict[s
 
 
 def k_means(image: Image, options: KMeansOptions) -> Array:
-    """Clusters of colour and place; the same for the same picture, since the generator starts anew."""
+    """Cluster colour and position. Deterministic for a picture, because the generator is reseeded."""
     import cv2
 
     small = cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
@@ -129,14 +129,14 @@ def grid(image: Image, options: GridOptions) -> Array:
 
 
 class Prepared(NamedTuple):
-    """The options, as nothing else is needed; backbone: none."""
+    """The options, since nothing else is needed; backbone: always None."""
 
     options: Any
     backbone: None = None
 
 
 class Classical(NamedTuple):
-    """A method made of one function. regions: (H, W, 3) uint8 and its options -> (H, W), any integers."""
+    """A method consisting of one function. regions: (H, W, 3) uint8 and its options -> (H, W), any integers."""
 
     Options: type[MethodOptions]
     regions: Callable[[Image, Any], Array]

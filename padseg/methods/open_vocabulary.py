@@ -1,7 +1,7 @@
-"""Open vocabulary: which of several named classes each part of a picture is, from the attention to their names in the prompt.
+"""Open-vocabulary segmentation: classify each pixel by the attention to the class names in the prompt.
 
-Seg4Diff, Sec. 4.3; Yamaguchi and Yanai. Words and pad tokens go one way: a prompt differs from the empty one in its text and in the
-columns that are read of it.
+Seg4Diff, Sec. 4.3; Yamaguchi and Yanai. Words and pad tokens share one code path: a prompt differs from the empty one only in its text and
+in the columns that are read.
 """
 
 from __future__ import annotations
@@ -51,35 +51,43 @@ COLUMNS = ('clip', 't5', 'both')
 UNUSED = ('zeros', 'dropped')
 SCORES = ('raw', 'minmax', 'minmax-token', 'share')
 NAMED = ('words', 'proposals')
-COLUMNS_OF = {'l': 'clip', 'g': 'clip', 'l+g': 'clip', 't5': 't5', 'l+g+t5': 'both'}  # whose tokens have columns, by encoders
-BACKGROUND = '(background)'  # the name of the map of all background words
+COLUMNS_OF = {
+    'l': 'clip',
+    'g': 'clip',
+    'l+g': 'clip',
+    't5': 't5',
+    'l+g+t5': 'both',
+}  # for each choice of encoders, whose tokens have columns
+BACKGROUND = '(background)'  # name of the map for all background words
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelOptions:
-    """Options of names for masks; what is left open is the model's own, or what the other options imply: `resolve` fills it in.
+    """Options of segmentation by class names. Options left open take the model's own values or follow from other options; see `resolve`.
 
-    Raises UsageError for a value outside its range, with the range in the message.
+    Raises UsageError for a value outside its range; the message gives the range.
     """
 
     layers: tuple[int, ...] = own(
-        'blocks whose maps are averaged, from one forward, counted from 0', range=Range('different numbers from 0 on', 0)
+        'blocks whose maps are averaged, from one forward pass, counted from 0', range=Range('distinct numbers >= 0', 0)
     )
-    steps: tuple[int, ...] = own('noise levels whose maps are averaged, a forward each', range=Range('different numbers from 1 on', 1))
+    steps: tuple[int, ...] = own('noise levels whose maps are averaged, one forward pass each', range=Range('distinct numbers >= 1', 1))
     head: int | None = option(None, 'one attention head, counted from 0', default='the mean of all', range=Range('counted from 0', 0))
     prompt: str = option(
-        'joined', 'how names become a prompt: joined by spaces, "a photo of a …, …", or one prompt a class', choices=PROMPTS
+        'joined', 'how names become a prompt: joined by spaces, "a photo of a …, …", or one prompt per class', choices=PROMPTS
     )
-    encoders: str = own('text encoders that are used: CLIP-L, CLIP-G, T5', choices=ENCODERS)
-    unused: str = option('zeros', "what stands in T5's places where T5 is not used", choices=UNUSED)
+    encoders: str = own('text encoders to use: CLIP-L, CLIP-G, T5', choices=ENCODERS)
+    unused: str = option('zeros', "what replaces T5's tokens if T5 is not used", choices=UNUSED)
     columns: str = own("whose tokens' attention is read", choices=COLUMNS, default="the encoders' own")
-    softmax: bool = option(True, 'read shares of the attention, not the scores before the softmax')
+    softmax: bool = option(True, 'read attention after the softmax, not the raw scores')
     scores: str = own(
-        'scores of classes as they are, from 0 to 1 over the picture (by class or by token), or as shares over classes',
+        'class scores: raw, scaled to 0..1 over the picture (per class or per token), or as shares over classes',
         choices=SCORES,
         default='raw; minmax with per-class',
     )
-    background_words: tuple[str, ...] = option((), 'further names: what scores highest for one of them is background', default='none')
+    background_words: tuple[str, ...] = option(
+        (), 'further names: pixels that score highest for one of them are background', default='none'
+    )
     background_below: float | None = option(
         None,
         'pixels whose best score is below this are background',
@@ -87,23 +95,23 @@ class LabelOptions:
         range=Range('a finite number', -math.nextafter(math.inf, 0), math.inf),
     )
     on: str = option(
-        'words', 'what is named: every pixel by its words, or the proposals of `padseg run` by the mean score inside', choices=NAMED
+        'words', 'what to classify: every pixel by its scores, or the proposals of `padseg run` by their mean score', choices=NAMED
     )
     geometry: str = geometry_option()
     side: int = side_option()
     refine: str = own('how maps are enlarged, as for `padseg run`', choices=REFINEMENTS)
     superpixels: float = own(
-        'superpixels inside which maps are averaged, as for `padseg run`', range=Range('a finite scale >= 0', 0, math.inf)
+        'average maps inside superpixels of this scale, as for `padseg run`', range=Range('a finite scale >= 0', 0, math.inf)
     )
-    min_area: float = own('parts below this share of the picture go to the neighbour with the longest common border', range=SHARE)
+    min_area: float = own('merge parts below this share of the picture into the neighbour with the longest common border', range=SHARE)
     seed: int = seed_option()
 
     def __post_init__(self) -> None:
         check_options(self)
-        require(self.softmax or self.scores != 'share', 'scores before the softmax have no shares: use softmax with share')
+        require(self.softmax or self.scores != 'share', 'raw attention scores have no shares: use softmax with share')
 
     def resolve(self, spec: Spec) -> LabelOptions:
-        """These options on a model, with nothing left open. UsageError for what the model does not have, or what contradicts itself."""
+        """Fill in everything left open for a model. UsageError for what the model does not have, or for contradictory options."""
         resolved = filled(self, settings_of(spec) | (seg4diff.UNREFINED if self.geometry != 'whole' else {}))
         used = COLUMNS_OF[resolved.encoders]
         resolved = filled(resolved, {'columns': used, 'scores': 'minmax' if self.prompt == 'per-class' else 'raw'})
@@ -113,7 +121,7 @@ class LabelOptions:
         require(used in ('both', resolved.columns), f'columns of {resolved.columns} need its encoder; encoders are {encoders}')
         require(
             not (encoders in ('t5', 'l+g+t5') and self.unused == 'dropped'),
-            f'T5 is dropped only where it is not used; encoders are {encoders}',
+            f'T5 can be dropped only if it is not used; encoders are {encoders}',
         )
         return resolved
 
@@ -122,7 +130,7 @@ Options = LabelOptions
 
 
 def settings_of(spec: Spec) -> dict[str, Any]:
-    """The method's settings for a model: noise level and refinements of Seg4Diff's, and over them what the model's folder states."""
+    """The method's settings for a model: Seg4Diff's noise level and refinements, overridden by the model folder's `padseg.json`."""
     regions = seg4diff.settings_of(spec)
     shared = {name: regions[name] for name in ('side', 'refine', 'superpixels', 'min_area')}
     row = {'layers': (spec.layer,), 'steps': (regions['step'],), 'encoders': spec.encoders, **shared}
@@ -130,7 +138,7 @@ def settings_of(spec: Spec) -> dict[str, Any]:
 
 
 class Prepared(NamedTuple):
-    """A model with the classes that it is to find. proposals: how the regions are made that are named; None where words name pixels."""
+    """A model with the classes to find. proposals: how to make the regions to classify; None to classify pixels."""
 
     options: LabelOptions
     classes: tuple[str, ...]
@@ -140,15 +148,15 @@ class Prepared(NamedTuple):
 
 
 def deepest(options: LabelOptions, spec: Spec) -> int | None:
-    """The last block that is read: what comes after it need not be loaded."""
+    """The last block to read; later blocks need not be loaded."""
     layers = options.layers or (spec.layer,)
     return max(*layers, spec.layer) if options.on == 'proposals' else max(layers)
 
 
 def prepare(backbone: Backbone, options: LabelOptions, classes: Sequence[str] = (), keep: bool = True) -> Prepared:
-    """The prompts of all names, encoded once; keep: also in padseg's cache.
+    """Encode the prompts of all names once; keep: also in padseg's cache.
 
-    UsageError for options that the model cannot take, and for names that are none, twice the same, too long, or unknown to the tokenizers.
+    UsageError for options that the model does not support, and for names that are missing, duplicate, too long, or without tokens.
     """
     from padseg.backbones.texts import kept_texts
 
@@ -157,7 +165,7 @@ def prepare(backbone: Backbone, options: LabelOptions, classes: Sequence[str] = 
         raise UsageError(f'classes must be a list of names in order, such as ["cat", "grass"]; got {type(classes).__name__}')
     resolved = options.resolve(backbone.spec)
     for layer in resolved.layers:
-        backbone.attention_module(layer)  # refused now if it was not read
+        backbone.attention_module(layer)  # fails early if the block was not loaded
     heads = backbone.transformer.config.num_attention_heads
     if resolved.head is not None and resolved.head >= heads:
         raise UsageError(f'head is one of 0..{heads - 1} for {backbone.identity.model}; got {resolved.head}')
@@ -169,16 +177,18 @@ def prepare(backbone: Backbone, options: LabelOptions, classes: Sequence[str] = 
 
 
 def proposal_options(options: LabelOptions) -> seg4diff.Options:
-    """What `padseg run` would do with the same picture."""
+    """The options that `padseg run` would use for the same picture."""
     return seg4diff.Options(**{name: getattr(options, name) for name in ('geometry', 'side', 'refine', 'superpixels', 'min_area', 'seed')})
 
 
 def maps(images: Sequence[Image], prepared: Prepared) -> list[TokenMaps]:
-    """Scores of the classes in several pictures, (C, h, w) each; after them that of the background's words, if there are any, and for
-    proposals the 77 token maps of the empty prompt."""
+    """Compute the class scores of several pictures, (C, h, w) each.
+
+    The map of the background words follows, if there are any, and for proposals the token maps of the empty prompt.
+    """
     options, classes, prompts, proposals, backbone = prepared
     steps = list(dict.fromkeys((*options.steps, *((proposals.options.step,) if proposals else ()))))
-    latents = [stages.encode_steps(image, backbone, options, steps) for image in images]  # one a step
+    latents = [stages.encode_steps(image, backbone, options, steps) for image in images]  # one per step
     scores: list[list[Any]] = [[] for _ in images]
     for prompt in prompts:
         read = partial(
@@ -201,14 +211,14 @@ def maps(images: Sequence[Image], prepared: Prepared) -> list[TokenMaps]:
 
 
 def labels(image: Image, maps: TokenMaps, prepared: Prepared) -> LabelMap:
-    """The class of every pixel, 1..C by their order, 0 = background or not looked at: no forward is needed."""
+    """Class of every pixel, 1..C in their order, 0 = background or not seen by the model, without a forward pass."""
     options, classes, _, proposals, _ = prepared
     count = len(classes) + bool(options.background_words)
     scores = TokenMaps(maps.maps[:count], maps.names[:count], maps.frame)
     if proposals:
         pads = TokenMaps(maps.maps[count:], maps.names[count:], maps.frame)
         return name_regions(seg4diff.labels(image, pads, proposals), scores, classes, options.background_below)
-    values = stages.with_floor(scores.maps, options.background_below)  # what is below it everywhere else wins nowhere
+    values = stages.with_floor(scores.maps, options.background_below)  # a score below the floor never wins
     inside = stages.superpixels_of(image, options.superpixels) if options.superpixels else None  # (H, W)
     strongest = Proposals(values, tuple((number,) for number in range(len(values))), maps.frame)
     regions = stages.label_map(strongest, inside, options.min_area > 0, options.min_area, image, options.refine)
@@ -216,7 +226,7 @@ def labels(image: Image, maps: TokenMaps, prepared: Prepared) -> LabelMap:
 
 
 def recorded(options: LabelOptions, spec: Spec) -> dict[str, Setting]:
-    """What decides the results, for a record: the options, and those of the proposals that are named."""
+    """All settings that affect the results, for a record: the options, and those of the proposals to classify."""
     proposals: dict[str, Setting] = {'proposals': None}
     if options.on == 'proposals':
         proposals = {f'proposals_{name}': value for name, value in seg4diff.recorded(proposal_options(options), spec).items()}
@@ -224,7 +234,7 @@ def recorded(options: LabelOptions, spec: Spec) -> dict[str, Setting]:
 
 
 def name_regions(regions: LabelMap, scores: TokenMaps, classes: tuple[str, ...], below: float | None = None) -> LabelMap:
-    """Regions named by the highest mean score inside them: the class of every pixel. below: mean score of what is background."""
+    """Classify regions by their highest mean score: the class of every pixel. below: mean score under which a region is background."""
     means = mean_scores(regions, scores)  # (K, C)
     best = means.argmax(1)
     if below is not None:
@@ -233,7 +243,7 @@ def name_regions(regions: LabelMap, scores: TokenMaps, classes: tuple[str, ...],
 
 
 def mean_scores(regions: LabelMap, scores: TokenMaps) -> Array:
-    """Mean of every score over the pixels of every region: (K, C)."""
+    """Mean of every score over each region's pixels: (K, C)."""
     top, left, height, width = scores.frame.box
     runs = stages.runs_of(regions.labels[top : top + height, left : left + width])
     enlarged = (stages.upsample(values, (height, width)) for values in scores.maps.cpu().numpy())
@@ -241,7 +251,7 @@ def mean_scores(regions: LabelMap, scores: TokenMaps) -> Array:
 
 
 def as_classes(labels: Array, numbers: Sequence[int], classes: tuple[str, ...]) -> LabelMap:
-    """Regions 1..K as the classes of these numbers, from 0; what is no class, and region 0, becomes 0."""
+    """Map regions 1..K to the classes with these numbers, from 0; numbers that are not a class, and region 0, become 0."""
     table = np.array([0, *(number + 1 if number < len(classes) else 0 for number in numbers)], np.int32)
     runs = stages.runs_of(labels)
     return LabelMap(stages.painted(runs, table[runs.names]), (), classes)
@@ -254,9 +264,9 @@ def label(image: list[Any], backbone: Backbone | str, classes: Sequence[str], op
 def label(
     image: Any, backbone: Backbone | str, classes: Sequence[str], options: LabelOptions = LabelOptions()
 ) -> LabelMap | list[LabelMap]:
-    """The class of every pixel of a picture: 1..C by their order, 0 = background or not looked at. Several pictures give a list.
+    """Classify every pixel of a picture: 1..C in the order of classes, 0 = background or not seen. Several pictures give a list.
 
-    image, backbone: as for `padseg.segment`. classes: names in a list or a tuple.
+    image, backbone: as for `padseg.segment`. classes: a list or tuple of names.
     """
     pictures = as_images(image)
     prepared = prepare(opened(backbone, partial(deepest, options)), options, classes)
@@ -265,6 +275,6 @@ def label(
 
 
 def score_maps(image: Readable, backbone: Backbone | str, classes: Sequence[str], options: LabelOptions = LabelOptions()) -> TokenMaps:
-    """The scores that `label` decides by, (C, h, w) with the classes' names."""
+    """The scores that `label` decides by, (C, h, w), with the class names."""
     words = dataclasses.replace(options, on='words')
     return maps(as_images(image), prepare(opened(backbone, partial(deepest, words)), words, classes))[0]

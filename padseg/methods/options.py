@@ -1,7 +1,7 @@
-"""What the options of all methods share: fields with help and range, the checks that these ask for, and words. Imports no torch.
+"""What the options of all methods share: fields with help and range, checks based on these, and formatting. Imports no torch.
 
-The options of a method are one frozen dataclass in its file. A field without a default of its own (`own`) takes the value that is
-right for the model, which `filled` puts in; flags, tables of options and records are all made from these fields.
+Each method's options are one frozen dataclass in its file. A field without its own default (`own`) takes the model's value, filled in by
+`filled`. Flags, option tables and records are all generated from these fields.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from padseg.errors import ModelUnavailable, UsageError
 if TYPE_CHECKING:
     from padseg.backbones import Backbone
 
-Setting = str | int | float | bool | None  # as a record holds it
+Setting = str | int | float | bool | None  # as stored in a record
 
 NORMALISATIONS = ('minmax-softmax', 'sum', 'share')
 GEOMETRIES = ('whole', 'stretch', 'diffseg', 'diffcut', 'seg4diff-paper', 'seg4diff-release', 'seg4diff-ovss')
@@ -27,7 +27,7 @@ REFINEMENTS = ('none', 'guided')
 
 
 class Range(NamedTuple):
-    """The numbers from `low` to below `below` (None: no bound, infinity too), and the words that name them."""
+    """Numbers from `low` up to but excluding `below` (None: no bound, so infinity is allowed), and a description of them."""
 
     words: str
     low: float
@@ -42,14 +42,15 @@ SHARE = Range('a share of the picture in 0..1', 0, 1)
 
 
 def option(value: Any, help: str, **metadata: Any) -> Any:
-    """A field of options. help: the text that `--help` shows; choices: the words that are allowed; range: the numbers (of a tuple: each);
-    default: what is shown as the default, where that is not the value or the model's own.
+    """An option's field. help: text for `--help`; choices: the allowed words; range: the allowed numbers (of each element in a tuple).
+
+    default: text shown as the default, if that is neither the value nor the model's own.
     """
     return dataclasses.field(default=value, metadata={'help': help, **metadata})
 
 
 def own(help: str, **metadata: Any) -> Any:
-    """A field whose default is the model's own value: None until `filled`."""
+    """A field whose default is the model's own value; it is None until `filled`."""
     return option(None, help, **metadata)
 
 
@@ -66,7 +67,7 @@ def seed_option() -> Any:
 
 
 class ViewOptions(Protocol):
-    """The options that decide what a model sees of a picture."""
+    """Options that decide what the model sees of a picture."""
 
     @property
     def geometry(self) -> str: ...
@@ -77,7 +78,7 @@ class ViewOptions(Protocol):
 
 
 class ForwardOptions(ViewOptions, Protocol):
-    """The options that decide what a model sees and which maps are read."""
+    """Options that decide what the model sees and which maps are read."""
 
     @property
     def layer(self) -> int: ...
@@ -86,7 +87,7 @@ class ForwardOptions(ViewOptions, Protocol):
 
 
 class MethodOptions(Protocol):
-    """The options of some method: a frozen dataclass that calls `check_options` when it is made."""
+    """A method's options: a frozen dataclass that calls `check_options` on creation."""
 
     __dataclass_fields__: typing.ClassVar[dict[str, dataclasses.Field[Any]]]
 
@@ -95,7 +96,7 @@ T = TypeVar('T', bound=MethodOptions)
 
 
 def check_options(options: MethodOptions) -> None:
-    """UsageError for a value that its field does not allow; the message names the allowed ones. None is allowed where it is the default."""
+    """Raise UsageError, listing the allowed values, for a value that its field does not allow. None is allowed where it is the default."""
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if value is not None or field.default is not None:
@@ -120,7 +121,7 @@ KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: '
 
 
 def of_kind(value: object, kind: type) -> bool:
-    """Whether a value is of a field's kind. True and False are no numbers; every number but NaN is a float."""
+    """Return whether a value has a field's type. Booleans are not numbers; every number except NaN is a float."""
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
@@ -128,7 +129,7 @@ def of_kind(value: object, kind: type) -> bool:
 
 @cache
 def kind_of(options: type[MethodOptions], name: str) -> tuple[type, bool]:
-    """The type of a field's value, and whether it holds several of them."""
+    """Return the type of a field's value, and whether the field holds several values."""
     hint = typing.get_type_hints(options)[name]
     kinds = (hint, *typing.get_args(hint))
     several = next((kind for kind in kinds if typing.get_origin(kind) is tuple), None)
@@ -136,15 +137,15 @@ def kind_of(options: type[MethodOptions], name: str) -> tuple[type, bool]:
 
 
 def filled(options: T, values: Mapping[str, Any]) -> T:
-    """The options with these values where they leave the choice to the model."""
+    """Fill in the options left open with these values."""
     open_fields = [field.name for field in dataclasses.fields(options) if getattr(options, field.name) is None and field.name in values]
     return dataclasses.replace(options, **{name: values[name] for name in open_fields})
 
 
 def model_settings(options: type[MethodOptions], method: str, spec: Spec, row: Mapping[str, Any]) -> dict[str, Any]:
-    """A method's own settings for a model: those of its row, and over them what the `padseg.json` of the model says under its name.
+    """A method's settings for a model: those in `row`, overridden by the section with the method's name in the model's `padseg.json`.
 
-    ModelUnavailable, naming the setting, for one that is not known or not allowed.
+    Raises ModelUnavailable, naming the setting, for one that is unknown or not allowed.
     """
     stated = {name: in_kind(options, name, value) for name, value in spec.own.get(method, {}).items()}
     try:
@@ -158,7 +159,7 @@ def model_settings(options: type[MethodOptions], method: str, spec: Spec, row: M
 
 
 def in_kind(options: type[MethodOptions], name: str, value: Any) -> Any:
-    """A value of JSON as a field holds it: a list as a tuple, a whole number as a float where the field is one."""
+    """Convert a JSON value for a field: a list to a tuple, a whole number to a float if the field holds floats."""
     if isinstance(value, list):
         return tuple(value)
     whole = isinstance(value, int) and not isinstance(value, bool)
@@ -166,7 +167,7 @@ def in_kind(options: type[MethodOptions], name: str, value: Any) -> Any:
 
 
 def plain_settings(options: MethodOptions) -> dict[str, Setting]:
-    """The options as JSON can hold them: inf as a word, several values as one text."""
+    """Return the options as JSON values: inf as a word, several values as one text."""
     return {field.name: plain_value(getattr(options, field.name)) for field in dataclasses.fields(options)}
 
 
@@ -181,10 +182,10 @@ def in_list(values: Iterable[object]) -> str:
 
 
 def require_family(method: str, families: Collection[str], backbone: Backbone) -> None:
-    """UsageError if a method is not defined for the family of a model."""
+    """Raise UsageError if a method does not support a model's family."""
     family = backbone.spec.family
     known = ', '.join(sorted(families))
-    require(family in families, f'{method} is not defined for {backbone.identity.model}, of the family {family}: it takes {known}')
+    require(family in families, f'{method} does not support {backbone.identity.model} of the family {family}; supported: {known}')
 
 
 def require(holds: bool, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Seg4Diff: regions from the attention of image tokens to the pad tokens of an empty prompt (Kim et al., 2025). Start reading here."""
+"""Seg4Diff: segment by the attention of image tokens to the pad tokens of an empty prompt (Kim et al., 2025). Start reading here."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ if TYPE_CHECKING:
 
 TASK = 'regions'
 FAMILIES = frozenset({'sd3', 'flux'})
-LATER = ('normalisation', 'threshold', 'refine', 'superpixels', 'join', 'components', 'min_area')  # options that come after the token maps
-UNREFINED = {'refine': 'none', 'superpixels': 0.0, 'join': 0.0, 'components': False, 'min_area': 0.0}  # the papers end with the argmax
-RELEASED = {'step': 8, 'normalisation': 'minmax-softmax', 'threshold': 0.1, **UNREFINED}  # of the released code, for SD3-medium
+LATER = ('normalisation', 'threshold', 'refine', 'superpixels', 'join', 'components', 'min_area')  # options applied after the token maps
+UNREFINED = {'refine': 'none', 'superpixels': 0.0, 'join': 0.0, 'components': False, 'min_area': 0.0}  # the papers stop at the argmax
+RELEASED = {'step': 8, 'normalisation': 'minmax-softmax', 'threshold': 0.1, **UNREFINED}  # settings of the released code, for SD3-medium
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options of the method; what is left open is the model's own, which `resolve` fills in.
+    """Options of the method. Options left open take the model's own values, filled in by `resolve`.
 
-    Raises UsageError for a value outside its range, with the range in the message.
+    Raises UsageError for a value outside its range; the message gives the range.
     """
 
     layer: int = own('expert block whose attention is read, counted from 0', range=Range('counted from 0', 0))
@@ -64,35 +64,35 @@ class Options:
         range=Range('a finite scale >= 0', 0, float('inf')),
     )
     join: float = own(
-        'join neighbouring superpixels whose proposals, colours and border differ by less than this, instead of the argmax; 0 = off',
+        'instead of the argmax, join neighbouring superpixels whose proposals, colours and border differ by less than this; 0 = off',
         range=Range('a finite distance >= 0', 0, float('inf')),
     )
     components: bool = own('split regions into connected components')
-    min_area: float = own('regions below this share of the picture go to the neighbour with the longest common border', range=SHARE)
+    min_area: float = own('merge regions below this share of the picture into the neighbour with the longest common border', range=SHARE)
     seed: int = seed_option()
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def resolve(self, spec: Spec) -> Options:
-        """These options on a model, with nothing left open. UsageError for a block or a step that the model does not have."""
+        """Fill in everything left open for a model. UsageError for a block or step that the model does not have."""
         resolved = self.with_settings(settings_of(spec))
         require(resolved.layer < spec.layers, f'layer is one of 0..{spec.layers - 1} for {spec.repo}; got {resolved.layer}')
         require(resolved.step <= spec.steps, f'step is one of 1..{spec.steps} for {spec.repo}; got {resolved.step}')
         return resolved
 
     def with_settings(self, settings: Mapping[str, Any]) -> Options:
-        """These options with a model's settings where they are left open; a paper's preset has no refinement that is not asked for."""
+        """Fill in what is left open from a model's settings; with a paper's preset, refinements left open are off."""
         return filled(self, {**settings, **(UNREFINED if self.geometry != 'whole' else {})})
 
 
 def settings_of(spec: Spec) -> dict[str, Any]:
-    """The method's settings for a model: those of the released code, and over them what the model's folder states."""
+    """The method's settings for a model: those of the released code, overridden by the model folder's `padseg.json`."""
     return {'layer': spec.layer, 'side': spec.side, **model_settings(Options, 'seg4diff', spec, RELEASED)}
 
 
 class Prepared(NamedTuple):
-    """The method on a model. options: resolved; settings: the model's own; backbone: None where kept maps take its place."""
+    """The method, ready to run on a model. options: resolved; settings: the model's own; backbone: None if stored maps replace it."""
 
     options: Options
     settings: Mapping[str, Any]
@@ -100,20 +100,20 @@ class Prepared(NamedTuple):
 
 
 def deepest(options: Options, spec: Spec) -> int | None:
-    """The last block that is read: what comes after it need not be loaded."""
+    """The last block to read; later blocks need not be loaded."""
     return spec.layer if options.layer is None else options.layer
 
 
 def prepare(backbone: Backbone, options: Options, classes: Sequence[str] = (), keep: bool = True) -> Prepared:
-    """UsageError for options that the model cannot take."""
+    """Resolve the options for a model. UsageError for options that it does not support."""
     require_family('seg4diff', FAMILIES, backbone)
     resolved = options.resolve(backbone.spec)
-    backbone.attention_module(resolved.layer)  # refused now if it was not read
+    backbone.attention_module(resolved.layer)  # fails early if the block was not loaded
     return Prepared(resolved, settings_of(backbone.spec), backbone)
 
 
 def maps(images: Sequence[Image], prepared: Prepared) -> list[TokenMaps]:
-    """The 77 maps of the empty prompt in the expert block, (T, h, w) for each picture (Seg4Diff, Eq. 10)."""
+    """Token maps of the empty prompt in the expert block, (T, h, w) for each picture (Seg4Diff, Eq. 10)."""
     options, settings, backbone = prepared
     assert backbone is not None
     latents = [stages.encode(image, backbone, options) for image in images]  # (1, C, H', W') each
@@ -122,7 +122,7 @@ def maps(images: Sequence[Image], prepared: Prepared) -> list[TokenMaps]:
 
 
 def labels(image: Image, maps: TokenMaps, prepared: Prepared) -> LabelMap:
-    """Token maps merged to proposals, and the picture cut into regions by them, (H, W) (Seg4Diff, Sec. 4.2): no forward is needed."""
+    """Merge token maps to proposals and segment the picture by them, (H, W), without a forward pass (Seg4Diff, Sec. 4.2)."""
     options = prepared.options
     proposals = stages.merge(maps, options.threshold, options.normalisation)  # (M, h, w)
     inside = stages.superpixels_of(image, options.superpixels) if options.superpixels else None  # (H, W)
@@ -130,7 +130,7 @@ def labels(image: Image, maps: TokenMaps, prepared: Prepared) -> LabelMap:
 
 
 def recorded(options: Options, spec: Spec) -> dict[str, Setting]:
-    """What decides the results, for a record."""
+    """All settings that affect the results, for a record."""
     return plain_settings(options.resolve(spec))
 
 
@@ -139,10 +139,10 @@ def segment(image: Readable, backbone: Backbone | str = ..., options: Options = 
 @overload
 def segment(image: list[Any], backbone: Backbone | str = ..., options: Options = ...) -> list[LabelMap]: ...
 def segment(image: Any, backbone: Backbone | str = 'tiny', options: Options = Options()) -> LabelMap | list[LabelMap]:
-    """The regions of a picture as a label map (H, W), or of several pictures as a list of them.
+    """Segment a picture into regions: a label map (H, W), or a list of label maps for several pictures.
 
-    image: a path, a file object, a PIL image, an array (H, W), (H, W, 3) or (H, W, 4) uint8, or a list of these.
-    backbone: a loaded model, or the name of one, which is loaded once per process.
+    image: a path, a file object, a PIL image, a uint8 array (H, W), (H, W, 3) or (H, W, 4), or a list of these. backbone: a loaded model,
+    or a model name, which is loaded once per process.
     """
     pictures = as_images(image)
     prepared = prepare(opened(backbone, partial(deepest, options)), options)
@@ -155,16 +155,16 @@ def token_maps(image: Readable, backbone: Backbone | str = ..., options: Options
 @overload
 def token_maps(image: list[Any], backbone: Backbone | str = ..., options: Options = ...) -> list[TokenMaps]: ...
 def token_maps(image: Any, backbone: Backbone | str = 'tiny', options: Options = Options()) -> TokenMaps | list[TokenMaps]:
-    """The token maps (T, h, w) behind `segment`, whose arguments it takes; `regions` makes them a label map."""
+    """Return the token maps (T, h, w) behind `segment`, with the same arguments; `regions` turns them into a label map."""
     results = maps(as_images(image), prepare(opened(backbone, partial(deepest, options)), options))
     return results if isinstance(image, (list, tuple)) else results[0]
 
 
 def regions(image: Readable, maps: TokenMaps, options: Options = Options()) -> LabelMap:
-    """The label map (H, W) that `segment` gives with these options, from the picture's token maps and without the model.
+    """Return the label map (H, W) that `segment` gives with these options, from the picture's token maps and without the model.
 
-    Options that decide the token maps themselves change nothing here. UsageError if an option is left open and the maps do not say
-    which model's setting is meant.
+    Options that decide the token maps themselves have no effect here. UsageError if an option is left open and the maps do not record the
+    model's setting.
     """
     resolved = options.with_settings(maps.settings)
     missing = [name for name in LATER if getattr(resolved, name) is None]

@@ -1,4 +1,4 @@
-"""A run's stages on Ray, on one machine or many: tasks read pictures, actors that hold the model segment, tasks write results."""
+"""Run the stages on Ray, on one machine or many: tasks read pictures, actors holding the model segment them, tasks write results."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     import pyarrow
     import ray.data
 
-# Ray moves blocks of rows. A row is a picture, as pickled bytes: Arrow's text cannot hold all file names, nor its tensors all shapes.
+# Ray moves blocks of rows. Each row is a pickled picture: Arrow strings cannot hold all file names, nor Arrow tensors all shapes.
 RayRow = dict[str, bytes]
-BLOCK_PICTURES = 64  # that a task reads
-BLOCK_BYTES = 1 << 20  # between stages, for each picture of a batch: records come soon, and little is done again after a loss
+BLOCK_PICTURES = 64  # read by one task
+BLOCK_BYTES = 1 << 20  # between stages, per picture in a batch; small, so that records come early and little is repeated after a failure
 
 
 class Share(NamedTuple):
-    """How a cluster is used: copies of the model, and for each its device, cpus and gpus."""
+    """How to use a cluster: the number of copies of the model, and the device, cpus and gpus of each."""
 
     copies: int
     device: str
@@ -48,11 +48,11 @@ class Share(NamedTuple):
 
 
 def results_on_ray(job: Job, record: Run, pending: list[Found], stop: Stop, address: str | None = None) -> Iterator[Entry]:
-    """Do the pictures on the Ray cluster at `address`, or $RAY_ADDRESS, or else on this machine; their records, as they are done.
+    """Process pictures on the Ray cluster at `address`, else $RAY_ADDRESS, else on this machine; yields records as pictures are finished.
 
-    All machines need padseg, the pictures and the output folder under the same paths. OutputConflict if a machine loads other weights than
-    `record` names, UsageError if there is no Ray or no such cluster, ResourceExhausted if memory ran out; any error of
-    a stage as itself.
+    All machines need padseg, the pictures and the output folder at the same paths. Raises OutputConflict if a machine loads other weights
+    than `record` names, UsageError if Ray or the cluster is missing, ResourceExhausted if memory or disk space ran out; errors in a stage
+    are raised unchanged.
     """
     if not pending:
         return
@@ -73,9 +73,9 @@ def results_on_ray(job: Job, record: Run, pending: list[Found], stop: Stop, addr
 
 @contextlib.contextmanager
 def connected(job: Job, record: Run, address: str | None) -> Iterator[None]:
-    """Use Ray if it is already running; otherwise start it for this run and shut it down afterwards."""
+    """Use Ray if it is already running, else start it for this run and shut it down afterwards."""
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
-    os.environ.setdefault('RAY_BACKEND_LOG_LEVEL', 'fatal')  # its C++ part would warn on stderr of what Ray Data itself does
+    os.environ.setdefault('RAY_BACKEND_LOG_LEVEL', 'fatal')  # its C++ part would print warnings caused by Ray Data itself
     try:
         import ray
         import ray.data
@@ -85,7 +85,7 @@ def connected(job: Job, record: Run, address: str | None) -> Iterator[None]:
         yield
         return
     address = address or os.environ.get('RAY_ADDRESS') or 'local'
-    # one model takes all cores that torch uses; it is fed by others
+    # one model takes all cores that torch uses; other cores feed it
     own: dict[str, Any] = {'num_cpus': record.threads + job.workers, 'include_dashboard': False} if address == 'local' else {}
     asked = signal.getsignal(signal.SIGTERM)
     knock(address)
@@ -97,7 +97,7 @@ def connected(job: Job, record: Run, address: str | None) -> Iterator[None]:
     except ray.exceptions.AuthenticationError as error:
         raise UsageError(f'the Ray cluster at {address} needs a token in RAY_AUTH_TOKEN or ~/.ray/auth_token') from error
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, asked)  # Ray puts its own handler there, which would end the process at once
+        signal.signal(signal.SIGTERM, asked)  # Ray installs its own handler, which would end the process at once
     try:
         yield
     finally:
@@ -105,7 +105,7 @@ def connected(job: Job, record: Run, address: str | None) -> Iterator[None]:
 
 
 def knock(address: str) -> None:
-    """UsageError if nobody listens at host:port, where Ray itself would try for many minutes."""
+    """Raise UsageError if nothing listens at host:port; Ray itself would keep trying for many minutes."""
     if match := re.fullmatch(r'([^/]+):(\d+)', address):
         try:
             socket.create_connection((match[1], int(match[2])), timeout=10).close()
@@ -115,7 +115,7 @@ def knock(address: str) -> None:
 
 @contextlib.contextmanager
 def hushed() -> Iterator[None]:
-    """Silence stderr for a moment: the C++ part of Ray writes there that it was told to be quiet."""
+    """Silence stderr briefly: Ray's C++ part prints there that it was told to be quiet."""
     with open(os.devnull, 'wb') as nothing:
         kept = os.dup(2)
         os.dup2(nothing.fileno(), 2)
@@ -127,12 +127,12 @@ def hushed() -> Iterator[None]:
 
 
 def model_from_anywhere(model: str) -> str:
-    """A model's name that means the same in another working directory."""
+    """Return a model name that means the same in any working directory."""
     return str(Path(model).absolute()) if model not in BACKBONES and Path(model).is_dir() else model
 
 
 def cluster_share(job: Job, record: Run, nodes: list[dict[str, Any]]) -> Share:
-    """A GPU for each copy of the model if the cluster has any and the job may use them; otherwise the cores that torch uses."""
+    """One GPU per copy of the model if the cluster has any and the job may use them, else the cores that torch uses."""
     machines = [node['Resources'] for node in nodes if node['Alive']]
     gpus = sum(int(resources.get('GPU', 0)) for resources in machines)
     wanted = (job.device or 'cuda').startswith('cuda')
@@ -149,11 +149,11 @@ def cluster_share(job: Job, record: Run, nodes: list[dict[str, Any]]) -> Share:
 
 
 def dataset(job: Job, record: Run, pending: list[Found], share: Share) -> ray.data.Dataset:
-    """The pictures' records as Ray will make them."""
+    """The Ray dataset of the pictures' records, computed lazily."""
     import ray.data
 
     for handler in logging.getLogger('ray.data').handlers:
-        if isinstance(handler, logging.StreamHandler) and type(handler).__module__.startswith('ray.'):  # its files stay as they are
+        if isinstance(handler, logging.StreamHandler) and type(handler).__module__.startswith('ray.'):  # its log files stay unchanged
             handler.setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
@@ -167,7 +167,7 @@ def dataset(job: Job, record: Run, pending: list[Found], share: Share) -> ray.da
         rows_on_ray = ray.data.from_items(rows, override_num_blocks=math.ceil(len(rows) / BLOCK_PICTURES))
         taken = rows_on_ray.flat_map(
             read_pictures, fn_args=(job,), num_cpus=1
-        )  # Ray would move a map into the actors, whose model would wait for it
+        )  # flat_map, because Ray would fuse a map into the actors, where the model would wait for it
         labelled = taken.map_batches(
             Actor,
             fn_constructor_args=(job, record, share.device),
@@ -189,7 +189,7 @@ def write_row(row: RayRow, job: Job) -> dict[str, str]:
 
 
 class Actor:
-    """An actor's copy of the model."""
+    """An actor with its own copy of the model."""
 
     def __init__(self, job: Job, record: Run, device: str) -> None:
         self.job = job
@@ -198,11 +198,14 @@ class Actor:
 
     @cached_property
     def stages(self) -> Stages:
-        """Loaded for the first batch: of an error in an actor's constructor Ray keeps only the words. OutputConflict for other weights."""
+        """Load the model at the first batch. OutputConflict if its weights differ from the record's.
+
+        Not in the constructor, because Ray keeps only the text of errors raised there.
+        """
         import torch
 
         job, record = self.job, self.record
-        torch.set_num_threads(record.threads)  # sums may be rounded otherwise with another number
+        torch.set_num_threads(record.threads)  # another number of threads may change the rounding of sums
         method = method_named(job.method)
         revision = record.model.revision if record.model else None
         prepared = prepared_for(job, method, revision, device=self.device, dtype=record.dtype)
@@ -216,9 +219,9 @@ class Actor:
 
         batch = [pickle.loads(row) for row in rows['taken'].to_pylist()]
         done = [pickle.dumps(on_cpu(labelled(self.stages, taken))) for taken in mapped(self.stages, batch)]
-        return pyarrow.table({'taken': pyarrow.array(done, pyarrow.large_binary())})  # more than 2 GB may be large pictures
+        return pyarrow.table({'taken': pyarrow.array(done, pyarrow.large_binary())})  # large_binary, because large pictures may exceed 2 GB
 
 
 def on_cpu(taken: Taken) -> Taken:
-    """Without tensors that only this process can read."""
+    """Move token maps to the CPU, so that other processes can read them."""
     return taken._replace(maps=taken.maps._replace(maps=taken.maps.maps.cpu())) if taken.maps else taken

@@ -1,4 +1,4 @@
-"""The results of runs over parts of a folder of pictures, joined as if one run had made them."""
+"""Join the results of runs over parts of a folder of pictures, as if a single run had made them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from padseg.system.files import atomic, full_disk, sweep
 
 
 class Collected(NamedTuple):
-    """counts: of all pictures recorded. missing: the shards, as i/N, of which no finished run was found."""
+    """counts: over all recorded pictures. missing: shards, as i/N, without a finished run."""
 
     counts: Counts
     missing: list[str]
 
 
 def collect(folders: Sequence[Path], out: Path, coco: bool = False) -> Collected:
-    """Join the records of all shards in these output folders into those of `out`, with the results that lie elsewhere copied there.
+    """Join the records of all shards in these output folders into those of `out`, and copy results from the other folders there.
 
-    Raises NoImages where there are no results, OutputConflict if their settings differ, if two folders hold results of different
-    pictures of one name, or if a run is writing to one of them.
+    Raises NoImages if there are no results, OutputConflict if their settings differ, if two folders hold results of different pictures with
+    the same name, or if a run is writing to one of them.
     """
     others = [folder for folder in folders if folder.resolve() != out.resolve()]
     made = {folder: read_run(folder / 'run.json') for folder in folders}
@@ -60,12 +60,12 @@ def collect(folders: Sequence[Path], out: Path, coco: bool = False) -> Collected
 
 
 def recorded_runs(folder: Path) -> list[Run]:
-    """The runs that have records in an output folder: those of its shards, or the one."""
+    """The runs with records in an output folder: those of its shards, or its own."""
     return [run for home in shard_homes(folder).values() or [folder] if (run := read_run(home / 'run.json'))]
 
 
 def to_be_copied(record: Recorded, here: Recorded | None, folder: Path, out: Path) -> bool:
-    """Whether a picture's results are to be copied from `folder`. OutputConflict if those here are of another picture."""
+    """Return whether to copy a picture's results from `folder`. OutputConflict if the results here are of a different picture."""
     if here is None or here.status == 'failed':
         return True
     if record.status == 'failed':

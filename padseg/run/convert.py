@@ -1,4 +1,4 @@
-"""The results of a run, as they lie on disk, in the forms of other tools; no model is needed."""
+"""Convert a run's stored results to other tools' formats; no model is needed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Converted(NamedTuple):
-    """How it went. pictures: those written to `folder`; failed: the others, each with the reason."""
+    """The result of a conversion. pictures: number written to `folder`; failed: the others, with reasons."""
 
     folder: Path
     pictures: int
@@ -28,10 +28,10 @@ class Converted(NamedTuple):
 
 
 def convert(out: Path, format: str, folder: Path | None = None, images: Path | None = None) -> Converted:
-    """Write the done pictures of the run in `out` in one of CONVERTERS; one that fails is named and the rest go on.
+    """Write the finished pictures of the run in `out` in one of CONVERTERS; pictures that fail are reported and the others continue.
 
-    folder: where to, by default inside `out`; images: where the pictures are now, by default where the run found them.
-    Raises NoImages if no run did a picture there or there is no `images`, UsageError for an unknown format or if `folder` is `out`.
+    folder: destination, by default inside `out`; images: where the pictures are now, by default where the run found them. Raises NoImages
+    if `out` has no finished pictures or `images` does not exist, UsageError for an unknown format or if `folder` is `out`.
     """
     if format not in CONVERTERS:
         raise UsageError(f'unknown format {format}; known: {", ".join(CONVERTERS)}')
@@ -62,7 +62,7 @@ def convert(out: Path, format: str, folder: Path | None = None, images: Path | N
 
 
 def write_coco(out: Path) -> dict[str, str]:
-    """Write OUT/coco of a run: instances.json, panoptic.json and its PNGs. The pictures that could not be, with reasons."""
+    """Write OUT/coco for a run: instances.json, panoptic.json and its PNGs. Returns the pictures that failed, with reasons."""
     return convert(out, 'coco').failed | convert(out, 'coco-panoptic').failed
 
 
@@ -85,14 +85,14 @@ def place_of(out: Path, run: Run, done: Collection[str], folder: Path, images: P
 
 
 def made_by(run: Run, method: str) -> dict[str, str | None]:
-    """What made the label maps: the model, or the method that needs none."""
+    """What made the label maps: the model, or the method if it needs none."""
     if run.model is None:
         return {'version': run.padseg, 'method': method}
     return {'version': run.padseg, 'model': run.model.model, 'revision': run.model.revision, 'weights': run.model.weights}
 
 
 def refuse_other_size(entry: Entry, place: Place) -> None:
-    """ImageError for a label map that does not fit the picture's file as others open it."""
+    """Raise ImageError for a label map that does not fit the picture's file as other programs open it."""
     if entry.reduced_from:
         raise ImageError('it was reduced: its label map is smaller than its file')
     if place.reading.exif != 'apply':
@@ -102,7 +102,7 @@ def refuse_other_size(entry: Entry, place: Place) -> None:
 
 
 def stored_label_map(out: Path, entry: Entry) -> Array:
-    """The label map (H, W) of a done picture. UnreadableLabels if it is missing, damaged or of another size than the picture."""
+    """Read the label map (H, W) of a finished picture. UnreadableLabels if it is missing, damaged or differs in size from the picture."""
     path = out / entry.outputs['labels']
     if not path.is_file():
         raise UnreadableLabels(path, 'missing')

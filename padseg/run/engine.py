@@ -1,4 +1,4 @@
-"""The main job: every picture of a folder to label maps and masks on disk, with records from which a later run continues."""
+"""The main job: segment every picture in a folder to label maps and masks on disk, with records from which a later run continues."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ from padseg.system.progress import Progress, Silent
 from padseg.system.signals import Stop
 from padseg.system.threads import ahead, batches, threads
 
-FOREIGN = 'scores.json'  # of an evaluation, which has a folder of its own
+FOREIGN = 'scores.json'  # header of an evaluation, which needs its own folder
 log = logging.getLogger(__name__)
 
 
 class Counts(NamedTuple):
-    """How a run went. skipped: those of `done` that earlier runs had done; regions: mean of a done picture; signal: what stopped it."""
+    """The result of a run. skipped: those in `done` from earlier runs; regions: mean per finished picture; signal: what stopped it."""
 
     images: int
     done: int
@@ -56,10 +56,10 @@ class Counts(NamedTuple):
 
 
 def run(job: Job, progress: Progress = Silent()) -> Counts:
-    """Segment all pictures of the job that its output does not hold yet; a picture that fails is recorded and the rest go on.
+    """Segment all pictures of the job that its output lacks; a picture that fails is recorded and the others continue.
 
     Raises NoImages, UsageError, ModelUnavailable, ResourceExhausted, and OutputConflict if the output was made with other settings or
-    is being written.
+    another run is writing to it.
     """
     began = time.perf_counter()
     frames, pictures = choose(job)
@@ -94,30 +94,30 @@ def run(job: Job, progress: Progress = Silent()) -> Counts:
 
 
 def held(job: Job) -> contextlib.AbstractContextManager[None]:
-    """The output folder, alone or with other shards."""
+    """Hold the output folder, alone or together with other shards."""
     shard = job.selection.shard
     return shared(job.out, shard, FOREIGN) if shard else exclusive(job.out, FOREIGN)
 
 
 def start(job: Job, pending: list[Found], earlier: Run | None, stop: Stop) -> tuple[Run, Iterator[Entry]]:
-    """The run in words, and the records of its pictures, which are made when they are asked for."""
+    """Prepare the run: its record, and an iterator that computes the pictures' records lazily."""
     stages, record = prepare_job(job, earlier)
     write_header(record, home(job.out, job.selection.shard) / 'run.json')
     if job.classes:
         write_classes(job.classes, job.out / 'classes.json')
     warn_if_short(job, pending, int(str(record.settings.get('side', 0))))
-    if job.engine == 'ray':  # whose actors load the model: the one here is let go
+    if job.engine == 'ray':  # Ray's actors load the model themselves, so the one here is released
         return record, results_on_ray(job, record, pending, stop, job.address)
     return record, results(job, stages, pending, stop)
 
 
 def prepare_job(job: Job, earlier: Run | None) -> tuple[Stages, Run]:
-    """What is done with pictures, and the run in words. OutputConflict if results in the same place came from other settings."""
+    """Prepare the stages and the run's record. OutputConflict if results in the same place were made with other settings."""
     stages, record = from_maps(job) if job.maps else from_model(job)
     if not job.selection.shard:
         agree(job.out, earlier, record, REMEDY)
         return stages, record
-    with briefly(job.out):  # the first of several shards that begin at a time says what the settings are
+    with briefly(job.out):  # the first of several shards that start together determines the settings
         others = shard_homes(job.out).keys() - {job.selection.shard}
         existing = read_run(job.out / 'run.json') if earlier or others else None
         agree(job.out, existing, record)
@@ -127,13 +127,13 @@ def prepare_job(job: Job, earlier: Run | None) -> tuple[Stages, Run]:
 
 
 def agree(out: Path, earlier: Run | None, record: Run, remedy: str = 'choose another --out') -> None:
-    """OutputConflict if results of an earlier run come from other settings."""
+    """Raise OutputConflict if results of an earlier run were made with other settings."""
     if earlier:
         refuse_other_settings(out, earlier.settings, record.settings, remedy=remedy)
 
 
 def work(job: Job, made: Iterable[Entry], pending: list[Found], kept: Iterable[Recorded], stop: Stop) -> Iterator[Entry]:
-    """Do the pending pictures, as their records are made, each with its manifest line as the last thing written."""
+    """Process the pending pictures, yielding each record after its manifest line, which is the last thing written for a picture."""
     own = home(job.out, job.selection.shard)
     clean(job, pending)
     failures = 0
@@ -144,12 +144,12 @@ def work(job: Job, made: Iterable[Entry], pending: list[Found], kept: Iterable[R
             failures += entry.status == 'failed'
             if job.max_failures is not None and failures > job.max_failures:
                 stop.asked = True
-    if job.engine == 'ray':  # a worker may have been killed and its work done again by another
+    if job.engine == 'ray':  # a worker may have been killed and its work repeated by another
         clean(job, pending)
 
 
 def clean(job: Job, pending: list[Found]) -> None:
-    """Remove what killed runs left half written; beside other shards, only where it was to become results of these pictures."""
+    """Remove half-written files left by killed runs; next to other shards, only those meant to become results of these pictures."""
     names: dict[Path, set[str]] = {}
     for picture in pending:
         for path in outputs(picture.name, job).values():
@@ -159,7 +159,7 @@ def clean(job: Job, pending: list[Found]) -> None:
 
 
 def results(job: Job, stages: Stages, pending: list[Found], stop: Stop) -> Iterator[Entry]:
-    """Read pictures ahead of the model, make label maps and write results behind it, each in threads of its own; records, in order."""
+    """Read pictures ahead of the model, and make label maps and write results after it, in separate threads; yields records in order."""
     with threads(job.workers) as readers, threads(job.workers) as writers:
         depth = job.batch + job.workers
         taken = ahead(readers, partial(take, job), pending, depth)
@@ -167,7 +167,7 @@ def results(job: Job, stages: Stages, pending: list[Found], stop: Stop) -> Itera
 
 
 def map_all(job: Job, stages: Stages, taken: Iterable[Taken], stop: Stop) -> Iterator[Taken]:
-    """The pictures with their token maps. A batch that was asked to stop before its forward is dropped."""
+    """Yield the pictures with their token maps. If a stop is requested before a batch's forward pass, the batch is dropped."""
     for some in batches(taken, job.batch):
         if stop.asked:
             return
@@ -175,19 +175,19 @@ def map_all(job: Job, stages: Stages, taken: Iterable[Taken], stop: Stop) -> Ite
 
 
 def complete(job: Job, stages: Stages, taken: Taken) -> Entry:
-    """Do what is left to do for a picture after the model."""
+    """Finish a picture after the model."""
     return save(job, labelled(stages, taken))
 
 
 def count(images: int, records: Collection[Recorded], skipped: int, seconds: float, signal: int | None = None) -> Counts:
-    """Sum up the records of pictures that are in the folder now, of so many that the run is about."""
+    """Summarise the records of pictures now in the folder, out of the `images` pictures of the run."""
     regions = [record.regions or 0 for record in records if record.status == 'done']
     mean = sum(regions) / len(regions) if regions else 0.0
     return Counts(images, len(regions), skipped, len(records) - len(regions), mean, seconds, signal)
 
 
 def finish_records(out: Path, run: Run, records: dict[str, Recorded], counts: Counts, worked: bool) -> None:
-    """Write the records in their final form: one line per picture, sorted by name."""
+    """Write the final records: one line per picture, sorted by name."""
     ordered = [records[name] for name in sorted(records)]
     write_lines((record.line for record in ordered), out / 'manifest.jsonl')
     write_lines((record.line for record in ordered if record.status == 'failed'), out / 'failures.jsonl')

@@ -1,4 +1,4 @@
-"""What a run is asked to do, and the names of what it writes."""
+"""What a run is asked to do, and the names of the files it writes."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ Kind = TypeVar('Kind', bound=MethodOptions)
 
 
 class Job(NamedTuple):
-    """What `padseg run` or `padseg label` is asked to do: source, a folder or one picture; out, where results go; method, a key of
-    METHODS, with its options; model … compile as for `load`. classes: names that are looked for, by a method whose task that is.
+    """What `padseg run` or `padseg label` is asked to do. source: a folder or one picture; out: where results go; method: a key of METHODS.
 
-    workers: threads that read pictures ahead, and as many that write results behind the model. checksum: a picture is unchanged if its
-    content is, not if size and time of change are. retry_failed: whether pictures that failed are tried again though they are unchanged.
-    max_failures: how many pictures may fail before the run ends. reading: how files become pictures. maps: output of an earlier run
-    whose token maps take the model's place. engine: one of ENGINES; address: of a Ray cluster, otherwise $RAY_ADDRESS or this machine.
+    options: the method's; model … compile as for `load`; classes: names to look for, for methods that take class names. workers: threads
+    that read pictures ahead, and as many that write results behind the model. checksum: compare pictures by content instead of size and
+    modification time. retry_failed: whether to retry failed pictures that are unchanged. max_failures: how many pictures may fail before
+    the run ends. reading: how files become pictures. maps: output of an earlier run whose token maps replace the model. engine: one of
+    ENGINES; address: of a Ray cluster, by default $RAY_ADDRESS, else this machine.
     """
 
     source: Path
@@ -62,7 +62,7 @@ class Job(NamedTuple):
 
 
 def outputs(name: str, job: Job) -> dict[str, str]:
-    """Where the results of a picture go, relative to the output folder, by format."""
+    """Paths of a picture's results by format, relative to the output folder."""
     places = {key: f'{key}/{name}{module.SUFFIX}' for key, module in FORMATS.items() if key != 'overlays' or job.overlay}
     return places | ({'maps': f'maps/{name}.npz'} if job.save_maps else {})
 
@@ -92,7 +92,7 @@ def naming_settings(job: Job) -> dict[str, Setting]:
 
 
 def reading_settings(reading: Reading) -> dict[str, Setting]:
-    """The settings that decide which pictures there are and how they look, as JSON values."""
+    """Settings that determine the set of pictures and how they look, as JSON values."""
     return {
         'exif': reading.exif,
         'frames': reading.frames,
@@ -104,7 +104,7 @@ def reading_settings(reading: Reading) -> dict[str, Setting]:
 
 
 def rgb(text: str) -> tuple[int, int, int]:
-    """A colour such as #ffffff or white. UsageError for anything else."""
+    """Parse a colour such as #ffffff or white. UsageError for anything else."""
     try:
         red, green, blue = PIL.ImageColor.getrgb(text)[:3]
     except ValueError as error:
@@ -113,7 +113,7 @@ def rgb(text: str) -> tuple[int, int, int]:
 
 
 class RunSettings(pydantic.BaseModel):
-    """Settings as a record holds them, read back: the method, the names that were looked for, and how files became pictures."""
+    """Settings read back from a record: the method, the class names, and how files became pictures."""
 
     method: str | None = None
     classes: pydantic.Json[tuple[str, ...]] = ()
@@ -144,7 +144,7 @@ class RunSettings(pydantic.BaseModel):
 
 
 def settings_from(settings: Mapping[str, Setting]) -> RunSettings:
-    """The settings of a record. OutputConflict for what no run would have recorded."""
+    """Parse a record's settings. OutputConflict for settings that no run would have recorded."""
     try:
         return RunSettings.model_validate(settings)
     except pydantic.ValidationError as error:
@@ -152,7 +152,7 @@ def settings_from(settings: Mapping[str, Setting]) -> RunSettings:
 
 
 def options_from(kind: type[Kind], settings: Mapping[str, Setting]) -> Kind:
-    """The options of a method as a record holds them, nothing left open. OutputConflict for what no run would have recorded."""
+    """Parse a method's fully resolved options from a record. OutputConflict for settings that no run would have recorded."""
     names = [field.name for field in dataclasses.fields(kind)]
     try:
         return pydantic.TypeAdapter(kind).validate_python({name: settings[name] for name in names})

@@ -1,6 +1,6 @@
-"""Which runs may write to an output folder at a time, and where each keeps its records.
+"""Which runs may write to an output folder at the same time, and where each keeps its records.
 
-A run of its own has the folder to itself. Runs of different shards share it: each keeps its records in OUT/shards/i-of-N, until a run
+A run without shards has the folder to itself. Runs of different shards share it: each keeps its records in OUT/shards/i-of-N until a run
 without shards, or `padseg run --collect`, joins them.
 """
 
@@ -17,16 +17,16 @@ from padseg.system.ledger import busy, locked, make_output
 Shard = tuple[int, int]  # (i, N), i from 1
 
 SHARDS = 'shards'
-SECONDS = 10.0  # that a shard waits while another one begins
+SECONDS = 10.0  # time that a shard waits while another one starts
 
 
 def home(out: Path, shard: Shard | None) -> Path:
-    """Where a run keeps run.json, manifest.jsonl and failures.jsonl."""
+    """Folder where a run keeps run.json, manifest.jsonl and failures.jsonl."""
     return out / SHARDS / f'{shard[0]}-of-{shard[1]}' if shard else out
 
 
 def shard_homes(out: Path) -> dict[Shard, Path]:
-    """The shards that have records in an output folder."""
+    """The shards with records in an output folder."""
     folders = [path for path in (out / SHARDS).glob('*-of-*') if path.is_dir()]
     names = {path: path.name.split('-of-') for path in folders}
     return {(int(i), int(n)): path for path, (i, n) in sorted(names.items()) if i.isdecimal() and n.isdecimal()}
@@ -34,9 +34,9 @@ def shard_homes(out: Path) -> dict[Shard, Path]:
 
 @contextlib.contextmanager
 def exclusive(out: Path, *foreign: str) -> Iterator[None]:
-    """Make the output folder, keep all other runs out, shards too, and remove what killed runs left half written beside the records.
+    """Create the output folder, lock out all other runs, including shards, and remove half-written files left by killed runs.
 
-    OutputConflict if a run is in it, or if it holds a file `foreign`, the header of another command.
+    Raises OutputConflict if a run is using the folder, or if it holds a file in `foreign`, another command's header.
     """
     make_output(out, *foreign)
     with locked(out, busy(out)), contextlib.ExitStack() as stack:
@@ -48,11 +48,11 @@ def exclusive(out: Path, *foreign: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def shared(out: Path, shard: Shard, *foreign: str) -> Iterator[None]:
-    """Make the output folder and keep out all runs but those of the other shards of N. OutputConflict as for `exclusive`."""
+    """Create the output folder and lock out all runs except the other shards of N. OutputConflict as for `exclusive`."""
     make_output(out, *foreign)
     with contextlib.ExitStack() as stack:
         with briefly(out):
-            sweep(out, {'run.json'})  # all that a shard writes there, and only while it holds the folder
+            sweep(out, {'run.json'})  # the only file that a shard writes there, and only while it holds the folder
             for (i, n), folder in shard_homes(out).items():
                 if n != shard[1]:
                     with locked(folder, f'a run of shard {i}/{n} is writing to {out}: only shards of the same N can share it'):
@@ -69,8 +69,8 @@ def briefly(out: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def all_records(out: Path) -> dict[str, Recorded]:
-    """The last record of every picture in an output folder, including those of shards."""
-    # the folder's own manifest is written last by a run that has joined what shards were there before: theirs are newer
+    """Last record of every picture in an output folder, including those of shards."""
+    # shards' manifests are newer than the folder's own, which a run writes after joining all earlier shards
     manifests = [folder / 'manifest.jsonl' for folder in shard_homes(out).values()]
     newest_last = sorted((path for path in manifests if path.exists()), key=lambda path: path.stat().st_mtime_ns)
     records: dict[str, Recorded] = {}
@@ -80,7 +80,7 @@ def all_records(out: Path) -> dict[str, Recorded]:
 
 
 def unfinished(folders: Sequence[Path]) -> list[str]:
-    """The shards, as i/N, without a finished run in these folders, of that N of which the fewest are missing; often none."""
+    """Shards, as i/N, without a finished run in these folders, for the N with the fewest missing; often none."""
     states: dict[int, dict[int, bool]] = {}
     for (i, n), folder in [item for out in folders for item in shard_homes(out).items()]:
         run = read_run(folder / 'run.json')
@@ -90,6 +90,6 @@ def unfinished(folders: Sequence[Path]) -> list[str]:
 
 
 def forget_shards(out: Path) -> None:
-    """Remove the shards' records after they are joined."""
+    """Remove the shards' records once they are joined."""
     if (out / SHARDS).is_dir():
         remove(out / SHARDS)

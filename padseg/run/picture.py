@@ -1,4 +1,4 @@
-"""The stages that a picture of a run goes through: taken from its file, token maps, label map, its results written."""
+"""The stages of a picture in a run: read the file, compute token maps, make the label map, write results."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ log = logging.getLogger(__name__)
 
 
 class Taken(NamedTuple):
-    """A picture that was read, with what is known of it so far; image is None if it failed; void: (H, W) bool, pixels to be left
-    unassigned, or None; maps, labels: what was found in it."""
+    """A picture that was read, and what is known about it so far. image: None if it failed; maps, labels: what was found in it.
+
+    void: (H, W) bool, pixels to leave unassigned, or None.
+    """
 
     entry: Entry
     image: Image | None
@@ -34,12 +36,14 @@ class Taken(NamedTuple):
 
 
 class OutOfMemory(ImageError):
-    """A picture that is too much for the device's memory, by itself."""
+    """A picture that by itself exceeds the device's memory."""
 
 
 class Stages(NamedTuple):
-    """What a job does with pictures. maps: makes the token maps of a batch, none of which has failed; a picture that fails now is
-    marked so. labels: makes the maps of one picture a label map, for which the model is not needed.
+    """What a job does with pictures.
+
+    maps: computes token maps of a batch, none of which has failed before; pictures that fail now are marked. labels: turns one picture's
+    maps into a label map, without the model.
     """
 
     maps: Callable[[list[Taken]], list[Taken]]
@@ -61,7 +65,7 @@ def take(job: Job, picture: Found) -> Taken:
         entry.reduced_from = None if size == entry.size else size
         entry.notes = list(notes)
         for note in notes:
-            if note.startswith('first of'):  # the rest of the file is left out
+            if note.startswith('first of'):  # the remaining frames are left out
                 log.warning('%s: %s', picture.name, note)
     except (ImageError, OSError) as error:
         fail(entry, error)
@@ -70,7 +74,7 @@ def take(job: Job, picture: Found) -> Taken:
 
 
 def mapped(stages: Stages, taken: list[Taken]) -> Iterator[Taken]:
-    """The pictures of a batch with their token maps."""
+    """Yield the pictures of a batch with their token maps."""
     good = [picture for picture in taken if picture.image is not None]
     began = time.perf_counter()
     made = iter(stages.maps(good) if good else ())
@@ -82,7 +86,7 @@ def mapped(stages: Stages, taken: list[Taken]) -> Iterator[Taken]:
 
 
 def labelled(stages: Stages, taken: Taken) -> Taken:
-    """A picture with its label map; a failed one as it is."""
+    """Add a picture's label map; a failed picture is returned unchanged."""
     if taken.image is None:
         return taken
     from padseg.methods.stages.labels import unassign
@@ -94,9 +98,9 @@ def labelled(stages: Stages, taken: Taken) -> Taken:
 
 
 def by_method(forward: Callable[[Sequence[Image]], Sequence[Any]], taken: list[Taken]) -> list[Taken]:
-    """Token maps of a batch by a forward; where memory runs out or the attention is not finite, by halves of the batch.
+    """Compute token maps of a batch with `forward`, halving the batch if memory runs out or attention is not finite.
 
-    Alone, such a picture fails.
+    A picture for which this happens alone has failed.
     """
     images = [picture.image for picture in taken if picture.image is not None]
     try:
@@ -115,21 +119,21 @@ def by_method(forward: Callable[[Sequence[Image]], Sequence[Any]], taken: list[T
 
 
 def of_memory(error: Exception) -> bool:
-    """Whether this is torch's word that the device's memory is full."""
+    """Return whether torch reports that the device's memory is full."""
     import torch
 
     return isinstance(error, torch.OutOfMemoryError)
 
 
 def by_maps(folder: Path, known: dict[str, str | None], taken: list[Taken]) -> list[Taken]:
-    """Token maps of a batch that were kept. A picture without them, or another one than they were made from, has failed."""
+    """Load a batch's stored token maps. A picture without them, or that changed since they were made, has failed."""
     from padseg.methods.stages.saved_maps import read_maps
 
     mapped_pictures = []
     for picture in taken:
         maps = read_maps(folder / f'{picture.entry.input}.npz')
         if maps is None or known.get(picture.entry.input) != picture.entry.sha256:
-            fail(picture.entry, ImageError('there are no token maps of this picture: run the model with --save-maps'))
+            fail(picture.entry, ImageError('there are no token maps for this picture: run the model with --save-maps'))
             mapped_pictures.append(picture._replace(image=None))
         else:
             mapped_pictures.append(picture._replace(maps=maps))
@@ -137,7 +141,7 @@ def by_maps(folder: Path, known: dict[str, str | None], taken: list[Taken]) -> l
 
 
 def save(job: Job, taken: Taken) -> Entry:
-    """Write a picture's results; its complete record. OSError if the trouble is not of this picture alone."""
+    """Write a picture's results and return its complete record. OSError for problems that are not specific to this picture."""
     entry, image, _, maps, labels = taken
     if image is not None and labels is not None:
         began = time.perf_counter()
@@ -167,7 +171,7 @@ def write_results(job: Job, entry: Entry, image: Image, maps: TokenMaps | None, 
 
 
 def count_regions(labels: LabelMap) -> int:
-    """The number of regions, or of the classes that the picture shows."""
+    """Number of regions, or of classes that the picture shows."""
     if not labels.names:
         return int(labels.labels.max())
     import numpy as np

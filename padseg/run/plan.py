@@ -1,4 +1,4 @@
-"""Which pictures a run processes, and which of them are still to be done."""
+"""Decide which pictures a run processes, and which of them are still pending."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from padseg.run.selection import select
 
 
 class Plan(NamedTuple):
-    """What is to be done. kept: records of pictures that stay as they are; earlier: the run that made the existing results."""
+    """What to do. kept: records of pictures that stay unchanged; earlier: the run that made the existing results."""
 
     pending: list[Found]
     kept: dict[str, Recorded]
@@ -28,7 +28,7 @@ class Plan(NamedTuple):
 
 
 def choose(job: Job) -> tuple[list[Found], list[Found]]:
-    """All pictures of the source, and those that the run processes. Raises NoImages if there are none, and UsageError."""
+    """Return all pictures of the source, and those that the run processes. Raises NoImages if there are none, and UsageError."""
     if job.source.resolve() == job.out.resolve():
         raise UsageError(f'the output folder cannot be the folder of pictures: {job.out}')
     frames = [frame for picture in find(job.source, skip=job.out) for frame in frames_of(picture, job.reading)]
@@ -41,32 +41,32 @@ def choose(job: Job) -> tuple[list[Found], list[Found]]:
 
 
 def refuse_collisions(out: Path, pictures: list[Found]) -> None:
-    """UsageError if two pictures would have the same result files."""
+    """Raise UsageError if two pictures would have the same result files."""
     same = collisions(picture.name for picture in pictures)
     if same and ignores_case(out):
         raise UsageError(f'{same[0][0]} and {same[0][1]} are the same name on the file system of {out}: rename one, or --exclude it')
 
 
 def plan(job: Job, frames: list[Found], pictures: list[Found]) -> Plan:
-    """Compare the chosen pictures with the existing results. OutputConflict if these cannot be understood."""
+    """Compare the chosen pictures with the existing results. OutputConflict if these are unreadable."""
     shard = job.selection.shard
     earlier = None if job.overwrite and not shard else read_run(job.out / 'run.json')
     records = all_records(job.out) if earlier else {}
     past = {} if job.overwrite else records
     pending = [picture for picture in pictures if not settled(picture, past.get(picture.name), job)]
     again = {picture.name for picture in pending}
-    # failed pictures that this run is not about keep their records, unless they are gone
+    # failed pictures outside this run keep their records, unless their files are gone
     unselected = {picture.name for picture in frames} - {picture.name for picture in pictures}
     kept = {name: record for name, record in records.items() if name not in again and (record.status == 'done' or name in unselected)}
     kept |= {picture.name: records[picture.name] for picture in pictures if picture.name not in again}
-    if shard:  # what is not of the shard is recorded elsewhere
+    if shard:  # pictures outside the shard are recorded elsewhere
         kept = {picture.name: kept[picture.name] for picture in pictures if picture.name in kept}
     done = any(record.status == 'done' for record in records.values())
     return Plan(pending, kept, earlier if done else None)
 
 
 def settled(picture: Found, record: Recorded | None, job: Job) -> bool:
-    """Whether nothing is to be done for this very picture: it has all its results, or it failed and is not to be tried again."""
+    """Return whether a picture needs no work: it has all its results, or it failed and must not be retried."""
     if record is None or (record.status == 'failed' and job.retry_failed):
         return False
     entry = entry_of(record)
@@ -78,4 +78,4 @@ def settled(picture: Found, record: Recorded | None, job: Job) -> bool:
             return True
         return hashlib.sha256(picture.path.read_bytes()).hexdigest() == entry.sha256
     except OSError:
-        return False  # reading it again will tell what is wrong
+        return False  # reading it again will report the error

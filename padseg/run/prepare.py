@@ -1,4 +1,4 @@
-"""The method of a job, ready to work, and the record that says how: by a loaded model, or by token maps that a run kept."""
+"""Prepare a job's method and its record, either with a loaded model or with token maps stored by an earlier run."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 
 def from_model(job: Job) -> tuple[Stages, Run]:
-    """The method by the model that it needs, if it needs one. UsageError for what does not fit together."""
+    """Prepare the method with the model that it needs, if any. UsageError for options that do not go together."""
     method = method_named(job.method, 'classes' if job.classes else 'regions')
     if job.save_maps and not method.FAMILIES:
-        raise UsageError(f'{job.method} has no maps to keep: leave out --save-maps')
+        raise UsageError(f'{job.method} has no maps to keep: omit --save-maps')
     prepared = prepared_for(job, method, device=job.device, dtype=job.dtype)
     return stages_of(method, prepared), record_of(job, method, prepared)
 
 
 def prepared_for(job: Job, method: Method, revision: str | None = None, **how: Any) -> Any:
-    """What the method works with; its model is loaded by the job's settings."""
+    """Prepare the method, loading its model with the job's settings."""
     backbone = open_backbone(method, job.options, job.model, revision or job.revision, vae=job.vae, compile=job.compile, **how)
     return method.prepare(backbone, job.options, job.classes)
 
@@ -70,7 +70,7 @@ def record_of(job: Job, method: Method, prepared: Any) -> Run:
 
 
 def settings_of_model(job: Job, backbone: Backbone | None) -> dict[str, Setting]:
-    """The settings of the model that affect the results."""
+    """Model settings that affect the results."""
     if backbone is None:
         return {}
     return {'weights': backbone.identity.weights, 'dtype': dtype_of(backbone), 'compile': job.compile}
@@ -81,14 +81,14 @@ def dtype_of(backbone: Backbone) -> str:
 
 
 def torch_threads() -> int:
-    """The number of threads that torch uses: with another number sums may round differently."""
+    """Number of threads that torch uses; another number may change the rounding of sums."""
     import torch
 
     return torch.get_num_threads()
 
 
 def from_maps(job: Job) -> tuple[Stages, Run]:
-    """Seg4Diff by token maps that an earlier run kept. NoImages if there are none."""
+    """Prepare Seg4Diff with token maps stored by an earlier run. NoImages if there are none."""
     assert job.maps is not None
     made = read_run(job.maps / 'run.json')
     if made is None or not (job.maps / 'maps').is_dir():
@@ -120,5 +120,5 @@ def settings_key(settings: dict[str, Setting]) -> str:
 
 
 def now() -> str:
-    """The time in UTC, to the second."""
+    """Current time in UTC, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec='seconds')

@@ -1,4 +1,4 @@
-"""What a run writes about itself: run.json, manifest.jsonl, failures.jsonl; other programs read them."""
+"""What a run writes about itself, for other programs to read: run.json, manifest.jsonl, failures.jsonl."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from padseg.system.ledger import Name, line, read_header, read_line, read_lines
 
 
 class Entry(BaseModel):
-    """One picture, a line of manifest.jsonl. input is a POSIX path relative to the folder, outputs are to OUT; size is (height, width).
+    """One picture, a line of manifest.jsonl. input: POSIX path relative to the folder; outputs: relative to OUT; size: (height, width).
 
-    modified: when the file last changed, in nanoseconds since 1970; reduced_from: the size of the file's picture if it was reduced;
-    notes: what was done to it that is not plain decoding.
+    modified: the file's modification time, in nanoseconds since 1970; reduced_from: original picture size, if it was reduced; notes:
+    conversions beyond plain decoding.
     """
 
     input: Name
@@ -28,14 +28,14 @@ class Entry(BaseModel):
     notes: list[str] = []
     regions: int | None = None
     seconds: float = 0.0
-    stages: dict[str, float] = {}  # seconds of decode, segment (a batch's share of the forward), labels and write
-    error: str | None = None  # class of the error, with reason
+    stages: dict[str, float] = {}  # seconds for decode, segment (share of the batch's forward pass), labels and write
+    error: str | None = None  # the error's class; its message is in reason
     reason: Name | None = None
     outputs: dict[str, Name] = {}
 
 
 class ModelRecord(BaseModel):
-    """The model that made the results; weights: sha256 of its files."""
+    """The model that made the results; weights: SHA-256 of its files."""
 
     model: str
     folder: Name
@@ -44,7 +44,7 @@ class ModelRecord(BaseModel):
 
 
 class RunTotals(BaseModel):
-    """Pictures of the last run over OUT. skipped: those of `done` that earlier runs had done; regions: mean of a done picture."""
+    """Pictures in the last run over OUT. skipped: those in `done` from earlier runs; regions: mean per finished picture."""
 
     images: int = 0
     done: int = 0
@@ -54,7 +54,7 @@ class RunTotals(BaseModel):
 
 
 class Run(BaseModel):
-    """run.json. requested: settings as asked for; settings: as used, all that decides the results; key: their sha256.
+    """run.json. requested: settings as given; settings: as used, all that affect the results; key: their SHA-256.
 
     model, dtype: None for a method that needs no model.
     """
@@ -79,12 +79,12 @@ class Run(BaseModel):
 
 
 def read_run(path: Path) -> Run | None:
-    """The record of the run that last wrote here; None if there is none. OutputConflict if it cannot be understood."""
+    """Read the record of the last run that wrote here; None if there is none. OutputConflict if it is unreadable."""
     return read_header(path, Run, 'a padseg run')
 
 
 class Recorded(NamedTuple):
-    """A picture's line of the manifest with what a run needs of it: an Entry takes five times the memory, and there may be millions."""
+    """A picture's manifest line with the fields that a run needs: there may be millions, and an Entry takes five times the memory."""
 
     line: str
     status: str
@@ -97,10 +97,10 @@ def as_recorded(entry: Entry) -> Recorded:
 
 
 def entry_of(record: Recorded) -> Entry:
-    """The entry that a line holds."""
+    """Parse the entry in a line."""
     return read_line(record.line, Entry)
 
 
 def read_records(path: Path) -> dict[str, Recorded]:
-    """The last record of every picture in a manifest, by name. OutputConflict if it cannot be understood."""
+    """Read the last record of every picture in a manifest, by name. OutputConflict if the manifest is unreadable."""
     return {entry.input: as_recorded(entry) for entry in read_lines(path, Entry)}

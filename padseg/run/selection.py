@@ -1,4 +1,4 @@
-"""Which pictures a run processes: name patterns, shards, a limit."""
+"""Select the pictures that a run processes: name patterns, shards, a limit."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from padseg.images import Found
 
 
 class Selection(NamedTuple):
-    """include, exclude: patterns of names such as `*.jpg` or `cats/*`, where * also stands for slashes; shard: (i, N), i from 1;
-    limit: the first so many of what is left, or None."""
+    """Which pictures to process. include, exclude: name patterns such as `*.jpg` or `cats/*`, where * also matches slashes.
+
+    shard: (i, N), i from 1; limit: keep only the first `limit` of the remaining pictures, or None.
+    """
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -23,7 +25,7 @@ class Selection(NamedTuple):
 
 
 def select(pictures: Sequence[Found], selection: Selection) -> list[Found]:
-    """The pictures that are included, not excluded, in the shard, and within the limit; in their order."""
+    """Return the pictures that are included, not excluded, in the shard and within the limit, in their order."""
     chosen = [picture for picture in pictures if wanted(picture.name, selection) and in_shard(picture.name, selection.shard)]
     return chosen if selection.limit is None else chosen[: selection.limit]
 
@@ -34,7 +36,7 @@ def wanted(name: str, selection: Selection) -> bool:
 
 
 def in_shard(name: str, shard: tuple[int, int] | None) -> bool:
-    """Whether a picture is of shard i of N: decided by its name alone, so that shards need not know of each other or of new pictures."""
+    """Return whether a picture is in shard i of N. Only its name counts, so that shards need not know of each other or of new pictures."""
     if shard is None:
         return True
     digest = hashlib.sha256(name.encode('utf-8', 'surrogateescape')).digest()
@@ -42,7 +44,7 @@ def in_shard(name: str, shard: tuple[int, int] | None) -> bool:
 
 
 def parse_shard(text: str | None) -> tuple[int, int] | None:
-    """`2/4` as (2, 4). UsageError unless 1 <= i <= N."""
+    """Parse `2/4` to (2, 4). UsageError unless 1 <= i <= N."""
     if text is None:
         return None
     match = re.fullmatch(r'(\d+)/(\d+)', text)

@@ -1,4 +1,4 @@
-"""Free space on disks, and sizes in words."""
+"""Free disk space, and sizes in words."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def free_space(path: Path) -> int:
-    """Bytes free where this folder is or would be made."""
+    """Free bytes on the disk where this folder is or would be created."""
     path = path.expanduser().absolute()
     return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
 
 
 def human(size: int) -> str:
-    """13 B, 4.2 kB, 8.1 GB."""
+    """Format a size: 13 B, 4.2 kB, 8.1 GB."""
     number, units = float(size), ['B', 'kB', 'MB', 'GB', 'TB']
     while number >= 1000 and len(units) > 1:
         number /= 1000

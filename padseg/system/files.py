@@ -1,4 +1,4 @@
-"""Writing so that a result exists completely or not at all."""
+"""Write results atomically: each exists completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from pathlib import Path
 
 from padseg.errors import ResourceExhausted
 
-PREFIX = '.padseg-'  # of temporary names; hidden, and short so that long names stay possible
+PREFIX = '.padseg-'  # prefix of temporary names; hidden, and short so that long names remain possible
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 MARK = 12  # hexadecimal digits
-# A picture's own fault when its results cannot be written; any other error of the file system concerns the whole run.
+# Write errors caused by a picture's own name; any other file system error affects the whole run.
 NAME_FAULTS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` for the block to make a file or a folder of files at; it then takes the place of `path` at once.
+    """Yield a temporary path next to `path` at which the block creates a file or a folder of files; it then replaces `path` in one step.
 
-    If the block raises, nothing is left of it and `path` is as it was.
+    If the block raises, the temporary path is removed and `path` stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
     try:
         yield temporary
         for file in sorted(temporary.iterdir()) if temporary.is_dir() else [temporary]:
-            flush(file)  # all of a folder after all are written: one commit of the file system's journal serves them all
+            flush(file)  # after all files of a folder are written, so that one journal commit covers them
         if temporary.is_dir() and path.is_dir():
-            remove(path)  # a rename replaces a file, but no folder that holds something
+            remove(path)  # a rename replaces a file, but not a folder with content
         os.replace(temporary, path)
     finally:
         remove(temporary)
@@ -41,22 +41,22 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def full_disk(out: Path) -> Iterator[None]:
-    """A full disk or quota, at whichever write, as ResourceExhausted."""
+    """Turn a full disk or quota, at any write, into ResourceExhausted."""
     try:
         yield
     except OSError as error:
         if error.errno not in FULL:
             raise
-        raise ResourceExhausted(f'{out}: {error.strerror}; what is finished stays, and the same command continues') from error
+        raise ResourceExhausted(f'{out}: {error.strerror}; finished results are kept, and the same command continues') from error
 
 
 def temporary_beside(path: Path) -> Path:
-    """A new name in the folder of `path`."""
+    """Return a new temporary path in the same folder as `path`."""
     return path.parent / f'{temporary_prefix(path.name)}-{uuid.uuid4().hex[:MARK]}'
 
 
 def flush(path: Path) -> None:
-    """Wait until the file's bytes are on the disk."""
+    """Wait until the file's bytes are on disk."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -65,7 +65,7 @@ def flush(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder, if there is one; a folder leaves its place before its files go."""
+    """Remove a file or folder, if it exists; a folder is renamed before its files are deleted."""
     if path.is_dir():
         doomed = path if path.name.startswith(PREFIX) else temporary_beside(path)
         if doomed != path:
@@ -76,7 +76,7 @@ def remove(path: Path) -> None:
 
 
 def sweep(folder: Path, names: Collection[str] | None = None) -> None:
-    """Remove what a killed run left half written in a folder; only what was to get one of these names, if any are given."""
+    """Remove half-written files that a killed run left in a folder; with `names`, only those meant to get one of these names."""
     wanted = None if names is None else {temporary_prefix(name) for name in names}
     for path in folder.glob(f'{PREFIX}*'):
         if wanted is None or path.name[: len(PREFIX) + MARK] in wanted:
@@ -84,5 +84,5 @@ def sweep(folder: Path, names: Collection[str] | None = None) -> None:
 
 
 def temporary_prefix(name: str) -> str:
-    """How temporary names for a file or folder of this name begin: runs that share a folder know theirs by it."""
+    """Prefix of temporary names for a file or folder of this name, so that runs sharing a folder recognise their own."""
     return PREFIX + hashlib.sha256(os.fsencode(name)).hexdigest()[:MARK]

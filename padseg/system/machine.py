@@ -1,4 +1,4 @@
-"""Cores and memory of this machine."""
+"""CPU cores and memory of this machine."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ CONTAINER = Path('/sys/fs/cgroup/memory.max')
 
 
 def usable_cpus() -> int:
-    """The number of CPUs that this process may use, where the system says."""
+    """Number of CPUs that this process may use, or of all CPUs if the system does not say."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def memory_in_all() -> int | None:
-    """Bytes of memory of the machine, or of the container that padseg runs in; None where the system does not say."""
+    """Total memory in bytes of the machine, or of the container that padseg runs in; None if unknown."""
     if 'SC_PHYS_PAGES' not in os.sysconf_names:
         return None
     machine = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
@@ -25,7 +25,7 @@ def memory_in_all() -> int | None:
 
 
 def memory_available() -> int | None:
-    """Bytes available without swapping; SC_AVPHYS_PAGES would leave out what the system only caches. None where it does not say."""
+    """Memory in bytes available without swapping; None if unknown. SC_AVPHYS_PAGES would leave out reclaimable caches."""
     text = MEMINFO.read_text() if MEMINFO.is_file() else ''
     match = re.search(r'^MemAvailable: +(\d+) kB$', text, re.MULTILINE)
     return int(match[1]) * 1024 if match else None

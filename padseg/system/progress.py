@@ -1,4 +1,4 @@
-"""How far a run is, on stderr: a bar on a terminal, a plain line now and then elsewhere, or a JSON object per event."""
+"""Progress of a run on stderr: a bar on a terminal, an occasional plain line elsewhere, or one JSON object per event."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Says nothing."""
+    """Prints nothing."""
 
     def start(self, total: int) -> None:
         pass
@@ -40,7 +40,7 @@ class Silent:
 
 
 class Bar:
-    """A bar with pictures per second and the time left."""
+    """A progress bar with pictures per second and the time left."""
 
     def start(self, total: int) -> None:
         self.bar = tqdm(total=total, unit=UNIT, file=sys.stderr, dynamic_ncols=True, smoothing=0.1)
@@ -53,7 +53,7 @@ class Bar:
 
 
 class Lines:
-    """The same figures as a line of text, at most one every ten seconds."""
+    """The same figures as lines of text, at most one every ten seconds."""
 
     def start(self, total: int) -> None:
         self.total = total
@@ -72,7 +72,7 @@ class Lines:
 
 
 class Events:
-    """A line of JSON for the start, for each picture with its record, and for the end."""
+    """A line of JSON for the start and for each picture with its record."""
 
     def start(self, total: int) -> None:
         event('start', pending=total)
@@ -85,20 +85,20 @@ class Events:
 
 
 def event(name: str, **fields: Any) -> None:
-    """Print one event on stderr: its time in UTC, its name, and what belongs to it."""
+    """Print one event on stderr: its time in UTC, its name and its fields."""
     time = datetime.now(timezone.utc).isoformat(timespec='milliseconds')
     print(json.dumps({'time': time, 'event': name, **fields}), file=sys.stderr, flush=True)
 
 
 class EventHandler(logging.Handler):
-    """Log records of any library as events."""
+    """Prints log records of any library as events."""
 
     def emit(self, record: logging.LogRecord) -> None:
         event('log', level=record.levelname.lower(), logger=record.name, message=record.getMessage())
 
 
 def shown(quiet: bool) -> Progress:
-    """The way of showing progress that suits stderr."""
+    """Choose the progress display that suits stderr."""
     if quiet:
         return Silent()
     return Bar() if sys.stderr.isatty() else Lines()

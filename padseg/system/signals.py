@@ -1,4 +1,4 @@
-"""A clean stop on the first SIGINT or SIGTERM, an immediate one on the second."""
+"""Stop cleanly on the first SIGINT or SIGTERM, immediately on the second."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 
 class Stop:
-    """Context manager; `asked`: whether to stop; `signal`: the number of the signal that asked, or None.
+    """Context manager that catches signals. asked: whether to stop; signal: number of the signal received, or None.
 
-    Outside the main thread no signal is noted.
+    Outside the main thread, signals are not caught.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Work in threads ahead of its use, in order and bounded."""
+"""Work done ahead of its use in threads, in order and with a bound."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ B = TypeVar('B')
 
 @contextlib.contextmanager
 def threads(number: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool that starts nothing more after an error."""
+    """A thread pool that cancels pending work on exit, also after an error."""
     pool = ThreadPoolExecutor(number)
     try:
         yield pool
@@ -24,7 +24,7 @@ def threads(number: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def ahead(pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[A], depth: int) -> Iterator[B]:
-    """function(item) for every item in order, computed in the pool, at most `depth` before they are asked for."""
+    """Yield function(item) for every item in order, computed in the pool at most `depth` items ahead."""
     running: deque[Future[B]] = deque()
     for item in items:
         running.append(pool.submit(function, item))
@@ -35,7 +35,7 @@ def ahead(pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[
 
 
 def batches(items: Iterable[A], size: int) -> Iterator[list[A]]:
-    """The items in lists of `size`, the last one shorter."""
+    """Yield the items in lists of `size`; the last list may be shorter."""
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch

@@ -1,4 +1,4 @@
-"""Which versions are installed, read without importing them."""
+"""Installed versions, read without importing the packages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ LIBRARIES = ('torch', 'diffusers', 'transformers', 'numpy', 'scipy', 'scikit-ima
 
 
 def versions() -> dict[str, str]:
-    """Version of Python and of each library that can change a result; one that is missing is left out."""
+    """Versions of Python and of each installed library that can affect results."""
     installed = {name: version(name) for name in LIBRARIES}
     return {'python': platform.python_version(), **{name: number for name, number in installed.items() if number}}
 

@@ -1,4 +1,4 @@
-"""Training examples with soft masks of regions or of named classes: synthetic scenes, and annotated photographs with foreign regions."""
+"""Training examples with soft masks of regions or named classes: synthetic scenes, and annotated photographs with pasted-in regions."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ from padseg.types import Array
 
 VIEWS = ((256, 256), (208, 320), (320, 208))  # height, width in pixels: all near 256 x 256 in area
 VIEW_SHARES = (0.3, 0.5, 0.2)
-CELL = 8  # pixels a side of one cell of the masks: half an image token
-MAX_MASKS = 24  # the largest regions; the rest is left out of the loss
-ROWS = max(MAX_MASKS, len(CLASSES))  # places for masks in a batch
-VOID = 255  # ignored by convention in 8-bit label maps with classes
+CELL = 8  # side of a mask cell in pixels: half an image token
+MAX_MASKS = 24  # only the largest regions enter the loss
+ROWS = max(MAX_MASKS, len(CLASSES))  # masks per example, padding included
+VOID = 255  # the usual ignore label in 8-bit class maps
 
 
 class Photographs(NamedTuple):
-    """A folder of annotated photographs: each file with its label maps (one an annotator), and how often it is drawn."""
+    """A folder of annotated photographs.
+
+    pairs: each image file with its label maps, one per annotator; weight: relative sampling frequency; void: label to ignore.
+    """
 
     pairs: tuple[tuple[pathlib.Path, tuple[pathlib.Path, ...]], ...]
     weight: float
@@ -34,10 +37,10 @@ class Photographs(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """images: (B, 3, H, W) in -1..1; masks: (B, ROWS, H/CELL, W/CELL) uint8, share of a cell in 0..64; counts: (B,) masks in use.
+    """images: (B, 3, H, W) in -1..1; masks: (B, ROWS, H/CELL, W/CELL) uint8, covered pixels per cell, 0..64; counts: (B,) masks in use.
 
-    prompts: B texts; where one is not empty its words name the masks, and words (B, ROWS, SLOTS) holds the weights with which
-    the maps of the prompt's tokens are averaged for each mask. captions: B texts that say what a scene shows, empty for photographs.
+    prompts: B texts. The words of a non-empty prompt name the masks, and words (B, ROWS, SLOTS) holds, for each mask, the weights that
+    average the maps of its tokens. captions: B descriptions of the scenes, empty for photographs.
     """
 
     images: Tensor
@@ -49,7 +52,7 @@ class Batch(NamedTuple):
 
 
 class Example(NamedTuple):
-    """image: (H, W, 3) uint8; masks: (M, H/CELL, W/CELL) uint8; caption: what it shows; names: the masks' classes, or none."""
+    """image: (H, W, 3) uint8; masks: (M, H/CELL, W/CELL) uint8; caption: a description; names: the classes of the masks, if named."""
 
     image: Array
     masks: Array
@@ -58,7 +61,10 @@ class Example(NamedTuple):
 
 
 def photographs(argument: str) -> Photographs:
-    """The pictures of FOLDER[=WEIGHT[=VOID]]: FOLDER/images[/train]/x.jpg with FOLDER/labels[/train]/x.png or x_0.png, x_1.png, ..."""
+    """List the photographs of FOLDER[=WEIGHT[=VOID]]. Raises NoImages if there are none.
+
+    Each FOLDER/images[/train]/x.jpg needs FOLDER/labels[/train]/x.png, or x_0.png, x_1.png, ... from several annotators.
+    """
     name, *rest = argument.split('=')
     images, labels = pathlib.Path(name) / 'images', pathlib.Path(name) / 'labels'
     if (images / 'train').is_dir():
@@ -74,7 +80,7 @@ def photographs(argument: str) -> Photographs:
 
 
 def batch(seed: int, index: int, size: int, folders: Sequence[Photographs], mixture: Mixture) -> Batch:
-    """The examples number `index` of a training run, a pure function of its arguments; all have one view."""
+    """Make batch number `index` of a training run. The result depends on the arguments alone; all its examples have the same size."""
     rng = np.random.default_rng((seed, index))
     view = VIEWS[rng.choice(len(VIEWS), p=VIEW_SHARES)]
     examples = []
@@ -103,7 +109,7 @@ def batch(seed: int, index: int, size: int, folders: Sequence[Photographs], mixt
 
 
 def prompt_names(rng: np.random.Generator, drawn: Scene, others: int) -> tuple[str, ...]:
-    """The classes that a scene shows and up to `others` more, in random order."""
+    """Return the classes in a scene and up to `others` absent ones, in random order."""
     shown = list(dict.fromkeys(drawn.names))
     absent = [name for name in CLASSES if name not in shown]
     names = shown + [absent[i] for i in rng.permutation(len(absent))[: rng.integers(others + 1)]]
@@ -111,7 +117,7 @@ def prompt_names(rng: np.random.Generator, drawn: Scene, others: int) -> tuple[s
 
 
 def word_weights(names: Sequence[str]) -> Array:
-    """Which slots of the prompt hold each name, (ROWS, SLOTS) float32 with rows that sum to 1: every word is one token."""
+    """Weights of the prompt's tokens for each name: (ROWS, SLOTS) float32. Every word is one token; the row of a name sums to 1."""
     weights = np.zeros((ROWS, SLOTS), np.float32)
     slot = 1  # after the start token
     for row, name in enumerate(names):
@@ -122,7 +128,7 @@ def word_weights(names: Sequence[str]) -> Array:
 
 
 def photograph(rng: np.random.Generator, folders: Sequence[Photographs], view: tuple[int, int]) -> tuple[Array, Array]:
-    """A crop of a random photograph, often with a region of another pasted in: (H, W, 3) uint8 and labels (H, W), -1 = ignore."""
+    """Crop a random photograph, often pasting in a region of another: (H, W, 3) uint8 and labels (H, W), -1 = ignore."""
     image, labels = crop(rng, *read_pair(rng, folders), view)
     if rng.random() < 0.35:
         image, labels = paste(rng, image, labels, *crop(rng, *read_pair(rng, folders), view))
@@ -148,7 +154,7 @@ def decode_array(path: pathlib.Path, flag: int) -> Array:
 
 
 def crop(rng: np.random.Generator, image: Array, labels: Array, view: tuple[int, int]) -> tuple[Array, Array]:
-    """A random part of the picture with the view's aspect ratio, 40 to 100 % of the largest such part, flipped half the time."""
+    """Crop to the view's aspect ratio and resize to the view; the crop has 40 to 100 % of the largest area and is flipped half the time."""
     height, width = labels.shape
     scale = min(height / view[0], width / view[1]) * rng.uniform(0.4, 1) ** 0.5
     size = max(1, round(view[0] * scale)), max(1, round(view[1] * scale))
@@ -160,7 +166,7 @@ def crop(rng: np.random.Generator, image: Array, labels: Array, view: tuple[int,
 
 
 def paste(rng: np.random.Generator, image: Array, labels: Array, source: Array, regions: Array) -> tuple[Array, Array]:
-    """Move one region of the source, 3 to 50 % of the view, to a random place of the picture, where it becomes a region of its own."""
+    """Paste one region of the source, 3 to 50 % of its area, at a random place in the image, as a new region."""
     names, areas = np.unique(regions[regions >= 0], return_counts=True)
     fit = names[(areas > 0.03 * regions.size) & (areas < 0.5 * regions.size)]
     if not len(fit):
@@ -175,10 +181,10 @@ def paste(rng: np.random.Generator, image: Array, labels: Array, source: Array, 
 
 
 def recolour(rng: np.random.Generator, image: Array) -> Array:
-    """Random gain a channel, contrast and gamma; grey one time in twenty."""
+    """Apply a random gain and gamma, mostly the same for all channels; turn one image in twenty grey."""
     values = np.arange(256) / 255
     curves = [values ** rng.uniform(0.75, 1.33) * rng.uniform(0.8, 1.2) for _ in range(3)]
-    if rng.random() < 0.7:  # mostly one curve for all channels: white balance stays near what cameras give
+    if rng.random() < 0.7:  # mostly one curve for all channels, so that the white balance stays realistic
         curves = [curves[0] * rng.uniform(0.95, 1.05) for _ in range(3)]
     table = (np.clip(np.stack(curves, -1), 0, 1) * 255).astype(np.uint8)  # (256, 3)
     image = cv2.LUT(np.ascontiguousarray(image), table[None])
@@ -186,22 +192,25 @@ def recolour(rng: np.random.Generator, image: Array) -> Array:
 
 
 def soft_masks(labels: Array) -> Array:
-    """How much of each cell every region covers: (H, W) -> (M, H/CELL, W/CELL) uint8 in 0..CELL², largest regions first, < 0 left out."""
+    """Count the pixels of each region in each cell: (H, W) -> (M, H/CELL, W/CELL) uint8 in 0..CELL², largest regions first.
+
+    Labels below 0 and all but the MAX_MASKS largest regions are left out.
+    """
     names, areas = np.unique(labels[labels >= 0], return_counts=True)
     kept = names[np.argsort(-areas, kind='stable')[:MAX_MASKS]]
-    order = np.full(int(max(labels.max(), 0)) + 2, len(kept))  # the last place of the table also serves -1
+    order = np.full(int(max(labels.max(), 0)) + 2, len(kept))  # label -1 reads the last entry
     order[kept] = np.arange(len(kept))
     return covered(order[labels], len(kept))
 
 
 def class_masks(drawn: Scene, names: Sequence[str]) -> Array:
-    """How much of each cell every class covers: (len(names), H/CELL, W/CELL) uint8 in 0..CELL²."""
+    """Count the pixels of each class in each cell: (len(names), H/CELL, W/CELL) uint8 in 0..CELL²."""
     order = np.array([names.index(name) if name in names else len(names) for name in drawn.names])
     return covered(order[drawn.labels], len(names))
 
 
 def covered(numbers: Array, count: int) -> Array:
-    """Pixels of each cell that have each number 0..count-1; `count` itself is left out: (H, W) -> (count, H/CELL, W/CELL) uint8."""
+    """Count the pixels with each number 0..count-1 in each cell: (H, W) -> (count, H/CELL, W/CELL) uint8. `count` marks ignored pixels."""
     rows, columns = numbers.shape[0] // CELL, numbers.shape[1] // CELL
     cells = np.arange(rows * columns).reshape(rows, columns).repeat(CELL, 0).repeat(CELL, 1)
     counts = np.bincount((numbers * rows * columns + cells).ravel(), minlength=(count + 1) * rows * columns)

@@ -1,4 +1,4 @@
-"""What every stage of a training needs: checkpoints to go on from, curves, rates."""
+"""Code shared by all training stages: checkpoints, loss curves and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from transformers import get_wsd_schedule
 from padseg.errors import UsageError
 from padseg.system.files import atomic
 
-SHOWN = 20  # steps whose means are printed and drawn
+WINDOW = 20  # steps averaged in each printed line and each point of a curve
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stage of a training; it writes checkpoints, and the losses of every step as OUT/<name>.csv and OUT/<name>.png.
+    """One stage of training. It writes checkpoints, and the losses of every step to OUT/<name>.csv and OUT/<name>.png.
 
-    columns: names of the losses; pictures: how many one step sees; made_with: what a checkpoint depends on.
+    columns: names of the losses; pictures: images per step; made_with: the settings that a checkpoint depends on.
     """
 
     out: pathlib.Path
@@ -47,7 +47,7 @@ class Stage:
 
 
 def resume(stage: Stage, model: nn.Module, optimisers: Sequence[torch.optim.Optimizer], averaged: AveragedModel | None = None) -> int:
-    """Load the stage's checkpoint if it has one; the step to go on with. UsageError for one that was made with other settings."""
+    """Load the stage's checkpoint, if any, and return the next step. Raises UsageError for a checkpoint made with other settings."""
     path = stage.file('.pt')
     if not path.exists():
         write_rows(stage, [])
@@ -60,7 +60,7 @@ def resume(stage: Stage, model: nn.Module, optimisers: Sequence[torch.optim.Opti
         optimiser.load_state_dict(saved)
     if averaged:
         averaged.load_state_dict(state['averaged'])
-    write_rows(stage, [row for row in read_rows(stage) if int(row['step']) < state['step']])  # what came after is done again
+    write_rows(stage, [row for row in read_rows(stage) if int(row['step']) < state['step']])  # later steps are repeated
     return int(state['step'])
 
 
@@ -72,12 +72,12 @@ def finish_step(
     optimisers: Sequence[torch.optim.Optimizer],
     averaged: AveragedModel | None = None,
 ) -> None:
-    """Note the losses; now and then print them on stderr, save a checkpoint and draw the curves."""
+    """Record the losses of a step. At intervals also print them to stderr, save a checkpoint and draw the curves."""
     row = {'step': step, 'time': round(time.time(), 1), **{name: round(value.item(), 5) for name, value in losses.items()}}
     with stage.file('.csv').open('a', newline='') as file:
         csv.DictWriter(file, ('step', 'time', *stage.columns)).writerow(row)
-    if (step + 1) % SHOWN == 0:
-        print(training_summary(stage, read_rows(stage)[-SHOWN:]), file=sys.stderr, flush=True)
+    if (step + 1) % WINDOW == 0:
+        print(training_summary(stage, read_rows(stage)[-WINDOW:]), file=sys.stderr, flush=True)
     if stage.saves_after(step):
         state = {
             'step': step + 1,
@@ -87,12 +87,12 @@ def finish_step(
             'made_with': stage.made_with,
         }
         with atomic(stage.file('.pt')) as temporary, temporary.open('wb') as file:
-            torch.save(state, file)  # torch refuses to make hidden files itself
+            torch.save(state, file)  # given a path, torch refuses to create a hidden file
         draw_curves(stage)
 
 
 def training_summary(stage: Stage, rows: Sequence[Mapping[str, str]]) -> str:
-    """One line: the mean of each loss over some steps, and pictures a second."""
+    """Format the mean of each loss over these rows, and the images per second, in one line."""
     seconds = float(rows[-1]['time']) - float(rows[0]['time'])
     rate = f'{(len(rows) - 1) * stage.pictures / seconds:.1f} pictures/s' if seconds > 0 else ''
     means = (f'{name} {np.mean(values):.4f}' for name in stage.columns if (values := [float(row[name]) for row in rows if row[name]]))
@@ -112,7 +112,7 @@ def write_rows(stage: Stage, rows: Sequence[Mapping[str, str]]) -> None:
 
 
 def draw_curves(stage: Stage) -> None:
-    """OUT/<name>.png: the losses, each point the mean of 20 steps."""
+    """Plot the losses to OUT/<name>.png; each point is the mean of WINDOW steps."""
     from matplotlib.figure import Figure
 
     rows = read_rows(stage)
@@ -120,7 +120,7 @@ def draw_curves(stage: Stage) -> None:
     axes = figure.add_subplot()
     for name in stage.columns:
         points = [(int(row['step']), float(row[name])) for row in rows if row[name]]
-        means = [np.mean(points[i : i + SHOWN], axis=0) for i in range(0, len(points), SHOWN)]
+        means = [np.mean(points[i : i + WINDOW], axis=0) for i in range(0, len(points), WINDOW)]
         if means:
             axes.plot(*zip(*means, strict=True), label=name)
     axes.set_xlabel('step')
@@ -132,7 +132,7 @@ def draw_curves(stage: Stage) -> None:
 
 
 def cosine(optimiser: torch.optim.Optimizer, steps: int, warmup: int, start: int) -> LambdaLR:
-    """Linear warm-up, times half a cosine down to 2 %, from step `start` on; times the `initial_lr` of every group."""
+    """Schedule with linear warm-up and cosine decay to 2 % of every group's `initial_lr`, resumed at step `start`."""
 
     def factor(step: int) -> float:
         return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
@@ -141,15 +141,16 @@ def cosine(optimiser: torch.optim.Optimizer, steps: int, warmup: int, start: int
 
 
 def trapezoid(optimiser: torch.optim.Optimizer, steps: int, warmup: int, decay: float, start: int) -> LambdaLR:
-    """Linear warm-up, level, linear decay over the last share of the steps, from step `start` on; times the `initial_lr` of every group.
+    """Schedule with linear warm-up, a plateau, and linear decay over the last `decay` of the steps, resumed at step `start`.
 
-    A training that has ended can go on with more steps. Rates are one step ahead, as the schedule's first is 0.
+    It scales the `initial_lr` of every group. A finished training can continue with more steps. Rates are shifted by one step, because the
+    schedule starts at 0.
     """
     return get_wsd_schedule(optimiser, warmup, round(decay * steps), steps + 1, decay_type='linear', last_epoch=start)
 
 
 def moving_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
-    """How an AveragedModel follows the weights: exponentially, and faster in the first steps."""
+    """Return the update rule of an AveragedModel: an exponential moving average with a smaller decay in the first steps."""
 
     def update(averaged: Sequence[Tensor], weights: Sequence[Tensor], number: Tensor | int) -> None:
         step = int(number)

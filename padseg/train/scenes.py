@@ -1,4 +1,4 @@
-"""Synthetic training scenes: textured surfaces and objects with light, shadow and camera faults, exact masks and class names."""
+"""Synthetic training scenes: textured surfaces and objects with shading, shadows and camera artefacts, exact masks and class names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CLASSES = (*SHAPES, *TEXTURES)
 
 
 class Scene(NamedTuple):
-    """image: (H, W, 3) uint8 RGB; labels: (H, W) int32, region 0..M-1 of each pixel; names: class of each region; caption: plain words."""
+    """image: (H, W, 3) uint8 RGB; labels: (H, W) int32, regions 0..M-1; names: class of each region; caption: a description in words."""
 
     image: Array
     labels: Array
@@ -45,14 +45,14 @@ def slanted(rng: Random, mask: Array) -> Array:
 
 
 def round_(rng: Random, mask: Array) -> Array:
-    """A ball lit from a point, with a highlight now and then."""
+    """Shade the shape as a ball lit by a point light, sometimes with a highlight."""
     x, y = np.linspace(-1, 1, mask.shape[1], dtype=np.float32)[None], np.linspace(-1, 1, mask.shape[0], dtype=np.float32)[:, None]
     distance = (x - rng.uniform(-0.6, 0.6)) ** 2 + (y - rng.uniform(-0.7, 0.3)) ** 2
     return 1.2 - rng.uniform(0.1, 0.35) * distance + rng.uniform(0, 1) * (rng.random() < 0.3) * np.exp(-distance * 25)
 
 
 def cushion(rng: Random, mask: Array) -> Array:
-    """The shape blown up like a cushion and lit from the side."""
+    """Shade the shape as a cushion lit from the side."""
     height = np.sqrt(cv2.distanceTransform((mask > 127).astype(np.uint8), cv2.DIST_L2, 3))
     blur = max(3, round(max(mask.shape) * rng.uniform(0.02, 0.08)) * 2 + 1)
     height = cv2.blur(cv2.blur(height, (blur, blur)), (blur, blur))
@@ -65,7 +65,7 @@ SHADINGS = (flat_ground, slanted, round_, cushion)
 
 
 def cast_shadow(rng: Random, image: Array, mask: Array) -> Array:
-    """The image darkened by a soft, shifted copy of the mask, both at full size."""
+    """Darken the image (H, W, 3) by a soft, shifted copy of the mask (H, W)."""
     height, width = mask.shape
     shift = rng.normal(0, 0.04, 2) * (width, height) / 4
     small = cv2.resize(mask, (width // 4 + 1, height // 4 + 1), interpolation=cv2.INTER_AREA).astype(np.float32)
@@ -78,7 +78,7 @@ def cast_shadow(rng: Random, image: Array, mask: Array) -> Array:
 
 
 def patch(rng: Random, contours: Sequence[Array], height: int, width: int) -> Array:
-    """(height, width) float32 0..1: where a thing of two tones has its second tone: some of its parts, spots, or one side."""
+    """Soft mask of an object's second tone, (height, width) float32 in 0..1: some of its parts, spots, or one side."""
     if len(contours) > 1 and rng.random() < 0.6:
         parts = [contour for contour in contours if rng.random() < 0.5]
         return fill(parts, height, width).astype(np.float32) / 255
@@ -88,9 +88,10 @@ def patch(rng: Random, contours: Sequence[Array], height: int, width: int) -> Ar
 
 
 def cover(rng: Random, style: Style, contours: Sequence[Array], height: int, width: int, two_tone: float) -> Array:
-    """(height, width, 3) float32 colours of one region, of two tones with probability `two_tone`.
+    """Colours of one region, (height, width, 3) float32, in two tones with probability `two_tone`.
 
-    An object may change texture with the tone; a surface (no contours) keeps it, as stains and light on a ground do.
+    The second tone of an object may have another texture. That of a surface (no contours) keeps the texture, like a stain or a patch of
+    light on the ground.
     """
     colours = paint(rng, style, height, width)
     if rng.random() >= two_tone:
@@ -101,7 +102,7 @@ def cover(rng: Random, style: Style, contours: Sequence[Array], height: int, wid
 
 
 def seen_from_above(rng: Random, colours: Array) -> Array:
-    """The colours laid on a plane that recedes upwards."""
+    """Warp the colours onto a plane that recedes towards the top."""
     height, width = colours.shape[:2]
     near = rng.uniform(0.1, 0.4)
     corners = np.array([(0, 0), (width, 0), (width * (1 - near), height), (width * near, height)], np.float32)
@@ -110,7 +111,7 @@ def seen_from_above(rng: Random, colours: Array) -> Array:
 
 
 def half_plane(rng: Random, height: int, width: int) -> Array:
-    """Contour in pixels of all that lies beyond a rough, wavy or straight line: mostly a horizon, sometimes a wall."""
+    """Contour, in pixels, of everything on one side of a rough, wavy or straight line: mostly a horizon, sometimes a wall."""
     reach = height + width
     x = np.linspace(-reach, reach, 240)
     waves = np.arange(1, 60)
@@ -122,7 +123,7 @@ def half_plane(rng: Random, height: int, width: int) -> Array:
 
 
 def background(rng: Random, height: int, width: int) -> tuple[Array, Array, list[str]]:
-    """Colours (H, W, 3) float32, labels (H, W) int32 and names of 1 to 3 surfaces."""
+    """Draw 1 to 3 surfaces: colours (H, W, 3) float32, labels (H, W) int32, and the names of the surfaces."""
     labels = np.zeros((height, width), np.int32)
     style = choose_style(rng, 0.3)
     image, names = cover(rng, style, (), height, width, 0.1), [style.texture]
@@ -142,12 +143,12 @@ def background(rng: Random, height: int, width: int) -> tuple[Array, Array, list
 
 
 def mean_colour(image: Array, mask: Array) -> Array:
-    """(3,) mean of the image (H, W, 3) where the mask is set; black for an empty mask."""
+    """Mean colour (3,) of the image (H, W, 3) inside the mask; black for an empty mask."""
     return np.array(cv2.mean(image, mask)[:3])
 
 
 def contrasting_style(rng: Random, plainness: float, under: Array) -> Style:
-    """A style whose mean colour stands out from the colour under it (3,); the last of a few tries where none does."""
+    """Choose a style whose mean colour stands out from the colour `under` it (3,); after a few attempts take the last."""
     for _ in range(4):
         style = choose_style(rng, plainness)
         if np.abs(style.palette.mean(0) - under).max() > 30:
@@ -156,7 +157,7 @@ def contrasting_style(rng: Random, plainness: float, under: Array) -> Style:
 
 
 def object_contours(rng: Random, shape: str, size: float, height: int, width: int) -> list[Array]:
-    """Contours in pixels of a shape of the size (share of the shorter side), turned, stretched and put at a random place."""
+    """Contours, in pixels, of a shape at a random position, rotated and stretched. size: as a share of the shorter side."""
     angle = rng.normal(0, 0.15) if shape in UPRIGHT else rng.uniform(0, math.tau)
     stretch = np.exp(rng.normal(0, 0.15, 2)) * (rng.choice((-1, 1)), 1) * size * min(height, width) / 2
     place = rng.uniform(-0.03, 1.03, 2) if rng.random() < 0.5 else rng.normal(0.5, 0.17, 2)
@@ -164,14 +165,14 @@ def object_contours(rng: Random, shape: str, size: float, height: int, width: in
 
 
 def object_sizes(rng: Random) -> Array:
-    """Sizes of 0 to 8 objects as shares of the shorter side, 0.05..0.8, mostly large ones first."""
+    """Sizes of 0 to 8 objects, as shares of the shorter side in 0.05..0.8, usually in descending order."""
     count = rng.choice(9, p=(0.05, 0.2, 0.22, 0.18, 0.12, 0.09, 0.06, 0.04, 0.04))
     sizes = np.where(rng.random(count) < 0.4, rng.uniform(0.3, 0.8, count), np.exp(rng.uniform(math.log(0.05), math.log(0.8), count)))
     return np.sort(sizes)[::-1] if rng.random() < 0.7 else sizes
 
 
 def place(rng: Random, image: Array, mask: Array, contours: Sequence[Array], style: Style, shading: Callable[..., Array]) -> Array:
-    """The image with an object of the coverage mask (H, W) drawn into it."""
+    """Return the image with an object drawn into it; mask: the object's coverage (H, W)."""
     left, top, width, height = cv2.boundingRect(mask)
     window = np.s_[top : top + height, left : left + width]
     local = [contour - (left, top) for contour in contours]
@@ -182,7 +183,7 @@ def place(rng: Random, image: Array, mask: Array, contours: Sequence[Array], sty
 
 
 def develop(rng: Random, image: Array) -> Array:
-    """What light and camera do: (H, W, 3) float32 to uint8, with uneven light, colour cast, contrast, blur, noise, compression."""
+    """Simulate light and camera, (H, W, 3) float32 -> uint8: uneven light, colour cast, contrast, blur, noise and compression."""
     height, width = image.shape[:2]
     x, y = np.linspace(-1, 1, width, dtype=np.float32)[None], np.linspace(-1, 1, height, dtype=np.float32)[:, None]
     vignette = rng.uniform(0, 0.25) if rng.random() < 0.5 else 0.0
@@ -207,7 +208,7 @@ def compressed(image: Array, quality: int) -> Array:
 
 
 def describe(names: Sequence[str]) -> str:
-    """A caption that names each class once: objects, then the surfaces they are on."""
+    """Write a caption that names each class once: objects, then the surfaces they are on."""
     things = [f'{"an" if name[0] in "aeiou" else "a"} {name}' for name in dict.fromkeys(names) if name in SHAPES]
     surfaces = [name for name in dict.fromkeys(names) if name in TEXTURES]
     return ' on '.join(enumeration(words) for words in (things, surfaces) if words)
@@ -218,14 +219,14 @@ def enumeration(words: Sequence[str]) -> str:
 
 
 def renumbered(labels: Array, names: Sequence[str]) -> tuple[Array, tuple[str, ...]]:
-    """Labels and names without the regions that no pixel shows."""
+    """Drop hidden regions from labels and names, and renumber the rest."""
     shown = np.bincount(labels.ravel(), minlength=len(names)) > 0
     numbers = np.cumsum(shown) - 1
     return numbers[labels].astype(np.int32), tuple(name for name, is_shown in zip(names, shown, strict=True) if is_shown)
 
 
 def scene(rng: np.random.Generator, height: int, width: int) -> Scene:
-    """A random scene of the size in pixels, the same for the same state of rng. Raises ValueError for a side below SMALLEST_SIDE."""
+    """Draw a random scene of this size in pixels, determined by the state of rng. Raises ValueError for a side below SMALLEST_SIDE."""
     if min(height, width) < SMALLEST_SIDE:
         raise ValueError(f'height and width must be at least {SMALLEST_SIDE} pixels; got {height} and {width}')
     image, labels, names = background(rng, height, width)
@@ -241,7 +242,7 @@ def scene(rng: np.random.Generator, height: int, width: int) -> Scene:
         if not inside.any():
             continue
         if not (herd and style.texture):
-            # A camouflaged object shares the mean colour of what it hides and differs in texture only.
+            # A camouflaged object has the mean colour of what it covers and differs only in texture.
             camouflaged = rng.random() < 0.12
             under = mean_colour(image, mask)
             style = choose_style(rng, 0, under) if camouflaged else contrasting_style(rng, 0.45, under)

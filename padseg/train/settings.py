@@ -1,4 +1,4 @@
-"""What decides the result of a training, importing no torch: its stages, what they see, and at which rates they learn."""
+"""Settings that determine a training result: stages, data mixtures and learning rates. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from padseg.train.scenes import CLASSES
 
 
 class Mixture(NamedTuple):
-    """What a batch is made of. synthetic: share of scenes, where there are photographs; named: share of the scenes whose masks are
-    classes that the prompt names; others: most names in a prompt that the scene does not show; alone: share of the prompts without any.
+    """Composition of a batch.
+
+    synthetic: share of scenes, if there are photographs too; named: share of the scenes whose masks are the classes named in the prompt;
+    others: maximum number of absent classes in a prompt; alone: share of the named prompts that get no absent classes.
     """
 
     synthetic: float
@@ -21,28 +23,28 @@ class Mixture(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Course:
-    """How long and with what the transformer is trained, in one stage."""
+    """Duration, learning rates and data of one stage that trains the transformer."""
 
     steps: int
     rate: float
-    encoder_rate: float  # of the autoencoder, which goes on learning; 0 leaves it as it is
-    mixtures: tuple[tuple[int, Mixture], ...]  # what examples are drawn from, each from a step on
+    encoder_rate: float  # of the autoencoder; 0 freezes it
+    mixtures: tuple[tuple[int, Mixture], ...]  # each with the step from which it is used
     warmup: int = 60  # steps
-    decay: float = 0.2  # share of the steps, at the end, over which the rate falls to nothing
+    decay: float = 0.2  # share of the steps, at the end, over which the rate falls to 0
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSettings:
-    """Everything that decides the result, apart from the data; every checkpoint notes it."""
+    """Everything that determines the result, apart from the data. Checkpoints record it."""
 
     seed: int = 0
     vae_steps: int = 1800
-    vae_batch: int = 4  # new pictures a step
+    vae_batch: int = 4  # new images per step
     vae_crops: int = 4  # random crops of each
     vae_side: int = 64  # pixels of a crop
     vae_rate: float = 2e-3
     vae_kl: float = 1e-3
-    vae_synthetic: float = 0.3  # share of scenes, when there are photographs
+    vae_synthetic: float = 0.3  # share of scenes, if there are photographs too
     together: Course = Course(
         steps=5200,
         rate=6e-4,
@@ -56,22 +58,22 @@ class TrainingSettings:
         mixtures=((0, Mixture(synthetic=0.6, named=0.75, others=len(CLASSES), alone=0.6)),),
         decay=0.5,
     )
-    size: int = 12  # new pictures a step
+    size: int = 12  # new images per step
     weight_decay: float = 0.02
     layer: int = 4  # expert block
-    supervised: tuple[int, ...] = (3, 4)  # blocks whose token maps get the mask losses; none: flow matching only
-    noise: float = 0.15  # mask loss: sigma is uniform in 0..noise
+    supervised: tuple[int, ...] = (3, 4)  # blocks whose token maps get the mask losses; empty: flow matching only
+    noise: float = 0.15  # sigma is uniform in 0..noise for the mask losses
     mask_weight: float = 1.0  # lambda
     affinity_weight: float = 1.0
     words_weight: float = 1.0
-    flow_every: int = 10  # steps between two with the flow-matching loss
+    flow_every: int = 10  # interval, in steps, of the flow-matching loss
     caption_dropout: float = 0.5
-    average: float = 0.998  # decay of the moving average of the weights that is kept
+    average: float = 0.998  # decay of the moving average of the weights, which is what is saved
 
     def course(self, stage: str) -> Course:
         return {'together': self.together, 'transformer': self.transformer}[stage]
 
 
 def without_masks(settings: TrainingSettings) -> TrainingSettings:
-    """The same training by flow matching alone, at every step: a twin to compare with."""
+    """Return the same settings for flow matching alone, at every step: a baseline for comparison."""
     return dataclasses.replace(settings, supervised=(), flow_every=1)

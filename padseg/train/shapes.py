@@ -1,7 +1,7 @@
-"""Outlines of the objects of synthetic scenes.
+"""Outlines of the objects in synthetic scenes.
 
 A shape is a function rng -> contours [(N, 2), ...] in about -1..1 (x right, y down); the object is their union.
-To add a class, write one such function and name it in SHAPES.
+To add a class, write such a function and add it to SHAPES.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def box(left: float, top: float, right: float, bottom: float) -> Array:
 
 
 def limb(start: tuple[float, float], end: tuple[float, float], thick: float) -> Array:
-    """A bar from start to end that thins out a little."""
+    """A bar from start to end, slightly tapered."""
     along = np.subtract(end, start)
     side = np.array([-along[1], along[0]]) / (np.hypot(*along) + 1e-9) * thick / 2
     return np.array([start + side, start - side, end - 0.7 * side, end + 0.7 * side])
@@ -46,7 +46,7 @@ def polar(radius: Array, angle: Array) -> Array:
 
 
 def fill(contours: Sequence[Array], height: int, width: int) -> Array:
-    """(height, width) uint8 coverage 0..255 of the union of contours in pixels, with smooth edges."""
+    """Rasterise the union of contours given in pixels: (height, width) uint8 coverage in 0..255, anti-aliased."""
     mask = np.zeros((height, width), np.uint8)
     for contour in contours:
         cv2.fillPoly(mask, [np.round(contour * 16).astype(np.int32)], 255, cv2.LINE_AA, 4)

@@ -1,7 +1,7 @@
-"""Surfaces of synthetic scenes: textures, and the colours they are painted in.
+"""Surfaces in synthetic scenes: textures and their colours.
 
 A texture is a function (rng, height, width) -> field (height, width) float32 in 0..1, which a palette turns into colours.
-To add a class, write one such function and name it in TEXTURES.
+To add a class, write such a function and add it to TEXTURES.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ if TYPE_CHECKING:
 
 
 class Style(NamedTuple):
-    """What a region is covered with. palette: (K, 3) float RGB 0..255, mapped through the texture's field."""
+    """Texture and colours of a region. palette: (K, 3) float RGB in 0..255, looked up with the texture's field."""
 
     texture: str
     palette: Array
 
 
 def octaves(rng: Random, height: int, width: int, cells: float, slope: float, stretch: float = 1.0) -> Array:
-    """1/f noise: octaves from `cells` on the longer side, each twice as fine and 2**-slope as strong; stretch lengthens it along x."""
+    """Fractal noise in 0..1: octaves that start with `cells` along the longer side, each twice as fine and 2**-slope times as strong.
+
+    stretch: elongation along x.
+    """
     total = np.zeros((height, width), np.float32)
     side, strength = max(height, width), 1.0
     while cells < max(side, 4) and strength > 0.03:
@@ -41,7 +44,7 @@ def octaves(rng: Random, height: int, width: int, cells: float, slope: float, st
 
 
 def bend(rng: Random, field: Array, amount: float, cells: float = 2.0) -> Array:
-    """The field with its points moved smoothly by up to `amount` of its longer side, then turned by a random angle."""
+    """Warp the field smoothly by up to `amount` of its longer side and rotate it by a random angle."""
     height, width = field.shape
     reach = amount * max(height, width)
     dx, dy = (reach * (octaves(rng, height, width, cells, 2.0) - 0.5) for _ in range(2))
@@ -53,7 +56,7 @@ def bend(rng: Random, field: Array, amount: float, cells: float = 2.0) -> Array:
 
 
 def periods(rng: Random, height: int, width: int, turn: float = math.tau) -> tuple[Array, Array]:
-    """Turned coordinates u, v (height, width) in periods of a random length, now and then on a wavy ground."""
+    """Rotated coordinates u, v (height, width) in units of a random period, sometimes distorted by waves."""
     period = max(4.0, max(height, width) * math.exp(rng.uniform(math.log(0.04), math.log(0.3))))
     angle = rng.uniform(-turn / 2, turn / 2)
     x, y = np.arange(width, dtype=np.float32)[None] / period, np.arange(height, dtype=np.float32)[:, None] / period
@@ -165,7 +168,7 @@ TEXTURES: dict[str, Callable[[Random, int, int], Array]] = {
     'sand': sand,
 }
 
-# Colours that a texture has in nature, dark to light; half of the time they are used.
+# Natural colours of a texture, in palette order. They are used half of the time.
 NATURAL = {
     'gradient': ((225, 235, 245), (160, 195, 230), (70, 120, 190)),
     'clouds': ((80, 130, 195), (140, 180, 225), (200, 210, 225), (245, 245, 245)),
@@ -181,7 +184,7 @@ NATURAL = {
 
 
 def invent_palette(rng: Random, base: Array | None = None) -> Array:
-    """2 to 4 colours (K, 3) float32 0..255 of related hue, from dark to light or back, around a base colour if given."""
+    """Make 2 to 4 colours of related hue, from dark to light or back, around a base colour if given: (K, 3) float32 in 0..255."""
     hue, saturation, value = rng.random(), rng.beta(1.3, 2.2), rng.uniform(0.12, 0.95)
     if base is not None:
         hue, saturation, value = colorsys.rgb_to_hsv(*(float(channel) / 255 for channel in base))
@@ -194,7 +197,7 @@ def invent_palette(rng: Random, base: Array | None = None) -> Array:
 
 
 def choose_style(rng: Random, plainness: float, near: Array | None = None) -> Style:
-    """A texture, which is plain or a gradient with probability `plainness`, and its palette, mixed from `near` (3,) if given."""
+    """Choose a texture, plain or a gradient with probability `plainness`, and a palette, around the colour `near` (3,) if given."""
     calm = ('plain', 'gradient')
     texture = calm[rng.integers(2)] if rng.random() < plainness else tuple(TEXTURES)[rng.integers(2, len(TEXTURES))]
     if near is None and texture in NATURAL and rng.random() < 0.5:
@@ -203,7 +206,7 @@ def choose_style(rng: Random, plainness: float, near: Array | None = None) -> St
 
 
 def paint(rng: Random, style: Style, height: int, width: int) -> Array:
-    """(height, width, 3) float32 colours 0..255 of a surface in the style."""
+    """Paint a surface in this style: (height, width, 3) float32 in 0..255."""
     field = TEXTURES[style.texture](rng, height, width)
     knots = np.linspace(40, 215, len(style.palette))
     table = np.stack([np.interp(np.arange(256), knots, channel) for channel in style.palette.T], -1).astype(np.float32)

@@ -1,6 +1,6 @@
-"""Train the embedded model from nothing: an autoencoder, then all of it with L = L_FM + lambda L_mask (Seg4Diff, Eqs. 12-13).
+"""Train the embedded model from scratch: first the autoencoder, then all parts with L = L_FM + lambda L_mask (Seg4Diff, Eqs. 12-13).
 
-Read it top to bottom: data, autoencoder, the whole model, writing. `padseg train-tiny` starts it; what it is set to is in settings.py.
+Read it top to bottom: data, autoencoder, the whole model, output. `padseg train-tiny` runs it; settings.py has the hyperparameters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from padseg.backbones import load
-from padseg.backbones.parts import choose_device
+from padseg.backbones.parts import choose_device, has_bfloat16
 from padseg.backbones.recorder import Request, watch
 from padseg.backbones.sd3 import text_columns
 from padseg.exports.overlay import overlay
@@ -32,16 +32,17 @@ from padseg.train import tiny_model as tiny
 from padseg.train.data import CELL, Batch, batch, photographs
 from padseg.train.loop import Stage, cosine, finish_step, moving_average, resume, trapezoid
 from padseg.train.losses import affinity_loss, mask_loss, named_mask_loss, share_over_tokens
+from padseg.train.muon import Muon
 from padseg.train.scenes import CLASSES, Scene, scene
 from padseg.train.settings import Course, Mixture, TrainingSettings
 from padseg.types import Array, Attention
 
 WORDS = sorted({word for name in CLASSES for word in name.split()} | {'a', 'an', 'and', 'in', 'of', 'on', 'the', 'two', 'with'})
 STAGES = ('autoencoder', 'together', 'transformer')
-HELD_OUT = 2**32  # seed of scenes that are looked at, not learnt
+HELD_OUT = 2**32  # seed of scenes for display, never for training
 
 
-# The row that a trained model is run with, chosen on the validation splits of BSDS500 and CamVid.
+# The `padseg.json` of a trained model: its default settings, chosen on the validation splits of BSDS500 and CamVid.
 ROW = {
     'side': 256,
     'step': 1,
@@ -63,21 +64,21 @@ def train_tiny(
     workers: int = 1,
     save_every: int = 250,
 ) -> pathlib.Path:
-    """Train in all stages, or with `start` from that model in the last one alone; a stopped training goes on. The model's folder.
+    """Train all stages, or with `start` only the last one from that model, and return the model's folder.
 
-    data: folders of annotated photographs, as `photographs` reads them; workers: processes that make examples; save_every: steps
-    between two checkpoints. UsageError where `out` has a checkpoint of other settings.
+    An interrupted training resumes. data: folders of annotated photographs, see `photographs`; workers: processes that make examples;
+    save_every: steps between checkpoints. Raises UsageError if `out` has a checkpoint made with other settings.
     """
     out.mkdir(parents=True, exist_ok=True)
-    leave_cores(0)  # here too: a worker that is forked from a process with OpenCV's threads hangs when it ends them
+    leave_cores(0)  # here too: a worker forked from a process with OpenCV threads hangs when it shuts them down
     torch.manual_seed(settings.seed)
     run = Training(out, settings, tuple(data), str(start) if start else None, choose_device(device), workers, save_every)
     if start:
-        learner = learner_of(tiny.read_tiny(start, WORDS), run)
+        learner = make_learner(tiny.read_tiny(start, WORDS), run)
     else:
         parts = tiny.build_tiny(WORDS)
         train_autoencoder(parts, run)
-        learner = learner_of(parts, run)
+        learner = make_learner(parts, run)
         train(learner, run, 'together')
     if settings.transformer.steps:
         train(learner, run, 'transformer')
@@ -86,7 +87,7 @@ def train_tiny(
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """Where a training run reads and writes."""
+    """A training run: its settings, inputs and output folder."""
 
     out: pathlib.Path
     settings: TrainingSettings
@@ -101,7 +102,7 @@ class Training:
         return self.out / 'model'
 
     def batches(self, stage: str, start: int, stop: int, size: int) -> Iterator[Batch]:
-        """Batches number start..stop-1 of a stage, made ahead in other processes; number i is the same in every run."""
+        """Yield batches start..stop-1 of a stage, prefetched by the workers; batch i is the same in every run."""
         examples = Examples(self.settings, self.data, stage, size)
         loader = torch.utils.data.DataLoader(
             examples,
@@ -114,7 +115,7 @@ class Training:
         return iter(loader)
 
     def stage(self, name: str, steps: int, pictures: int, columns: tuple[str, ...]) -> Stage:
-        """A checkpoint depends on this stage's settings and those of the stages before, not on how many steps of its own are to follow."""
+        """Describe a stage. Its checkpoint depends on the settings of this and all earlier stages, but not on its own number of steps."""
         settings = dataclasses.asdict(self.settings)
         courses = {course: settings.pop(course) for course in STAGES[1:]}
         if name == 'autoencoder':
@@ -127,12 +128,12 @@ class Training:
 
 
 def leave_cores(worker: int) -> None:
-    """Limit OpenCV's threads: pictures are small, and the training needs the cores."""
+    """Limit OpenCV to one thread: images are small, and the training needs the cores."""
     cv2.setNumThreads(1)
 
 
 class Examples(torch.utils.data.Dataset[Batch]):
-    """Batch number i of one stage."""
+    """The batches of one stage, by index."""
 
     def __init__(self, settings: TrainingSettings, data: tuple[str, ...], stage: str, size: int) -> None:
         self.folders = [photographs(argument) for argument in data]
@@ -146,7 +147,7 @@ class Examples(torch.utils.data.Dataset[Batch]):
 
 
 def train_autoencoder(parts: tiny.Parts, run: Training) -> None:
-    """Reconstruction with a slight KL term."""
+    """Train the autoencoder alone, with the reconstruction loss and a small KL term."""
     settings, vae = run.settings, parts.vae.to(run.device, memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW([{'params': list(vae.parameters()), 'initial_lr': settings.vae_rate}], weight_decay=0.0)
     stage = run.stage('autoencoder', settings.vae_steps, settings.vae_batch, ('reconstruction',))
@@ -170,7 +171,7 @@ def train_autoencoder(parts: tiny.Parts, run: Training) -> None:
 
 
 def random_crops(images: Tensor, count: int, side: int, generator: torch.Generator) -> Tensor:
-    """`count` crops of every picture, at the same places in all: (B, 3, H, W) -> (B count, 3, side, side)."""
+    """Take `count` random crops, at the same positions in every image: (B, 3, H, W) -> (B count, 3, side, side)."""
     crops = []
     for _ in range(count):
         top, left = (int(torch.randint(size - side + 1, (), generator=generator)) for size in images.shape[2:])
@@ -179,18 +180,21 @@ def random_crops(images: Tensor, count: int, side: int, generator: torch.Generat
 
 
 def decoding_loss(vae: Any, mean: Tensor, deviation: Tensor, pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Reconstruction from a random draw of the latents (B, C, h, w) of the pixels (B, 3, 8 h, 8 w)."""
+    """Reconstruction loss of the pixels (B, 3, 8 h, 8 w), decoded from a random sample of their latents (B, C, h, w)."""
     noise = torch.randn(mean.shape, generator=generator).to(mean.device)
     return reconstruction(vae.decode(mean + deviation * noise).sample.float(), pixels)
 
 
 def divergence(posterior: Any) -> Tensor:
-    """KL divergence of the latents' distribution from the normal one, per value."""
+    """KL divergence of the latents' distribution from the standard normal, averaged over values."""
     return (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean() / 2
 
 
 def reconstruction(decoded: Tensor, pixels: Tensor) -> Tensor:
-    """L1 and squares of brightness and of two colour differences, at four scales: on RGB pixels alone colours are learnt last."""
+    """L1 plus squared error of brightness and two colour differences, summed over four scales.
+
+    With a loss on RGB pixels alone, the autoencoder learns colours last.
+    """
     opponent = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [1, -1, 0], [-0.5, -0.5, 1]], device=pixels.device)
     difference = torch.einsum('ij,bjhw->bihw', opponent, decoded - pixels)  # (B, 3, H, W)
     scales = [F.avg_pool2d(difference, side) for side in (1, 2, 4, 8)]
@@ -199,17 +203,17 @@ def reconstruction(decoded: Tensor, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def latent_statistics(vae: Any, run: Training) -> Tensor:
-    """Mean and standard deviation of the latents of 8 batches that the autoencoder's training has not seen: (2,)."""
+    """Mean and standard deviation (2,) of the latents of two batches of 8 pictures not used to train the autoencoder."""
     steps = run.settings.vae_steps
     latents = [
-        vae.encode(examples.images.to(run.device)).latent_dist.mean.flatten() for examples in run.batches(STAGES[0], steps, steps + 8, 8)
+        vae.encode(examples.images.to(run.device)).latent_dist.mean.flatten() for examples in run.batches(STAGES[0], steps, steps + 2, 8)
     ]
     values = torch.cat(latents)
     return torch.stack([values.mean(), values.std()])
 
 
-def learner_of(parts: tiny.Parts, run: Training) -> nn.ModuleDict:
-    """The parts on the device, with a buffer for mean and deviation of the latents."""
+def make_learner(parts: tiny.Parts, run: Training) -> nn.ModuleDict:
+    """Move the parts to the device, as one module with a buffer for the mean and standard deviation of the latents."""
     learner = nn.ModuleDict({name: part.to(run.device) for name, part in parts._asdict().items()})
     config = parts.vae.config
     known = torch.tensor([config.shift_factor, 1 / config.scaling_factor]) if run.start else latent_statistics(parts.vae, run)
@@ -218,11 +222,11 @@ def learner_of(parts: tiny.Parts, run: Training) -> nn.ModuleDict:
 
 
 def train(learner: nn.ModuleDict, run: Training, name: str) -> None:
-    """Mask loss on the token maps at every step, through the transformer into the autoencoder; flow-matching loss now and then.
+    """Train one stage: mask losses at every step, flow matching every `flow_every` steps.
 
-    The autoencoder learns on with its own loss, so its latents stay a picture's code and become features too (as in REPA-E, Leng et al.
-    2025). They drift, so that mean and deviation are followed. The weights that are kept are a moving average. Where the
-    course has no rate for the autoencoder, it stays as it is.
+    The mask losses reach the autoencoder through the transformer. The autoencoder also keeps its own loss, so that its latents still encode
+    the image while they become features (as in REPA-E, Leng et al. 2025). The latents drift, so their mean and deviation are tracked. A
+    moving average of the weights is saved. With an encoder rate of 0 the autoencoder is frozen.
     """
     settings, course, device = run.settings, run.settings.course(name), run.device
     tokenizers = tiny.make_tokenizers(WORDS)
@@ -239,12 +243,12 @@ def train(learner: nn.ModuleDict, run: Training, name: str) -> None:
         pixels = examples.images.to(device).contiguous(memory_format=torch.channels_last)  # (B, 3, H, W)
         masks = examples.masks.to(device).float() / CELL**2  # (B, M, H/8, W/8)
 
-        # pictures to latents and, for a crop of some of them, back
+        # reconstruction: one crop of the first 4 images
         losses = {}
         with autocast(device), torch.set_grad_enabled(course.encoder_rate > 0):
             posterior = vae.encode(pixels).latent_dist
         if course.encoder_rate:
-            follow(statistics, posterior.mean)
+            track_statistics(statistics, posterior.mean)
             top, left = (int(torch.randint(length - 7, (), generator=generator)) for length in posterior.mean.shape[2:])
             cells, crop = np.s_[:4, :, top : top + 8, left : left + 8], np.s_[:4, :, 8 * top : 8 * top + 64, 8 * left : 8 * left + 64]
             with autocast(device):
@@ -252,7 +256,7 @@ def train(learner: nn.ModuleDict, run: Training, name: str) -> None:
             losses['reconstruction'] = rebuilt + settings.vae_kl * divergence(posterior)
         z = normalised(posterior.mean, statistics)  # (B, C, h, w)
 
-        # token maps with the null prompt or the names of the masks, little noise, forward only to the expert block
+        # mask losses: null prompt or the names of the masks, low noise, forward pass only to the last supervised block
         if settings.supervised:
             sigma = torch.rand(len(z), generator=generator).to(device) * settings.noise  # (B,)
             with autocast(device):
@@ -272,7 +276,7 @@ def train(learner: nn.ModuleDict, run: Training, name: str) -> None:
                 by_name = [share_over_tokens(torch.einsum('bmt,bthw->bmhw', words[named], layer[named])) for layer in maps]
                 losses['words'] = torch.stack([named_mask_loss(layer, masks[named]) for layer in by_name]).mean() * named.float().mean()
 
-        # flow matching: captions or the null prompt, every noise level, whole forward; the latents are given
+        # flow matching: captions or the null prompt, all noise levels, full forward pass; no gradient to the autoencoder
         if step % settings.flow_every == 0:
             dropped = torch.rand(len(z), generator=generator) < settings.caption_dropout
             captions = ['' if drop else text for text, drop in zip(examples.captions, dropped, strict=True)]
@@ -296,7 +300,7 @@ def train(learner: nn.ModuleDict, run: Training, name: str) -> None:
 
 
 def write_model(learner: nn.Module, run: Training) -> None:
-    """OUT/model: the parts as a folder that padseg loads, with the row they are run with."""
+    """Write the model and its default settings to OUT/model, a folder that padseg can load."""
     kept: Any = copy.deepcopy(learner).cpu()
     parts: Any = tiny.Parts(**{name: kept[name] for name in tiny.Parts._fields})
     mean, deviation = kept.get_buffer('statistics').tolist()
@@ -306,7 +310,10 @@ def write_model(learner: nn.Module, run: Training) -> None:
 
 
 def make_optimisers(learner: nn.ModuleDict, settings: TrainingSettings, course: Course) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al. 2024) for the matrices of attention and MLP, AdamW for the rest; a group's `initial_lr` is its full rate."""
+    """Make Muon (Jordan et al. 2024) for the matrices of attention and MLP, and AdamW for the rest.
+
+    The `initial_lr` of a group is its peak learning rate.
+    """
     named = dict(learner.named_parameters())
     inner = {
         name for name, weight in named.items() if weight.ndim == 2 and 'transformer_blocks' in name and ('.attn.' in name or '.ff' in name)
@@ -314,7 +321,7 @@ def make_optimisers(learner: nn.ModuleDict, settings: TrainingSettings, course: 
     encoder = {name for name in named if name.startswith('vae.')}
     rest = named.keys() - inner - encoder
     rate, decay = course.rate, settings.weight_decay
-    muon = torch.optim.Muon(
+    muon = Muon(
         [{'params': [named[name] for name in sorted(inner)], 'initial_lr': rate}], weight_decay=decay, adjust_lr_fn='match_rms_adamw'
     )
     groups: list[dict[str, Any]] = [
@@ -326,8 +333,8 @@ def make_optimisers(learner: nn.ModuleDict, settings: TrainingSettings, course: 
 
 
 @torch.no_grad()
-def follow(statistics: Tensor, latents: Tensor) -> None:
-    """Move mean and deviation (2,) a little towards those of the latents."""
+def track_statistics(statistics: Tensor, latents: Tensor) -> None:
+    """Update the running mean and standard deviation (2,) of the latents, in place."""
     statistics.lerp_(torch.stack([latents.float().mean(), latents.float().std()]), 0.02)
 
 
@@ -337,7 +344,10 @@ def normalised(latents: Tensor, statistics: Tensor) -> Tensor:
 
 
 def grouping_losses(maps: list[Tensor], masks: Tensor, counts: Tensor) -> dict[str, Tensor]:
-    """Mask and affinity loss, mean over the layers: (B, 77, h, w) each as shares of a pixel, (B, M, h, w), (B,)."""
+    """Mask and affinity losses, averaged over the layers.
+
+    maps: for each layer (B, 77, h, w), summing to 1 over tokens; masks: (B, M, h, w); counts: (B,) masks per image.
+    """
     cells = F.avg_pool2d(masks, 2)
     return {
         'mask': torch.stack([mask_loss(layer, masks, counts) for layer in maps]).mean(),
@@ -346,7 +356,7 @@ def grouping_losses(maps: list[Tensor], masks: Tensor, counts: Tensor) -> dict[s
 
 
 def flow_loss(transformer: Any, z: Tensor, embeds: Tensor, pooled: Tensor, generator: torch.Generator) -> Tensor:
-    """Flow matching (Lipman et al. 2023) on latents (B, C, h, w), with SD3's logit-normal noise levels."""
+    """Flow-matching loss (Lipman et al. 2023) on latents (B, C, h, w), with SD3's logit-normal noise levels."""
     sigma = torch.randn(len(z), generator=generator).sigmoid().to(z.device)
     noise = torch.randn(z.shape, generator=generator).to(z.device)
     mixed = z + sigma[:, None, None, None] * (noise - z)
@@ -356,13 +366,13 @@ def flow_loss(transformer: Any, z: Tensor, embeds: Tensor, pooled: Tensor, gener
 
 
 def held_out(count: int = 8, height: int = 208, width: int = 320) -> list[Scene]:
-    """Scenes that no training draws, always the same."""
+    """Return a fixed set of scenes that training never uses."""
     return [scene(np.random.default_rng((HELD_OUT, number)), height, width) for number in range(count)]
 
 
 @torch.no_grad()
 def draw_rebuilt(vae: Any, stage: Stage) -> None:
-    """OUT/autoencoder.sheet.png: held-out scenes, each over what the autoencoder makes of it."""
+    """Draw held-out scenes, each above its reconstruction, to OUT/autoencoder.sheet.png."""
     images = [shown.image for shown in held_out()]
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().to(stage.device) / 127.5 - 1
     decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample
@@ -371,21 +381,21 @@ def draw_rebuilt(vae: Any, stage: Stage) -> None:
 
 
 def draw_regions(model: pathlib.Path, stage: Stage) -> None:
-    """OUT/<stage>.sheet.png: held-out scenes, each over the regions that the model written so far finds in it."""
+    """Draw held-out scenes, each above the regions that the current model finds, to OUT/<stage>.sheet.png."""
     backbone = load(str(model), device=stage.device.type)
     images = [shown.image for shown in held_out()]
     write_training_sheet(images, [overlay(image, segment(image, backbone).labels) for image in images], stage)
 
 
 def write_training_sheet(above: Sequence[Array], below: Sequence[Array], stage: Stage) -> None:
-    """Pictures of one size, four in a row, each over its partner."""
+    """Write a sheet of images of equal size, four per row, each above its counterpart."""
     columns = [np.concatenate(pair) for pair in zip(above, below, strict=True)]
     rows = [np.concatenate(columns[start : start + 4], axis=1) for start in range(0, len(columns), 4)]
     PIL.Image.fromarray(np.concatenate(rows)).save(stage.file('.sheet.png'))
 
 
 def encode_batch(learner: nn.ModuleDict, tokenizers: tuple[Any, Any], captions: list[str]) -> tuple[Tensor, Tensor]:
-    """Captions as SD3 takes them without T5: (B, 2 x 77, D) embeddings whose second half is zero, (B, D) pooled."""
+    """Encode captions as SD3 does without T5: embeddings (B, 2 x 77, D) with zeros in the second half, and pooled (B, D)."""
     device = next(learner.parameters()).device
     outputs = []
     for name, tokenizer in zip(('text_encoder', 'text_encoder_2'), tokenizers, strict=True):
@@ -401,7 +411,7 @@ def noised_batch(z: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor
 
 
 def training_maps(seen: Attention, shape: torch.Size) -> Tensor:
-    """The 77 maps of a layer at twice the token grid, where the masks are: (B, 77, 2h, 2w) float32, even under autocast."""
+    """The 77 token maps of a layer at the resolution of the masks, twice the token grid: (B, 77, 2h, 2w), float32 even under autocast."""
     h, w = shape[2] // 2, shape[3] // 2
     with torch.autocast(seen.query.device.type, enabled=False):
         maps = token_attention(seen, h * w, text_columns(range(tiny.SLOTS), h * w), chunk=h * w)  # (B, h w, 77)
@@ -409,4 +419,5 @@ def training_maps(seen: Attention, shape: torch.Size) -> Tensor:
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.autocast(device.type, torch.bfloat16)
+    """Mixed precision where the device has it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))

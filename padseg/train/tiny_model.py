@@ -1,4 +1,4 @@
-"""The embedded model: an SD3-architecture model small enough to ship, built from configurations and saved in diffusers' layout."""
+"""The embedded model: an SD3-architecture model small enough to ship, built from configurations and saved in the diffusers layout."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from padseg.errors import ModelUnavailable
 
 SLOTS = 77  # tokens of a CLIP prompt
 START, END = '<|startoftext|>', '<|endoftext|>'
-TEXT: dict[str, Any] = {'hidden_size': (64, 96), 'num_hidden_layers': 3, 'heads': (1, 2)}  # of the two text encoders
+TEXT: dict[str, Any] = {'hidden_size': (64, 96), 'num_hidden_layers': 3, 'heads': (1, 2)}  # pairs: one value per text encoder
 VAE: dict[str, Any] = {'block_out_channels': (16, 32, 64, 64), 'layers_per_block': 1, 'norm_num_groups': 4, 'latent_channels': 16}
 TRANSFORMER: dict[str, Any] = {'num_layers': 6, 'num_attention_heads': 4, 'attention_head_dim': 64, 'qk_norm': 'rms_norm'}
 TRANSFORMER |= {'sample_size': 32, 'pos_embed_max_size': 48}
 
 
 class Parts(NamedTuple):
-    """The models of a pipeline, untrained or trained."""
+    """The networks of a pipeline, trained or untrained."""
 
     transformer: SD3Transformer2DModel
     vae: AutoencoderKL
@@ -33,7 +33,7 @@ class Parts(NamedTuple):
 
 
 def build_tiny(words: list[str], transformer: dict[str, Any] = TRANSFORMER, vae: dict[str, Any] = VAE) -> Parts:
-    """Untrained models with random weights from torch's global generator; words are those the tokenizers know whole."""
+    """Build untrained networks with weights from torch's global generator. words: words that the tokenizers encode as one token."""
     vocabulary = len(vocabulary_and_merges(words)[0])
     width = transformer['num_attention_heads'] * transformer['attention_head_dim']
     text = sum(TEXT['hidden_size'])
@@ -63,18 +63,21 @@ def build_tiny(words: list[str], transformer: dict[str, Any] = TRANSFORMER, vae:
 
 @torch.no_grad()
 def open_gates(transformer: SD3Transformer2DModel, gate: float = 0.5) -> None:
-    """Let every block count from the start: the gates of attention and MLP begin near 0.07 otherwise, and short trainings stay at it."""
+    """Open the gates of attention and MLP, so that every block contributes from the start.
+
+    Otherwise they start near 0.07 and stay there in a short training.
+    """
     for block in transformer.transformer_blocks:
         for norm in (block.norm1, block.norm1_context):
             chunks = norm.linear.bias.chunk(norm.linear.out_features // transformer.inner_dim)
-            for number in (2, 5):  # shift, scale, gate of the attention, then of the MLP; dual blocks have three more for their attn2
+            for number in (2, 5):  # order: shift, scale, gate of attention, then of the MLP; dual blocks have three more for attn2
                 if len(chunks) > number:
                     chunks[number].fill_(gate)
 
 
 @torch.no_grad()
 def clear_path(vae: AutoencoderKL) -> None:
-    """Let pixels pass straight through from the start: from random weights colours are found only after thousands of steps."""
+    """Initialise the convolutions near the identity. From random weights, colours take thousands of steps to appear."""
     for name, module in vae.named_modules():
         if isinstance(module, nn.Conv2d) and name.endswith(('conv_in', 'conv_out', 'conv_shortcut', '.conv')):
             noise = 0.02 * torch.randn_like(module.weight) / module.weight[0].numel() ** 0.5
@@ -99,21 +102,21 @@ def make_text_encoder(vocabulary: int, size: int, heads: int) -> CLIPTextModelWi
         pad_token_id=vocabulary - 1,
     )
     model = CLIPTextModelWithProjection(config)
-    # the pad tokens differ only by position: CLIP's usual 0.02 leaves all 77 null-prompt tokens alike for thousands of steps
+    # Pad tokens differ only by position. With CLIP's usual 0.02, all 77 null-prompt tokens stay alike for thousands of steps.
     nn.init.normal_(model.text_model.embeddings.position_embedding.weight, std=0.5)
     return model
 
 
 def vocabulary_and_merges(words: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """CLIP's byte-pair vocabulary in small: letters, letters that end a word, and merges that make each given word one token.
+    """Build a small CLIP byte-pair vocabulary: letters, word-final letters, and merges that make each given word one token.
 
-    The same for the same words: a trained vocabulary orders pairs that are equally frequent as it likes.
+    It depends on the words alone, whereas a trained vocabulary orders equally frequent pairs arbitrarily.
     """
     alphabet = [chr(code) for code in range(ord('!'), ord('~') + 1)]
     merges: list[tuple[str, str]] = []
     for word in sorted(words):
         pieces = merged([*word[:-1], word[-1] + '</w>'], merges)
-        while len(pieces) > 1:  # the new merges are the last to be used, so that words before this one stay whole
+        while len(pieces) > 1:  # new merges come last, so that earlier words stay whole
             merges.append((pieces[0], pieces[1]))
             pieces = merged(pieces, merges)
     pieces = alphabet + [letter + '</w>' for letter in alphabet] + [first + second for first, second in merges]
@@ -122,7 +125,7 @@ def vocabulary_and_merges(words: list[str]) -> tuple[dict[str, int], list[tuple[
 
 
 def merged(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
-    """The pieces of a word after all merges, in the order of the list (Sennrich et al. 2016)."""
+    """Apply all merges to the pieces of a word, in the order of the list (Sennrich et al. 2016)."""
     for first, second in merges:
         joined: list[str] = []
         for piece in pieces:
@@ -135,7 +138,7 @@ def merged(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
 
 
 def make_tokenizers(words: list[str]) -> tuple[CLIPTokenizer, CLIPTokenizer]:
-    """The two tokenizers of SD3: the first pads with the end token, the second with '!' (id 0)."""
+    """Make the two tokenizers of SD3: the first pads with the end token, the second with '!' (id 0)."""
     vocabulary, merges = vocabulary_and_merges(words)
     return tuple(
         CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad, unk_token=END, bos_token=START, eos_token=END, model_max_length=SLOTS)
@@ -144,7 +147,7 @@ def make_tokenizers(words: list[str]) -> tuple[CLIPTokenizer, CLIPTokenizer]:
 
 
 def pipeline(parts: Parts, words: list[str]) -> StableDiffusion3Pipeline:
-    """The parts as diffusers' own pipeline, without T5."""
+    """Assemble the parts into a diffusers pipeline without T5."""
     first, second = make_tokenizers(words)
     return StableDiffusion3Pipeline(
         transformer=parts.transformer,
@@ -160,7 +163,10 @@ def pipeline(parts: Parts, words: list[str]) -> StableDiffusion3Pipeline:
 
 
 def read_tiny(folder: pathlib.Path, words: list[str]) -> Parts:
-    """The parts that `save_tiny` wrote, in float32. ModelUnavailable for a folder without them, or whose text encoders know other words."""
+    """Load the parts that `save_tiny` wrote, in float32.
+
+    Raises ModelUnavailable if the folder has no such parts, or if its tokenizer has another vocabulary.
+    """
     try:
         parts = Parts(
             read_tiny_part(SD3Transformer2DModel, folder / 'transformer'),
@@ -177,14 +183,14 @@ def read_tiny(folder: pathlib.Path, words: list[str]) -> Parts:
 
 
 def read_tiny_part(kind: Any, folder: pathlib.Path) -> Any:
-    """As diffusers' from_pretrained, which would write the folder's name into the next model's configuration."""
+    """Load one network. diffusers' from_pretrained would copy the folder's name into the configuration of the next model."""
     model = kind.from_config(kind.load_config(folder))
-    model.load_state_dict(load_file(folder / 'diffusion_pytorch_model.safetensors'))  # into float32
+    model.load_state_dict(load_file(folder / 'diffusion_pytorch_model.safetensors'))  # copies into float32 weights
     return model
 
 
 def save_tiny(parts: Parts, words: list[str], folder: pathlib.Path, row: dict[str, Any], dtype: torch.dtype = torch.float16) -> None:
-    """Write the pipeline as safetensors of the given type in diffusers' layout, with the backbone's row in `padseg.json`."""
+    """Save the pipeline in the diffusers layout, as safetensors of this dtype, with `row` as its `padseg.json`."""
     with without_bars():
         pipeline(parts, words).to(dtype=dtype).save_pretrained(folder, safe_serialization=True)
     (folder / 'padseg.json').write_text(json.dumps(row, indent=2) + '\n')

@@ -216,7 +216,7 @@ def test_only_what_the_maps_need_is_read(layer, folder, picture, keep_only_neede
     assert {*backbone.transformer.state_dict(), *backbone.vae.state_dict()} == names
     assert torch.equal(token_maps(picture, backbone, Options(layer=last)).maps, expected)
     if last < 3:
-        with pytest.raises(UsageError, match=rf'was read up to block {last}: load\(layer=3\) reads block 3 too'):
+        with pytest.raises(UsageError, match=rf'was loaded up to block {last}: load\(layer=3\) loads block 3 too'):
             token_maps(picture, backbone, Options(layer=3))
     with pytest.raises(UsageError, match=r'layer is one of 0\.\.3; got 4'):
         load(str(folder), device='cpu', layer=4)
@@ -385,7 +385,7 @@ def test_a_t5_tokenizer_beside_a_vocabulary_of_clip(folder, empty_cache):
 def test_a_t5_tokenizer_of_too_few_places(folder, empty_cache):
     path = folder / 'tokenizer_2' / 'tokenizer_config.json'
     path.write_text(json.dumps({**json.loads(path.read_text()), 'model_max_length': 76}))
-    assert f'tokenizer_2 of {folder} fills 76 places; expected 77' in refusal(folder)
+    assert f'tokenizer_2 of {folder} has 76 slots; expected 77' in refusal(folder)
 
 
 @pytest.mark.parametrize(

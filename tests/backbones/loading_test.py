@@ -8,15 +8,16 @@ import json
 import os
 import pathlib
 import shutil
-import subprocess
-import sys
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
+from support.models import load_and_empty_the_cache, load_each, load_on_a_full_disk, load_to_the_second_block
+from support.processes import start
 from support.replies import Replies
 
 from padseg.backbones import load
@@ -43,10 +44,9 @@ def empty_cache(tmp_path, monkeypatch):
     return tmp_path / 'cache' / 'prompts'
 
 
-def python(program: str, *arguments: str, **environment: str) -> str:
-    ran = subprocess.run(
-        [sys.executable, '-c', program, *arguments], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
-    )
+def printed_by(target: Callable[..., None], *arguments: object, **environment: str) -> str:
+    """What a function prints in a process of its own."""
+    ran = start(target, *arguments, **environment).wait()
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 
@@ -277,7 +277,7 @@ def test_only_what_the_maps_need_is_read(family, layer, tmp_path, picture, reque
     assert {*backbone.transformer.state_dict(), *backbone.vae.state_dict()} == names
     assert torch.equal(token_maps(picture, backbone, Options(layer=last)).maps, expected)
     if last < 3:
-        with pytest.raises(UsageError, match=rf'was read up to block {last}: load\(layer=3\) reads block 3 too'):
+        with pytest.raises(UsageError, match=rf'was loaded up to block {last}: load\(layer=3\) loads block 3 too'):
             token_maps(picture, backbone, Options(layer=3))
     with pytest.raises(UsageError, match=r'layer is one of 0\.\.3; got 4'):
         load(str(folder), device='cpu', layer=4)
@@ -307,20 +307,14 @@ def test_a_folder_of_something_else(tmp_path):
 def test_what_is_not_read_takes_no_memory(sd3_folder, make_model, tmp_path):
     """Peak memory of fresh processes: a model of 226 MB whole, and up to its second of six blocks."""
     make_model(tmp_path, qk_norm=None, num_layers=6, num_attention_heads=8, attention_head_dim=64)
-    program = (
-        'import sys\nfrom padseg.backbones import load\nfrom padseg.bench.measure import peak\n'
-        "load(sys.argv[1], device='cpu', layer=1, whole=sys.argv[2] == 'whole')\n"
-        'print(peak())\n'
-    )
 
-    def peak(folder: pathlib.Path, whole: str) -> int:
-        ran = subprocess.run([sys.executable, '-c', program, folder, whole], cwd=ROOT, capture_output=True, text=True, check=True)
-        return round(2**20 * float(ran.stdout))
+    def peak(folder: pathlib.Path, whole: bool) -> int:
+        return round(2**20 * float(printed_by(load_to_the_second_block, str(folder), whole)))
 
     for folder in (sd3_folder, tmp_path):
         load(str(folder), device='cpu')  # the prompt is computed once
     size = sum(path.stat().st_size for path in tmp_path.rglob('*.safetensors') if 'text_encoder' not in str(path))
-    nothing, part, whole = peak(sd3_folder, 'part'), peak(tmp_path, 'part'), peak(tmp_path, 'whole')
+    nothing, part, whole = peak(sd3_folder, False), peak(tmp_path, False), peak(tmp_path, True)
     assert size > 200e6 and whole - nothing > 0.9 * size
     assert part - nothing < 0.45 * (whole - nothing), (nothing, part, whole)
 
@@ -450,36 +444,20 @@ def test_a_cache_that_cannot_be_written_only_warns(sd3_folder, tmp_path, monkeyp
 
 
 def test_a_full_disk_only_warns(sd3_folder, tmp_path):
-    program = (
-        'import resource, sys\nfrom padseg.backbones import load\n'
-        'resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n'
-        "print(load(sys.argv[1], device='cpu').null_prompt.embeds.shape[1])"
-    )
-    assert python(program, str(sd3_folder), PADSEG_CACHE=str(tmp_path)) == '154\n'
+    assert printed_by(load_on_a_full_disk, str(sd3_folder), PADSEG_CACHE=str(tmp_path)) == '154\n'
     assert not list((tmp_path / 'prompts').iterdir())
 
 
 def test_text_encoders_are_not_loaded_again(sd3_folder, tmp_path):
-    program = (
-        'import os, sys\nfrom padseg.backbones import load\n'
-        "code = 'transformers.models.clip.modeling_clip'\n"
-        "load(sys.argv[1], device='cpu')\nprint(code in sys.modules)\n"
-        "os.environ['PADSEG_CACHE'] = sys.argv[2]\nload(sys.argv[1], device='cpu')\nprint(code in sys.modules)"
-    )
     load(str(sd3_folder), device='cpu')
-    assert python(program, str(sd3_folder), str(tmp_path)) == 'False\nTrue\n'
+    assert printed_by(load_and_empty_the_cache, str(sd3_folder), str(tmp_path)) == 'False\nTrue\n'
 
 
 def test_two_processes_at_once(sd3_folder, tmp_path):
-    program = (
-        "import sys\nfrom padseg.backbones import load\nprint(float(load(sys.argv[1], device='cpu').null_prompt.embeds.double().sum()))"
-    )
-    environment = {**os.environ, 'PADSEG_CACHE': str(tmp_path)}
-    command = [sys.executable, '-c', program, str(sd3_folder)]
-    running = [subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    printed = [process.communicate()[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0]
-    assert printed[0] == printed[1] != ''
+    running = [start(load_each, str(sd3_folder), PADSEG_CACHE=str(tmp_path)) for _ in range(2)]
+    ended = [process.wait() for process in running]
+    assert [ran.returncode for ran in ended] == [0, 0]
+    assert ended[0].stdout == ended[1].stdout != ''
     assert len(list((tmp_path / 'prompts').iterdir())) == 1
 
 
@@ -575,21 +553,6 @@ def hub(folder):
         server.shutdown()
 
 
-TRY = """
-import json, sys
-from padseg.backbones import load
-from padseg.errors import PadsegError
-answers = []
-for name in sys.argv[1:]:
-    try:
-        backbone = load(name, device='cpu')
-        answers.append([*backbone.identity, float(backbone.null_prompt.embeds.double().sum())])
-    except PadsegError as error:
-        answers.append([error.exit_code, str(error)])
-print(json.dumps(answers))
-"""
-
-
 def test_a_hub_model_is_downloaded_and_loads_offline_afterwards(hub, tmp_path, backbone):
     home = {
         'HF_HOME': str(tmp_path / 'hub'),
@@ -598,7 +561,7 @@ def test_a_hub_model_is_downloaded_and_loads_offline_afterwards(hub, tmp_path, b
         'PADSEG_CACHE': str(tmp_path / 'cache'),
     }
     absent = ('org/gated', 'org/none', 'org/model@no-such', 'org/cut')
-    online = json.loads(python(TRY, 'org/model', *absent, **home, HF_ENDPOINT=hub))
+    online = json.loads(printed_by(load_each, 'org/model', *absent, **home, HF_ENDPOINT=hub))
     model, revision, weights, embeds = online[0][0], online[0][2], online[0][3], online[0][4]
     assert (model, revision, weights) == ('org/model', COMMIT, backbone.identity.weights)
     assert embeds == float(backbone.null_prompt.embeds.double().sum())
@@ -617,7 +580,7 @@ def test_a_hub_model_is_downloaded_and_loads_offline_afterwards(hub, tmp_path, b
     assert online[0][1] == str(snapshot) and link.is_symlink() and len(link.resolve().name) == 64
     shutil.rmtree(tmp_path / 'cache')
     names = ('org/model', f'org/model@{COMMIT}', 'org/model@main')
-    offline = json.loads(python(TRY, *names, 'org/none', **home, HF_HUB_OFFLINE='1'))
+    offline = json.loads(printed_by(load_each, *names, 'org/none', **home, HF_HUB_OFFLINE='1'))
     assert offline[:3] == [[name, *online[0][1:]] for name in names]
     code, message = offline[3]
     assert code == 4 and 'org/none is not in the cache and the hub cannot be reached' in message

@@ -204,7 +204,7 @@ def test_of_the_last_block_of_a_part_only_queries_and_keys_can_be_read(name, req
     with watch(requests_of(part, range(3), whole_call, ALL)) as kept:
         forward(part, latents(1, 4, 8, 8))
     assert len(kept) == 3
-    with pytest.raises(UsageError, match='was read up to block 1'):
+    with pytest.raises(UsageError, match='was loaded up to block 1'):
         requests_of(load(part.identity.model, device='cpu', layer=1), [2], whole_call)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -69,7 +67,7 @@ def test_words_for_people():
     assert lines[0].startswith('pairs of 32 x 32, 27 classes; ') and f'{os.cpu_count()} processors, ' in lines[0]
     assert lines[1].split() == 'one worker 100.00 pairs/s; 90.0 with its start'.split()
     assert lines[2].split() == 'two workers too short pairs/s; 40.0 with their start'.split()
-    assert lines[7].split() == 'by a loop 30.00 ms; 15.0 x'.split()
+    assert lines[7].split() == 'with a loop 30.00 ms; 15.0 x'.split()
     assert lines[9].split() == 'memory of 30 pairs 101.00 MiB; 1.010 x'.split()
     measured = {**measured, 'pairs_per_second': {1: 100.0, 2: 190.0}, 'two_workers_to_one': 1.9}
     assert scoring.in_words(measured).splitlines()[2].split()[-4:] == '1.90 x one worker'.split()
@@ -123,7 +121,7 @@ def test_the_engines_work_is_that_of_a_run(tmp_path):
     cost = engine.run_stages(folder, tmp_path / 'out', 28)
     assert 0 < cost.wall < time.perf_counter() - began
     assert cost.own > 0 <= cost.system and cost.peak == measure.peak()
-    expected = engine.made_labels((48, 64)).labels
+    expected = engine.make_labels((48, 64)).labels
     names = sorted(path.name for path in (tmp_path / 'out/labels').iterdir())
     assert names == [f'{number:06}.jpg.png' for number in range(28)]
     assert all(np.array_equal(read_label_map(tmp_path / 'out/labels' / name), expected) for name in names)
@@ -211,7 +209,7 @@ def test_merging_by_the_loop_is_the_release_by_hand():
 
 
 def test_regions_are_numbered_in_reading_order():
-    assert sd3.sd3_in_order(np.array([[7, 7, 0], [3, 0, 7]])).tolist() == [[1, 1, 2], [3, 2, 1]]
+    assert sd3.number_regions(np.array([[7, 7, 0], [3, 0, 7]])).tolist() == [[1, 1, 2], [3, 2, 1]]
 
 
 def counted(function, *arguments, **options):
@@ -295,7 +293,7 @@ def test_a_summary_of_two_turns(architecture):
     slower = side._replace(seconds=dict(zip(sd3.STAGES, (1.0, 2.0, 3.0, 0.5, 1.5), strict=True)), peak=600.0, ceiling={'float32': 4e9})
     quicker = side._replace(seconds=dict(zip(sd3.STAGES, (0.0, 1.0, 2.5, 0.25, 0.25), strict=True)), peak=300.0, ceiling={'float32': 2e9})
     middle = slower._replace(seconds=dict(zip(sd3.STAGES, (0.0, 2.0, 1.5, 0.25, 0.25), strict=True)), peak=450.0)
-    measured = sd3.lines_of_summary(setting, 'small', [(quicker, slower), (middle, slower)])
+    measured = sd3.summarise(setting, 'small', [(quicker, slower), (middle, slower)])
     assert measured['total'] == {'ours': [4.0, 4.0], 'reference': [8.0, 8.0]}
     assert measured['reference_to_ours'] == {'median': 2.0, 'least': 2.0, 'most': 2.0}
     assert measured['memory_ours_to_reference'] == {'median': 0.625, 'least': 0.5, 'most': 0.75}
@@ -312,7 +310,7 @@ def test_a_summary_of_two_turns(architecture):
     assert lines[3].split() == 'text, s 0.000 (0.000..0.000) 1.000 (1.000..1.000)'.split()
     assert lines[4].split() == 'vae, s 1.500 (1.000..2.000) 2.000 (2.000..2.000)'.split()
     assert lines[-1] == (
-        'speed 2.00 (2.00..2.00) x the reference; memory 0.62 (0.50..0.75) x; beside VAE and transformer 12.5% of the time'
+        'speed 2.00 (2.00..2.00) x the reference; memory 0.62 (0.50..0.75) x; 12.5% of the time outside VAE and transformer'
     )
     alike = sd3.compare(side.outcome, side.outcome)
     assert sd3.in_words(measured | {'alike': alike}).splitlines()[-1].endswith('100.00% of the pixels labelled the same')
@@ -360,9 +358,9 @@ def test_every_record_says_where_it_was_measured():
 def test_other_maps_are_refused(difference):
     measured = {'dtype': 'float32', 'alike': {'of_deviation': difference}}
     with pytest.raises(click.ClickException, match=f'the maps differ by {difference} standard deviations'):
-        sd3.refuse_other_maps(measured)
-    sd3.refuse_other_maps({'dtype': 'bfloat16', 'alike': {'of_deviation': 0.02}})
-    sd3.refuse_other_maps({'dtype': 'float32', 'alike': None})
+        sd3.require_same_maps(measured)
+    sd3.require_same_maps({'dtype': 'bfloat16', 'alike': {'of_deviation': 0.02}})
+    sd3.require_same_maps({'dtype': 'float32', 'alike': None})
 
 
 def test_a_small_run_of_scale(bench, tmp_path):
@@ -413,18 +411,15 @@ def test_words_for_what_compiling_costs():
         'compiling': {**columns, 'gain': 0.5, 'pays': {'compiled': 11, 'again': None}},
     }
     lines = scale.in_words(measured).splitlines()
-    assert lines[3] == 'vae: 2 ms for each of n image tokens and 3 us n^2, within 1%'
+    assert lines[3] == 'vae: 2 ms n + 3 us n^2 for n image tokens, within 1%'
     assert lines[-4].split() == 'not compiled 3.00 (3.00..3.00) 2.00 (2.00..2.00)'.split()
-    assert lines[-1] == 'compiling saves 50.0% of a later forward and pays from picture 11 on; what is on disk already, never'
+    assert lines[-1] == 'compiling saves 50.0% of a later forward pass and pays off from picture 11 on; from disk cache, never'
 
 
-def test_a_run_of_vae(tmp_path):
-    """In a fresh process. The more the latents are off, the less the maps are alike; a random encoder's have nothing to do with them."""
+def test_a_run_of_vae(bench, tmp_path):
+    """The more the latents are off, the less the maps are alike; a random encoder's have nothing to do with them."""
     shutil.copy(ROOT / 'data/images/scene-22.png', tmp_path)
-    command = [sys.executable, '-m', 'padseg.bench', 'vae', '--dir', tmp_path, '--json']
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (ran.returncode, ran.stderr) == (0, '')
-    measured = json.loads(ran.stdout)
+    measured, _ = bench('vae', '--dir', str(tmp_path))
     *noisy, untrained = measured['cases'].values()
     correlations = [case['correlation'] for case in noisy[1:]]
     assert len(noisy) == 1 + len(vae.ERRORS) and measured['pictures'] == 1
@@ -437,9 +432,9 @@ def test_how_alike_maps_are_by_hand():
     maps = np.array([[[0.0, 1.0], [2.0, 3.0]], [[1.0, 1.0], [1.0, 1.0]]])
     labels, halves = np.array([[1, 1], [1, 1]]), np.array([[1, 1], [2, 2]])
     assert vae.correlation(maps[0], 5 - 2 * maps[0]) == pytest.approx(-1) and vae.correlation(maps[0], maps[1]) == 0
-    same = vae.alikeness([(maps, labels)], [(maps * 3 + 1, labels)])
+    same = vae.similarity([(maps, labels)], [(maps * 3 + 1, labels)])
     assert same == pytest.approx({'correlation': 0.5, 'covering': 1})  # the second map is flat
-    assert vae.alikeness([(maps, labels)], [(maps, halves)])['covering'] == 0.5
+    assert vae.similarity([(maps, labels)], [(maps, halves)])['covering'] == 0.5
 
 
 def test_latents_are_off_by_as_much_as_is_asked_for(architecture):

@@ -70,7 +70,7 @@ def test_the_plain_label_map_by_hand():
 
 def test_another_result_is_no_comparison():
     quick, slow = torch.ones(3), torch.tensor([1, 1, 1.001])
-    with pytest.raises(click.ClickException, match='another result'):
+    with pytest.raises(click.ClickException, match='a different result'):
         steps.compared(lambda: quick, lambda: slow)
     labels = LabelMap(np.array([[1]]), ((0,),))
     assert steps.same_maps(labels, labels) and not steps.same_maps(labels, labels._replace(tokens=((1,),)))

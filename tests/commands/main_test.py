@@ -44,7 +44,7 @@ def test_run_in_a_process_of_its_own(arguments, tmp_path):
     counts = json.loads(ran.stdout)
     assert (counts['images'], counts['done'], counts['failed'], counts['signal']) == (3, 3, 0, None)
     assert ran.stderr.splitlines()[-1] == (
-        f'3 done, 0 failed, {counts["regions"]:.1f} regions a picture on average; label maps in {tmp_path}/out/labels'
+        f'3 done, 0 failed, {counts["regions"]:.1f} regions per picture on average; label maps in {tmp_path}/out/labels'
     )
     assert len(list((tmp_path / 'out' / 'labels').iterdir())) == 3
 
@@ -239,7 +239,7 @@ def test_kept_token_maps_are_merged_again_without_the_model(tmp_path, sd3_folder
     PIL.Image.fromarray(picture[::-1]).save(tmp_path / 'in/a.png')
     assert main(['merge', f'{tmp_path}/made', '--out', f'{tmp_path}/other', '-q', '--threshold', '0']) == 3
     failures = [json.loads(line) for line in (tmp_path / 'other/failures.jsonl').read_text().splitlines()]
-    assert [line['input'] for line in failures] == ['a.png'] and 'no token maps of this picture' in failures[0]['reason']
+    assert [line['input'] for line in failures] == ['a.png'] and 'no token maps for this picture' in failures[0]['reason']
 
 
 def test_plain_progress_is_a_line_now_and_then(monkeypatch, capsys):

@@ -285,14 +285,14 @@ def test_a_byte_above_the_table_is_not_declared():
 
 def test_values_that_are_not_declared_are_shown_with_all_others(tmp_path):
     dataset = Dataset('toy', ('a', 'b'), None, 'val', 'none', tmp_path, (), (0, 1, 1, NONE, VOID))
-    with pytest.raises(UsageError, match=re.escape('labels 3, 9 are none of toy (2 classes; declared are 0..2, 4)')) as caught:
+    with pytest.raises(UsageError, match=re.escape('labels 3, 9 are not labels of toy (2 classes; declared: 0..2, 4)')) as caught:
         dataset.to_classes(np.array([[0, 0, 3], [9, 4, 9]], np.uint8))
-    assert str(caught.value).endswith('values and their pixels: 0: 2, 3: 1, 4: 1, 9: 2')
+    assert str(caught.value).endswith('pixels of each value: 0: 2, 3: 1, 4: 1, 9: 2')
     with pytest.raises(UsageError, match='and 80 more values'):
         dataset.to_classes(np.arange(100).reshape(10, 10))
-    with pytest.raises(UsageError, match='labels -5 are none'):
+    with pytest.raises(UsageError, match='labels -5 are not labels of toy'):
         dataset.to_classes(np.array([[-5, 1]], np.int32))
-    with pytest.raises(UsageError, match='labels 1152921504606846976 are none'):  # without a table of that length
+    with pytest.raises(UsageError, match='labels 1152921504606846976 are not labels of toy'):  # without a table of that length
         dataset.to_classes(np.array([[1, 2**60]]))
     assert dataset._replace(table=None).to_classes(np.array([[700]])).tolist() == [[700]]
 
@@ -678,7 +678,7 @@ def test_damaged_pngs_are_named(tmp_path):
     idat = data.index(b'IDAT')
     for length in (0, 7, 8, 20, 100, idat, idat + 20):
         path.write_bytes(data[:length])
-        with pytest.raises(UnreadableLabels, match='bad.png: (no PNG|truncated or damaged)'):
+        with pytest.raises(UnreadableLabels, match='bad.png: (not a PNG|truncated or damaged)'):
             read_label_map(path)
     path.write_bytes(data[: idat + 8] + b'\xff' * 40 + data[idat + 48 :])
     with pytest.raises(UnreadableLabels, match='bad.png: truncated or damaged'):
@@ -686,7 +686,7 @@ def test_damaged_pngs_are_named(tmp_path):
     with pytest.raises(UnreadableLabels, match='nothing.png'):
         read_label_map(tmp_path / 'nothing.png')
     picture(tmp_path / 'photo.jpg')
-    with pytest.raises(UnreadableLabels, match='photo.jpg: no PNG'):
+    with pytest.raises(UnreadableLabels, match='photo.jpg: not a PNG'):
         read_label_map(tmp_path / 'photo.jpg')
 
 
@@ -740,7 +740,7 @@ def test_matlab_files_that_hold_something_else(tmp_path, reader):
             assert dataset.read(sample)[0].tolist() == labels.tolist()
         except UnreadableLabels as error:
             reasons.append(error.reason)
-    assert all(reason.startswith('no MATLAB file, or a damaged one') for reason in reasons)
+    assert all(reason.startswith('not a MATLAB file, or a damaged one') for reason in reasons)
     assert len(reasons) >= 3 * (len(data) - 136) - 8
 
 
@@ -793,9 +793,9 @@ def test_a_data_set_and_its_errors_reach_worker_processes(tmp_path):
     with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
         (raw,) = pool.submit(dataset.read, dataset.samples[0]).result()
         assert raw.tolist() == [[0, 1, 20], [255, 15, 0]]
-        with pytest.raises(UnreadableLabels, match='2007_000061.png: no PNG') as caught:
+        with pytest.raises(UnreadableLabels, match='2007_000061.png: not a PNG') as caught:
             pool.submit(dataset.read, dataset.samples[1]).result()
-    assert (caught.value.path, caught.value.reason) == (dataset.samples[1].truths[0], 'no PNG')
+    assert (caught.value.path, caught.value.reason) == (dataset.samples[1].truths[0], 'not a PNG')
 
 
 # ---- one's own folders
@@ -823,7 +823,7 @@ def test_a_folder_of_labels_with_classes(tmp_path):
     assert truth(label_folder(tmp_path, 3, ignore=0)._replace(samples=dataset.samples[1:])) == [[2, 2, 2]]
     assert truth(label_folder(tmp_path, 256, ignore=0)) == [[VOID, 1, 255]]
     for num_classes, ignore, strange in ((1, 255, '1'), (3, None, '255'), (3, 7, '255')):
-        with pytest.raises(UsageError, match=f'labels {strange} are none of folder .*0: 1, 1: 1, 255: 1'):
+        with pytest.raises(UsageError, match=f'labels {strange} are not labels of folder .*0: 1, 1: 1, 255: 1'):
             truth(label_folder(tmp_path, num_classes, ignore))
 
 
@@ -968,7 +968,7 @@ def test_a_check_finds_everything_wrong(tmp_path):
     plain = json.loads(json.dumps(report.as_dict()))
     assert plain['values'][1] == {'value': 3, 'pixels': 29, 'files': 4, 'number': 3, 'name': 'road'}
     assert plain['out_of_range'] == plain['values'][3:]
-    assert plain['unreadable'][0]['reason'] == 'no PNG'
+    assert plain['unreadable'][0]['reason'] == 'not a PNG'
     assert (plain['good'], plain['smallest'], plain['root']) == (False, [2, 3], str(tmp_path))
 
 

@@ -125,7 +125,7 @@ def test_annotators_of_different_sizes_are_refused(folders):
     put(pred / 'a.png', '12')
     put(truth / 'a_0.png', '12')
     put(truth / 'a_1.png', '12', '12')
-    with pytest.raises(UsageError, match=r'ground truths of a are 2 x 1 \(width x height\) and 2 x 2'):
+    with pytest.raises(UsageError, match=r'ground truths of a differ in size: 2 x 1 \(width x height\) and 2 x 2'):
         evaluate(pred, truth)
 
 

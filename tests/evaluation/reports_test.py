@@ -68,7 +68,7 @@ def test_the_table_has_each_picture_by_name(four):
         assert (int(row['pixels']), int(row['regions'])) == (record.pixels, record.found)
         assert [row['accuracy'], row['miou']] == ['' if value is None else repr(value) for value in (record.accuracy, record.miou)]
     assert [row['miou'] for row in rows] == ['', '0.25', '', '1.0']  # of classes 0 and 1: 4/8 and 0
-    assert 'no PNG' in rows[0]['reason']
+    assert 'not a PNG' in rows[0]['reason']
 
 
 def test_the_table_is_sorted_whatever_the_order_of_the_records(tmp_path):
@@ -111,7 +111,7 @@ def test_the_words_hold_scores_rules_and_settings(four):
         assert f'- **{name}**: {text}' in lines
     for name, value in report.scores.items():
         assert f'| {words.MEASURES[name]} | {value:.4f} |' in lines
-    assert any(line.startswith('| a | ') and 'no PNG' in line for line in lines)
+    assert any(line.startswith('| a | ') and 'not a PNG' in line for line in lines)
 
 
 def test_only_so_many_failed_pictures_are_named(tmp_path):

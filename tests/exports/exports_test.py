@@ -117,7 +117,7 @@ def test_reading_what_is_no_label_map(tmp_path):
     (tmp_path / 'words.png').write_bytes(b'words')
     with pytest.raises(UnreadableLabels, match='one channel'):
         read_label_map(tmp_path / 'colour.png')
-    with pytest.raises(UnreadableLabels, match='no PNG'):
+    with pytest.raises(UnreadableLabels, match='not a PNG'):
         read_label_map(tmp_path / 'words.png')
     (tmp_path / 'empty').mkdir()
     with pytest.raises(UsageError, match='no mask'):

@@ -128,7 +128,7 @@ def test_results_of_another_method_are_not_mixed(pictures: Path, tmp_path: Path,
         (['--method', 'felzenszwalb', '--scale', '-1'], 'scale is a number >= 0; got -1.0'),
         (['--method', 'felzenszwalb', '--threshold', '0.1'], '--threshold is an option of --method seg4diff.'),
         (['--scale', '100'], '--scale is an option of --method felzenszwalb.'),
-        (['--method', 'grid', '--save-maps'], 'grid has no maps to keep: leave out --save-maps'),
+        (['--method', 'grid', '--save-maps'], 'grid has no maps to keep: omit --save-maps'),
     ],
 )
 def test_what_does_not_fit_the_method_is_refused(

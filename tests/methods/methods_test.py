@@ -45,7 +45,7 @@ def test_a_method_that_needs_no_model_opens_none():
 
 def test_a_method_is_refused_by_the_name_of_the_family(backbone, monkeypatch):
     monkeypatch.setattr(seg4diff, 'FAMILIES', frozenset({'unet', 'pixart'}))
-    with pytest.raises(UsageError, match='^seg4diff is not defined for .*, of the family sd3: it takes pixart, unet$'):
+    with pytest.raises(UsageError, match='^seg4diff does not support .* of the family sd3; supported: pixart, unet$'):
         seg4diff.prepare(backbone, Options())
 
 

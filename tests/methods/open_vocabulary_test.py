@@ -165,7 +165,7 @@ def test_only_the_blocks_asked_for_are_read(texts_folder, speller, picture):
     options = LabelOptions(layers=(0, 1))
     assert torch.equal(score_maps(picture, part, NAMES, options).maps, score_maps(picture, speller, NAMES, options).maps)
     for wrong in (LabelOptions(), LabelOptions(layers=(1,), on='proposals')):
-        with pytest.raises(UsageError, match='was read up to block 1'):
+        with pytest.raises(UsageError, match='was loaded up to block 1'):
             label(picture, part, NAMES, wrong)
     for wrong, words in ({'layers': (4,)}, r'layers are in 0\.\.3'), ({'steps': (29,)}, r'steps are in 1\.\.28'), ({'head': 2}, r'0\.\.1'):
         with pytest.raises(UsageError, match=words):
@@ -287,11 +287,11 @@ def test_two_hundred_classes(speller, picture):
 
 
 def test_no_names_and_names_twice(speller, picture):
-    with pytest.raises(UsageError, match='there are no names of classes'):
+    with pytest.raises(UsageError, match='there are no class names'):
         label(picture, speller, [])
-    with pytest.raises(UsageError, match='two classes have one name: cat and cat'):
+    with pytest.raises(UsageError, match='two classes have the same name: cat and cat'):
         label(picture, speller, ['cat', 'cat'])
-    with pytest.raises(UsageError, match='two classes have one name: cat and Cat'):
+    with pytest.raises(UsageError, match='two classes have the same name: cat and Cat'):
         label(picture, speller, ['cat'], LabelOptions(background_words=('Cat',)))
 
 
@@ -306,9 +306,9 @@ def test_the_order_of_names_only_numbers_them_with_per_class(speller, picture):
 @pytest.mark.parametrize(
     ('values', 'words'),
     [
-        ({'layers': (1, 1)}, 'layers are different numbers from 0 on; got 1, 1'),
-        ({'layers': ()}, 'layers are different numbers from 0 on; got '),
-        ({'steps': (0,)}, 'steps are different numbers from 1 on; got 0'),
+        ({'layers': (1, 1)}, 'layers are distinct numbers >= 0; got 1, 1'),
+        ({'layers': ()}, 'layers are distinct numbers >= 0; got '),
+        ({'steps': (0,)}, 'steps are distinct numbers >= 1; got 0'),
         ({'head': -1}, 'head is counted from 0; got -1'),
         ({'prompt': 'poem'}, 'prompt is one of joined, template, per-class; got poem'),
         ({'encoders': 'l+t5'}, 'encoders is one of l, g, l\\+g, t5, l\\+g\\+t5; got l\\+t5'),
@@ -316,7 +316,7 @@ def test_the_order_of_names_only_numbers_them_with_per_class(speller, picture):
         ({'columns': 'l'}, 'columns is one of clip, t5, both; got l'),
         ({'scores': 'softmax'}, 'scores is one of raw, minmax, minmax-token, share; got softmax'),
         ({'on': 'pixels'}, 'on is one of words, proposals; got pixels'),
-        ({'softmax': False, 'scores': 'share'}, 'scores before the softmax have no shares'),
+        ({'softmax': False, 'scores': 'share'}, 'raw attention scores have no shares'),
         ({'background_below': float('nan')}, 'background_below is a finite number; got nan'),
         ({'geometry': 'round'}, 'geometry is one of'),
         ({'min_area': 1.0}, r'min_area is a share of the picture in 0\.\.1; got 1.0'),
@@ -416,15 +416,15 @@ def test_a_file_of_classes(folder, tmp_path, texts_folder, capsys):
     assert [row['name'] for row in json.loads((tmp_path / 'out' / 'classes.json').read_text())] == ['cat', 'traffic light, red', '日本']
     (tmp_path / 'names.txt').write_text('\n \n')
     for wrong, words in (
-        (['--classes-file', str(tmp_path / 'names.txt')], 'there are no names of classes'),
+        (['--classes-file', str(tmp_path / 'names.txt')], 'there are no class names'),
         (['--classes-file', str(tmp_path / 'nothing.txt')], 'cannot be read as text'),
-        (['--classes', ' , '], 'there are no names of classes'),
-        (['--classes', 'cat,cat'], 'two classes have one name'),
+        (['--classes', ' , '], 'there are no class names'),
+        (['--classes', 'cat,cat'], 'two classes have the same name'),
         ([], 'Give either --classes or --classes-file'),
         (['--classes', 'cat', '--classes-file', 'x'], 'Give either --classes or --classes-file'),
         (['--classes', 'cat', '--layers', 'one'], 'is not a list such as 8,9'),
         (['--classes', 'cat', '--layers', '9'], 'layer is one of 0..3; got 9'),
-        (['--classes', 'cat', '--layers', '1,1'], 'layers are different numbers from 0 on; got 1, 1'),
+        (['--classes', 'cat', '--layers', '1,1'], 'layers are distinct numbers >= 0; got 1, 1'),
     ):
         assert main([*common, '--out', str(tmp_path / 'other'), *wrong]) == 2
         assert words in capsys.readouterr().err

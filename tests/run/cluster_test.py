@@ -29,7 +29,7 @@ from padseg.commands import main
 from padseg.errors import OutputConflict, ResourceExhausted, UsageError
 from padseg.images import Found
 from padseg.run import engine, prepare
-from padseg.run.cluster import Actor, Share, cluster_share, knock, model_from_anywhere, on_cpu, results_on_ray
+from padseg.run.cluster import Actor, Share, cluster_share, knock, model_from_anywhere, on_cpu
 from padseg.run.collect import collect
 from padseg.run.job import Job
 from padseg.run.picture import Taken
@@ -37,7 +37,6 @@ from padseg.run.plan import choose
 from padseg.run.records import Entry, Run
 from padseg.run.selection import Selection, parse_shard
 from padseg.system.progress import Silent
-from padseg.system.signals import Stop
 from padseg.types import Frame, TokenMaps
 
 ray = pytest.importorskip('ray')
@@ -248,12 +247,11 @@ def test_too_many_failures_end_a_run(job, cluster):
     assert counts.failed == 1
 
 
-def test_other_weights_on_a_machine_are_refused(job, cluster):
-    record, pending = prepared(job)
+def test_other_weights_on_a_machine_are_refused(job):
+    record, _ = prepared(job)
     other = record.model_copy(update={'settings': {**record.settings, 'weights': 'f' * 64}})
     with pytest.raises(OutputConflict, match=f'weights {"f" * 64} there, {record.settings["weights"]} now'):
-        list(results_on_ray(job, other, pending, Stop()))
-    assert not job.out.exists()
+        assert Actor(job, other, 'cpu').stages
 
 
 def test_a_full_disk_in_a_worker_is_one_in_the_run(job, cluster):

@@ -153,7 +153,7 @@ def test_labelme_beside_the_pictures_leaves_what_others_wrote(out, tmp_path):
     theirs = tmp_path / 'in' / 'a b.json'
     theirs.write_text('{"by": "hand"}')
     converted = convert(out, 'labelme', tmp_path / 'in')
-    assert converted.failed == {'a b.png': f'{theirs}: is there already with other annotations: move it away, or choose another --out'}
+    assert converted.failed == {'a b.png': f'{theirs}: already exists with other annotations: move it away, or choose another --out'}
     assert theirs.read_text() == '{"by": "hand"}'
     assert json.loads((tmp_path / 'in/sub/many.json').read_bytes())['imagePath'] == 'many.png'
     theirs.unlink()

@@ -332,7 +332,7 @@ def test_an_output_inside_the_input_is_not_an_input(job):
 
 def test_outputs_that_cannot_be_used(job, tmp_path):
     (tmp_path / 'file').write_text('')
-    with pytest.raises(UsageError, match='cannot make the output folder'):
+    with pytest.raises(UsageError, match='cannot create the output folder'):
         engine.run(job._replace(out=tmp_path / 'file'))
     job.out.mkdir()
     with filelock.FileLock(job.out / '.lock'), pytest.raises(OutputConflict, match='another run is writing'):
@@ -404,7 +404,7 @@ def test_a_full_disk_stops_with_what_is_finished(job, tmp_path):
     arguments = ['run', '--dir', job.source, '--out', job.out, '--model', job.model, '--device', 'cpu', '--overlay']
     ran = start(jobs.with_small_files, list(map(str, arguments)), 60_000).wait()
     assert ran.returncode == 7, ran.stderr
-    assert 'what is finished stays, and the same command continues' in ran.stderr
+    assert 'finished results are kept, and the same command continues' in ran.stderr
     assert not list(job.out.rglob('.padseg-*'))
     assert not (job.out / 'overlays/sub/c.png.jpg').exists()
     overlaid = job._replace(overlay=True)

@@ -143,7 +143,7 @@ def test_what_cannot_be_joined(job, tmp_path):
     with pytest.raises(NoImages, match='no results of `padseg run` in .*two'):
         collect([one.out, two.out], tmp_path / 'all')
     engine.run(two._replace(options=Options(threshold=0.3)))
-    with pytest.raises(OutputConflict, match=r'two holds results of other settings \(threshold 0\.1 there, 0\.3 now\)|threshold'):
+    with pytest.raises(OutputConflict, match=r'two holds results made with other settings \(threshold 0\.1 there, 0\.3 now\)|threshold'):
         collect([one.out, two.out], tmp_path / 'all')
     shutil.copy(job.source / '0.png', job.source / '2.png')
     engine.run(two._replace(overwrite=True))

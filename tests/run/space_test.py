@@ -82,7 +82,7 @@ def test_a_small_disk(pictures, tmp_path, small_disk, capsys, caplog):
     """Warned of before, stopped when it is full, continued when there is room again: all label maps as if nothing had been."""
     arguments = ['run', '--dir', str(pictures), '--overlay', '--device', 'cpu', '--out']
     assert main([*arguments, str(small_disk / 'out')]) == 7
-    assert 'what is finished stays, and the same command continues' in capsys.readouterr().err
+    assert 'finished results are kept, and the same command continues' in capsys.readouterr().err
     assert 'has 4' in caplog.text and 'the results of 4 pictures take about' in caplog.text
     assert not list(small_disk.rglob('.padseg-*'))
     shutil.copytree(small_disk / 'out', tmp_path / 'out')

@@ -1,4 +1,4 @@
-"""Scenes in a word, to compare them between processes."""
+"""Digests of scenes, for comparing them between processes."""
 
 from __future__ import annotations
 

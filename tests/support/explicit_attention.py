@@ -1,4 +1,4 @@
-"""Attention the obvious way, with its whole matrix."""
+"""Attention in the naive way, with the full matrix."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 
 
 class ExplicitAttention:
-    """Joint attention as an attention processor that forms, keeps and uses the whole softmax."""
+    """Joint attention processor that computes, stores and uses the full softmax matrix."""
 
     def __init__(self):
         self.probabilities = None
-        self.tensors = None  # queries, keys, values, and their mixture
+        self.tensors = None  # queries, keys, values, output
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
         def heads(x, norm):

@@ -1,4 +1,4 @@
-"""Runs that are killed, or find the disk full, at every so many changes they make to their output folder."""
+"""Runs that are killed, or find the disk full, at chosen writes to their output folder."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ ENDED_BY = {'kill': -signal.SIGKILL, 'full': ResourceExhausted.exit_code}
 
 
 def at_every_write(source: Path, root: Path, model: str, action: str, fault: str, every: int) -> int:
-    """Do the action again and again, with the fault at another write each time, and once more without: results are as if nothing had been.
+    """Interrupt the action at every `every`-th write, resume it without a fault, and assert that the results are those of a clean run.
 
-    The pictures' token maps are made once, and take the model's place from then on. Prints how often the fault came.
+    Token maps are computed once and then replace the model. Prints the number of faults.
     """
     out, whole, begun = root / 'out', root / 'whole', root / 'begun'
     engine.run(Job(source, root / 'maps', model=model, device='cpu', save_maps=True))
@@ -44,15 +44,15 @@ def at_every_write(source: Path, root: Path, model: str, action: str, fault: str
     if first:
         out.rename(begun)
         restart()
-    assert forked(act) == 0
+    assert run_in_child(act) == 0
     out.rename(whole)
     expected, faults, number = tree(whole), 0, every
     restart()
-    while (code := forked(act, out, fault, number)) != UNTOUCHED:
+    while (code := run_in_child(act, out, fault, number)) != UNTOUCHED:
         assert code == ENDED_BY[fault], (number, code)
         assert fault == 'kill' or not list(out.rglob('.padseg-*')), (number, list(out.rglob('.padseg-*')))
-        assert forked(act) == 0, number
-        assert differing(tree(out), expected) == [], number
+        assert run_in_child(act) == 0, number
+        assert differences(tree(out), expected) == [], number
         faults += 1
         number += every
         restart()
@@ -61,7 +61,7 @@ def at_every_write(source: Path, root: Path, model: str, action: str, fault: str
 
 
 def actions(job: Job) -> dict[str, tuple[Callable[[], object], list[Job]]]:
-    """By name: what is done, and the runs that come before it."""
+    """Return, by name, each action and the runs that it needs beforehand."""
     parts = [job._replace(selection=Selection(shard=(number, 2)), coco=False) for number in (1, 2)]
     return {
         'run': (lambda: engine.run(job), []),
@@ -71,12 +71,12 @@ def actions(job: Job) -> dict[str, tuple[Callable[[], object], list[Job]]]:
     }
 
 
-def forked(act: Callable[[], object], out: Path | None = None, fault: str = '', number: int = 0) -> int:
-    """Exit code of a child that acts, with a fault before the so-manieth write below a folder if there is one."""
+def run_in_child(act: Callable[[], object], out: Path | None = None, fault: str = '', number: int = 0) -> int:
+    """Act in a child process and return its exit code. With a folder `out`, the fault comes before write number `number` below it."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    seen = put_fault(out, fault, number) if out else [0]
+    seen = install_fault(out, fault, number) if out else [0]
     try:
         act()
     except ResourceExhausted:
@@ -87,8 +87,11 @@ def forked(act: Callable[[], object], out: Path | None = None, fault: str = '', 
     os._exit(0 if seen[0] >= number else UNTOUCHED)
 
 
-def put_fault(out: Path, fault: str, number: int) -> list[int]:
-    """Put a fault before an opening for writing, renaming, removal or making of a folder; counts them. A full disk stays full."""
+def install_fault(out: Path, fault: str, number: int) -> list[int]:
+    """Install a fault before write number `number` below `out` and return a list with the count of writes.
+
+    A write is opening a file for writing, a rename, a removal or a new folder. A full disk stays full, but allows removals.
+    """
     seen = [0]
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -107,7 +110,7 @@ def put_fault(out: Path, fault: str, number: int) -> list[int]:
 
 
 def tree(folder: Path) -> dict[str, object]:
-    """Results by name: bytes, records but for times, and of other JSON that it is there."""
+    """Read the results by name: records without times, other JSON only as present, other files as bytes."""
     contents: dict[str, object] = {}
     for path in folder.rglob('*'):
         name = str(path.relative_to(folder))
@@ -118,5 +121,5 @@ def tree(folder: Path) -> dict[str, object]:
     return contents
 
 
-def differing(one: dict[str, object], other: dict[str, object]) -> list[str]:
+def differences(one: dict[str, object], other: dict[str, object]) -> list[str]:
     return sorted(name for name in one.keys() | other.keys() if name not in one or name not in other or one[name] != other[name])

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, for tests that kill them, hold them, or take their disk away."""
+"""Runs in separate processes, for tests that kill them, hold them, or limit their disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from padseg.system.progress import Silent
 
 
 class Kill(Silent):
-    """Kills this process after so many pictures."""
+    """Progress that kills this process after a number of pictures."""
 
     def __init__(self, pictures: int) -> None:
         self.left = pictures
@@ -29,7 +29,7 @@ class Kill(Silent):
 
 
 class Hold(Silent):
-    """Says that it begins, and waits for a word before its first picture."""
+    """Progress that reports the start, then waits for a message before the first picture."""
 
     def __init__(self, line: Connection) -> None:
         self.line = line
@@ -48,20 +48,20 @@ def held(job: Job, line: Connection) -> None:
 
 
 def killed_often(job: Job, kills: int) -> None:
-    """Runs that are killed by a timer after some random time of the processor, one after the other."""
+    """Start runs one after the other until `kills` of them were killed by a timer, each after a random amount of CPU time."""
     chance = random.Random(0)
     ended = 0
     while ended < kills:
         seconds = chance.uniform(0.01, 0.5)
         child = os.fork()
         if not child:
-            signal.setitimer(signal.ITIMER_PROF, seconds)  # whose signal ends a process that does not handle it
+            signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal kills a process that does not handle it
             engine.run(job._replace(overwrite=ended % 5 == 0))
             os._exit(0)
         ended += os.waitpid(child, 0)[1] == signal.SIGPROF
 
 
 def with_small_files(arguments: Sequence[str], limit: int) -> int:
-    """padseg, where no file can be larger than so many bytes."""
+    """Run padseg with a limit on the size of files, in bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     return main(arguments)

@@ -1,10 +1,11 @@
-"""Real processes at the price of a fork: the server that makes them has imported the libraries, which takes seconds, once.
+"""Real processes at the cost of a fork: a fork server imports the libraries once, which takes seconds.
 
-Exit codes, signals, kills and what comes out of them are those of `python -m padseg`. Only what importing itself does goes unseen.
+Exit codes, signals, kills and output are those of `python -m padseg`. Only the effects of the imports themselves go untested.
 """
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import sys
@@ -14,9 +15,11 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import huggingface_hub.constants
+
 from padseg.commands import main
 
-SECONDS = 240  # that a process may take
+SECONDS = 240  # time limit of a process
 IMPORTED = (
     'pytest',
     'padseg.backbones.loading',
@@ -31,12 +34,12 @@ IMPORTED = (
 
 FORKS = multiprocessing.get_context('forkserver')
 FORKS.set_forkserver_preload(list(IMPORTED))
-for library in ('TRANSFORMERS', 'DIFFUSERS'):  # what they say while they are imported by the server
+for library in ('TRANSFORMERS', 'DIFFUSERS'):  # silences them while the server imports them
     os.environ.setdefault(f'{library}_VERBOSITY', 'error')
 
 
 class Ran(NamedTuple):
-    """A process that has ended; returncode: minus the signal's number where one ended it."""
+    """A process that has ended. returncode: negative signal number if a signal ended it."""
 
     returncode: int
     stdout: str
@@ -49,7 +52,7 @@ class Started(NamedTuple):
     stderr: Path
 
     def wait(self) -> Ran:
-        """How it ended; what it wrote, where that went to files."""
+        """Wait for the process and return its exit code and output, where that went to files. Raises TimeoutError after SECONDS."""
         self.process.join(SECONDS)
         if self.process.exitcode is None:
             self.process.kill()
@@ -66,10 +69,10 @@ def start(
     group: bool = False,
     **environment: str,
 ) -> Started:
-    """Start a function of an importable module in a process of its own, in a folder; what it returns is the exit code.
+    """Start a function of an importable module in a new process; its return value is the exit code.
 
-    stderr: a file, FIFO or terminal to write to. group: whether it leads a group of processes, as a command in a terminal does.
-    environment: variables beside those of this process.
+    folder: working directory; stderr: a file, FIFO or terminal to write to; group: whether the process leads its own process group, like a
+    command in a terminal; environment: additional variables.
     """
     place = Path(tempfile.mkdtemp(prefix='padseg-test-'))
     streams = place / 'stdout', stderr or place / 'stderr'
@@ -91,6 +94,7 @@ def begin(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    importlib.reload(huggingface_hub.constants)  # where the cache and the hub are, which it looks up once
     for descriptor, path in enumerate(streams, start=1):
         opened = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
         os.dup2(opened, descriptor)
@@ -99,5 +103,5 @@ def begin(
 
 
 def padseg(*arguments: object, folder: Path | None = None) -> Ran:
-    """`padseg` with these arguments, in a process of its own."""
+    """Run `padseg` with these arguments in a new process."""
     return start(main, [str(argument) for argument in arguments], folder=folder).wait()

@@ -1,4 +1,4 @@
-"""A server on this machine, for what a hub would answer."""
+"""A local HTTP server that stands in for the hub."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import http.server
 
 
 class Replies(http.server.BaseHTTPRequestHandler):
-    """A server's answers, without a word on stderr."""
+    """Request handler that logs nothing to stderr."""
 
     protocol_version = 'HTTP/1.1'
 

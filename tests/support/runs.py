@@ -1,4 +1,4 @@
-"""Output folders as `padseg run` leaves them, with label maps made by hand."""
+"""Output folders like those of `padseg run`, with handmade label maps."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ HAND_MADE = np.array([[0, 1, 1, 2], [3, 1, 2, 2]], np.int32)
 MAPS = {
     'a b.png': HAND_MADE,
     'sub/test/é.png': np.array([[1, 1], [0, 0], [2, 1]], np.int32),
-    'sub/many.png': np.arange(300, dtype=np.int32).reshape(15, 20) + 1,  # more than 255: 16 bits
+    'sub/many.png': np.arange(300, dtype=np.int32).reshape(15, 20) + 1,  # more than 255 regions: 16 bits
     'void.png': np.zeros((2, 3), np.int32),
 }
 
 
 def put_run(folder: Path, maps: dict[str, np.ndarray], source: Path | None = None) -> Path:
-    """What `padseg run` would have left: pictures of noise in folder/in, and in folder/out these label maps with their records."""
+    """Imitate `padseg run`: write noise pictures to folder/in, and these label maps and their records to folder/out, which is returned."""
     entries = []
     for seed, (name, labels) in enumerate(maps.items()):
         path = folder / 'in' / name

@@ -204,7 +204,7 @@ def test_settings_that_differ_are_said():
         'rules.void ignored there, class now',
         'thresholds [1, 2] there, (1, 3) now',
     ]
-    words = 'OUT holds results of other settings (side 8 there, 9 now): choose another --out, or --overwrite'
+    words = 'OUT holds results made with other settings (side 8 there, 9 now): choose another --out, or --overwrite'
     with pytest.raises(OutputConflict, match=re.escape(words)):
         refuse_other_settings(Path('OUT'), {'side': 8}, {'side': 9})
     refuse_other_settings(Path('OUT'), {'thresholds': [1, 2]}, {'thresholds': (1, 2)})  # JSON knows no tuples
@@ -224,7 +224,7 @@ def test_a_folder_is_one_jobs_at_a_time_and_one_commands(tmp_path):
     ):
         pass
     (tmp_path / 'file').write_text('')
-    with pytest.raises(UsageError, match='cannot make the output folder'), owned(tmp_path / 'file' / 'out'):
+    with pytest.raises(UsageError, match='cannot create the output folder'), owned(tmp_path / 'file' / 'out'):
         pass
 
 

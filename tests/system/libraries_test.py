@@ -1,4 +1,4 @@
-"""Libraries' notes do not reach the user of a command; a library that is missing is named with its remedy."""
+"""Notes of libraries do not reach the user of a command."""
 
 from __future__ import annotations
 
@@ -6,11 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
-
-from padseg.errors import PadsegError
-from padseg.system.libraries import require
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,9 +36,3 @@ def test_stderr_has_no_words_of_libraries(sd3_folder: Path, tmp_path: Path) -> N
     ran = subprocess.run((sys.executable, '-c', COMMANDS, *arguments), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (ran.returncode, ran.stderr) == (0, '')
     assert ran.stdout.splitlines()[-1] == 'codes [0, 0, 0, 0, 0, 0]'
-
-
-def test_a_missing_library_is_named_with_the_extra_that_brings_it() -> None:
-    require('torch', 'train')
-    with pytest.raises(PadsegError, match=r"this needs no_such_library, which is not installed: pip install 'padseg\[train\]'"):
-        require('no_such_library', 'train')

@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from padseg.errors import UsageError
 from padseg.train import loop
+from padseg.train.muon import Muon
 from padseg.train.settings import TrainingSettings
 
 
@@ -95,7 +96,7 @@ def trained_until(stop: int, folder) -> AveragedModel:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
     matrices, rest = ([weight for weight in model.parameters() if (weight.ndim == 2) == wanted] for wanted in (True, False))
-    muon = torch.optim.Muon([{'params': matrices, 'initial_lr': 0.1}], weight_decay=0.02, adjust_lr_fn='match_rms_adamw')
+    muon = Muon([{'params': matrices, 'initial_lr': 0.1}], weight_decay=0.02, adjust_lr_fn='match_rms_adamw')
     optimisers = [muon, torch.optim.AdamW([{'params': rest, 'initial_lr': 0.1}], betas=(0.9, 0.98))]
     averaged = AveragedModel(model, multi_avg_fn=loop.moving_average(0.8))
     stage = loop.Stage(folder, 'x', 6, 1, ('loss',), 'settings', 1, torch.device('cpu'))

@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
-import os
 import pathlib
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 from safetensors.torch import load_file
-
-ROOT = pathlib.Path(__file__).parents[2]
-pytestmark = pytest.mark.timeout(900)  # a training of a few steps takes minutes where the machine is busy
-
-STEPS = ['--steps', '3', '--transformer-steps', '1']
-SHORT = ['--vae-steps', '2', '--workers', '0', '--save-every', '1']
+from support.processes import Ran, padseg, start
+from support.training import SMALL, train_small
 
 
-def train(out: pathlib.Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, '-m', 'padseg', 'train-tiny', '--out', str(out), *SHORT, *arguments]
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    return subprocess.run(command, capture_output=True, text=True, check=check, env=environment, cwd=ROOT)
+def ended(ran: Ran) -> None:
+    assert ran.returncode == 0, ran.stderr
 
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     out = tmp_path_factory.mktemp('run')
-    ran = train(out, *STEPS)
-    assert ran.stderr.endswith(f'model in {out}/model\n') and 'model shards' not in ran.stderr
+    ended(start(train_small, out).wait())
     return out
 
 
@@ -85,15 +76,13 @@ def test_what_is_written(trained):
 
 
 def test_a_stopped_run_goes_on_exactly(trained, tmp_path):
-    """Stopped by a kill after the first step's checkpoint, then continued: the same weights to the last bit."""
-    command = [sys.executable, '-m', 'padseg', 'train-tiny', '--out', str(tmp_path), *SHORT, *STEPS]
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
-    process = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.DEVNULL)
-    while not (tmp_path / 'together.pt').exists() and process.poll() is None:
+    """Stopped by a kill after the first checkpoint, then continued: the same weights to the last bit."""
+    run = start(train_small, tmp_path)
+    while not (tmp_path / 'together.pt').exists() and run.process.is_alive():
         pass
-    process.kill()
-    process.wait()
-    train(tmp_path, *STEPS)
+    run.process.kill()
+    run.process.join()
+    ended(start(train_small, tmp_path).wait())
     for part in ('transformer', 'vae'):
         name = f'model/{part}/diffusion_pytorch_model.safetensors'
         straight, resumed = load_file(trained / name), load_file(tmp_path / name)
@@ -102,20 +91,27 @@ def test_a_stopped_run_goes_on_exactly(trained, tmp_path):
 
 
 def test_a_checkpoint_of_other_settings_is_refused(trained):
-    result = train(trained, *STEPS, '--seed', '1', check=False)
-    assert result.returncode == 2 and 'choose another --out' in result.stderr
+    from padseg.errors import UsageError
+    from padseg.train.tiny import train_tiny
+
+    with pytest.raises(UsageError, match='choose another --out'):
+        train_tiny(trained, dataclasses.replace(SMALL, seed=1), device='cpu', workers=0)
 
 
 def test_the_twin_without_masks_learns_by_flow_matching_alone(tmp_path):
-    """With a worker, which once hung: it was forked after the sheet of the first stage had been drawn with OpenCV's threads."""
-    train(tmp_path, '--steps', '2', '--transformer-steps', '0', '--no-masks', '--workers', '1')
+    """The command itself, with a worker, which once hung: it was forked after the first stage's sheet had started OpenCV's threads."""
+    steps = ('--vae-steps', 1, '--steps', 1, '--transformer-steps', 0)
+    ran = padseg('train-tiny', '--out', tmp_path, *steps, '--no-masks', '--workers', 1, '--device', 'cpu')
+    ended(ran)
+    assert ran.stderr.endswith(f'model in {tmp_path}/model\n')
+    assert 'model shards' not in ran.stderr
     rows = list(csv.DictReader((tmp_path / 'together.csv').open(newline='')))
-    assert [row['mask'] + row['affinity'] + row['words'] for row in rows] == ['', '']
+    assert [row['mask'] + row['affinity'] + row['words'] for row in rows] == ['']
     assert all(float(row['flow']) > 0 for row in rows)
 
 
 def test_a_model_is_trained_further_without_its_autoencoder(trained, tmp_path):
-    train(tmp_path, '--start', str(trained / 'model'), '--transformer-steps', '1')
+    ended(start(train_small, tmp_path, trained / 'model').wait())
     assert not list(tmp_path.glob('autoencoder*')) and not list(tmp_path.glob('together*'))
     before, after = (load_file(out / 'model/vae/diffusion_pytorch_model.safetensors') for out in (trained, tmp_path))
     assert all(before[name].equal(after[name]) for name in before)
@@ -157,12 +153,12 @@ def test_a_folder_without_a_model_of_this_kind_is_refused(trained, tmp_path):
 def test_latents_of_a_growing_spread_stay_normal():
     import torch
 
-    from padseg.train.tiny import follow, normalised
+    from padseg.train.tiny import normalised, track_statistics
 
     statistics = torch.tensor([0.0, 1.0])
     latents = torch.randn((4, 16, 8, 8), generator=torch.Generator().manual_seed(0)) * 3 + 2
     for _ in range(400):
-        follow(statistics, latents)
+        track_statistics(statistics, latents)
     z = normalised(latents, statistics)
     assert float(z.mean()) == pytest.approx(0, abs=0.02) and float(z.std()) == pytest.approx(1, abs=0.02)
 

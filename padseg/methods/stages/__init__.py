@@ -1,4 +1,4 @@
-"""What papers share, one step a file. The names stand in __init__.pyi and are imported when used: options can be read without torch."""
+"""Steps that papers share, one per file. Names are listed in __init__.pyi and imported on first use: options can be read without torch."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Attention of one layer, of which only the part is formed that is read."""
+"""Attention of one layer, computed only for the part that is read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from padseg.types import Attention
 
-CHUNK = 256  # queries scored at once: 24 heads x 256 x 4250 keys in float32 are 104 MB
+CHUNK = 256  # queries per step; 24 heads x 256 x 4250 keys in float32 are 104 MB
 
 
 def token_attention(
@@ -21,10 +21,10 @@ def token_attention(
     head: int | None = None,
     softmax: bool = True,
 ) -> Tensor:
-    """Mean over heads of the softmax over all keys, for `queries` queries from `first` on and the picked keys: (B, queries, T) float32.
+    """Softmax over all keys at the picked keys, averaged over heads, for `queries` queries from `first` on: (B, queries, T) float32.
 
-    head: one head instead of the mean; softmax: False leaves the scores as they are. Only the (B, chunk, L) scores of one head exist at
-    any moment; all is float32 whatever the inputs are.
+    head: use one head instead of the mean; softmax: False returns the raw scores. Only the (B, chunk, L) scores of one head exist at any
+    time; everything is computed in float32, whatever the inputs' dtype.
     """
     query, key, mask = seen.query, seen.key, seen.mask
     if not 0 < queries <= query.shape[2] - first:
@@ -32,7 +32,7 @@ def token_attention(
     heads, scale = range(query.shape[1]) if head is None else [head], query.shape[-1] ** -0.5
     columns = torch.as_tensor(picked, device=key.device)
     total: list[Tensor] = []
-    for number in heads:  # one by one, so that the scores of a chunk stay in the processor's cache
+    for number in heads:  # one at a time, so that a chunk's scores stay in the processor's cache
         keys = key[:, number].float().transpose(1, 2)  # (B, d, L)
         parts = []
         for start in range(first, first + queries, chunk):
@@ -46,6 +46,6 @@ def token_attention(
 
 
 def of_head(mask: Tensor, head: int, rows: slice) -> Tensor:
-    """The part of an additive mask, of any shape that is broadcast to (B, heads, N, L), for one head and some queries."""
+    """Part of an additive mask, of any shape that broadcasts to (B, heads, N, L), for one head and a range of queries."""
     full = mask[(None,) * (4 - mask.ndim)]
     return full[:, head if full.shape[1] > 1 else 0, rows if full.shape[2] > 1 else slice(None)]

@@ -1,4 +1,4 @@
-"""Which latents share a forward."""
+"""Which latents share a forward pass."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ T = TypeVar('T')
 
 
 def batched(latents: Sequence[Latent], backbone: Backbone, read: Callable[[list[Latent]], list[T]]) -> list[T]:
-    """What `read` gives for every latent, in their order; on a GPU those of one shape share a forward.
+    """Apply `read` to all latents and return its results in order; on a GPU, latents of the same shape share a forward pass.
 
-    On a CPU a batch saves nothing and would let matrix products round otherwise; a result must not depend on its neighbours.
+    On a CPU, batching saves no time and would change the rounding of matrix products; a result must not depend on its neighbours.
     """
     groups = [[number] for number in range(len(latents))] if backbone.device.type == 'cpu' else alike([each.z.shape for each in latents])
     results = {number: result for group in groups for number, result in zip(group, read([latents[i] for i in group]), strict=True)}
@@ -22,7 +22,7 @@ def batched(latents: Sequence[Latent], backbone: Backbone, read: Callable[[list[
 
 
 def alike(shapes: Sequence[Hashable]) -> list[list[int]]:
-    """The places of equal shapes, in order of first appearance."""
+    """Group the positions of equal shapes, in order of first appearance."""
     groups: dict[Hashable, list[int]] = {}
     for number, shape in enumerate(shapes):
         groups.setdefault(shape, []).append(number)

@@ -1,4 +1,4 @@
-"""What the model sees of a picture, and the part of the picture that this is."""
+"""Which part of a picture the model sees, and at what size."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from padseg.types import Array, Frame, Image
 if TYPE_CHECKING:
     from torch import Tensor
 
-SHORT_EDGE, LONG_CAP, DIVISIBLE = 640, 2560, 32  # Seg4Diff's release: detectron2's test resize and its padding, pixels
+SHORT_EDGE, LONG_CAP, DIVISIBLE = 640, 2560, 32  # pixels; detectron2's test resize and padding, as in Seg4Diff's release
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 
 def view(image: Image, geometry: str, side: int, multiple: int, limit: int) -> tuple[Tensor, Frame]:
-    """What the model sees, and the part of the picture it shows: (1, 3, h, w) float32 in -1..1.
+    """Return the model's input (1, 3, h, w) float32 in -1..1, and the part of the picture that it shows.
 
-    `whole` keeps the aspect ratio, with the area near side² and sides that are multiples of `multiple` up to `limit`; every preset
-    is side x side: `stretch` squashes the picture (GoCA), `diffseg`, `diffcut` and `seg4diff-paper` cut a square from its centre,
-    `seg4diff-release` resizes and pads the picture as detectron2 does and then squashes it, padding included; `seg4diff-ovss` does
-    the same without padding.
+    `whole` keeps the aspect ratio, with an area near side² and sides that are multiples of `multiple` up to `limit`. Every preset is side x
+    side: `stretch` squashes the picture (GoCA); `diffseg`, `diffcut` and `seg4diff-paper` crop a centre square; `seg4diff-release` resizes
+    and pads the picture as detectron2 does and then squashes it, padding included; `seg4diff-ovss` does the same without padding.
     """
-    import torch  # evaluation takes the rules below, and scores stored label maps without it
+    import torch  # imported here, because evaluation of stored label maps uses the functions below without torch
 
     size = height, width = image.shape[:2]
     target = (side, side)
@@ -58,28 +57,28 @@ def view(image: Image, geometry: str, side: int, multiple: int, limit: int) -> t
 
 
 def whole_size(size: tuple[int, int], side: int, multiple: int, limit: int) -> tuple[int, int]:
-    """Height and width near the picture's aspect ratio with an area near side², multiples of `multiple` in multiple..limit."""
+    """Height and width near the picture's aspect ratio with area near side², both multiples of `multiple` in multiple..limit."""
     scale = side / math.sqrt(size[0] * size[1])
     height, width = (max(multiple, min(limit, round(length * scale / multiple) * multiple)) for length in size)
     return height, width
 
 
 def centre_square(size: tuple[int, int]) -> Box:
-    """The square in the centre of a picture (height, width), as large as its shorter edge (DiffSeg, Seg4Diff's paper)."""
+    """Centre square of a picture (height, width), with its shorter edge as side (DiffSeg, Seg4Diff's paper)."""
     short = min(size)
     top, left = ((whole - short) // 2 for whole in size)
     return top, left, short, short
 
 
 def diffcut_square(size: tuple[int, int]) -> Box:
-    """The square that DiffCut cuts: one pixel smaller than the shorter edge, its place rounded half to even as torchvision does."""
+    """DiffCut's centre square: one pixel smaller than the shorter edge, its position rounded half to even as in torchvision."""
     short = max(1, min(size) - 1)
     top, left = (round((whole - short) / 2) for whole in size)
     return top, left, short, short
 
 
 def detectron_size(size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width after detectron2's test resize: the short edge 640 pixels, the long one at most 2560."""
+    """Height and width after detectron2's test resize: short edge 640 pixels, long edge at most 2560."""
     scale = min(SHORT_EDGE / min(size), LONG_CAP / max(size))
     height, width = (max(1, int(length * scale + 0.5)) for length in size)
     return height, width
@@ -90,12 +89,12 @@ def resize(image: Array, size: tuple[int, int], interpolation: int) -> Array:
 
 
 def detectron_resized(image: Image) -> Image:
-    """The picture (H, W, 3) at its `detectron_size`."""
+    """Resize a picture (H, W, 3) to its `detectron_size`."""
     size = detectron_size(image.shape[:2])
     return np.asarray(PillowImage.fromarray(image).resize(size[::-1], PillowImage.Resampling.BILINEAR))
 
 
 def padded(image: Image) -> Image:
-    """Black to the right and below up to a multiple of 32."""
+    """Pad with black on the right and below to multiples of 32."""
     height, width = image.shape[:2]
     return np.pad(image, ((0, -height % DIVISIBLE), (0, -width % DIVISIBLE), (0, 0)))

@@ -1,4 +1,4 @@
-"""Edge-aware enlargement: token maps have one value for 16 x 16 pixels, the picture says where in between an edge runs."""
+"""Edge-aware enlargement: token maps have one value per 16 x 16 pixels, and the picture shows where in between an edge runs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import numpy as np
 
 from padseg.types import Array, Image
 
-AREA = 1_000_000  # pixels; on larger pictures the linear models are found on a reduced copy (He and Sun, Fast Guided Filter, 2015)
-EPSILON = 1e-3  # variance of a guide in 0..1 below which a window counts as flat
+AREA = 1_000_000  # pixels; larger pictures are reduced to fit the linear models (He and Sun, Fast Guided Filter, 2015)
+EPSILON = 1e-3  # variance, for a guide in 0..1, below which a window counts as flat
 
 
 class Guide(NamedTuple):
-    """A picture as guide. image: (H, W, 3) uint8; small: (3, h, w) float32 in 0..1, itself or reduced; mean: of its windows, (3, h, w);
-    inverse: of their covariance plus EPSILON, (3, 3, h, w); radius: of the windows, in pixels of `small`."""
+    """A guide picture. image: (H, W, 3) uint8; small: (3, h, w) float32 in 0..1, the picture itself or reduced.
+
+    mean: of each window, (3, h, w); inverse: of each window's covariance plus EPSILON, (3, 3, h, w); radius: of the windows, in pixels of
+    `small`.
+    """
 
     image: Image
     small: Array
@@ -25,14 +28,14 @@ class Guide(NamedTuple):
 
 
 def at_most(image: Image, area: int) -> Array:
-    """The picture (H, W, 3), or a copy of it reduced to about `area` pixels if it has more."""
+    """Return the picture (H, W, 3), reduced to about `area` pixels if it has more."""
     reduce = (area / (image.shape[0] * image.shape[1])) ** 0.5
     size = max(1, round(image.shape[1] * reduce)), max(1, round(image.shape[0] * reduce))
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA) if reduce < 1 else image
 
 
 def guide_of(image: Image, cells: tuple[int, ...]) -> Guide:
-    """The guide for a map of `cells` (h, w) over this picture: its windows reach one cell in every direction."""
+    """Prepare a picture as guide for a map of `cells` (h, w); its windows reach one cell in every direction."""
     height, width = image.shape[:2]
     reduced = at_most(image, AREA)
     size = reduced.shape[1::-1]
@@ -46,7 +49,7 @@ def guide_of(image: Image, cells: tuple[int, ...]) -> Guide:
 
 
 def guided(values: Array, guide: Guide) -> Array:
-    """A map enlarged to the picture's size so that it follows its edges, (h, w) -> (H, W) float32.
+    """Enlarge a map to the picture's size so that it follows the picture's edges, (h, w) -> (H, W) float32.
 
     In every window the result is a linear function of the picture's colours (He et al., Guided Image Filtering, 2013, Eqs. 14-16).
     """
@@ -67,7 +70,7 @@ def guided(values: Array, guide: Guide) -> Array:
 
 
 def window_mean(values: Array, radius: int) -> Array:
-    """Mean over the square of `radius` around each pixel, as far as it lies in the picture: (…, h, w) float32, the same shape."""
+    """Mean over the square of `radius` around each pixel, clipped at the border: (…, h, w) float32, same shape."""
     side = (2 * radius + 1, 2 * radius + 1)
     count = boxed(np.ones(values.shape[-2:], np.float32), side)
     planes = values.reshape(-1, *count.shape)
@@ -75,5 +78,5 @@ def window_mean(values: Array, radius: int) -> Array:
 
 
 def boxed(values: Array, side: tuple[int, int]) -> Array:
-    """Sums over windows, (h, w)."""
+    """Window sums, (h, w)."""
     return cv2.boxFilter(values, -1, side, normalize=False, borderType=cv2.BORDER_CONSTANT)

@@ -1,4 +1,4 @@
-"""Superpixels -> regions: neighbours that neither proposals nor colour nor the border between them tell apart become one, nearest first."""
+"""Superpixels -> regions: join neighbours that proposals, colours and the border between them do not separate, most similar first."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ import numpy as np
 from padseg.methods.stages.guided_filter import at_most
 from padseg.types import Array, Image
 
-COLOUR = 0.25  # weight of the difference of two regions' mean colours
+COLOUR = 0.25  # weight of the difference between two regions' mean colours
 BORDER = 1.1  # weight of the contrast along their common border
-AREA = 0.18  # exponent of the area: small regions join sooner
-UNIT = 150.0  # sum of the differences in CIE Lab that counts as 1, about that of black and white with some colour
+AREA = 0.18  # exponent of the area; makes small regions join sooner
+UNIT = 150.0  # summed CIE Lab difference that counts as 1, about black against white with some colour
 BLUR = 1.0  # pixels
-GRAPH_AREA = 1_000_000  # pixels; on larger pictures colour and contrast are taken from a reduced copy
+GRAPH_AREA = 1_000_000  # pixels; for larger pictures, colour and contrast come from a reduced copy
 
 
 class Graph(NamedTuple):
-    """Which regions touch. shares: (K, M), how much of each region is of each proposal, rows sum to 1; colours: (K, 3) mean CIE Lab;
-    areas: (K,) shares of the picture; borders: of each region, {neighbour: (sum of the contrast along the border, its length)}."""
+    """Adjacency graph of regions. shares: (K, M), how much each region belongs to each proposal; rows sum to 1.
+
+    colours: (K, 3) mean CIE Lab; areas: (K,) shares of the picture; borders: for each region, {neighbour: (summed contrast along the
+    border, border length)}.
+    """
 
     shares: Array
     colours: Array
@@ -30,9 +33,9 @@ class Graph(NamedTuple):
 
 
 def graph_of(index: Array, values: Array, image: Image) -> Graph:
-    """Graph of the superpixels of a picture.
+    """Build the graph of a picture's superpixels.
 
-    index: (H, W), number 0..K-1 of each pixel's superpixel; values: (K, M) >= 0, mean of every proposal inside; image: (H, W, 3) uint8 RGB.
+    index: (H, W), superpixel number 0..K-1 of each pixel; values: (K, M) >= 0, mean of every proposal inside; image: (H, W, 3) uint8 RGB.
     """
     count = len(values)
     areas = np.bincount(index.ravel(), minlength=count) / index.size
@@ -47,9 +50,9 @@ def graph_of(index: Array, values: Array, image: Image) -> Graph:
 
 
 def contrasts(index: Array, lab: Array, count: int) -> list[dict[int, tuple[float, float]]]:
-    """For each region {neighbour: (sum of the contrast, length)} of the common border, in pixel edges.
+    """For each region, {neighbour: (summed contrast, length)} of the common border, in pixel edges.
 
-    The contrast of an edge is the difference in colour, in UNIT, of the pixels next to the two that touch.
+    The contrast at an edge is the colour difference, in UNIT, between the pixels just beyond the two that touch.
     """
     borders: list[dict[int, tuple[float, float]]] = [{} for _ in range(count)]
     for numbers, colours in ((index, lab), (index.T, lab.transpose(1, 0, 2))):
@@ -68,11 +71,11 @@ def contrasts(index: Array, lab: Array, count: int) -> list[dict[int, tuple[floa
 
 
 def joined(graph: Graph, threshold: float) -> Array:
-    """The region that each superpixel ends in, (K,): the two nearest neighbours are joined until none are nearer than the threshold."""
+    """Join the two most similar neighbours until no distance is below the threshold; returns the region of each superpixel, (K,)."""
     shares, colours, areas = graph.shares.copy(), graph.colours.copy(), graph.areas.copy()
     borders = [dict(each) for each in graph.borders]
     owner = np.arange(len(areas))
-    age = [0] * len(areas)  # how often a region has grown; -1 for one that has been joined to another
+    age = [0] * len(areas)  # how often a region has grown; -1 once it has been joined to another
     queue: list[tuple[float, int, int, int, int]] = []
 
     def push(region: int, others: list[int]) -> None:
@@ -86,7 +89,7 @@ def joined(graph: Graph, threshold: float) -> Array:
     while queue:
         _, region, other, *ages = heapq.heappop(queue)
         if [age[region], age[other]] != ages:
-            continue  # one of them has changed since
+            continue  # outdated: one of them has changed since
         weights = areas[[region, other]] / (areas[region] + areas[other])
         shares[region] = weights @ shares[[region, other]]
         colours[region] = weights @ colours[[region, other]]
@@ -105,13 +108,14 @@ def joined(graph: Graph, threshold: float) -> Array:
 def distances(
     region: int, others: list[int], shares: Array, colours: Array, areas: Array, borders: dict[int, tuple[float, float]]
 ) -> Array:
-    """How far a region is from its neighbours, (N,): what proposals, colours and borders tell, less for small regions.
+    """Distances between a region and its neighbours, (N,), from proposals, colours and borders, scaled down for small regions.
 
-    Where the proposals are sure that the two are one, the picture is not asked: a checked cloth has borders, a striped one two colours.
+    Where proposals are sure that two regions are one, colours and borders are ignored: a checked cloth has borders, a striped one two
+    colours.
     """
     both = shares[region] * shares[others]  # (N, M)
     overlap = np.sqrt(both).sum(1)  # Bhattacharyya coefficient, in 0..1
-    doubt = np.sqrt(np.maximum(1 - both.sum(1), 0))  # of the chance that a pixel of each has the same proposal
+    doubt = np.sqrt(np.maximum(1 - both.sum(1), 0))  # from the chance that a pixel of each has the same proposal
     colour = np.abs(colours[region] - colours[others]).sum(1) / UNIT
     border = np.array([total / length for total, length in (borders[other] for other in others)])
     area = areas[region] * areas[others] / (areas[region] + areas[others])

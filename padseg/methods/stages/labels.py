@@ -1,4 +1,4 @@
-"""Proposals -> label map: bilinear to the picture's size, argmax, with memory for a few maps whatever their number."""
+"""Proposals -> label map: enlarge bilinearly to the picture's size and take the argmax, holding only a few maps in memory at a time."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def label_map(
     refine: str = 'none',
     join: float = 0.0,
 ) -> LabelMap:
-    """Each pixel's strongest proposal, as regions 1..K in order of first appearance; 0 where the model did not look.
+    """Assign each pixel to its strongest proposal: regions 1..K in order of first appearance; 0 where the model did not look.
 
-    superpixels: (H, W) int, values averaged inside each before the argmax, or None. components: connected components become regions
-    (4-neighbours). min_area: smaller regions, as a share of the picture in 0..1, go to the neighbour with the longest common border.
-    image: the picture (H, W, 3), along whose edges maps are enlarged if refine is 'guided', and whose superpixels become regions by
-    `stages/join.py` instead of the argmax if join, the distance below which they are joined, is above 0.
+    superpixels: (H, W) int, average values inside each before the argmax, or None. components: split regions into connected components
+    (4-neighbours). min_area: regions below this share of the picture, in 0..1, go to the neighbour with the longest common border. image:
+    the picture (H, W, 3), needed by refine and join. refine: 'guided' enlarges maps along the picture's edges. join: if above 0, join
+    superpixels closer than this distance (see `stages/join.py`) instead of taking the argmax.
     """
     top, left, height, width = proposals.frame.box
     box = np.s_[top : top + height, left : left + width]
@@ -40,7 +40,7 @@ def label_map(
         enlarge = partial(guided, guide=guide_of(pictured(image)[box], proposals.maps.shape[1:]))
     else:
         enlarge = partial(upsample, size=(height, width))
-    strongest = np.arange(len(proposals.maps))  # of each number in `winner`
+    strongest = np.arange(len(proposals.maps))  # proposal for each number in `winner`
     if superpixels is None:
         winner = argmax(proposals, enlarge)
     elif join:
@@ -62,7 +62,7 @@ def pictured(image: Image | None) -> Image:
 
 
 def argmax(proposals: Proposals, enlarge: Callable[[Array], Array]) -> Array:
-    """Number of the strongest proposal at each pixel, the first among equals: (M, h, w) -> (H, W), in the least type that holds M.
+    """Number of the strongest proposal at each pixel, the first if equal: (M, h, w) -> (H, W), in the smallest type that holds M.
 
     enlarge: (h, w) -> (H, W).
     """
@@ -79,7 +79,7 @@ def argmax(proposals: Proposals, enlarge: Callable[[Array], Array]) -> Array:
 
 
 def argmax_inside(proposals: Proposals, superpixels: Array, enlarge: Callable[[Array], Array]) -> Array:
-    """As argmax, with every proposal averaged inside each superpixel: (M, h, w), (H, W) -> (H, W)."""
+    """As `argmax`, with every proposal averaged inside each superpixel: (M, h, w), (H, W) -> (H, W)."""
     runs = runs_of(superpixels)
     means = [mean_inside(runs, enlarge(values)) for values in scaled_proposals(proposals)]  # M times (K,)
     return painted(runs, np.argmax(means, 0).astype(np.min_scalar_type(len(means))))
@@ -88,7 +88,7 @@ def argmax_inside(proposals: Proposals, superpixels: Array, enlarge: Callable[[A
 def joined_regions(
     proposals: Proposals, superpixels: Array, enlarge: Callable[[Array], Array], image: Image, threshold: float
 ) -> tuple[Array, Array]:
-    """Superpixels joined where proposals and picture agree: region 0..R-1 of each pixel (H, W), strongest proposal of each region (R,)."""
+    """Join superpixels where proposals and picture agree: region 0..R-1 of each pixel (H, W), strongest proposal of each region (R,)."""
     runs = runs_of(superpixels)
     means = np.stack([mean_inside(runs, enlarge(values)) for values in scaled_proposals(proposals)], 1)  # (K, M)
     owner = joined_superpixels(graph_of(painted(runs, np.arange(len(runs.names))), means, image), threshold)  # (K,)
@@ -99,21 +99,21 @@ def joined_regions(
 
 
 def scaled_proposals(proposals: Proposals) -> Array:
-    """The maps with the greatest value 1: a softmax over 4096 places leaves differences that float32 would lose. (M, h, w) float32."""
+    """Scale maps to a maximum of 1, (M, h, w) float32; float32 would lose the small differences left by a softmax over 4096 positions."""
     maps = proposals.maps.cpu().numpy()
     offset = maps.min()
     return ((maps - offset) / max(maps.max() - offset, 1e-300)).astype(np.float32)
 
 
 def upsample(values: Array, size: tuple[int, ...]) -> Array:
-    """Bilinear, half-pixel centres, (h, w) -> (H, W); the same as torch's interpolate with align_corners=False."""
+    """Bilinear with half-pixel centres, (h, w) -> (H, W); the same as torch's interpolate with align_corners=False."""
     return cv2.resize(values, size[::-1], interpolation=cv2.INTER_LINEAR)
 
 
 def absorb(regions: Runs, smallest: float) -> Array:
-    """Join every region of less than `smallest` pixels to the neighbour with the longest common border, the least first; 0 stays.
+    """Merge each region of less than `smallest` pixels into the neighbour with the longest common border, smallest first; 0 stays.
 
-    The region that each one ends in, (K,); its own number if it stays.
+    Returns the region that each one ends in, (K,), its own number if it stays.
     """
     size, fixed = regions.areas.tolist(), (regions.names == 0).tolist()
     owner = list(range(len(size)))
@@ -124,7 +124,7 @@ def absorb(regions: Runs, smallest: float) -> Array:
         pixels, region = heapq.heappop(queue)
         around = {other: length for other, length in borders[region].items() if not fixed[other]}
         if pixels != size[region] or owner[region] != region or not around:
-            continue  # it has grown since, is gone, or has nobody to go to
+            continue  # it has grown since, is gone, or has no neighbour to join
         target = max(around, key=lambda other: (around[other], size[other], -other))
         owner[region] = target
         size[target] += pixels
@@ -142,7 +142,7 @@ def absorb(regions: Runs, smallest: float) -> Array:
 
 
 def common_borders(regions: Runs) -> list[Counter[int]]:
-    """For each of the K regions the length of the border with each neighbour, in pixel edges."""
+    """For each of the K regions, the length of the border with each neighbour, in pixel edges."""
     count = len(regions.names)
     index = painted(regions, np.arange(count, dtype=np.int32))  # (H, W)
     borders: list[Counter[int]] = [Counter() for _ in range(count)]
@@ -157,7 +157,7 @@ def common_borders(regions: Runs) -> list[Counter[int]]:
 
 
 def relabel(regions: Runs, owner: Array) -> tuple[list[int], Array]:
-    """Number the regions that are left 1..K by first appearance in reading order, 0 kept: which they are, and (H, W) int32.
+    """Renumber the remaining regions 1..K by first appearance in reading order, 0 stays: their former indices, and labels (H, W) int32.
 
     owner: the region that each one ends in.
     """
@@ -171,14 +171,14 @@ def relabel(regions: Runs, owner: Array) -> tuple[list[int], Array]:
 
 
 def as_regions(numbers: Array) -> LabelMap:
-    """A label map of the regions that any integers (H, W) tell apart, numbered by first appearance, made of no tokens."""
+    """Turn any integer map (H, W) into a label map without tokens, with regions numbered by first appearance."""
     regions = runs_of(numbers - numbers.min() + 1)
     order, numbered = relabel(regions, np.arange(len(regions.names)))
     return LabelMap(numbered, ((),) * len(order))
 
 
 def unassign(labels: LabelMap, void: Array) -> LabelMap:
-    """The label map with 0 where `void` (H, W) holds; regions that are left are numbered anew, classes are not."""
+    """Set the label map to 0 where `void` (H, W) holds; the remaining regions are renumbered, classes are not."""
     if labels.names:
         return labels._replace(labels=np.where(void, 0, labels.labels))
     regions = runs_of(np.where(void, 0, labels.labels))

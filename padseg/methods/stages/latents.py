@@ -1,4 +1,4 @@
-"""Picture -> noised latent: geometry, VAE encoding, noise. The only place that knows the VAE's shift and scale."""
+"""Picture -> noised latent: geometry, VAE encoding, noise. The only place that applies the VAE's shift and scale."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from padseg.types import Image, Latent
 
 
 def encode(image: Image, backbone: Backbone, options: ForwardOptions) -> Latent:
-    """Noised latent of an RGB picture (H, W, 3) uint8: posterior mean, shifted and scaled, mixed with noise at the chosen step."""
+    """Encode an RGB picture (H, W, 3) uint8 to a noised latent: posterior mean, shifted and scaled, mixed with noise at the chosen step."""
     return encode_steps(image, backbone, options, (options.step,))[0]
 
 
 def encode_steps(image: Image, backbone: Backbone, options: ViewOptions, steps: Sequence[int]) -> list[Latent]:
-    """The same at several steps with one noise, for which the VAE works once."""
+    """As `encode`, at several steps with the same noise; the VAE runs once."""
     pixels, frame = view(image, options.geometry, options.side, backbone.multiple, backbone.limit)
     clean = encode_pixels(pixels, backbone)  # (1, C, H', W')
     noise = content_noise(image, options.seed, clean.shape).to(clean)
@@ -33,7 +33,7 @@ def encode_steps(image: Image, backbone: Backbone, options: ViewOptions, steps: 
 
 @torch.no_grad()
 def encode_pixels(pixels: Tensor, backbone: Backbone) -> Tensor:
-    """(B, 3, H, W) in -1..1 -> (B, C, H', W') in the units that the transformer was trained on."""
+    """Encode (B, 3, H, W) in -1..1 -> (B, C, H', W'), scaled as in the transformer's training."""
     config = backbone.vae.config
     pixels = pixels.to(backbone.device, backbone.vae.dtype, memory_format=torch.channels_last)
     with by_rows():
@@ -43,7 +43,7 @@ def encode_pixels(pixels: Tensor, backbone: Backbone) -> Tensor:
 
 
 def content_noise(image: Image, seed: int, shape: torch.Size) -> Tensor:
-    """Standard normal noise that depends on the seed and the picture's pixels only: float32, drawn on the CPU."""
+    """Standard normal noise that depends only on the seed and the picture's pixels: float32, drawn on the CPU."""
     digest = hashlib.sha256(f'{seed} {image.shape}'.encode() + np.ascontiguousarray(image).tobytes()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], 'big') >> 1)
     return torch.randn(shape, generator=generator)

@@ -1,4 +1,4 @@
-"""Names of classes -> prompts: how names are put into words, which tokens are theirs, and how many prompts that takes."""
+"""Class names -> prompts: how names are worded, which tokens belong to each name, and how names are split over prompts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from padseg.errors import UsageError
 from padseg.types import Prompt, Tokens
 
 TEMPLATE = 'a photo of a '
-JOINTS = {'joined': ('', ' '), 'template': (TEMPLATE, ', '), 'per-class': (TEMPLATE, ', ')}  # what stands before names, and between them
+JOINTS = {'joined': ('', ' '), 'template': (TEMPLATE, ', '), 'per-class': (TEMPLATE, ', ')}  # text before the names, and between them
 
 
 class PromptOptions(Protocol):
-    """prompt: a key of JOINTS; encoders: that read it; unused: what stands in the places of others; columns: whose are read."""
+    """prompt: a key of JOINTS; encoders: the ones that read it; unused: what replaces the others' tokens; columns: whose are read."""
 
     @property
     def prompt(self) -> str: ...
@@ -28,7 +28,7 @@ class PromptOptions(Protocol):
 
 
 class Wording(NamedTuple):
-    """A text with names in it. spans: (start, end) of each name."""
+    """A text that contains names. spans: (start, end) of each name."""
 
     text: str
     names: tuple[str, ...]
@@ -36,23 +36,23 @@ class Wording(NamedTuple):
 
 
 def checked_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Names with single spaces. UsageError if there are none, or one that is empty or there twice."""
+    """Normalise spaces in names. UsageError if there are none, or if one is empty or occurs twice."""
     tidy = tuple(' '.join(name.split()) for name in names)
     if not tidy:
-        raise UsageError('there are no names of classes: give at least one')
+        raise UsageError('there are no class names: give at least one')
     if '' in tidy:
         raise UsageError(f'the name of class {tidy.index("") + 1} of {len(tidy)} is empty')
     seen: dict[str, str] = {}
     for name in tidy:
         same = unicodedata.normalize('NFC', name).casefold()
         if same in seen:
-            raise UsageError(f'two classes have one name: {seen[same]} and {name}')
+            raise UsageError(f'two classes have the same name: {seen[same]} and {name}')
         seen[same] = name
     return tidy
 
 
 def worded(names: Sequence[str], mode: str) -> Wording:
-    """The names in one text, as a mode of PROMPTS has it."""
+    """Word the names as one text in one of the modes of PROMPTS."""
     text, between = JOINTS[mode]
     spans = []
     for number, name in enumerate(names):
@@ -63,15 +63,15 @@ def worded(names: Sequence[str], mode: str) -> Wording:
 
 
 def prompts_of(names: Sequence[str], texts: Texts, options: PromptOptions) -> list[Prompt]:
-    """The prompts that hold all names, as few as there is room for, with the columns of every name.
+    """Return the fewest prompts that hold all names in order, with the columns of every name.
 
-    UsageError for a name that fits into no prompt or that the tokenizers have no words for.
+    Raises UsageError for a name that fits into no prompt or has no tokens.
     """
     return [prompt_of(wording, texts, options) for wording in split(checked_names(names), texts, options)]
 
 
 def split(names: Sequence[str], texts: Texts, options: PromptOptions) -> list[Wording]:
-    """The names in their order, each in the prompt of the one before it if it fits there too; one a prompt with `per-class`."""
+    """Fill each prompt with names in order while they fit; with `per-class`, one name per prompt."""
     wordings: list[Wording] = []
     for name in names:
         alone = worded([name], options.prompt)
@@ -87,14 +87,14 @@ def split(names: Sequence[str], texts: Texts, options: PromptOptions) -> list[Wo
 
 
 def fits_prompt(wording: Wording, texts: Texts, options: PromptOptions) -> bool:
-    """Whether every tokenizer has room for the text: what they cut off would leave names without maps."""
+    """Return whether every tokenizer has room for the whole text; names in a truncated part would have no maps."""
     return all(len(tokens.spans) <= tokens.slots for tokens in texts.tokens(wording.text, options.encoders).values())
 
 
 def prompt_of(wording: Wording, texts: Texts, options: PromptOptions) -> Prompt:
-    """The prompt whose picked columns are those of its names, name by name.
+    """Encode a wording, with the columns of its names picked name by name.
 
-    A name's map is the mean over its tokens; where the columns of CLIP and T5 are both read, the mean of both.
+    A name's map is the mean over its tokens; if CLIP's and T5's columns are both read, it is the mean of both.
     """
     found = texts.tokens(wording.text, options.encoders)
     read = [tokens for kind, tokens in found.items() if options.columns in (kind, 'both')]
@@ -112,8 +112,8 @@ def prompt_of(wording: Wording, texts: Texts, options: PromptOptions) -> Prompt:
 
 
 def columns_of(name: str, span: tuple[int, int], tokens: Tokens) -> list[int]:
-    """The columns of the tokens that stand for a part of the span. UsageError if there are none, or one of them is a special token."""
+    """Columns of the tokens that overlap the span. UsageError if there are none, or if one is a special or unknown token."""
     own = [place for place, (start, end) in enumerate(tokens.spans) if max(start, span[0]) < min(end, span[1])]
     if not own or any(tokens.strange[place] for place in own):
-        raise UsageError(f'the tokenizer has no words for the name {name!r}')
+        raise UsageError(f'the tokenizer has no tokens for the name {name!r}')
     return [tokens.first + place for place in own]

@@ -10,13 +10,13 @@ from padseg.errors import UsageError
 from padseg.methods.options import NORMALISATIONS
 from padseg.types import Proposals, TokenMaps
 
-EPS = 1e-12  # floor of a probability inside a logarithm; the smallest share that 77 maps of 64 x 64 give is about 1e-6
+EPS = 1e-12  # floor for probabilities in logarithms; the smallest share in 77 maps of 64 x 64 is about 1e-6
 
 
 def merge(maps: TokenMaps, threshold: float = 0.1, normalisation: str = 'minmax-softmax') -> Proposals:
-    """Proposals from token maps: normalised, then every group of near maps averaged (DiffSeg, Sec. 3.3; Seg4Diff, Sec. 4.2).
+    """Normalise token maps and average each group of similar maps to a proposal (DiffSeg, Sec. 3.3; Seg4Diff, Sec. 4.2).
 
-    threshold >= 0 bounds half the symmetric KL divergence between maps as distributions over space: 0 merges nothing, inf everything.
+    threshold >= 0 bounds half the symmetric KL divergence between maps as distributions over space: 0 merges none, inf merges all.
     """
     if not threshold >= 0:
         raise UsageError(f'threshold is a number >= 0 or inf; got {threshold}')
@@ -27,12 +27,12 @@ def merge(maps: TokenMaps, threshold: float = 0.1, normalisation: str = 'minmax-
 
 
 def normalise(maps: Tensor, normalisation: str) -> Tensor:
-    """(T, h, w) -> the same in float64.
+    """Normalise maps (T, h, w), as float64.
 
-    `minmax-softmax`: each map to 0..1 over space, then a softmax over space (Seg4Diff's release); `sum`: each map divided by its sum
-    over space (DiffSeg); `share`: each pixel divided by its sum over tokens.
+    `minmax-softmax`: scale each map to 0..1 over space, then softmax over space (Seg4Diff's release); `sum`: divide each map by its sum
+    over space (DiffSeg); `share`: divide each pixel by its sum over tokens.
     """
-    maps = maps.to(torch.float64, copy=True)  # which is changed in place: page faults would take as long as the sums
+    maps = maps.to(torch.float64, copy=True)  # a copy to modify in place: page faults for new memory would take as long as the arithmetic
     if normalisation == 'minmax-softmax':
         low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
         return maps.sub_(low).div_((high - low).clamp_min_(EPS)).flatten(1).softmax(1).view_as(maps)
@@ -44,7 +44,7 @@ def normalise(maps: Tensor, normalisation: str) -> Tensor:
 
 
 def spatial(rows: Tensor) -> Tensor:
-    """Rows as distributions over space, a row of zeros as the even one: (T, N) -> (T, N)."""
+    """Normalise rows to distributions over space, a row of zeros to the uniform one: (T, N) -> (T, N)."""
     total = rows.sum(1, keepdim=True)
     return (rows / total.clamp_min(1e-300)).masked_fill_(~(total > 0), 1 / rows.shape[1])
 
@@ -57,9 +57,9 @@ def symmetric_kl(p: Tensor) -> Tensor:
 
 
 def greedy_groups(distance: Tensor, threshold: float) -> tuple[tuple[int, ...], ...]:
-    """One pass over the maps: each one that is not yet taken becomes an anchor and takes all maps nearer than the threshold.
+    """Group maps in one pass: each map not yet taken becomes an anchor and takes all maps closer than the threshold.
 
-    As in the released code a map that an earlier anchor took is averaged into later groups too, so groups may overlap.
+    As in the released code, maps taken by an earlier anchor are also averaged into later groups, so groups may overlap.
     """
     near = (distance < threshold).cpu().numpy()  # (T, T)
     np.fill_diagonal(near, True)

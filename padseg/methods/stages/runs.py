@@ -1,4 +1,4 @@
-"""A picture of numbers as runs of equal ones: areas, means and repainting without a pass over pixels for each number."""
+"""A map of numbers as runs of equal values, so that areas, means and repainting need no pass over all pixels for each number."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from padseg.types import Array
 
 
 class Runs(NamedTuple):
-    """A picture of numbers as runs of equal ones in reading order. names: (K,) the numbers, ascending; places: (K,) the first pixel of
-    each; areas: (K,) its pixels; starts, lengths, regions: (R,) a run's first pixel, its pixels, and which of the names it has."""
+    """A map of numbers as runs of equal values in reading order.
+
+    names: (K,) the distinct numbers, ascending; places: (K,) first pixel of each; areas: (K,) pixel count of each; starts, lengths,
+    regions: (R,) first pixel, pixel count and index into names of each run.
+    """
 
     names: Array
     places: Array
@@ -23,7 +26,7 @@ class Runs(NamedTuple):
 
 
 def runs_of(numbers: Array) -> Runs:
-    """The runs of a picture of whole numbers, (H, W): far fewer than its pixels, so sorting them takes little."""
+    """Find the runs of an integer map (H, W); there are far fewer runs than pixels, so sorting them is cheap."""
     flat = numbers.ravel()
     starts = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))
     lengths = np.diff(starts, append=len(flat))
@@ -33,7 +36,7 @@ def runs_of(numbers: Array) -> Runs:
 
 
 def painted(runs: Runs, values: Array) -> Array:
-    """The picture with a value for each name: (K,) -> (H, W)."""
+    """Paint a value for each name: (K,) -> (H, W)."""
     return np.repeat(values[runs.regions], runs.lengths).reshape(runs.shape)
 
 

@@ -1,4 +1,4 @@
-"""Token maps on disk, so that another threshold needs no forward."""
+"""Store token maps on disk, so that another threshold needs no forward pass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SUFFIX = '.npz'
 
 
 def forward_settings(backbone: Backbone, options: ForwardOptions) -> str:
-    """All that decides token maps, in words."""
+    """Describe all settings that affect token maps."""
     return (
         f'weights {backbone.identity.weights} dtype {backbone.dtype} layer {options.layer} step {options.step} '
         f'geometry {options.geometry} side {options.side} seed {options.seed}'
@@ -25,7 +25,7 @@ def forward_settings(backbone: Backbone, options: ForwardOptions) -> str:
 
 
 def write_maps(maps: TokenMaps, path: Path, made_by: str = '') -> None:
-    """Keep token maps (T, h, w) float32 with the words of their tokens, their frame and the settings that made them."""
+    """Write token maps (T, h, w) float32 with their tokens' words, their frame and the settings that made them."""
     with atomic(path) as temporary, temporary.open('wb') as file:
         np.savez_compressed(
             file,
@@ -38,7 +38,7 @@ def write_maps(maps: TokenMaps, path: Path, made_by: str = '') -> None:
 
 
 def read_maps(path: Path, made_by: str = '') -> TokenMaps | None:
-    """The token maps in a file; None if there is none, it is damaged, or other settings made it."""
+    """Read token maps from a file; None if it is missing, damaged, or made with other settings."""
     try:
         with np.load(path, allow_pickle=False) as file:
             if str(file['made_by']) != made_by:

@@ -1,4 +1,4 @@
-"""Maps of the tokens of a prompt -> scores of the names in it."""
+"""Maps of a prompt's tokens -> scores of the names in it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from padseg.types import Prompt
 
 
 def means(maps: Tensor, prompt: Prompt, scores: str) -> Tensor:
-    """The map of each name of a prompt from those of its tokens: (T, h, w) -> (C, h, w)."""
+    """Combine token maps to one map per name of a prompt: (T, h, w) -> (C, h, w)."""
     if scores == 'minmax-token':
         maps = minmax(maps)
     weighted = maps * torch.tensor(prompt.weights, device=maps.device)[:, None, None]
@@ -20,7 +20,7 @@ def means(maps: Tensor, prompt: Prompt, scores: str) -> Tensor:
 
 
 def scale_scores(maps: Tensor, classes: int, scores: str) -> Tensor:
-    """The maps of classes and background words as scores: (C + B, h, w) -> (C, h, w), or (C + 1, h, w) with the best background word."""
+    """Scale maps of classes and background words to scores: (C + B, h, w) -> (C, h, w), or (C + 1, h, w) with the best background word."""
     if scores == 'minmax':
         maps = minmax(maps)
     if scores == 'share':
@@ -30,22 +30,22 @@ def scale_scores(maps: Tensor, classes: int, scores: str) -> Tensor:
 
 
 def minmax(maps: Tensor) -> Tensor:
-    """Each map from 0 to 1 over space; a flat one is 0."""
+    """Scale each map to 0..1 over space; a constant map becomes 0."""
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     return (maps - low) / (high - low).clamp_min(EPS)
 
 
 def mean_of_steps(maps: list[Tensor]) -> Tensor:
-    """The mean of the maps of several noise levels: (T, h, w) each -> (T, h, w)."""
+    """Average maps over noise levels: (T, h, w) each -> (T, h, w)."""
     return torch.stack(maps).mean(0)
 
 
 def joined_maps(maps: list[Tensor]) -> Tensor:
-    """The maps of several prompts, one after the other: (T, h, w) each -> (sum of T, h, w)."""
+    """Concatenate the maps of several prompts: (T, h, w) each -> (sum of T, h, w)."""
     return torch.cat(maps)
 
 
 def with_floor(values: Tensor, floor: float | None) -> Tensor:
-    """Scores (C, h, w) in float64, and after them a map that has the value `floor` everywhere, if there is one."""
+    """Scores (C, h, w) as float64, followed by a constant map with value `floor`, if given."""
     values = values.double()
     return values if floor is None else torch.cat((values, torch.full_like(values[:1], floor)))

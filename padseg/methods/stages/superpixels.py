@@ -1,4 +1,4 @@
-"""Felzenszwalb and Huttenlocher's superpixels of a picture of any size."""
+"""Felzenszwalb and Huttenlocher's superpixels for pictures of any size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from skimage.segmentation import felzenszwalb
 from padseg.methods.stages.guided_filter import at_most
 from padseg.types import Array, Image
 
-SUPERPIXEL_AREA = 1_000_000  # pixels; on larger pictures superpixels are found on a reduced copy
+SUPERPIXEL_AREA = 1_000_000  # pixels; superpixels of larger pictures are computed on a reduced copy
 
 
 def superpixels_of(image: Image, scale: float) -> Array:

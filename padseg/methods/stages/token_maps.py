@@ -1,4 +1,4 @@
-"""Noised latent -> token maps: one forward, one layer, the attention from image tokens to the picked text tokens."""
+"""Noised latent -> token maps: one forward pass, one layer, the attention from image tokens to the picked text tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from padseg.types import Latent, Prompt, TokenMaps
 
 
 def latent_token_maps(latents: Sequence[Latent], backbone: Backbone, options: ForwardOptions) -> list[TokenMaps]:
-    """Token maps of latents that share one shape and one noise level, from one forward."""
+    """Token maps of latents with the same shape and noise level, from one forward pass."""
     return maps_of_layers(latents, backbone, backbone.null_prompt, (options.layer,))
 
 
@@ -30,7 +30,7 @@ def maps_of_layers(
     head: int | None = None,
     softmax: bool = True,
 ) -> list[TokenMaps]:
-    """Those of any prompt, as means over several layers, from one forward too. head, softmax: as for `token_attention`."""
+    """Token maps for any prompt, averaged over several layers, from one forward pass. head, softmax: as for `token_attention`."""
     z, timestep = torch.cat([latent.z for latent in latents]), latents[0].timestep
     maps = attention_maps(z, timestep, backbone, prompt, *layers, head=head, softmax=softmax)
     if not torch.isfinite(maps).all():
@@ -42,7 +42,7 @@ def maps_of_layers(
 def attention_maps(
     z: Tensor, timestep: float, backbone: Backbone, prompt: Prompt, *layers: int, head: int | None = None, softmax: bool = True
 ) -> Tensor:
-    """Mean over heads and layers of the image-to-text part of the softmax over all keys: (B, C, H', W') -> (B, T, h, w) float32."""
+    """Image-to-text part of the softmax over all keys, averaged over heads and layers: (B, C, H', W') -> (B, T, h, w) float32."""
     h, w = (length // backbone.patch for length in z.shape[2:])
     picked, first = backbone.text_columns(prompt, h * w), backbone.first_image_token(prompt)
     picture_to_text = partial(token_attention, queries=h * w, picked=picked, first=first, head=head, softmax=softmax)

@@ -164,25 +164,25 @@ def test_unicode_names(texts, speller):
     assert prompt.picked == tuple(range(1, 1 + len(prompt.picked)))  # byte by byte, without gap or overlap
     assert prompt.names.count('日本') == 6 and prompt.names.count('\N{CAT FACE}') == 4
     prompts_of(names[:3], texts, resolved(speller, encoders='t5'))
-    with pytest.raises(UsageError, match=f"^the tokenizer has no words for the name '{names[4]}'$"):
+    with pytest.raises(UsageError, match=f"^the tokenizer has no tokens for the name '{names[4]}'$"):
         prompts_of([*names[:3], names[4]], texts, resolved(speller, encoders='t5'))
 
 
 @pytest.mark.parametrize('name', ['<|endoftext|>', 'cat <|startoftext|>', 'x<|endoftext|>x'])
 def test_names_that_are_no_words(texts, speller, name):
-    with pytest.raises(UsageError, match='^the tokenizer has no words for the name'):
+    with pytest.raises(UsageError, match='^the tokenizer has no tokens for the name'):
         prompts_of(['cat', name], texts, resolved(speller))
 
 
 @pytest.mark.parametrize(
     ('names', 'words'),
     [
-        ([], 'there are no names of classes'),
+        ([], 'there are no class names'),
         (['cat', ' '], 'the name of class 2 of 2 is empty'),
-        (['cat', 'dog', 'cat'], 'two classes have one name: cat and cat'),
-        (['traffic light', 'traffic   light'], 'two classes have one name: traffic light and traffic light'),
-        (['Cat', 'cat'], 'two classes have one name: Cat and cat'),
-        (['caf\N{LATIN SMALL LETTER E WITH ACUTE}', 'cafe\N{COMBINING ACUTE ACCENT}'], 'two classes have one name'),
+        (['cat', 'dog', 'cat'], 'two classes have the same name: cat and cat'),
+        (['traffic light', 'traffic   light'], 'two classes have the same name: traffic light and traffic light'),
+        (['Cat', 'cat'], 'two classes have the same name: Cat and cat'),
+        (['caf\N{LATIN SMALL LETTER E WITH ACUTE}', 'cafe\N{COMBINING ACUTE ACCENT}'], 'two classes have the same name'),
     ],
 )
 def test_names_that_are_refused(names, words):
@@ -274,7 +274,7 @@ def test_t5_can_be_dropped(texts, speller):
     assert dropped.embeds.shape == (1, SLOTS, 160)
     assert torch.equal(dropped.embeds, zeros.embeds[:, :SLOTS]) and torch.equal(dropped.pooled, zeros.pooled)
     assert dropped.picked == zeros.picked
-    with pytest.raises(UsageError, match='T5 is dropped only where it is not used'):
+    with pytest.raises(UsageError, match='T5 can be dropped only if it is not used'):
         resolved(speller, encoders='t5', unused='dropped')
     with pytest.raises(UsageError, match='columns of t5 need its encoder; encoders are l'):
         resolved(speller, encoders='l', columns='t5')
