@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from padseg.errors import NoImages
+from padseg.system.text import printable
 
 VOID = -1  # pixels that belong to no class and do not count
 SHOWN = 5  # names listed in a message
@@ -83,7 +84,7 @@ class DatasetRow(NamedTuple):
 
 
 def some(names: Iterable[str]) -> str:
-    """List the first few names and the number of others."""
-    listed = list(names)
+    """The first few names, and how many more there are."""
+    listed = [printable(name) for name in names]
     more = f' and {len(listed) - SHOWN} more' if len(listed) > SHOWN else ''
     return ', '.join(listed[:SHOWN]) + more

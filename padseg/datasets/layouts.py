@@ -129,8 +129,15 @@ def samples(place: FoundLayout, split: Split, allow_missing: bool) -> tuple[tupl
 def listed_files(place: FoundLayout, split: Split) -> Collection[str] | None:
     """Names in the layout's own list or in this package's; None if the folders themselves define the split."""
     if place.listing:
-        lines = place.listing.read_text(encoding='utf-8', errors='surrogateescape').splitlines()
-        return [line.split()[0] for line in lines if line.strip()]
+        try:
+            lines = images.contents(place.listing).decode('utf-8-sig', 'surrogateescape').splitlines()
+        except (images.ImageError, OSError) as error:
+            raise LayoutError(f'{place.listing} cannot be read: {error}') from error
+        names = [line.split()[0] for line in lines if line.strip()]
+        outside = [name for name in names if name.startswith('/') or '..' in name.split('/')]
+        if outside:
+            raise LayoutError(f'{place.listing} names {some(outside)}: names are of files below {place.images}')
+        return names
     if place.labels is None and place.annotations:
         return [name for name, painting in detail_paintings(place.annotations).items() if painting.phase == split.folder]
     return listed_names(split.ids) if split.ids else None
@@ -152,15 +159,22 @@ def label_files(folder: Path, layout: Layout) -> Iterator[tuple[str, Path]]:
 
 
 def files_below(folder: Path, ends: Collection[str]) -> Iterator[tuple[str, Path]]:
-    """Yield (name, path) of files <name><end> in a folder and below, except hidden ones. Names are POSIX paths; case of ends is ignored."""
+    """(name, path) of the files <name><end> in a folder and below, but for hidden ones; a name is a POSIX path, ends are of any case.
+
+    Whatever has such a name is given, so that it is said if it cannot be read; a folder only if there is no such file in it.
+    """
     for parent, folders, entries in os.walk(folder, onerror=images.refuse):
         folders[:] = sorted(name for name in folders if name[0] != '.')
         below = Path(parent).relative_to(folder).as_posix()
-        for entry in sorted(entries):
+        for entry in sorted([*entries, *folders]):
             end = next((end for end in ends if entry.lower().endswith(end.lower())), None)
-            if end is not None and entry[0] != '.' and len(entry) > len(end):
-                name = entry[: len(entry) - len(end)]
-                yield (name if below == '.' else f'{below}/{name}'), Path(parent, entry)
+            if end is None or entry[0] == '.' or len(entry) == len(end):
+                continue
+            path = Path(parent, entry)
+            if entry in folders and not path.is_symlink() and any(True for _ in files_below(path, ends)):
+                continue
+            name = entry[: len(entry) - len(end)]
+            yield (name if below == '.' else f'{below}/{name}'), path
 
 
 def unique(files: Iterable[tuple[str, Path]]) -> dict[str, Path]:

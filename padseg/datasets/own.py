@@ -15,6 +15,7 @@ from padseg.datasets.layouts import by_annotator, files_below, find_place, in_sp
 from padseg.datasets.rows import DATASETS, FOLDER
 from padseg.datasets.tables import DENSE, UNDECLARED, Table
 from padseg.errors import UsageError
+from padseg.images import ImageError, contents
 from padseg.system.text import printable
 
 if sys.version_info >= (3, 11):
@@ -103,10 +104,12 @@ def read_settings(root: Path) -> FolderSettings:
     """Read padseg.toml. Raises LayoutError if there is none, UsageError for invalid content."""
     path = root / FILE
     try:
-        return FolderSettings.model_validate(tomllib.loads(path.read_text(encoding='utf-8')))
+        return FolderSettings.model_validate(tomllib.loads(contents(path).decode('utf-8-sig')))
     except FileNotFoundError as error:
         raise LayoutShown(f'there is no {printable(str(path))}, which says what the labels mean; for example:\n{EXAMPLE}') from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ImageError, OSError) as error:
+        raise UsageError(f'{path} cannot be read: {error}') from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f'{path} is not valid TOML: {error}') from error
     except ValidationError as error:
         raise UsageError(f'{path}: {"; ".join(map(complaint, error.errors()))}') from error

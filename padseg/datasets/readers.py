@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import functools
 import json
-import struct
-import warnings
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 
 from padseg.datasets.base import Sample
+from padseg.datasets.mat import mat_matrices
 from padseg.errors import UnreadableLabels
 from padseg.exports.png import png_pixels, read_label_map
-from padseg.images import DAMAGE
+from padseg.images import MAX_PIXELS, ImageError, Reading, contents
 
 if TYPE_CHECKING:
     from padseg.types import Array
 
-MAT_HEADER, MAT_TAG, MAT_COMPRESSED = 128, 8, 15  # bytes, bytes, and the type of a compressed element
+NO_RECORD = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # what JSON of another form raises
+COLOURS = 1 << 24
+LONGEST = 1 << 33  # bytes of annotations; those of PASCAL in Detail take much of one gigabyte
+FIRST, LAST, MORE = 48, 48 + 63, 0x20  # bytes of run lengths in COCO's form, and the bit that says that another one follows
 
 
 class Reader(Protocol):
@@ -42,66 +43,13 @@ def png_labels(sample: Sample, annotations: Path) -> tuple[Array, ...]:
 
 
 def context_labels(sample: Sample, annotations: Path) -> tuple[Array, ...]:
-    """PASCAL Context's MATLAB files: one matrix `LabelMap`."""
-    path = sample.truths[0]
-    return (label_matrix(path, mat_variable(path, 'LabelMap')),)
+    """PASCAL Context's MATLAB file: one matrix `LabelMap`."""
+    return mat_matrices(sample.truths[0], 'LabelMap')
 
 
 def bsds_labels(sample: Sample, annotations: Path) -> tuple[Array, ...]:
-    """BSDS500's MATLAB files: a cell array `groundTruth` with one structure per annotator, which holds a matrix `Segmentation`."""
-    path = sample.truths[0]
-    cells = mat_variable(path, 'groundTruth').ravel()
-    try:
-        matrices = [cell['Segmentation'].item() for cell in cells]
-    except (AttributeError, IndexError, TypeError, ValueError):
-        refuse_labels(path, 'groundTruth is not a cell array of structures with a Segmentation')
-    if not matrices:
-        refuse_labels(path, 'groundTruth is empty')
-    return tuple(label_matrix(path, matrix) for matrix in matrices)
-
-
-def mat_variable(path: Path, name: str) -> Array:
-    """Read one variable of a MATLAB file."""
-    from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
-
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # scipy warns about oddities that it can read
-        try:
-            inflate(path.read_bytes())
-            variables = loadmat(path, variable_names=[name])
-        except NotImplementedError:
-            refuse_labels(path, 'a MATLAB file of version 7.3, which padseg cannot read: save it as version 7 or older')
-        except (*DAMAGE, MatReadError) as error:
-            refuse_labels(path, f'not a MATLAB file, or a damaged one: {error}')
-    if name not in variables:
-        refuse_labels(path, f'holds no {name}')
-    return np.asarray(variables[name])
-
-
-def inflate(data: bytes) -> None:
-    """Decompress the parts of a MATLAB file of version 5 to 7 to verify their checksums. Raises one of DAMAGE if they are wrong.
-
-    scipy uses bytes before verifying their checksum, and damaged ones can crash the process.
-    """
-    order = {b'IM': '<', b'MI': '>'}.get(data[MAT_HEADER - 2 : MAT_HEADER])
-    place = MAT_HEADER
-    while order and place < len(data):
-        kind, size = struct.unpack_from(f'{order}II', data, place)
-        place += MAT_TAG
-        if kind == MAT_COMPRESSED:
-            zlib.decompress(data[place : place + size])
-        place += size
-
-
-def label_matrix(path: Path, values: Any) -> Array:
-    """Convert a matrix of whole numbers >= 0, stored as any type, to int32."""
-    matrix = np.asarray(values)
-    if matrix.ndim != 2 or not matrix.size or matrix.dtype.kind not in 'iufb':
-        refuse_labels(path, f'labels are a matrix of numbers; this is {matrix.dtype} of shape {matrix.shape}')
-    if not ((matrix >= 0) & (matrix <= np.iinfo(np.int32).max) & (matrix == np.floor(matrix))).all():
-        refuse_labels(path, 'labels are whole numbers >= 0')
-    return matrix.astype(np.int32)
+    """BSDS500's MATLAB file: a cell array `groundTruth` with a structure an annotator, its matrix `Segmentation` among others."""
+    return mat_matrices(sample.truths[0], 'groundTruth', 'Segmentation')
 
 
 def panoptic_labels(sample: Sample, annotations: Path) -> tuple[Array, ...]:
@@ -125,11 +73,18 @@ def panoptic_segments(annotations: Path) -> dict[str, dict[int, int]]:
     """Read COCO's panoptic annotations: for each file, the category of each segment."""
     try:
         return {
-            annotation['file_name']: {int(segment['id']): int(segment['category_id']) for segment in annotation['segments_info']}
+            annotation['file_name']: {number(segment['id']): number(segment['category_id']) for segment in annotation['segments_info']}
             for annotation in read_annotations(annotations)['annotations']
         }
-    except (KeyError, TypeError, ValueError) as error:
-        refuse_labels(annotations, f'not panoptic annotations in COCO format: {error!r}')
+    except NO_RECORD as error:
+        refuse_labels(annotations, f'no panoptic annotations in the form of COCO: {error!r}')
+
+
+def number(value: Any) -> int:
+    """What a colour of 24 bits can say. ValueError for anything else."""
+    if not 0 <= int(value) < COLOURS:
+        raise ValueError(f'number {value}')
+    return int(value)
 
 
 class Painting(NamedTuple):
@@ -146,16 +101,28 @@ def detail_labels(sample: Sample, annotations: Path) -> tuple[Array, ...]:
     from pycocotools import mask
 
     painting = detail_paintings(annotations)[sample.name]
-    labels = np.zeros((painting.height, painting.width), np.int32)
+    size = painting.height, painting.width
+    if min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
+        refuse_labels(annotations, f'{sample.name} has size {size} (height, width); allowed are up to {MAX_PIXELS} pixels')
+    labels = np.zeros(size, np.int32)
     for category, runs in painting.regions:
         try:
-            region = mask.decode(runs)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            own = tuple(runs['size'])
+            region = mask.decode({'size': size, 'counts': whole_counts(runs['counts'])}) if own == size else None
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             refuse_labels(annotations, f'damaged region in {sample.name}: {error!r}')
-        if region.shape != labels.shape:
-            refuse_labels(annotations, f'a region of {sample.name} has size {region.shape}, the picture {labels.shape} (height, width)')
+        if region is None:
+            refuse_labels(annotations, f'a region of {sample.name} has size {own}, the picture {size} (height, width)')
         labels[region.astype(bool)] = category
     return (labels,)
+
+
+def whole_counts(counts: str) -> bytes:
+    """Run lengths that end where they say so: pycocotools would read on behind them. ValueError for others."""
+    letters = counts.encode('ascii')
+    if not letters or min(letters) < FIRST or max(letters) > LAST or (letters[-1] - FIRST) & MORE:
+        raise ValueError('no run lengths')
+    return letters
 
 
 @functools.lru_cache(maxsize=1)
@@ -169,16 +136,16 @@ def detail_paintings(annotations: Path) -> dict[str, Painting]:
         }
         for region in content['annos_segmentation']:
             paintings[region['image_id']][1].regions.append((int(region['category_id']), region['segmentation']))
-    except (KeyError, TypeError, ValueError) as error:
-        refuse_labels(annotations, f'not annotations in the format of PASCAL in Detail: {error!r}')
+    except NO_RECORD as error:
+        refuse_labels(annotations, f'no annotations in the form of PASCAL in Detail: {error!r}')
     return dict(paintings.values())
 
 
 def read_annotations(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        refuse_labels(path, f'not valid JSON: {error}')
+        return json.loads(contents(path, Reading(max_bytes=LONGEST)))
+    except (ImageError, OSError, ValueError, RecursionError) as error:
+        refuse_labels(path, f'no JSON: {error}')
 
 
 READERS: dict[str, Reader] = {

@@ -5,14 +5,26 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from padseg.datasets import Sample
+from padseg.datasets import FOLDER, VOID, Dataset, Sample
+from padseg.errors import OutputConflict
 from padseg.evaluation.evaluate import score_sample, score_stored, stamp_of
 from padseg.evaluation.job import Evaluation
 from padseg.evaluation.protocols import rules
 from padseg.evaluation.scores import PictureScores, Result, ScoresRecord, ScoreTotals, finite
-from padseg.system.ledger import continued, line, owned, read_header, read_line, read_lines, refuse_other_settings, write_header
+from padseg.system.ledger import (
+    continued,
+    line,
+    owned,
+    read_header,
+    read_line,
+    read_lines,
+    refuse_other_settings,
+    write_header,
+    write_lines,
+)
 from padseg.system.progress import Progress, Silent
 from padseg.system.versions import versions
 
@@ -31,7 +43,7 @@ def run_evaluation(job: Evaluation, progress: Progress = Silent()) -> Outcome:
     report = ScoresRecord(protocol=job.protocol, settings=settings(job), versions=versions())
     totals = ScoreTotals(job.task.classes, job.task.rules)
     failed: dict[str, str] = {}
-    with owned(job.out, 'run.json') if job.out else contextlib.nullcontext(), contextlib.closing(progress):
+    with output(job.out) if job.out else contextlib.nullcontext(), contextlib.closing(progress):
         for picture in pictures(job, report, progress):
             totals.add(picture)
             if picture.status == 'failed' and len(failed) < FAILED_SHOWN:
@@ -45,9 +57,23 @@ def run_evaluation(job: Evaluation, progress: Progress = Silent()) -> Outcome:
     return Outcome(totals.result(), report)
 
 
+@contextlib.contextmanager
+def output(out: Path) -> Iterator[None]:
+    """Own the output folder. OutputConflict for what lies in its way there, or if it must not be written to; else as `owned`."""
+    try:
+        with owned(out, 'run.json'):
+            for name in ('scores.json', 'pictures.jsonl'):
+                if (out / name).exists() and not (out / name).is_file():
+                    raise OutputConflict(f'{out / name} is no file: choose another --out')  # and a pipe would be waited for
+            yield
+    except OSError as error:
+        raise OutputConflict(f'cannot write to {out}: {error}') from error
+
+
 def settings(job: Evaluation) -> dict[str, Any]:
     """All settings that affect the scores, with every rule in words."""
     dataset = job.task.dataset
+    own = values_of(dataset)
     return {
         'dataset': dataset.name,
         'root': str(dataset.root.resolve()),
@@ -60,7 +86,19 @@ def settings(job: Evaluation) -> dict[str, Any]:
         'resize': job.task.resize,
         'predictions': job.source,
         'thresholds': list(job.thresholds),
+        **({} if own == USUAL else {'values': own}),
     }
+
+
+USUAL = {'first': 0, 'ignored': [255], 'background': None}
+
+
+def values_of(dataset: Dataset) -> dict[str, Any]:
+    """What the values in the files of one's own folder mean: that of the first class, those that do not count; and the background."""
+    if dataset.name != FOLDER or dataset.table is None:
+        return USUAL
+    ignored = [value for value, number in enumerate(dataset.table) if number == VOID]
+    return {'first': dataset.table.index(0) if 0 in dataset.table else None, 'ignored': ignored, 'background': dataset.background}
 
 
 PARTITIONS = {
@@ -92,6 +130,8 @@ def written(job: Evaluation, report: ScoresRecord, kept: dict[str, str]) -> Iter
     if job.out is None:
         yield lambda text: None
         return
+    if not kept:
+        write_lines((), job.out / 'pictures.jsonl')  # before the settings: scores by other ones must never stand under these
     write_header(report, job.out / 'scores.json')
     lines = (kept[sample.name] for sample in job.task.dataset.samples if sample.name in kept)
     with continued(lines, job.out / 'pictures.jsonl') as add:
@@ -113,7 +153,11 @@ def kept_lines(job: Evaluation, report: ScoresRecord) -> dict[str, str]:
     earlier = None if job.overwrite else read_header(job.out / 'scores.json', ScoresRecord, 'an evaluation')
     if earlier is None:
         return {}
-    refuse_other_settings(job.out, earlier.settings, report.settings, 'an evaluation')
+    now, then = report.settings, earlier.settings
+    unsaid = {name: now[name] for name in ('values',) if name in now and name not in then}  # by padseg before it was recorded
+    refuse_other_settings(job.out, {**unsaid, **then}, now, 'an evaluation')
+    if unsaid:
+        return {}
     samples = {sample.name: sample for sample in job.task.dataset.samples}
     kept: dict[str, str] = {}
     for picture in read_lines(job.out / 'pictures.jsonl', PictureScores):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,8 +14,21 @@ import numpy as np
 
 from padseg.datasets import Dataset, Sample, label_folder, picture_name
 from padseg.datasets.base import some
-from padseg.errors import NoImages, UnreadableLabels, UsageError
-from padseg.evaluation.protocols import DEFAULT, Classes, Protocol, compared_view, nearest, protocol, scored_classes, seen, seen_prediction
+from padseg.datasets.layouts import files_below
+from padseg.errors import NoImages, ResourceExhausted, UnreadableLabels, UsageError
+from padseg.evaluation.metrics import TooMany
+from padseg.evaluation.protocols import (
+    DEFAULT,
+    Classes,
+    Protocol,
+    View,
+    compared_view,
+    nearest,
+    protocol,
+    scored_classes,
+    seen,
+    seen_prediction,
+)
 from padseg.evaluation.scores import PictureScores, Result, ScoreTotals, score_classes, score_regions
 from padseg.exports.png import read_label_map
 from padseg.images import ImageError, read
@@ -27,12 +41,16 @@ CHUNK = 8  # pictures sent to a worker at once
 
 
 class Task(NamedTuple):
-    """What to score. preds: stored label maps by picture name; resize: resize those that differ in size to the ground truth."""
+    """What is scored. preds: stored label maps by picture name; resize: bring those of another size to the ground truth's.
+
+    lenient: a picture whose files do not fit together fails alone, instead of ending the evaluation.
+    """
 
     dataset: Dataset
     rules: Protocol
     preds: Mapping[str, Path] = {}
     resize: bool = False
+    lenient: bool = False
 
     @property
     def classes(self) -> Classes:
@@ -51,17 +69,17 @@ def evaluate(
 ) -> Result:
     """Score the label maps below `pred` against those below `labels`; without `num_classes`, as partitions without classes.
 
-    A label map a.jpg.png or a.png belongs to the truth a.png; for partitions also to a_0.png, a_1.png, … of several annotators. rules: a
-    protocol from `padseg.evaluation.protocols`; by default the whole picture is compared and all else is as in Seg4Diff's paper.
-    background: the class that protocols treat as background. Unreadable pictures are counted as failed and left out. Raises NoImages if a
-    picture has no counterpart (unless `allow_missing`), UsageError for a prediction of another size (unless `resize`) and for ground truth
-    outside 0..num_classes-1 other than `ignore`.
+    A label map a.jpg.png or a.png belongs to the truth a.png; for partitions also to a_0.png, a_1.png, … of several annotators.
+    rules: a protocol of `padseg.evaluation.protocols`; by default the whole picture is compared and the rest is as in Seg4Diff's paper.
+    background: the class that protocols treat as background. Pictures that cannot be read are counted as failed and left out.
+    Raises NoImages if a picture has no partner, UsageError for a prediction of another size (unless `resize`) and for ground truth
+    outside 0..num_classes-1 other than `ignore`; with `allow_missing` such pictures are left out, or count as failed.
     """
     rules = rules or protocol(DEFAULT, compare='native')
     preds = stored(Path(pred))
     dataset = label_folder(Path(labels), num_classes, ignore, background, pictures=preds)
     dataset, preds = paired(dataset, preds, allow_missing)
-    task = Task(dataset, rules, preds, resize)
+    task = Task(dataset, rules, preds, resize, lenient=allow_missing)
     totals = ScoreTotals(task.classes, rules)
     for picture in score_stored(task, dataset.samples):
         totals.add(picture)
@@ -78,7 +96,10 @@ def score_stored(task: Task, samples: Iterable[Sample], workers: int = 1) -> Ite
     light = task._replace(dataset=task.dataset._replace(samples=()), preds={})
     pairs = [(sample, {sample.name: task.preds[sample.name]}) for sample in samples]
     with ProcessPoolExecutor(workers, context) as pool:
-        yield from pool.map(partial(score_pair, light), pairs, chunksize=CHUNK)
+        try:
+            yield from pool.map(partial(score_pair, light), pairs, chunksize=CHUNK)
+        except BrokenProcessPool as error:
+            raise ResourceExhausted('a worker was ended, most likely for want of memory: try fewer --workers') from error
 
 
 def score_pair(task: Task, pair: tuple[Sample, dict[str, Path]]) -> PictureScores:
@@ -89,19 +110,38 @@ def score_pair(task: Task, pair: tuple[Sample, dict[str, Path]]) -> PictureScore
 def score_sample(task: Task, sample: Sample, predictor: Predict | None = None) -> PictureScores:
     """Score one picture, from its stored label map or the predictor; if a file cannot be read, the record says that it failed."""
     stamp = stamp_of(*sample.truths, sample.image if predictor else task.preds[sample.name])
+    unfit = (UsageError,) if task.lenient else ()
     try:
         truths = task.dataset.read(sample)  # (H, W) each
         size = size_of(sample, truths)
         source = read_picture(sample, size) if predictor else stored_map(task, sample, size)
-    except (ImageError, UnreadableLabels, OSError) as error:
-        return PictureScores(name=sample.name, stamp=stamp, status='failed', reason=str(error))
+        shown = present(task, sample, truths) if predictor else []
+    except (ImageError, UnreadableLabels, OSError, MemoryError, *unfit) as error:
+        return failed(sample, stamp, error)
     where = compared_view(size, task.rules.compare)
-    preds = predictor(sample.name, source, where, present(task, sample, truths)) if predictor else [seen_prediction(source, where)]
-    if task.dataset.classes:
-        record = score_classes(sample.name, preds[0], seen(classes_of(task, sample, truths[0]), where), task.classes, task.rules)
-    else:
-        record = score_regions(sample.name, preds, [seen(truth, where) for truth in truths])
+    try:
+        preds = predictor(sample.name, source, where, shown) if predictor else [seen_prediction(source, where)]
+    except (ImageError, MemoryError) as error:
+        return failed(sample, stamp, error)
+    try:
+        record = scored(task, sample, preds, truths, where)
+    except (TooMany, MemoryError, *unfit) as error:
+        return failed(sample, stamp, error)
     return record.model_copy(update={'stamp': stamp})
+
+
+def scored(task: Task, sample: Sample, preds: Sequence[Array], truths: Sequence[Array], where: View) -> PictureScores:
+    """The scores of predictions (h, w) at the compared pixels against ground truths (H, W)."""
+    if not task.dataset.classes:
+        return score_regions(sample.name, preds, [seen(truth, where) for truth in truths])
+    truth = seen(classes_of(task, sample, truths[0]), where)
+    return score_classes(sample.name, preds[0], truth, task.classes, task.rules)
+
+
+def failed(sample: Sample, stamp: str, error: Exception) -> PictureScores:
+    """The record of a picture that could not be scored."""
+    reason = 'not enough memory' if isinstance(error, MemoryError) else str(error)
+    return PictureScores(name=sample.name, stamp=stamp, status='failed', reason=reason)
 
 
 def present(task: Task, sample: Sample, truths: Sequence[Array]) -> list[int]:
@@ -175,7 +215,7 @@ def size_in_words(size: tuple[int, ...]) -> str:
 def stored(folder: Path) -> dict[str, Path]:
     """Label maps below a folder by picture name: b/a.jpg.png and b/a.png are b/a. NoImages if there are none, or two for one name."""
     preds: dict[str, Path] = {}
-    for path in sorted(path for path in folder.rglob('*.png') if path.is_file() and path.name[0] != '.'):
+    for _, path in files_below(folder, ('.png',)) if folder.is_dir() else ():
         name = picture_name(path.relative_to(folder))
         if name in preds:
             raise NoImages(f'two label maps for {name}: {preds[name]} and {path}')

@@ -12,8 +12,8 @@ from padseg.datasets import FOLDER, Dataset, FolderSettings, Sample, label_folde
 from padseg.datasets.check import Check, check_dataset
 from padseg.errors import UsageError
 from padseg.evaluation.evaluate import Task, paired, stored
-from padseg.evaluation.protocols import DEFAULT, WARNINGS, Protocol, protocol
-from padseg.methods import DEFAULTS, Method, method_named, open_backbone
+from padseg.evaluation.protocols import CONTEXT, DEFAULT, WARNINGS, Protocol, protocol
+from padseg.methods import DEFAULTS, METHODS, Method, method_named, open_backbone
 from padseg.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -115,7 +115,13 @@ def ground_of(asked: Asked) -> Ground:
     thresholds = numbers(asked.sweep)
     if thresholds and (dataset.classes or asked.pred):
         raise UsageError('--sweep is for a model on a data set without classes, such as bsds500')
-    return Ground(dataset, name, rules, preds, thresholds, WARNINGS.get(rules.matching))
+    return Ground(dataset, name, rules, preds, thresholds, warning_of(dataset, rules))
+
+
+def warning_of(dataset: Dataset, rules: Protocol) -> str | None:
+    """What to say of figures by these rules, if anything."""
+    row = WARNINGS.get(rules.matching)
+    return f'{row}; {CONTEXT}' if row and dataset.name == 'context60' else row
 
 
 def opened_dataset(asked: Asked, raw_labels: bool = False) -> Dataset:
@@ -132,7 +138,7 @@ def of_stored(asked: Asked, ground: Ground) -> Evaluation:
     assert asked.pred is not None
     dataset, preds = paired(ground.dataset, ground.preds, asked.allow_missing)
     return Evaluation(
-        Task(dataset, ground.rules, preds, asked.resize),
+        Task(dataset, ground.rules, preds, asked.resize, asked.allow_missing),
         ground.protocol,
         {'folder': str(asked.pred.resolve())},
         missing=dataset.missing + len(ground.dataset.samples) - len(dataset.samples),
@@ -149,9 +155,9 @@ def of_method(asked: Asked, ground: Ground, contender: Contender) -> Evaluation:
     how = {name: getattr(contender, name) for name in ('revision', 'device', 'dtype', 'vae', 'compile')}
     backbone = open_backbone(method, contender.options, contender.model, **how)
     return Evaluation(
-        Task(ground.dataset, ground.rules),
+        Task(ground.dataset, ground.rules, lenient=asked.allow_missing),
         ground.protocol,
-        source_of(contender, method, backbone),
+        {**source_of(contender, method, backbone), **numbers_of(ground, method)},
         predictor_of(asked, ground, contender, method, backbone),
         ground.thresholds,
         ground.dataset.missing,
@@ -182,7 +188,7 @@ def predictor_of(asked: Asked, ground: Ground, contender: Contender, method: Met
         dataset = ground.dataset
         return predict_classes(method, backbone, contender.options, dataset.classes, dataset.background, names, asked.out)
     prepared = method.prepare(backbone, contender.options)
-    return predict_regions(method, prepared, ground.thresholds, asked.out, keep_maps=bool(ground.thresholds))
+    return predict_regions(method, prepared, ground.thresholds, asked.out, bool(ground.thresholds), ground.rules)
 
 
 def source_of(contender: Contender, method: Method, backbone: Backbone | None) -> dict[str, Any]:
@@ -194,6 +200,11 @@ def source_of(contender: Contender, method: Method, backbone: Backbone | None) -
     if method.TASK == 'classes':
         source['names'] = contender.names or PRESENT
     return source | method.recorded(contender.options, backbone.spec if backbone else None)
+
+
+def numbers_of(ground: Ground, method: Method) -> dict[str, str]:
+    """How regions are numbered where that decides figures."""
+    return {'numbers': 'of proposals, from 0'} if method is METHODS['seg4diff'] and ground.rules.ids == 'as they are' else {}
 
 
 def numbers(text: str | None) -> tuple[float, ...]:

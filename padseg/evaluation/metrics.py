@@ -7,12 +7,22 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from padseg.errors import PadsegError
+
 if TYPE_CHECKING:
     from padseg.types import Array
 
 
-DENSE = 1 << 16  # ids below this are renumbered faster by a lookup table than run by run
-BLOCK = 1 << 16  # pixels counted at once, so that intermediate results stay in the cache and need no new memory
+DENSE = 1 << 16  # ids below which a table of all ids is quicker than filling run by run
+COUNTED = 1 << 20  # fields of a table that are counted one by one; of a larger one only those that have pixels
+LARGEST = 1 << 24  # fields of a table of classes and regions, which matching takes whole; overlaps of two partitions
+BLOCK = 1 << 16  # pixels counted at once: what is in between stays in the cache and asks for no fresh memory
+
+
+class TooMany(PadsegError):
+    """More classes, regions or boundary pixels than can be matched in bounded time and memory."""
+
+    exit_code = 3
 
 
 class ClassCounts(NamedTuple):
@@ -67,18 +77,47 @@ class RegionScores(NamedTuple):
     regions: float
 
 
+class Overlaps(NamedTuple):
+    """The fields of a contingency table that have pixels, (N,) int64 each, row by row."""
+
+    row: Array
+    column: Array
+    pixels: Array
+
+
 def contingency(a: Array, b: Array) -> Array:
-    """Count pixels with the i-th id of `a` and the j-th id of `b`, ids in order of first appearance: (ids of a, ids of b) int64."""
+    """Pixels that have the i-th id of `a` and the j-th id of `b`, ids in order of first appearance: (ids of a, ids of b) int64."""
+    row, column, pixels = overlaps(a, b)
+    table = np.zeros((row.max() + 1, column.max() + 1), np.int64)
+    table[row, column] = pixels
+    return table
+
+
+def overlaps(a: Array, b: Array) -> Overlaps:
+    """The same without the fields that are 0, of which two label maps of many ids have more than fit into memory."""
     require_same_shape(a, b)
     a, b = numbered(a), numbered(b)
-    return tally(a, b, int(a.max()) + 1, int(b.max()) + 1)
+    height, width = int(a.max()) + 1, int(b.max()) + 1
+    if height * width <= COUNTED:
+        table = tally(a, b, height, width)
+        row, column = np.nonzero(table)
+        return Overlaps(row, column, table[row, column])
+    field = a.ravel().astype(np.int64)
+    field *= width
+    field += b.ravel()
+    field.sort()
+    if 1 + np.count_nonzero(field[1:] != field[:-1]) > LARGEST:
+        raise TooMany(f'{height} and {width} regions overlap in more than {LARGEST} ways')
+    starts = run_starts(field)
+    row, column = np.divmod(field[starts], width)
+    return Overlaps(row, column, np.diff(np.append(starts, field.size)))
 
 
 def class_table(truth: Array, pred: Array, num_classes: int, compacted: bool = True) -> Array:
     """Count the pixels of each class in each region: (num_classes, regions) int64. Pixels with truth outside 0..num_classes-1 are ignored.
 
-    Columns are regions in order of first appearance or, if not compacted, the ids 0..max themselves. Raises ValueError for label maps of
-    different sizes, values that are not integers, or negative predictions.
+    Columns are regions in order of first appearance, or, not compacted, the ids 0..max themselves. Raises ValueError for label maps
+    that are of different sizes, no integers, or predictions below 0, TooMany for more classes and regions than can be matched.
     """
     require_same_shape(pred, truth)
     if pred.min() < 0:
@@ -86,8 +125,10 @@ def class_table(truth: Array, pred: Array, num_classes: int, compacted: bool = T
     if truth.min() < -1 or truth.max() >= num_classes:
         truth = np.where((truth >= 0) & (truth < num_classes), truth.astype(np.int64), -1)
     regions = numbered(pred) if compacted else pred
-    low = min(int(truth.min()), 0)
-    return tally(truth, regions, num_classes, int(regions.max()) + 1, low)[-low:]
+    low, width = min(int(truth.min()), 0), int(regions.max()) + 1
+    if num_classes * max(num_classes, width) > LARGEST:
+        raise TooMany(f'{num_classes} classes and region numbers up to {width - 1} make a table of more than {LARGEST} fields')
+    return tally(truth, regions, num_classes, width, low)[-low:]
 
 
 def tally(rows: Array, columns: Array, height: int, width: int, low: int = 0) -> Array:
@@ -122,14 +163,23 @@ def compact(labels: Array) -> Array:
 def numbered(labels: Array) -> Array:
     """As `compact`, in the smallest type that holds the numbers."""
     flat = labels.ravel()
-    starts = run_starts(flat)
-    ids, first, of_run = np.unique(flat[starts], return_index=True, return_inverse=True)
-    number = first.argsort().argsort().astype(np.min_scalar_type(len(ids)))  # of each id, ascending
-    if ids[0] < 0 or ids[-1] >= DENSE:
+    if flat.min() < 0 or flat.max() >= DENSE:
+        starts = run_starts(flat)
+        ids, first, of_run = np.unique(flat[starts], return_index=True, return_inverse=True)
+        number = first.argsort().argsort().astype(np.min_scalar_type(len(ids)))  # of each id, ascending
         return np.repeat(number[of_run], np.diff(np.append(starts, flat.size))).reshape(labels.shape)
-    table = np.zeros(int(ids[-1]) + 1, number.dtype)
-    table[ids] = number
-    return table.take(flat).reshape(labels.shape)
+    number, known = np.full(int(flat.max()) + 1, -1), 0
+    for start in range(0, flat.size, BLOCK):
+        part = flat[start : start + BLOCK]
+        ids, first = np.unique(part[run_starts(part)], return_index=True)
+        fresh = number[ids] < 0
+        number[ids[fresh][first[fresh].argsort()]] = np.arange(known, known + np.count_nonzero(fresh))
+        known += int(np.count_nonzero(fresh))
+    number = number.astype(np.min_scalar_type(known))
+    found = np.empty(flat.size, number.dtype)
+    for start in range(0, flat.size, BLOCK):
+        found[start : start + BLOCK] = number[flat[start : start + BLOCK]]
+    return found.reshape(labels.shape)
 
 
 def match_regions(table: Array) -> Array:
@@ -208,15 +258,21 @@ def mean(values: Array) -> float:
 
 
 def region_scores(truth: Array, pred: Array) -> RegionScores:
-    """Compare two partitions (H, W). Only `covering` depends on which is the truth: its regions are the ones covered."""
-    table = contingency(truth, pred).astype(np.float64)  # (truth regions, predicted regions)
-    pixels, rows, columns = table.sum(), table.sum(1), table.sum(0)
-    iou = table / (rows[:, None] + columns[None, :] - table)
+    """Compare two partitions (H, W). Only `covering` depends on which one is the truth: its regions are the ones covered.
+
+    TooMany for more than LARGEST overlaps of a true with a predicted region.
+    """
+    row, column, table = overlaps(truth, pred)
+    table = table.astype(np.float64)
+    rows, columns = np.bincount(row, table), np.bincount(column, table)  # pixels of each region
+    pixels = table.sum()
+    iou = table / (rows[row] + columns[column] - table)
+    best = np.maximum.reduceat(iou, run_starts(row))  # of each true region
     pairs = two_of(pixels)
     # The partitions disagree on pairs that are together in exactly one of them.
     apart = two_of(rows).sum() + two_of(columns).sum() - 2 * two_of(table).sum()
     return RegionScores(
-        covering=float((iou.max(1) * rows).sum() / pixels),
+        covering=float((best * rows).sum() / pixels),
         pri=float(1 - apart / pairs) if pairs else 1.0,
         vi=2 * entropy(table / pixels) - entropy(rows / pixels) - entropy(columns / pixels),
         regions=float(len(columns)),

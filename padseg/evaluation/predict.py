@@ -12,11 +12,13 @@ import numpy as np
 
 from padseg.backbones import Backbone
 from padseg.errors import UsageError
-from padseg.evaluation.protocols import View, seen_prediction
+from padseg.evaluation.protocols import RELEASED_CUT, Protocol, View, seen_prediction
 from padseg.exports.png import write_label_map
-from padseg.methods import Method
+from padseg.methods import Method, seg4diff
+from padseg.methods.stages.labels import argmax, upsample
+from padseg.methods.stages.proposals import merge
 from padseg.methods.stages.saved_maps import forward_settings, read_maps, write_maps
-from padseg.types import Array, Frame, Image, LabelMap
+from padseg.types import Array, Frame, Image, LabelMap, TokenMaps
 
 PROMPTS_KEPT = 64  # in memory, because many pictures show the same classes
 
@@ -25,17 +27,26 @@ Predict = Callable[[str, Image, View, Sequence[int]], list[Array]]
 
 
 def predict_regions(
-    method: Method, prepared: Any, thresholds: Sequence[float] = (), out: Path | None = None, keep_maps: bool = False
+    method: Method,
+    prepared: Any,
+    thresholds: Sequence[float] = (),
+    out: Path | None = None,
+    keep_maps: bool = False,
+    rules: Protocol | None = None,
 ) -> Predict:
     """Predict regions, 0 = unassigned, once per threshold.
 
-    out: folder for labels/ and, with keep_maps, maps/; None writes nothing.
+    out: folder for labels/ and, with keep_maps, maps/; None keeps nothing. rules: where they take ids as they are, regions that were
+    not refined have the numbers of their proposals from 0 on, as in released code.
     """
     settings = [prepared._replace(options=dataclasses.replace(prepared.options, threshold=value)) for value in thresholds] or [prepared]
 
     def predict(name: str, image: Image, where: View, present: Sequence[int] = ()) -> list[Array]:
         maps = kept_maps(method, prepared, image, out / 'maps' / f'{name}.npz') if out and keep_maps else method.maps([image], prepared)[0]
-        predictions = [compared_labels(method, setting, image, maps, where) for setting in settings]
+        if rules and has_numbers(method, prepared.options, maps, where, rules):
+            predictions = [proposal_numbers(setting.options, maps, where, rules) for setting in settings]
+        else:
+            predictions = [compared_labels(method, setting, image, maps, where) for setting in settings]
         if out:
             write_label_map(LabelMap(predictions[0], ()), out / 'labels' / f'{name}.png')
         return predictions
@@ -59,6 +70,35 @@ def compared_labels(method: Method, prepared: Any, image: Image, maps: Any, wher
         direct = maps._replace(frame=Frame(where.size, (0, 0, *where.size)))
         return method.labels(np.ascontiguousarray(seen_prediction(image, where)), direct, prepared).labels
     return seen_prediction(method.labels(image, maps, prepared).labels, where)
+
+
+def has_numbers(method: Method, options: Any, maps: Any, where: View, rules: Protocol) -> bool:
+    """Whether numbers count, and the regions at the compared pixels are plainly those of the strongest proposals."""
+    if (
+        rules.ids != 'as they are'
+        or method is not seg4diff
+        or any(getattr(options, name) != value for name, value in seg4diff.UNREFINED.items())
+    ):
+        return False
+    size = maps.frame.size
+    return bool(maps.frame.box == ((0, 0, *size) if rules.compare == RELEASED_CUT else where.box))
+
+
+def proposal_numbers(options: Any, maps: TokenMaps, where: View, rules: Protocol) -> Array:
+    """The number of the strongest proposal at each compared pixel, proposals without a pixel counted too: (h, w).
+
+    Maps are enlarged straight to the compared size; by the rules of Seg4Diff's released code first to the size of the picture, of which
+    the upper left corner is then cut out and enlarged.
+    """
+
+    def enlarged(values: Array) -> Array:
+        if rules.compare != RELEASED_CUT:
+            return upsample(values, where.size)
+        _, _, height, width = where.box
+        cut = upsample(values, maps.frame.size)[:height, :width]
+        return cut if cut.shape == where.size else upsample(cut, where.size)
+
+    return argmax(merge(maps, options.threshold, options.normalisation), enlarged)
 
 
 def predict_classes(

@@ -31,8 +31,10 @@ class Protocol:
     ids: str = 'compact'
 
 
+RELEASED_CUT = 'short-640-cut'
+CONTEXT = 'for PASCAL Context with background it passes 59 classes, not 60: score context59'
 PROTOCOLS: dict[str, Protocol] = {
-    'diffseg': Protocol('DiffSeg (Tian et al., CVPR 2024), google/diffseg', 'diffseg', '512'),
+    'diffseg': Protocol('DiffSeg (Tian et al., CVPR 2024), google/diffseg', 'diffseg', '512', ids='as they are'),
     'diffcut': Protocol(
         'DiffCut (Couairon et al., NeurIPS 2024), PaulCouairon/DiffCut',
         'diffcut',
@@ -40,11 +42,18 @@ PROTOCOLS: dict[str, Protocol] = {
         background='many-to-one',
         void='background',
         raw_labels=True,
+        ids='as they are',
     ),
-    'diffcut-fixed': Protocol('DiffCut, with void ignored and ADE20K labels reduced', 'diffcut', '128', background='many-to-one'),
+    'diffcut-fixed': Protocol(
+        'DiffCut, with void ignored and ADE20K labels reduced', 'diffcut', '128', background='many-to-one', ids='as they are'
+    ),
     'seg4diff-paper': Protocol('Seg4Diff (Kim et al., 2025), as its paper describes it', 'seg4diff-paper', 'crop'),
     'seg4diff-release': Protocol(
-        'Seg4Diff, as its released code computes it', 'seg4diff-release', 'short-640', matching='row', ids='as they are'
+        f'Seg4Diff, as its released code computes it; {CONTEXT}',
+        'seg4diff-release',
+        RELEASED_CUT,
+        matching='row',
+        ids='as they are',
     ),
     'seg4diff-ovss': Protocol(
         'Seg4Diff, open vocabulary (detectron2 SemSegEvaluator)',
@@ -66,6 +75,10 @@ WORDS: dict[str, dict[str | bool, str]] = {
         '512': 'the square cut from the centre, ground truth to 512 x 512 by nearest neighbour',
         '128': 'the square cut from the centre, side = shorter edge - 1, ground truth by nearest neighbour to 1024, every 8th pixel of it',
         'short-640': 'the whole picture, shorter edge 640 pixels (the longer at most 2560), ground truth by nearest neighbour',
+        RELEASED_CUT: (
+            'the ground truth of the whole picture as for short-640, but of the prediction at the size of the picture only the upper left '
+            'corner of that size: pictures that are larger than that meet the WRONG ground truth, as in the released code'
+        ),
     },
     'matching': {
         'picture': 'regions are matched to classes one to one, picture by picture, for the most pixels',
@@ -201,9 +214,10 @@ def compared_view(size: tuple[int, int], compare: str) -> View:
     everything = (0, 0, *size)
     if compare == 'native':
         return View(np.arange(size[0]), np.arange(size[1]), everything, size)
-    if compare == 'short-640':
+    if compare in ('short-640', RELEASED_CUT):
         height, width = detectron_size(size)
-        return View(nearest(size[0], height), nearest(size[1], width), everything, (height, width))
+        cut = (0, 0, min(size[0], height), min(size[1], width))
+        return View(nearest(size[0], height), nearest(size[1], width), cut if compare == RELEASED_CUT else everything, (height, width))
     if compare == '128':
         top, left, short, _ = box = diffcut_square(size)
         # resizing to 1024 by nearest-exact takes pixel centres, and reducing that to 128 takes the first of every 8 pixels

@@ -16,12 +16,14 @@ from padseg.evaluation.scores import PictureScores, ScoresRecord
 from padseg.evaluation.sheet import rating, shortened, write_sheet
 from padseg.evaluation.words import OF_PARTITIONS, four_decimals, scores_in_words
 from padseg.system.files import atomic
+from padseg.system.text import csv_cell, printable
 
 COLUMNS = ('name', 'status', 'reason', 'pixels', 'regions')
 OF_CLASSES = ('accuracy', 'miou')
 
 DOTS = 100  # a chart's pixels per inch
-NAME_LENGTH = 32  # characters of a class name on the chart
+NAME_LENGTH = 32  # letters of a class on the chart
+MOST_BARS = 1000  # more make a picture that is too tall for Matplotlib
 BINS = 20
 
 
@@ -47,7 +49,8 @@ def write_table(pictures: Iterable[PictureScores], with_classes: bool, path: Pat
 
 
 def table_row(picture: PictureScores, with_classes: bool) -> tuple[str, ...]:
-    known = (picture.name, picture.status, picture.reason or '', str(picture.pixels), str(picture.found))
+    name, reason = csv_cell(picture.name), csv_cell(picture.reason or '')
+    known = (name, picture.status, reason, str(picture.pixels), str(picture.found))
     return known + tuple('' if value is None or math.isnan(value) else repr(value) for value in scores_of(picture, with_classes))
 
 
@@ -62,16 +65,18 @@ def scores_of(picture: PictureScores, with_classes: bool) -> tuple[float | None,
 
 
 def write_class_chart(iou: Mapping[str, float | None], mean: float | None, path: Path) -> None:
-    """Draw a bar for each class that counts, best on top, as PNG with 5 classes per inch."""
+    """Bars of the classes that count, the best on top, as PNG; 5 classes take an inch. Of very many only the best and the worst."""
     ranked = sorted(((value, name) for name, value in iou.items() if value is not None), reverse=True)
+    if len(ranked) > MOST_BARS:
+        ranked = ranked[: MOST_BARS // 2] + ranked[-MOST_BARS // 2 :]
 
     from matplotlib.figure import Figure
 
     figure = Figure((8, 1.2 + 0.2 * len(ranked)), DOTS, layout='constrained')
     axes = figure.add_subplot()
     axes.barh(range(len(ranked)), [value for value, _ in ranked], color='#4477aa')
-    # class names may contain dollar signs, which are not formulas
-    axes.set_yticks(range(len(ranked)), [shortened(name, NAME_LENGTH) for _, name in ranked], fontsize=8, parse_math=False)
+    # class names may hold dollar signs, which are no formulas
+    axes.set_yticks(range(len(ranked)), [shortened(printable(name), NAME_LENGTH) for _, name in ranked], fontsize=8, parse_math=False)
     for place, (value, _) in enumerate(ranked):
         axes.text(value + 0.005, place, four_decimals(value), va='center', fontsize=7)
     axes.set(xlim=(0, 1.08), ylim=(len(ranked) - 0.4, -0.6), xlabel='IoU')

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, field_validator
 
 from padseg.evaluation.boundaries import BoundaryCounts, boundary_counts, boundary_sweep, precision_recall_f, score_sweep, total_counts
 from padseg.evaluation.metrics import ClassCounts, class_scores, count_ids, region_scores
@@ -19,13 +20,24 @@ if TYPE_CHECKING:
     from padseg.types import Array
 
 
+Count = Annotated[int, Field(ge=0, le=1 << 53)]  # more cannot be added up, and is no picture's
+Share = Annotated[float, Field(allow_inf_nan=False)]
+
+
 class Regions(BaseModel):
     """Scores of a partition: means over the picture's annotators, except for `boundary`, which has the counts of BoundaryCounts."""
 
-    covering: float
-    pri: float
-    vi: float
+    covering: Share
+    pri: Share
+    vi: Share
     boundary: BoundaryCounts
+
+    @field_validator('boundary')
+    @classmethod
+    def counts(cls, counts: BoundaryCounts) -> BoundaryCounts:
+        if min(counts) < 0 or max(counts) > 1 << 53:
+            raise ValueError('counts of pixels are expected')
+        return counts
 
 
 class PictureScores(BaseModel):
@@ -39,12 +51,19 @@ class PictureScores(BaseModel):
     stamp: str = ''
     status: Literal['done', 'ignored', 'failed'] = 'done'
     reason: Name | None = None
-    pixels: int = 0
-    found: int = 0  # regions predicted
-    counts: dict[int, tuple[int, int, int, int]] = {}
+    pixels: Count = 0
+    found: Count = 0  # regions predicted
+    counts: dict[int, tuple[Count, Count, Count, Count]] = {}
     accuracy: float | None = None
     miou: float | None = None
     regions: tuple[Regions, ...] = ()
+
+    @field_validator('name', 'stamp', 'reason')
+    @classmethod
+    def is_text(cls, text: Any) -> Any:
+        if not isinstance(text, (str, NoneType)):
+            raise ValueError('text is expected')
+        return text
 
 
 class ScoresRecord(BaseModel):

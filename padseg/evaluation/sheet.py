@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -65,8 +66,10 @@ def write_sheet(task: Task, pictures: Iterable[PictureScores], out: Path) -> Non
     samples = {sample.name: sample for sample in task.dataset.samples}
     rows = [sheet_row(task, samples[picture.name], title, out) for title, picture in ranked(pictures)]
     drawn = sheet(rows, 3 if any(sample.image for sample in samples.values()) else 2)
+    data = io.BytesIO()
+    drawn.save(data, 'JPEG', quality=QUALITY)  # which would not say that the disk is full
     with atomic(out / 'sheet.jpg') as temporary:
-        drawn.save(temporary, 'JPEG', quality=QUALITY)
+        temporary.write_bytes(data.getvalue())
 
 
 def ranked(pictures: Iterable[PictureScores]) -> list[tuple[str, PictureScores]]:

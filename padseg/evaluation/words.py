@@ -9,6 +9,7 @@ from padseg.datasets.check import Check
 from padseg.evaluation.evaluate import size_in_words
 from padseg.evaluation.scores import ScoresRecord
 from padseg.system.ledger import flattened
+from padseg.system.text import printable
 
 MEASURES = {
     'accuracy': 'pixel accuracy',
@@ -32,8 +33,9 @@ def score_lines(report: ScoresRecord) -> list[str]:
     lines = [f'{"protocol":16} {report.protocol}, compared at {report.settings["compare"]}']
     lines += [f'{name:16} {number}' for name, number in report.counts.items() if number or name == 'pictures']
     lines += [f'{name:16} {four_decimals(score)}' for name, score in report.scores.items()]
-    width = max(map(len, report.iou), default=0)
-    lines += [f'  {name:{width}} {four_decimals(score)}' for name, score in report.iou.items()]
+    iou = {printable(name): score for name, score in report.iou.items()}
+    width = max(map(len, iou), default=0)
+    lines += [f'  {name:{width}} {four_decimals(score)}' for name, score in iou.items()]
     if report.sweep:
         lines += [in_a_row(row) for row in report.sweep['rows']]
         lines += [f'{kind.upper():16} {in_a_row(report.sweep[kind])}' for kind in ('ods', 'ois')]
@@ -49,16 +51,18 @@ def check_lines(checked: Check) -> list[str]:
     published = f' of {checked.published} published' if checked.published else ''
     sizes = [size_in_words(size) for size in (checked.smallest, checked.largest) if size]
     lines = [
-        f'data set         {checked.name}, {checked.split}: {checked.layout} below {checked.root}',
+        f'data set         {checked.name}, {printable(checked.split)}: {checked.layout} below {printable(str(checked.root))}',
         f'pictures         {checked.pictures}{published}, {checked.labels} label maps',
         f'sizes            {checked.sizes}, from {" to ".join(sizes)}',
         f'classes          {checked.classes}',
     ]
     if checked.classes:
         lines.append(f'{"value":>9} {"pixels":>12} {"files":>7}  becomes')
-        lines += [f'{value.value:9} {value.pixels:12} {value.files:7}  {value.name}{number(value.number)}' for value in checked.values]
-    lines += [f'nothing to score in {name}' for name in checked.empty]
-    lines += [f'cannot be used: {problem.path}: {problem.reason}' for problem in (*checked.unreadable, *checked.different)]
+        lines += [
+            f'{value.value:9} {value.pixels:12} {value.files:7}  {printable(value.name)}{number(value.number)}' for value in checked.values
+        ]
+    lines += [f'nothing to score in {printable(name)}' for name in checked.empty]
+    lines += [printable(f'cannot be used: {problem.path}: {problem.reason}') for problem in (*checked.unreadable, *checked.different)]
     return lines
 
 
@@ -105,9 +109,9 @@ def listing(heads: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
 
 
 def cell_text(value: object) -> str:
-    """Escape text so that it stays in its cell and is shown literally."""
-    text = ' '.join(str(value).split())
-    return ''.join(f'\\{letter}' if letter in '\\|*_`<[' else letter for letter in text)
+    """Text that stays in its cell and is shown as it is."""
+    text = printable(' '.join(str(value).split()))
+    return ''.join(f'\\{letter}' if letter in '\\|*_`<[&~' else letter for letter in text)
 
 
 def four_decimals(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import PIL.Image
 
 from padseg.errors import UnreadableLabels
 from padseg.exports.colours import voc_colours
-from padseg.images import DAMAGE, ImageError
+from padseg.images import DAMAGE, ImageError, contents
 from padseg.system.files import atomic
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def png_pixels(path: Path, modes: tuple[str, ...], wanted: str, size: tuple[int,
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # Pillow warns about large pictures, but label maps may be large
         try:
-            with PIL.Image.open(path, formats=('PNG',)) as picture:
+            with PIL.Image.open(io.BytesIO(contents(path)), formats=('PNG',)) as picture:
                 if picture.mode not in modes:
                     raise UnreadableLabels(path, f'{wanted}; this is {picture.mode}')
                 if size and picture.size != size[::-1]:
@@ -83,6 +84,10 @@ def png_pixels(path: Path, modes: tuple[str, ...], wanted: str, size: tuple[int,
                 rawmode = str(picture.tile[0][3]) if picture.tile else ''
                 return np.asarray(picture), rawmode
         except PIL.UnidentifiedImageError as error:
-            raise UnreadableLabels(path, 'not a PNG') from error
+            raise UnreadableLabels(path, 'no PNG') from error
+        except ImageError as error:
+            raise UnreadableLabels(path, str(error)) from error
+        except MemoryError as error:
+            raise UnreadableLabels(path, 'not enough memory to decode it') from error
         except (*DAMAGE, PIL.Image.DecompressionBombError) as error:
             raise UnreadableLabels(path, f'truncated or damaged: {error}') from error

@@ -18,7 +18,7 @@ class Muon(torch.optim.Muon):
     """torch.optim.Muon with `match_rms_adamw`, whose update is worked out in float32 on devices without bfloat16."""
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             rate, momentum = group['lr'], group['momentum']
             for weight in group['params']:

@@ -571,7 +571,7 @@ def test_a_hub_model_is_downloaded_and_loads_offline_afterwards(hub, tmp_path, b
         'PADSEG_CACHE': str(tmp_path / 'cache'),
     }
     absent = ('org/gated', 'org/none', 'org/model@no-such', 'org/cut')
-    online = json.loads(python(TRY, 'org/model', *absent, **home, HF_ENDPOINT=hub))
+    online = json.loads(printed_by(load_each, 'org/model', *absent, **home, HF_ENDPOINT=hub))
     model, _, revision, *hashes, embeds = online[0]
     assert (model, revision, hashes) == ('org/model', COMMIT, list(backbone.identity[3:]))
     assert embeds == float(backbone.null_prompt.embeds.double().sum())

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import multiprocessing
+import os
 import pickle
 import re
 import struct
@@ -1005,3 +1006,99 @@ def test_a_check_of_labels_alone(tmp_path):
     grey(tmp_path / 'b.png', [[2, 2, 2]])
     report = check_dataset(label_folder(tmp_path, 2))
     assert (report.smallest, report.largest, [value.value for value in report.out_of_range]) == ((1, 2), (1, 3), [2])
+
+
+# ---- text and annotations of others
+
+
+BOM = '\ufeff'
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
+    voc(tmp_path)
+    text(tmp_path / 'ImageSets' / 'Segmentation' / 'val.txt', f'{BOM}2007_000061\r\n2007_000033\r\n')
+    assert names(open_dataset('voc21', tmp_path)) == ['2007_000033', '2007_000061']
+    own = tmp_path / 'own'
+    picture(own / 'images' / 'a.jpg')
+    grey(own / 'labels' / 'a.png', [[0, 1, 1], [0, 1, 1]])
+    text(own / 'padseg.toml', f'{BOM}classes = ["café", "b"]\r\n')
+    assert open_dataset('folder', own).classes == ('café', 'b')
+
+
+@pytest.mark.parametrize('name', ['../../victim/x', '/etc/passwd', 'a/../../x', '..'])
+def test_a_list_that_names_files_elsewhere_is_refused(tmp_path, name):
+    voc(tmp_path)
+    text(tmp_path / 'ImageSets' / 'Segmentation' / 'val.txt', f'2007_000033\n{name}\n')
+    for allow_missing in (False, True):
+        with pytest.raises(LayoutError, match=rf'val\.txt names {re.escape(name)}: names are of files below .*JPEGImages'):
+            open_dataset('voc21', tmp_path, allow_missing=allow_missing)
+
+
+@pytest.mark.parametrize(
+    ('put', 'reason'),
+    [
+        (lambda path: path.mkdir(), 'cannot be read: not a regular file'),
+        (os.mkfifo, 'cannot be read: not a regular file'),
+        (lambda path: path.symlink_to(path.name), 'cannot be read: .*symbolic links'),
+        (lambda path: path.write_bytes(b'classes = "\xff"'), 'is not valid TOML'),
+        (lambda path: path.write_text('a = ' + '[' * 100_000), 'is not valid TOML'),
+        (lambda path: path.write_text('num_classes = nan'), 'num_classes: '),
+        (lambda path: path.write_text('num_classes = 3\nsuffixes = {labels = "/../x.mat"}'), 'suffixes.labels: '),
+    ],
+)
+def test_settings_that_are_no_settings(tmp_path, put, reason):
+    put(tmp_path / 'padseg.toml')
+    with pytest.raises(UsageError, match=f'padseg.toml:? {reason}'):
+        open_dataset('folder', tmp_path)
+
+
+@pytest.mark.parametrize(
+    ('size', 'segmentation', 'reason'),
+    [
+        ((2, 2), {'size': [2, 2], 'counts': 'P'}, 'damaged region'),  # would go on behind its end
+        ((2, 2), {'size': [2, 2], 'counts': ''}, 'damaged region'),
+        ((2, 2), {'size': [2, 2], 'counts': '0\0'}, 'damaged region'),
+        ((2, 2), {'size': [2, 2], 'counts': 'é'}, 'damaged region'),
+        ((2, 2), {'size': [2, 2], 'counts': [4]}, 'damaged region'),
+        ((2, 2), {'size': [2, 2], 'counts': '000`0'}, 'damaged region'),  # more pixels than there are
+        ((2, 2), {'size': [1 << 20, 1 << 20], 'counts': '4'}, r'has size \(1048576, 1048576\), the picture \(2, 2\)'),
+        ((2, 2), {'size': 2, 'counts': '4'}, 'damaged region'),
+        ((1 << 20, 1 << 20), {'size': [1 << 20, 1 << 20], 'counts': '4'}, 'allowed are up to'),
+        ((0, -3), {'size': [0, -3], 'counts': '4'}, 'allowed are up to'),
+    ],
+)
+def test_regions_that_would_do_harm(tmp_path, size, segmentation, reason):
+    context_pictures(tmp_path)
+    image = {'image_id': 1, 'file_name': '2008_000002.jpg', 'phase': 'val', 'height': size[0], 'width': size[1]}
+    region = {'image_id': 1, 'category_id': 2, 'segmentation': segmentation}
+    text(tmp_path / 'trainval_merged.json', json.dumps({'images': [image], 'annos_segmentation': [region]}))
+    dataset = open_dataset('context60', tmp_path)
+    with pytest.raises(UnreadableLabels, match=reason):
+        dataset.read(dataset.samples[0])
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        '[' * 100_000,
+        '{"images": [{"image_id": 1, "file_name": "a.jpg", "phase": "val", "height": Infinity, "width": 2}], "annos_segmentation": []}',
+        '{"images": [{"image_id": [], "file_name": "a.jpg", "phase": "val", "height": 2, "width": 2}], "annos_segmentation": []}',
+        '{"images": [{"image_id": 1, "file_name": 7, "phase": "val", "height": 2, "width": 2}], "annos_segmentation": []}',
+    ],
+)
+def test_annotations_that_are_none(tmp_path, content):
+    context_pictures(tmp_path)
+    text(tmp_path / 'trainval_merged.json', content)
+    with pytest.raises(UnreadableLabels, match='trainval_merged.json: no (JSON|annotations in the form)'):
+        open_dataset('context60', tmp_path)
+
+
+@pytest.mark.parametrize(
+    'segment', [{'id': 2**70, 'category_id': 1}, {'id': 1, 'category_id': 2**70}, {'id': -1, 'category_id': 1}, {'id': 1}, 7]
+)
+def test_segments_that_cannot_be(tmp_path, segment):
+    PIL.Image.new('RGB', (2, 2), (1, 0, 0)).save(tmp_path / 'a.png')
+    text(tmp_path / 'a.json', json.dumps({'annotations': [{'file_name': 'a.png', 'segments_info': [segment]}]}))
+    dataset = Dataset('coco-object', (), None, 'val', '', tmp_path, (), None, 'panoptic', tmp_path / 'a.json')
+    with pytest.raises(UnreadableLabels, match='no panoptic annotations in the form of COCO'):
+        dataset.read(Sample('a', None, (tmp_path / 'a.png',)))

@@ -9,6 +9,7 @@ from hypothesis.extra import numpy as arrays
 from scipy.optimize import linear_sum_assignment
 from skimage.morphology import thin
 
+from padseg.evaluation import boundaries
 from padseg.evaluation.boundaries import (
     BoundaryCounts,
     boundary_counts,
@@ -21,6 +22,7 @@ from padseg.evaluation.boundaries import (
     thin_boundaries,
     total_counts,
 )
+from padseg.evaluation.metrics import TooMany
 
 HEIGHT, WIDTH = 30, 40  # diagonal: 50
 THREE_PIXELS = 0.06
@@ -260,3 +262,19 @@ def test_unusable_input_is_refused():
     for nothing in ([], [[]], [[counts(1)], [counts(1), counts(2)]]):
         with pytest.raises(ValueError, match='same number of thresholds, at least one'):
             boundary_sweep(nothing)
+
+
+def test_areas_of_single_pixels_are_refused_where_thinning_them_would_take_hours():
+    noise = np.arange(1500 * 1500).reshape(1500, 1500)
+    with pytest.raises(TooMany, match='boundaries are 1500 pixels thick'):
+        thin_boundaries(noise)
+    noise[3:] = 0  # a picture as large with lines
+    assert thin_boundaries(noise)[:3].any()
+
+
+def test_more_near_pixels_than_can_be_matched_are_refused(monkeypatch):
+    monkeypatch.setattr(boundaries, 'NEAR', 100)
+    lines = np.argwhere(np.ones((20, 1)))
+    assert len(match_boundaries(lines, lines, 1.0)[0]) == 20  # 58 pairs
+    with pytest.raises(TooMany, match='more than 100 pairs of boundary pixels'):
+        match_boundaries(lines, lines, 3.0)

@@ -16,7 +16,7 @@ import pytest
 from padseg import segment
 from padseg.commands import main
 from padseg.evaluation.evaluate import evaluate
-from padseg.evaluation.protocols import protocol
+from padseg.evaluation.protocols import WORDS, protocol
 from padseg.evaluation.scores import PictureScores
 from padseg.exports.png import read_label_map, write_label_map
 from padseg.images import read
@@ -91,7 +91,7 @@ def test_the_protocol_decides_what_the_model_sees(camvid, sd3_folder, tmp_path, 
 
 
 def test_maps_are_enlarged_straight_to_the_compared_size(camvid, backbone, sd3_folder, tmp_path, capsys):
-    """DiffSeg compares at 512 x 512: the same as segmenting the cut square with the maps of the centre."""
+    """DiffSeg compares at 512 x 512: the same as segmenting the cut square with the maps of the centre, numbered as its proposals are."""
     from padseg.methods.seg4diff import token_maps
     from padseg.methods.stages.labels import label_map
     from padseg.methods.stages.proposals import merge
@@ -102,8 +102,10 @@ def test_maps_are_enlarged_straight_to_the_compared_size(camvid, backbone, sd3_f
     maps = token_maps(read(camvid / 'images/val/b.png'), backbone, options)
     proposals = merge(maps, 0.0, options.resolve(backbone.spec).normalisation)
     assert proposals.frame.box == (0, 16, 48, 48)
-    expected = label_map(proposals._replace(frame=Frame((512, 512), (0, 0, 512, 512)))).labels
-    assert np.array_equal(read_label_map(tmp_path / 'out/labels/b.png'), expected)
+    expected = label_map(proposals._replace(frame=Frame((512, 512), (0, 0, 512, 512))))
+    number = [-1] + [proposals.members.index(tokens) for tokens in expected.tokens]  # of each region
+    assert len(set(number)) == len(number) > 3 and max(number) > len(number)  # some proposals have no pixel
+    assert np.array_equal(read_label_map(tmp_path / 'out/labels/b.png'), np.array(number)[expected.labels])
 
 
 def test_a_later_run_continues_and_gives_the_same(camvid, sd3_folder, tmp_path, capsys):
@@ -293,3 +295,74 @@ def test_runs_and_evaluations_keep_out_of_each_others_folders(camvid, sd3_folder
     assert main([*evaluation, str(tmp_path / 'second')]) == 0
     assert main([*run, str(tmp_path / 'second')]) == 6
     assert 'holds scores.json' in capsys.readouterr().err
+
+
+# ---- stored records of other settings, and records that somebody made up
+
+
+def test_an_evaluation_by_earlier_rules_of_a_preset_is_not_continued(camvid, tmp_path, capsys):
+    """diffseg once renumbered ids: its scores do not mix with those of now."""
+    arguments = ('camvid', '--root', camvid, '--pred', camvid / 'labels/val', '--protocol', 'diffseg', '--out', tmp_path / 'out')
+    evaluated(*arguments)
+    path = tmp_path / 'out/scores.json'
+    record = json.loads(path.read_text())
+    assert record['settings']['rules']['ids'].startswith('as they are')
+    record['settings']['rules']['ids'] = f'compact: {WORDS["ids"]["compact"]}'
+    path.write_text(json.dumps(record))
+    evaluated(*arguments, code=6)
+    assert 'rules.ids compact' in capsys.readouterr().err
+    evaluated(*arguments, '--overwrite')
+
+
+def test_what_values_mean_is_among_the_settings(camvid, tmp_path, capsys):
+    folders = ('--pred', camvid / 'labels/val', '--labels', camvid / 'labels/val', '--num-classes', 12, '--out', tmp_path / 'out')
+    evaluated(*folders, '--ignore', 11)
+    first = printed(capsys)
+    assert first['settings']['values'] == {'first': 0, 'ignored': [11], 'background': None}
+    for others in ([], ['--ignore', 3], ['--ignore', 11, '--background', 1]):
+        evaluated(*folders, *others, code=6)
+        assert 'holds an evaluation of other settings (values.' in capsys.readouterr().err
+    path = tmp_path / 'out/scores.json'
+    record = json.loads(path.read_text())
+    del record['settings']['values']  # as padseg wrote it before
+    path.write_text(json.dumps(record))
+    evaluated(*folders, '--ignore', 3)
+    assert printed(capsys)['iou']['3'] is None and first['iou']['3'] == 1.0
+
+
+@pytest.mark.parametrize(
+    'field',
+    [
+        {'counts': {'0': [2**70, 0, 0, 0]}},
+        {'counts': {'0': [-1, 0, 0, 0]}},
+        {'pixels': 2**70},
+        {'found': -1},
+        {'status': 'odd'},
+        {'name': []},
+    ],
+)
+def test_made_up_records_are_refused_in_one_line(camvid, tmp_path, capsys, field):
+    arguments = ('camvid', '--root', camvid, '--pred', camvid / 'labels/val', '--out', tmp_path / 'out')
+    evaluated(*arguments)
+    path = tmp_path / 'out/pictures.jsonl'
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(json.dumps({**json.loads(lines[0]), **field}) + '\n' + ''.join(lines[1:]))
+    capsys.readouterr()
+    evaluated(*arguments, code=6)
+    assert 'pictures.jsonl, line 1 is not a record of a picture' in capsys.readouterr().err
+
+
+def test_made_up_records_of_partitions_are_refused(bsds, tmp_path, capsys):
+    (tmp_path / 'pred').mkdir()
+    for name in NAMES:
+        shutil.copy(bsds / f'labels/val/{name}_0.png', tmp_path / f'pred/{name}.png')
+    arguments = ('bsds500', '--root', bsds, '--pred', tmp_path / 'pred', '--out', tmp_path / 'out')
+    evaluated(*arguments)
+    path = tmp_path / 'out/pictures.jsonl'
+    lines = path.read_text().splitlines(keepends=True)
+    record = json.loads(lines[0])
+    for field in ({'covering': float('inf')}, {'vi': float('nan')}, {'boundary': [10**400, 1, 1, 1]}, {'boundary': [-5, 1, 1, 1]}):
+        path.write_text(json.dumps({**record, 'regions': [{**record['regions'][0], **field}]}) + '\n' + ''.join(lines[1:]))
+        evaluated(*arguments, code=6)
+    path.write_text(''.join(lines))
+    evaluated(*arguments)

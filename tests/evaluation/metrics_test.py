@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given, strategies
 from hypothesis.extra import numpy as arrays
 from skimage.metrics import variation_of_information
 
-from padseg.evaluation.metrics import compact, contingency, count_ids, hungarian_counts, region_scores
+from padseg.evaluation import metrics
+from padseg.evaluation.metrics import TooMany, compact, contingency, count_ids, hungarian_counts, overlaps, region_scores
 
 CLASSES = 4
 small = strategies.tuples(strategies.integers(1, 5), strategies.integers(1, 5))
@@ -172,3 +174,43 @@ def test_unusable_label_maps_are_refused(measure):
         measure(np.zeros((1, 2, 3), int), np.zeros((1, 2, 3), int))
     with pytest.raises(ValueError, match='float64'):
         measure(np.zeros((2, 3)), np.zeros((2, 3), int))
+
+
+def test_65536_regions_on_either_side_take_no_table_of_all_pairs():
+    """Single pixels: every region meets one other, so that only the pairs that are apart on both sides count."""
+    many = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256)
+    pixels = 1 << 16
+    tracemalloc.start()
+    scores = region_scores(many, many[::-1].copy())
+    assert scores == (1.0, 1.0, pytest.approx(0, abs=1e-9), pixels)
+    pairs = region_scores(many, many // 2)  # each region of two pixels is two true ones
+    assert pairs == (0.5, pytest.approx(1 - (pixels / 2) / (pixels * (pixels - 1) / 2), abs=1e-15), pytest.approx(1.0), pixels / 2)
+    assert tracemalloc.get_traced_memory()[1] < 32 * 1024 * 1024  # a table of all pairs takes 32 GiB
+    tracemalloc.stop()
+
+
+@given(two_maps())
+def test_few_and_many_overlaps_are_counted_alike(maps):
+    few = overlaps(*maps)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, 'COUNTED', 0)
+        many = overlaps(*maps)
+    assert all(np.array_equal(one, other) for one, other in zip(few, many, strict=True))
+    truth, pred = map(compact, maps)
+    slow = [[np.count_nonzero((truth == row) & (pred == column)) for column in range(pred.max() + 1)] for row in range(truth.max() + 1)]
+    assert contingency(*maps).tolist() == slow
+
+
+def test_overlaps_without_number_are_refused(monkeypatch):
+    monkeypatch.setattr(metrics, 'COUNTED', 0)
+    monkeypatch.setattr(metrics, 'LARGEST', 3)
+    assert region_scores(grid('0012'), grid('4448')).regions == 2
+    with pytest.raises(TooMany, match='4 and 4 regions overlap in more than 3 ways'):
+        region_scores(grid('01233'), grid('44568'))
+
+
+def test_numbers_are_those_of_first_appearance_across_blocks():
+    labels = np.random.default_rng(0).integers(0, 3000, (300, 700)).astype(np.uint16)
+    labels[0] = 2999
+    number: dict[int, int] = {}
+    assert compact(labels).ravel().tolist() == [number.setdefault(label, len(number)) for label in labels.ravel().tolist()]

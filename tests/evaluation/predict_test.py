@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
 from padseg.commands import main
 from padseg.datasets import label_folder
@@ -19,14 +21,16 @@ from padseg.datasets.rows import DATASETS
 from padseg.datasets.tables import row_class_names
 from padseg.errors import UsageError
 from padseg.evaluation.evaluate import Task, evaluate, present
-from padseg.evaluation.predict import predict_classes, predict_regions
+from padseg.evaluation.metrics import compact
+from padseg.evaluation.predict import has_numbers, predict_classes, predict_regions, proposal_numbers
 from padseg.evaluation.protocols import compared_view, protocol
 from padseg.exports import read_label_map
 from padseg.images import read
-from padseg.methods import open_vocabulary, seg4diff
+from padseg.methods import METHODS, open_vocabulary, seg4diff
 from padseg.methods.open_vocabulary import LabelOptions, label, prepare
 from padseg.methods.seg4diff import Options, segment
 from padseg.methods.stages.prompts import checked_names
+from padseg.types import Frame, TokenMaps
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ('background', 'cat', 'traffic light', 'tra', 'photo')
@@ -230,3 +234,32 @@ def test_regions_that_are_scored_are_refined_as_those_of_a_run(refined, backbone
     assert np.array_equal(found, expected)
     plain = Options(refine='none', superpixels=0.0, join=0.0, min_area=0.0, components=False)
     assert not np.array_equal(expected, segment(picture, backbone, plain).labels)
+
+
+@pytest.mark.parametrize('size', [(60, 90), (700, 900)])
+def test_regions_of_the_released_code_have_the_numbers_of_its_argmax(size):
+    """Maps are enlarged to the picture, cut at the upper left corner to its size with a short edge of 640, and enlarged to that."""
+    maps = TokenMaps(torch.rand(7, 6, 6, generator=torch.manual_seed(0)), tuple('abcdefg'), Frame(size, (0, 0, *size)))
+    maps.maps[3] = maps.maps[0] / 2  # never the strongest: its number stays unused
+    options = seg4diff.Options(geometry='seg4diff-release', threshold=0.0, normalisation='sum', **seg4diff.UNREFINED)
+    chosen = protocol('seg4diff-release')
+    where = compared_view(size, chosen.compare)
+    height, width = where.size
+    shares = (maps.maps.double() / maps.maps.double().sum((1, 2), keepdim=True))[None]
+    whole = torch.nn.functional.interpolate(shares, size, mode='bilinear', align_corners=False)[..., :height, :width]
+    expected = torch.nn.functional.interpolate(whole, where.size, mode='bilinear', align_corners=False)[0].argmax(0).numpy()
+    found = proposal_numbers(options, maps, where, chosen)
+    assert found.shape == expected.shape and (found == expected).mean() > 0.9999
+    assert has_numbers(seg4diff, options, maps, where, chosen)
+    assert not has_numbers(seg4diff, dataclasses.replace(options, components=True), maps, where, chosen)
+    assert not has_numbers(METHODS['grid'], METHODS['grid'].Options(), None, where, chosen)
+
+
+def test_regions_are_numbered_as_proposals_where_ids_are_taken_as_they_are(picture, backbone, tmp_path):
+    options = seg4diff.Options(geometry='diffseg', threshold=0.0)
+    where = compared_view(picture.shape[:2], '512')
+    prepared = seg4diff.prepare(backbone, options)
+    (raw,) = predict_regions(seg4diff, prepared, out=tmp_path, rules=protocol('diffseg'))('a', picture, where)
+    (plain,) = predict_regions(seg4diff, prepared, rules=protocol('diffseg', ids='compact'))('a', picture, where)
+    assert np.array_equal(compact(raw), compact(plain)) and not np.array_equal(raw, plain)
+    assert np.array_equal(read_label_map(tmp_path / 'labels/a.png'), raw)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies
 from hypothesis.extra import numpy as arrays
+from scipy.optimize import linear_sum_assignment
 
 from padseg.errors import UsageError
-from padseg.evaluation.metrics import ClassCounts, class_scores, class_table, hungarian_counts
+from padseg.evaluation.metrics import ClassCounts, TooMany, class_scores, class_table, hungarian_counts
 from padseg.evaluation.protocols import (
     PROTOCOLS,
     WORDS,
@@ -279,3 +280,94 @@ def test_unknown_names_are_refused():
         protocol('miou')
     with pytest.raises(UsageError, match='compare is one of native, .*; got 64'):
         protocol('diffseg', compare='64')
+
+
+# ---- the presets that are named after a source, against its rules in slow loops
+
+
+def slow_match(pred, label, n):
+    """DiffSeg's matching as its rules say it: histogram of classes and ids, gaps included, and the assignment with the most pixels."""
+    columns = max(n, max(map(max, pred)) + 1)
+    histogram = [[0] * columns for _ in range(n)]
+    for ids, classes in zip(pred, label, strict=True):
+        for region, number in zip(ids, classes, strict=True):
+            if 0 <= number < n:
+                histogram[number][region] += 1
+    _, chosen = linear_sum_assignment(np.array(histogram), maximize=True)
+    return histogram, chosen.tolist()
+
+
+def slow_counts(pred, label, n):
+    histogram, chosen = slow_match(pred, label, n)
+    hits = [histogram[number][chosen[number]] for number in range(n)]
+    wrong = [sum(row[chosen[number]] for row in histogram) - hits[number] for number in range(n)]
+    return hits, wrong, [sum(histogram[number]) - hits[number] for number in range(n)]
+
+
+def slow_diffcut(pred, label, n):
+    """DiffCut's background, the last of n classes: what protects no class becomes one new id, and all is matched again."""
+    histogram, chosen = slow_match(pred, [[number if number < n - 1 else -1 for number in row] for row in label], n - 1)
+    kept = {chosen[number] for number in range(n - 1) if any(histogram[number][column] for column in chosen)}
+    new = max(map(max, pred)) + 1
+    merged = [[region if region in kept else new for region in row] for row in pred]
+    return slow_counts(merged, [[n - 1 if number < 0 else number for number in row] for row in label], n)
+
+
+@pytest.mark.parametrize('name', ['diffseg', 'diffcut', 'diffcut-fixed'])
+def test_presets_give_the_figures_of_their_sources(name):
+    rng = np.random.default_rng(0)
+    other = 0
+    for _ in range(200):
+        n = int(rng.integers(2, 6))
+        label = rng.integers(-1, n, (4, 5))
+        pred = rng.permutation(12)[rng.integers(0, rng.integers(2, 8), (4, 5))]  # ids with gaps, in no order
+        slow = slow_counts if name == 'diffseg' else slow_diffcut
+        wanted = np.where(label < 0, n, label) if name == 'diffcut-fixed' else label
+        expected = slow(pred.tolist(), wanted.tolist(), n)
+        background = None if name == 'diffseg' else n - 1
+        counts = class_counts(pred, label, names(n, background), protocol(name))
+        assert [column.tolist() for column in counts[:3]] == list(expected)
+        compacted = class_counts(pred, label, names(n, background), protocol(name, ids='compact'))
+        other += [column.tolist() for column in compacted[:3]] != list(expected)
+    assert other > 10  # renumbered ids are not the source's
+
+
+def test_the_upper_left_corner_of_a_large_prediction_meets_the_whole_truth():
+    """Seg4Diff's release: of a map of 1024 x 2048 the first 640 x 1280 pixels are compared with the truth reduced to that size."""
+    halves = np.zeros((1024, 2048), np.uint8)
+    halves[:, 1024:] = 1
+    chosen = protocol('seg4diff-release')
+    where = compared_view(halves.shape, chosen.compare)
+    truth, pred = seen(halves, where), seen_prediction(halves, where)
+    assert truth.shape == pred.shape == (640, 1280)
+    assert truth.mean() == 0.5 and pred.mean() == 0.2  # 1024 of 1280 columns are of the left half
+    scores = class_scores(class_counts(pred, truth, names(2), chosen))
+    assert (scores.accuracy, scores.iou) == (0.7, (640 / 1024, 256 / 640))
+    right = compared_view(halves.shape, 'short-640')
+    assert class_scores(class_counts(seen_prediction(halves, right), truth, names(2), chosen)).miou == 1.0
+
+
+@pytest.mark.parametrize(
+    ('size', 'cut', 'compared'),
+    [
+        ((640, 700), (640, 700), (640, 700)),
+        ((333, 500), (333, 500), (640, 961)),  # a smaller one is enlarged whole
+        ((700, 641), (699, 640), (699, 640)),
+        ((500, 3000), (427, 2560), (427, 2560)),
+    ],
+)
+def test_what_is_cut_from_other_sizes(size, cut, compared):
+    where = compared_view(size, 'short-640-cut')
+    assert (where.box, where.size) == ((0, 0, *cut), compared)
+    picture = np.arange(size[0] * size[1]).reshape(size)
+    assert np.array_equal(seen(picture, where), seen(picture, compared_view(size, 'short-640')))
+    slow = picture[: cut[0], : cut[1]]
+    rows, columns = (((np.arange(to) + 0.5) * of / to).astype(int) for of, to in zip(cut, compared, strict=True))
+    assert np.array_equal(seen_prediction(picture, where), slow[rows[:, None], columns])
+
+
+def test_tables_that_cannot_be_matched_are_refused():
+    many = np.arange(1 << 16).reshape(256, 256)
+    with pytest.raises(TooMany, match='65536 classes and region numbers up to 65535 make a table of more than'):
+        class_counts(many, many, names(1 << 16), protocol('diffseg'))
+    assert class_counts(many, many % 150, names(150), protocol('diffseg')).total == 1 << 16

@@ -108,21 +108,21 @@ def at_every_event(source: Path, root: Path, maps: Path | None, action: str, eve
     new = tree(out)
     number, kills = 1, 0
     restart(root / 'begun')
-    while (code := forked(story.act, out, 'kill', number)) != UNTOUCHED:
+    while (code := run_in_child(story.act, out, 'kill', number)) != UNTOUCHED:
         assert code == ENDED_BY['kill'], (number, code)
         shutil.rmtree(kept, ignore_errors=True)
         shutil.copytree(out, kept) if out.is_dir() else kept.mkdir()
         story.act()
-        assert differing(tree(out), new) == [], (number, 'again')
+        assert differences(tree(out), new) == [], (number, 'again')
         restart(kept)
         if refused(story.without):
             story.before()
-            assert differing(tree(out), old) == [], (number, 'after a refusal')
+            assert differences(tree(out), old) == [], (number, 'after a refusal')
         else:
-            assert differing(tree(out), new) == [], (number, 'without --overwrite')
+            assert differences(tree(out), new) == [], (number, 'without --overwrite')
         restart(kept)
         if not refused(story.before):
-            assert differing(tree(out), old) == [], (number, 'old settings')
+            assert differences(tree(out), old) == [], (number, 'old settings')
         restart(root / 'begun')
         kills += 1
         number += 1 if number < BEGINNING else every
@@ -160,7 +160,7 @@ def stories(source: Path, out: Path, maps: Path | None) -> dict[str, Story]:
     }
 
 
-def forked(act: Callable[[], object], out: Path | None = None, fault: str = '', number: int = 0) -> int:
+def run_in_child(act: Callable[[], object], out: Path | None = None, fault: str = '', number: int = 0) -> int:
     """Exit code of a child that acts, with a fault before the so-manieth write below a folder if there is one."""
     child = os.fork()
     if child:

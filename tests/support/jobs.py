@@ -64,14 +64,6 @@ def killed_often(job: Job, kills: int) -> None:
         ended += os.waitpid(child, 0)[1] == signal.SIGPROF
 
 
-def as_nobody(arguments: Sequence[str]) -> int:
-    """padseg by a user who may not write to what others own; root may everywhere."""
-    if os.geteuid() == 0:
-        os.setgid(65534)
-        os.setuid(65534)
-    return main(arguments)
-
-
 def with_full_disk(arguments: Sequence[str], place: str) -> int:
     """padseg, where the disk is full for files whose path has `place` in it."""
 
