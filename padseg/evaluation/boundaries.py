@@ -15,7 +15,7 @@ from skimage.morphology import thin
 from padseg.evaluation.metrics import TooMany, require_same_shape
 from padseg.types import Array
 
-NEAR = 5_000_000  # pairs of pixels that are near enough to be matched
+NEAR = 2_000_000  # pairs of pixels that are near enough to be matched: a minute or two of a processor, and 300 MB
 THINNED = 500_000_000  # pixels that thinning may look at, all of them for each layer that it takes off: up to a minute
 TOLERANCE = 0.0075  # of the picture's diagonal: what BSDS500 allows, 4.3 pixels of its 481 x 321
 

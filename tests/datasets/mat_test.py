@@ -58,13 +58,13 @@ def test_a_crash_is_that_file_s_fault(good):
     assert expected == [LABELS, (np.array(LABELS) // 2).tolist()]
     damaged = good.with_name('damaged.mat')
     reasons = []
-    for place in range(200, len(data), 3):
+    for place in range(200, len(data), 5):
         damaged.write_bytes(data[:place] + bytes([data[place] ^ 0x55]) + data[place + 1 :])
         try:
             read(damaged)
         except UnreadableLabels as error:
             reasons.append(error.reason)
-    assert len(reasons) > 10 and any('crashed (SIG' in reason for reason in reasons)
+    assert len(reasons) > 5 and any('crashed (SIG' in reason for reason in reasons)
     assert read(good) == expected
 
 
