@@ -28,6 +28,7 @@ from padseg.images.messages import Answer, Gone, fill, receive, send
 POLL = 0.1  # seconds after which a thread that waits for a worker looks whether it still has to
 PATIENCE = 10  # how many times the seconds that it may compute a worker may take to answer: other processes need the processor too
 ENDED = 'the process that decodes it was ended: by a fault of the decoder, or for want of memory'
+TRIALS = 3
 BEGIN = 120.0  # seconds that the server may take to begin
 START = 'import sys; sys.path[:] = sys.argv[1:]; from padseg.images.worker import serve; serve()'
 ONE_THREAD = {'OPENBLAS_NUM_THREADS': '1', 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}  # NumPy would start some in the server
@@ -123,10 +124,10 @@ class Workers:
         self.process: subprocess.Popen[bytes] | None = None
         self.idle: list[Worker] = []
 
-    def serve(self, anew: bool = False) -> socket.socket:
-        """The connection to the server, which is started if there is none, or `anew`."""
+    def serve(self, broken: socket.socket | None = None) -> socket.socket:
+        """The connection to the server, which is started if there is none, or only the one over which it was found to have ended."""
         with self.lock:
-            if self.server is None or anew:
+            if self.server is None or self.server is broken:
                 ours, theirs = socket.socketpair()
                 with theirs:
                     self.process = started(theirs)
@@ -154,11 +155,13 @@ class Workers:
                 if worker.is_there():
                     return worker
                 worker.end()
-        for anew in (False, True):  # somebody may have killed the server
+        server = None
+        for _ in range(TRIALS):  # somebody may have killed the server
+            server = self.serve(server)
             ours, theirs = socket.socketpair()
             try:
                 with theirs:
-                    socket.send_fds(self.serve(anew), [b'+'], [theirs.fileno()])
+                    socket.send_fds(server, [b'+'], [theirs.fileno()])
                 return Worker(ours, stopped)
             except (ConnectionError, Gone):
                 ours.close()

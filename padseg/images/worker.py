@@ -11,7 +11,8 @@ import socket
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import PIL.ImageCms  # noqa: F401  # before the forks, which then need not
+import PIL.AvifImagePlugin
+import PIL.ImageCms  # before the forks, which then need not
 
 from padseg.images.decode import ImageError, Opened, Reading, decode_frame, frames_to_read, opened_bytes, opened_file, reasons
 from padseg.images.files import contents, opened
@@ -38,6 +39,7 @@ def serve() -> None:
     """
     server = socket.socket(fileno=0)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how they ended
+    PIL.AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the limit is on the time of all threads
     while True:
         word, handles, _, _ = socket.recv_fds(server, 1, 1)
         if not word:
