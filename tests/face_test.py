@@ -14,7 +14,7 @@ from padseg.errors import PadsegError, UsageError
 from padseg.images import WrongPicture
 from padseg.types import LabelMap
 
-OPTIONS = padseg.Options(threshold=0.001)  # low enough that a random model gives several regions
+OPTIONS = padseg.Options(threshold=0.001, normalisation='minmax-softmax')  # with which a random model gives several regions
 
 
 def same(first: LabelMap, second: LabelMap) -> bool:

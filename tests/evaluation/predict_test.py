@@ -228,11 +228,11 @@ def test_scenes_for_an_evaluation(tmp_path):
 
 @pytest.mark.parametrize('refined', [{'refine': 'guided'}, {'superpixels': 20.0, 'join': 0.2}, {'superpixels': 20.0, 'min_area': 0.05}])
 def test_regions_that_are_scored_are_refined_as_those_of_a_run(refined, backbone, picture):
-    options = Options(**{'refine': 'none', 'superpixels': 0.0, 'join': 0.0, 'min_area': 0.0, 'components': False, **refined})
+    plain = Options(refine='none', superpixels=0.0, join=0.0, min_area=0.0, components=False, normalisation='minmax-softmax')
+    options = dataclasses.replace(plain, **refined)
     (found,) = predict_regions(seg4diff, seg4diff.prepare(backbone, options))('a', picture, compared_view(picture.shape[:2], 'native'), ())
     expected = segment(picture, backbone, options).labels
     assert np.array_equal(found, expected)
-    plain = Options(refine='none', superpixels=0.0, join=0.0, min_area=0.0, components=False)
     assert not np.array_equal(expected, segment(picture, backbone, plain).labels)
 
 
