@@ -224,9 +224,15 @@ def run_of_maps(job: Job) -> Run:
 
 
 def settings_of_maps(job: Job, made: Run) -> dict[str, Setting]:
-    """The settings of the run that kept the maps, with those that come after them as the job has them."""
+    """The settings of the run that kept the maps, with those that come after them as the job has them.
+
+    The number of threads is among them where it shows in label maps: float32 maps of any number give the same ones.
+    """
     changes = {name: value for name, value in plain_settings(job.options).items() if name in seg4diff.LATER and value is not None}
-    return {**made.settings, **changes}
+    settings = {**made.settings, **changes}
+    if not decides(job, made.device, made.dtype):
+        settings.pop('threads', None)
+    return settings
 
 
 def settings_key(settings: dict[str, Setting]) -> str:

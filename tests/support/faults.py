@@ -186,7 +186,7 @@ def install_fault(out: Path, fault: str, number: int) -> list[int]:
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event not in ('open', 'os.rename', 'os.mkdir', 'os.remove', 'os.rmdir') or not place(event, arguments).startswith(str(out)):
             return
-        if (event == 'open' and not arguments[2] & (os.O_WRONLY | os.O_RDWR)) or (event == 'os.remove' and fault == 'full'):
+        if (event == 'open' and not arguments[2] & (os.O_WRONLY | os.O_RDWR)) or (event in ('os.remove', 'os.rmdir') and fault == 'full'):
             return
         seen[0] += 1
         if seen[0] == number and fault == 'kill':
