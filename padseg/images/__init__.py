@@ -32,7 +32,7 @@ from padseg.images.decode import (
     decode_with_notes,
 )
 from padseg.images.files import contents
-from padseg.images.finding import HEIC, LINKED, SUFFIXES, Found, Listing, find, in_words, listing, printable, refuse
+from padseg.images.finding import HEIC, LINKED, SUFFIXES, Found, Listing, find, in_words, listing, refuse
 from padseg.types import Array, Image
 
 # The rest of the package imports everything about pictures from here.
@@ -70,7 +70,6 @@ __all__ = [
     'ignores_case',
     'in_words',
     'listing',
-    'printable',
     'read',
     'refuse',
     'size_apart',

@@ -26,6 +26,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from padseg.errors import PadsegError
+from padseg.images.complete import SHORT, gif_frames, is_short_jpeg, is_short_png, jpeg_fault, lean_png, with_key_colour
 from padseg.images.finding import AVIF, HEIC, SUFFIXES
 from padseg.images.pixels import (
     CONVENTIONS,
@@ -41,7 +42,6 @@ from padseg.images.pixels import (
     to_rgb,
     to_void,
 )
-from padseg.images.streams import SHORT, gif_frames, is_short_jpeg, is_short_png, jpeg_fault, lean_png, with_key_colour
 from padseg.images.tiff import Tiff, UnknownRange, Unsupported
 from padseg.types import Array, Image
 

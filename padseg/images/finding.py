@@ -13,6 +13,7 @@ from typing import NamedTuple, NoReturn
 import PIL.features
 
 from padseg.errors import NoImages
+from padseg.system.text import printable
 
 AVIF, HEIC = '.avif', '.heic'
 SUFFIXES = frozenset(
@@ -150,8 +151,3 @@ def is_special(path: Path) -> bool:
 def in_words(kinds: dict[str, int]) -> str:
     """`3 .heic, 1 linked folder`."""
     return ', '.join(f'{number} {printable(kind)}' for kind, number in kinds.items())
-
-
-def printable(text: str) -> str:
-    """A name that may stand in a line of text."""
-    return text if text.isprintable() else ascii(text)[1:-1]

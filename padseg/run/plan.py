@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from padseg.errors import NoImages, UsageError
-from padseg.images import HEIC, LINKED, Found, Listing, collisions, frames_of, ignores_case, in_words, listing, printable
+from padseg.images import HEIC, LINKED, Found, Listing, collisions, frames_of, ignores_case, in_words, listing
 from padseg.run.job import Job, outputs
 from padseg.run.locks import all_records
 from padseg.run.records import (
@@ -21,6 +21,7 @@ from padseg.run.records import (
 )
 from padseg.run.selection import select
 from padseg.run.source import refuse_other_source, refuse_results, unchanged
+from padseg.system.text import printable
 
 log = logging.getLogger(__name__)
 
