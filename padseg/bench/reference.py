@@ -124,8 +124,8 @@ def segment_naively(image: Image, pipeline: StableDiffusion3Pipeline, options: O
 def merge_by_loop(maps: Tensor, threshold: float) -> tuple[Tensor, tuple[tuple[int, ...], ...]]:
     """Compare each map that has no group yet with all others, and return the merged maps (M, h, w) and the members of each."""
     flat = maps.double().flatten(1)
-    low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
-    rows = ((flat - low) / (high - low)).softmax(1)
+    low, high = flat.amin(0, keepdim=True), flat.amax(0, keepdim=True)  # of each pixel, over the tokens
+    rows = ((flat - low) / (high - low + 1e-6)).softmax(1)
     taken = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
     merged, groups = [], []
     for anchor in range(len(rows)):

@@ -78,9 +78,8 @@ READING = (
         type=POSITIVE,
         default=MAX_MEMORY,
         show_default=True,
-        help='pictures fail that take more memory to decode (in bytes, beside those of the file)',
+        help='fail pictures that need more memory to decode (in bytes, without the file itself)',
     ),
-    click.option('--shrink', type=POSITIVE, metavar='PIXELS', help='shrink larger pictures to at most this many pixels, label maps too'),
     click.option(
         '--shrink',
         type=POSITIVE,

@@ -45,7 +45,7 @@ def names_of(classes: str | None, file: Path | None) -> tuple[str, ...]:
         raise UsageError(f'{file} cannot be read as text: {error}') from error
     names = tuple(part.strip() for part in parts if part.strip())
     if not names:
-        raise UsageError('there are no names of classes: give at least one')
+        raise UsageError('there are no class names: give at least one')
     if any('\ud800' <= letter <= '\udfff' for name in names for letter in name):
         raise UsageError('the names of classes are not UTF-8')
     return names

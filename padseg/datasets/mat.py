@@ -117,4 +117,4 @@ def ending(code: int) -> str:
     """Why a process that read a file ended, from its exit code, in words."""
     if code == -signal.SIGALRM:
         return f'takes more than {SECONDS} s to read'
-    return 'no MATLAB file, or a damaged one: reading it crashed' + (f' ({signal.Signals(-code).name})' if code < 0 else '')
+    return 'not a MATLAB file, or a damaged one: reading it crashed' + (f' ({signal.Signals(-code).name})' if code < 0 else '')

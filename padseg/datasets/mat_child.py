@@ -54,7 +54,7 @@ def answer(path: str, variable: str, field: str | None) -> tuple[str, list[Array
     except MemoryError:
         return f'takes more than {MEMORY} bytes of memory to read', []
     except Exception as error:  # whatever scipy makes of damaged bytes, it is this file's fault
-        return f'no MATLAB file, or a damaged one: {error}', []
+        return f'not a MATLAB file, or a damaged one: {error}', []
 
 
 def bound_memory() -> None:

@@ -77,7 +77,7 @@ def panoptic_segments(annotations: Path) -> dict[str, dict[int, int]]:
             for annotation in read_annotations(annotations)['annotations']
         }
     except NO_RECORD as error:
-        refuse_labels(annotations, f'no panoptic annotations in the form of COCO: {error!r}')
+        refuse_labels(annotations, f'not panoptic annotations in COCO format: {error!r}')
 
 
 def number(value: Any) -> int:
@@ -137,7 +137,7 @@ def detail_paintings(annotations: Path) -> dict[str, Painting]:
         for region in content['annos_segmentation']:
             paintings[region['image_id']][1].regions.append((int(region['category_id']), region['segmentation']))
     except NO_RECORD as error:
-        refuse_labels(annotations, f'no annotations in the form of PASCAL in Detail: {error!r}')
+        refuse_labels(annotations, f'not annotations in the format of PASCAL in Detail: {error!r}')
     return dict(paintings.values())
 
 
@@ -145,7 +145,7 @@ def read_annotations(path: Path) -> Any:
     try:
         return json.loads(contents(path, Reading(max_bytes=LONGEST)))
     except (ImageError, OSError, ValueError, RecursionError) as error:
-        refuse_labels(path, f'no JSON: {error}')
+        refuse_labels(path, f'not valid JSON: {error}')
 
 
 READERS: dict[str, Reader] = {

@@ -49,7 +49,7 @@ def writer(place: Place) -> Iterator[Add]:
 
         def add(picture: LabelledPicture) -> None:
             if '\\' in picture.name or not is_utf8(picture.name):
-                raise ImageError('its name holds a backslash or is no UTF-8, which the datasets library cannot open')
+                raise ImageError('its name has a backslash or is not valid UTF-8, so the datasets library cannot open it')
             data = encoded('.png', cv2.cvtColor(source(place, picture), cv2.COLOR_RGB2BGR))
             names = [f'{part}/{portable(picture.name)}.png' for part in PARTS]
             paths = [inside(place.folder, name, linked=True) for name in names]  # whose folders can have other names than the picture's

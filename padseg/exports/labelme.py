@@ -34,7 +34,7 @@ def writer(place: Place) -> Iterator[Add]:
         shown = os.path.relpath(os.path.join(os.path.realpath(place.images), picture.name), os.path.realpath(path.parent))
         data = (json.dumps(described(picture, shown, place), indent=2) + '\n').encode('ascii')
         if path.exists() and not place.own and not (path.is_file() and path.read_bytes() == data):
-            raise UnreadableLabels(path, 'is there already with other annotations: move it away, or choose another --out')
+            raise UnreadableLabels(path, 'already exists with other annotations: move it away, or choose another --out')
         with atomic(path) as temporary:
             temporary.write_bytes(data)
 

@@ -84,7 +84,7 @@ def png_pixels(path: Path, modes: tuple[str, ...], wanted: str, size: tuple[int,
                 rawmode = str(picture.tile[0][3]) if picture.tile else ''
                 return np.asarray(picture), rawmode
         except PIL.UnidentifiedImageError as error:
-            raise UnreadableLabels(path, 'no PNG') from error
+            raise UnreadableLabels(path, 'not a PNG') from error
         except ImageError as error:
             raise UnreadableLabels(path, str(error)) from error
         except MemoryError as error:

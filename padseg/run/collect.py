@@ -49,14 +49,15 @@ def collect(folders: Sequence[Path], out: Path, coco: bool = False) -> Collected
             agree(folder, first, run)
         missing = unfinished([out, *others])
         records = all_records(out)
+        theirs = {folder: all_records(folder) for folder in folders}  # all are read before anything is written
         for folder, run in zip(made, known, strict=True):
             if not same_folder(Path(first.source), Path(run.source)):
-                refuse_unlike(first, run, folder, all_records(folder).values())
+                refuse_unlike(first, run, folder, theirs[folder].values())
         if existing is None:  # whatever is recorded there is of no known settings
             forget(out)
             write_header(first.model_copy(update={'status': 'interrupted'}), out / 'run.json')
         for folder in others:
-            for name, record in all_records(folder).items():
+            for name, record in theirs[folder].items():
                 if to_be_copied(record, records.get(name), folder, out):
                     bring(entry_of(record), folder, out)
                     records[name] = record

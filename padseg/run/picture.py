@@ -145,7 +145,7 @@ def by_maps(out: Path, known: dict[str, str | None], options: ViewOptions, taken
         height, width = picture.image.shape[:2]
         try:
             if known.get(picture.entry.input) != picture.entry.sha256:
-                raise ImageError('there are no token maps of this picture: run the model with --save-maps')
+                raise ImageError('there are no token maps for this picture: run the model with --save-maps')
             maps = maps_of_picture(inside(out, f'maps/{picture.entry.input}.npz'), (height, width), options)
         except (ImageError, OutputConflict) as error:
             fail(picture.entry, ImageError(str(error)))

@@ -37,7 +37,7 @@ def from_model(job: Job, earlier: Run | None = None) -> tuple[Stages, Run]:
     """
     method = method_named(job.method, 'classes' if job.classes else 'regions')
     if job.save_maps and not method.FAMILIES:
-        raise UsageError(f'{job.method} has no maps to keep: leave out --save-maps')
+        raise UsageError(f'{job.method} has no maps to keep: omit --save-maps')
     stamp = None
     if method.FAMILIES:
         with contextlib.suppress(PadsegError):  # which loading says better

@@ -161,7 +161,8 @@ def refuse_strange(folder: Path, names: Iterable[str]) -> None:
     for name in names:
         path = folder / name
         if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise OutputConflict(f'{path} is not a regular file: remove it, or choose another --out')
+            what = 'a link, which is not followed' if path.is_symlink() else 'not a regular file'
+            raise OutputConflict(f'{path} is {what}: remove it, or choose another --out')
 
 
 @contextlib.contextmanager

@@ -140,7 +140,7 @@ def test_adapters_are_not_looked_for(folder):
         ({'seg4diff': {'normalisation': ['share']}}, 'normalisation is one of'),
         ({'seg4diff': {'threshold': [[0.1]]}}, 'threshold is a number'),
         ({'open-vocabulary': {'layers': 3}}, 'layers is a list or a tuple; got 3'),
-        ({'open-vocabulary': {'layers': [[1]]}}, 'layers are different numbers'),
+        ({'open-vocabulary': {'layers': [[1]]}}, 'layers are distinct numbers'),
         ({'open-vocabulary': {'background_words': 'sky'}}, "background_words is a list or a tuple; got 'sky'"),
     ],
 )

@@ -1100,5 +1100,5 @@ def test_segments_that_cannot_be(tmp_path, segment):
     PIL.Image.new('RGB', (2, 2), (1, 0, 0)).save(tmp_path / 'a.png')
     text(tmp_path / 'a.json', json.dumps({'annotations': [{'file_name': 'a.png', 'segments_info': [segment]}]}))
     dataset = Dataset('coco-object', (), None, 'val', '', tmp_path, (), None, 'panoptic', tmp_path / 'a.json')
-    with pytest.raises(UnreadableLabels, match='no panoptic annotations in the form of COCO'):
+    with pytest.raises(UnreadableLabels, match='not panoptic annotations in COCO format'):
         dataset.read(Sample('a', None, (tmp_path / 'a.png',)))

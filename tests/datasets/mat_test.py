@@ -92,7 +92,7 @@ def test_a_small_file_does_not_become_a_large_one(tmp_path):
     (tmp_path / 'bomb.mat').write_bytes(HEADER + element(15, packed))
     assert refused(tmp_path / 'bomb.mat') == f'unpacks to more than {LARGEST} bytes'
     (tmp_path / 'claim.mat').write_bytes(HEADER + matrix((1 << 30, 1 << 30), 100) + bytes(100))
-    assert refused(tmp_path / 'claim.mat').startswith('no MATLAB file, or a damaged one: ')
+    assert refused(tmp_path / 'claim.mat').startswith('not a MATLAB file, or a damaged one: ')
     cells = matrix((1 << 30, 1), 0).replace(struct.pack('<II', 9, 0), struct.pack('<II', 1, 0))  # a cell array
     (tmp_path / 'cells.mat').write_bytes(HEADER + cells)
     assert refused(tmp_path / 'cells.mat') == f'takes more than {1 << 30} bytes of memory to read'

@@ -321,7 +321,7 @@ def test_what_values_mean_is_among_the_settings(camvid, tmp_path, capsys):
     assert first['settings']['values'] == {'first': 0, 'ignored': [11], 'background': None}
     for others in ([], ['--ignore', 3], ['--ignore', 11, '--background', 1]):
         evaluated(*folders, *others, code=6)
-        assert 'holds an evaluation of other settings (values.' in capsys.readouterr().err
+        assert 'holds an evaluation made with other settings (values.' in capsys.readouterr().err
     path = tmp_path / 'out/scores.json'
     record = json.loads(path.read_text())
     del record['settings']['values']  # as padseg wrote it before

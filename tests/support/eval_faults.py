@@ -9,7 +9,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
-from support.faults import ENDED_BY, UNTOUCHED, put_fault
+from support.faults import ENDED_BY, UNTOUCHED, install_fault
 
 from padseg.commands import main
 
@@ -66,7 +66,7 @@ def run(command: list[str], out: Path | None = None, fault: str = '', number: in
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     try:
-        seen = put_fault(out, fault, number) if out else [0]
+        seen = install_fault(out, fault, number) if out else [0]
         os._exit(main(command) or (0 if seen[0] >= number else UNTOUCHED))
     except BaseException:
         traceback.print_exc()

@@ -125,7 +125,7 @@ def columns_of(name: str, span: tuple[int, int], tokens: Tokens, blanks: bool = 
     """
     own = [place for place, (start, end) in enumerate(tokens.spans) if max(start, span[0]) < min(end, span[1])]
     if not own or any(tokens.strange[place] for place in own):
-        raise UsageError(f'the tokenizer has no words for the name {name!r}')
+        raise UsageError(f'the tokenizer has no tokens for the name {name!r}')
     if blanks:
         own = sorted({*own, *(place for place in tokens.blanks if place + 1 in own)})
     return [tokens.first + place for place in own]

@@ -88,7 +88,7 @@ def maps_of_picture(path: Path, size: tuple[int, int], options: ViewOptions) -> 
     try:
         maps = unpacked(path)
     except FileNotFoundError as error:
-        raise ImageError('there are no token maps of this picture: run the model with --save-maps') from error
+        raise ImageError('there are no token maps for this picture: run the model with --save-maps') from error
     if maps is None or maps.frame != Frame(size, seen_box(size, options.geometry)):
         raise ImageError('its token maps are of another picture, or were not kept by a run')
     if not is_view(maps.maps.shape[1:], size, options):

@@ -246,7 +246,7 @@ def test_what_is_no_file_is_refused(path):
         with pytest.raises(ImageError, match='not a regular file|a link, which is not followed'):
             maps_of_picture(path, SIZE, Seen())
         path.rmdir() if path.is_dir() else path.unlink()
-    with pytest.raises(ImageError, match='there are no token maps of this picture: run the model with --save-maps'):
+    with pytest.raises(ImageError, match='there are no token maps for this picture: run the model with --save-maps'):
         maps_of_picture(path, SIZE, Seen())
 
 
@@ -309,7 +309,7 @@ def test_merge_fails_the_one_picture_and_goes_on(tmp_path, capsys):
     reasons = {failure['input']: failure['reason'] for failure in failures}
     assert reasons['nan.png'] == 'its token maps are damaged: ValueError: values that are not finite'
     assert 'is a link, which is not followed' in reasons['link.png']
-    assert reasons['none.png'] == 'there are no token maps of this picture: run the model with --save-maps'
+    assert reasons['none.png'] == 'there are no token maps for this picture: run the model with --save-maps'
     assert sorted(path.name for path in (tmp_path / 'merged/labels').iterdir()) == ['good.png.png']
 
 
