@@ -200,8 +200,8 @@ def test_what_differs_is_seen():
 
 
 def test_merging_by_the_loop_is_the_release_by_hand():
-    """Two maps that are alike and one that is not: the mean of the first two, then the third."""
-    maps = torch.tensor([[[0.0, 1.0]], [[0.0, 2.0]], [[3.0, 1.0]]])
+    """Two maps that are alike and one that is not, with pixels of different ranges: the mean of the first two, then the third."""
+    maps = torch.tensor([[[0.0, 3.0]], [[0.0, 3.0]], [[6.0, 0.0]]])
     merged, groups = reference.merge_by_loop(maps, 0.1)
     low, high = 1 / (1 + np.e), np.e / (1 + np.e)
     assert groups == ((0, 1), (2,))
