@@ -762,7 +762,7 @@ def test_a_bsds_file_without_segmentations(tmp_path, cells):
 def test_annotations_of_another_form(tmp_path, content):
     context_pictures(tmp_path)
     text(tmp_path / 'trainval_merged.json', content)
-    with pytest.raises(UnreadableLabels, match='trainval_merged.json: no (JSON|annotations in the form)'):
+    with pytest.raises(UnreadableLabels, match='trainval_merged.json: not (valid JSON|annotations in the format)'):
         open_dataset('context60', tmp_path)
 
 
@@ -1089,7 +1089,7 @@ def test_regions_that_would_do_harm(tmp_path, size, segmentation, reason):
 def test_annotations_that_are_none(tmp_path, content):
     context_pictures(tmp_path)
     text(tmp_path / 'trainval_merged.json', content)
-    with pytest.raises(UnreadableLabels, match='trainval_merged.json: no (JSON|annotations in the form)'):
+    with pytest.raises(UnreadableLabels, match='trainval_merged.json: not (valid JSON|annotations in the format)'):
         open_dataset('context60', tmp_path)
 
 
