@@ -31,7 +31,7 @@ from padseg.evaluation.protocols import (
 )
 from padseg.evaluation.scores import PictureScores, Result, ScoreTotals, score_classes, score_regions
 from padseg.exports.png import read_label_map
-from padseg.images import ImageError, read
+from padseg.images import ImageError, Reading, decode_apart
 
 if TYPE_CHECKING:
     from padseg.evaluation.predict import Predict
@@ -177,7 +177,7 @@ def read_picture(sample: Sample, size: tuple[int, int]) -> Image:
     """Read the sample's picture (H, W, 3). UsageError if the ground truth has another size."""
     if sample.image is None:
         raise UsageError(f'there is no picture for {sample.name}: give label maps with --pred')
-    image = read(sample.image)
+    image = decode_apart(sample.image, Reading()).image
     if image.shape[:2] != size:
         raise UsageError(
             f'{sample.image} is {size_in_words(image.shape)}, but its ground truth {sample.truths[0]} is {size_in_words(size)}'

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ import cv2
 from padseg.errors import OutputConflict, UnreadableLabels
 from padseg.exports.png import encoded, write_label_map
 from padseg.exports.regions import Add, LabelledPicture, Place
-from padseg.images import ImageError, contents, decode, file_and_frame
+from padseg.images import ImageError, decode_apart, file_and_frame
 from padseg.system.files import atomic, inside
 from padseg.types import Image, LabelMap
 
@@ -84,15 +83,17 @@ def source(place: Place, picture: LabelledPicture) -> Image:
     file, frame = file_and_frame(picture.name)
     path = place.images / file
     reading = place.reading._replace(max_pixels=picture.pixels)
+
+    def refuse_another(size: int, sha256: str) -> None:
+        if picture.sha256 not in (None, sha256):
+            raise ImageError(f'{path} is not the picture that was segmented')
+
     try:
-        data = contents(inside(place.images, file, linked=True), reading)
+        image = decode_apart(inside(place.images, file, linked=True), reading, frame, refuse_another).image
     except OutputConflict as error:
         raise ImageError(str(error)) from error
     except OSError as error:
         raise ImageError(f'cannot read {path}: {error.strerror} (--images says where the pictures are)') from error
-    if picture.sha256 not in (None, hashlib.sha256(data).hexdigest()):
-        raise ImageError(f'{path} is another picture than the one that was segmented')
-    image = decode(data, reading, frame)
     if image.shape[:2] != picture.labels.shape:
         raise UnreadableLabels(path, 'differs in size from its label map')
     return image

@@ -135,3 +135,9 @@ def test_a_pipe_without_a_suffix_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / 'pipe')
     os.mkfifo(tmp_path / 'pipe.png')
     assert listing(tmp_path).left_out == {'no suffix': 1, 'special file': 1}
+
+
+def test_a_file_that_becomes_a_pipe_while_it_is_opened_is_not_waited_for(tmp_path):
+    path = tmp_path / 'a.png'
+    PIL.Image.new('L', (2, 2)).save(path)
+    assert start(jobs.read_while_swapped, str(path)).wait().stdout == 'not a regular file\n'

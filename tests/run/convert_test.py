@@ -236,7 +236,7 @@ def test_imagefolder_names_pictures_that_are_gone_changed_or_badly_named(tmp_pat
     assert converted.pictures == 1
     assert list(converted.failed) == ['back\\slash.png', 'changed.png', 'gone.png']
     assert 'backslash' in converted.failed['back\\slash.png']
-    assert 'another picture' in converted.failed['changed.png']
+    assert 'not the picture that was segmented' in converted.failed['changed.png']
     assert 'No such file' in converted.failed['gone.png'] and '--images' in converted.failed['gone.png']
     assert sorted(files(out / 'hf-imagefolder')) == ['README.md', 'images/good.png.png', 'labels/good.png.png', 'metadata.csv']
 

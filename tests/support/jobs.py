@@ -10,10 +10,11 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from padseg.commands import main
-from padseg.images import start_decoding
+from padseg.images import ImageError, contents, start_decoding
 from padseg.run import engine
 from padseg.run.job import Job
 from padseg.system.progress import Silent
@@ -87,3 +88,18 @@ def as_nobody(arguments: Sequence[str]) -> int:
     if os.geteuid() == 0:
         os.seteuid(65534)
     return main(arguments)
+
+
+def read_while_swapped(path: str) -> None:
+    """Read a file that becomes a pipe in the moment when it is opened, and print why not."""
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == 'open' and str(arguments[0]) == path:
+            os.unlink(path)
+            os.mkfifo(path)
+
+    sys.addaudithook(hook)
+    try:
+        contents(Path(path))
+    except ImageError as error:
+        print(error)
