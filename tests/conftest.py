@@ -34,6 +34,17 @@ SMALL_FLUX = {
 }
 ROW = {'layer': 2, 'side': 32}
 
+# The files that take longest, which start first, so that no worker is left alone with one at the end.
+LONGEST = (
+    *('run/cluster_test', 'train/tiny_test', 'run/faults_test', 'bench/bench_test', 'notebook_test', 'backbones/loading_test'),
+    *('commands/doctor_test', 'run/engine_test', 'train/tiny_model_test', 'evaluation/faults_test', 'main_job_test'),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    first = {ROOT / 'tests' / f'{name}.py': number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.path, len(first)))
+
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """After --cov: the share of each package's statements that ran in the tests' own processes; what runs in others is not seen."""
@@ -192,14 +203,15 @@ def with_texts(folder: pathlib.Path) -> pathlib.Path:
     from transformers import CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
     from padseg.train import tiny_model as tiny
+    from padseg.train.vocabulary import END, SLOTS, START
 
     torch.manual_seed(1)
     letters = sorted(ByteLevel.alphabet())
     merges = [('c', 'a'), ('ca', 't</w>'), ('c', 'a</w>'), ('l', 'i'), ('g', 'h'), ('gh', 't</w>'), ('f', 'f'), ('t', 'r'), ('tr', 'a')]
-    pieces = [*letters, *(letter + '</w>' for letter in letters), *(one + two for one, two in merges), tiny.START, tiny.END]
+    pieces = [*letters, *(letter + '</w>' for letter in letters), *(one + two for one, two in merges), START, END]
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
     width = sum(tiny.TEXT['hidden_size'])
-    for number, pad in enumerate((tiny.END, '!')):
+    for number, pad in enumerate((END, '!')):
         end = f'_{number + 1}' if number else ''
         tiny.make_text_encoder(len(vocabulary), tiny.TEXT['hidden_size'][number], tiny.TEXT['heads'][number]).save_pretrained(
             folder / f'text_encoder{end}'
@@ -208,15 +220,15 @@ def with_texts(folder: pathlib.Path) -> pathlib.Path:
             vocab=vocabulary,
             merges=merges,
             pad_token=pad,
-            unk_token=tiny.END,
-            bos_token=tiny.START,
-            eos_token=tiny.END,
-            model_max_length=tiny.SLOTS,
+            unk_token=END,
+            bos_token=START,
+            eos_token=END,
+            model_max_length=SLOTS,
         ).save_pretrained(folder / f'tokenizer{end}')
     words = ['▁' + word for word in ('', 'cat', 'tra', 'li', 'a', 'photo', 'of')]
     unigrams = [('<pad>', 0.0), ('</s>', 0.0), ('<unk>', -20.0), *((word, -2.0) for word in (*words, 'ffic', 'ght'))]
     unigrams += [(chr(code), -5.0) for code in range(ord('!'), ord('~') + 1)] + [(letter, -6.0) for letter in 'éèûß日本']
-    T5TokenizerFast(vocab=unigrams, extra_ids=0, model_max_length=tiny.SLOTS).save_pretrained(folder / 'tokenizer_3')
+    T5TokenizerFast(vocab=unigrams, extra_ids=0, model_max_length=SLOTS).save_pretrained(folder / 'tokenizer_3')
     config = T5Config(vocab_size=len(unigrams), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
     encoder = T5EncoderModel(config)
     torch.nn.init.normal_(encoder.shared.weight)

@@ -135,7 +135,7 @@ def build_random(architecture: Architecture) -> Parts:
 def random_text_encoder(**settings: Any) -> CLIPTextModelWithProjection:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    from padseg.train.tiny_model import vocabulary_and_merges
+    from padseg.train.vocabulary import vocabulary_and_merges
 
     end = len(vocabulary_and_merges(WORDS)[0]) - 1
     width = settings['hidden_size']

@@ -25,6 +25,7 @@ DEFAULTS = TrainingSettings()
 @click.option(
     '--start', type=click.Path(exists=True, path_type=Path), help='a model made by this command, to train further in the last stage only'
 )
+@click.option('--batch', type=POSITIVE, default=DEFAULTS.size, help='new images per step, after the stage of the autoencoder alone')
 @click.option('--seed', type=int, default=DEFAULTS.seed, help='seed of all random numbers')
 @click.option('--masks/--no-masks', default=True, help='--no-masks trains a baseline with flow matching alone, at every step')
 @click.option('--device', help='cpu, cuda, cuda:1, mps, … (default: the best available)')
@@ -37,6 +38,7 @@ def command(
     steps: int,
     transformer_steps: int,
     start: Path | None,
+    batch: int,
     seed: int,
     masks: bool,
     device: str | None,
@@ -55,6 +57,7 @@ def command(
     settings = dataclasses.replace(
         DEFAULTS,
         seed=seed,
+        size=batch,
         vae_steps=vae_steps,
         together=dataclasses.replace(DEFAULTS.together, steps=steps),
         transformer=dataclasses.replace(DEFAULTS.transformer, steps=transformer_steps),

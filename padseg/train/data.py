@@ -14,7 +14,7 @@ from torch import Tensor
 from padseg.errors import NoImages
 from padseg.train.scenes import CLASSES, Scene, scene
 from padseg.train.settings import Mixture
-from padseg.train.tiny_model import SLOTS
+from padseg.train.vocabulary import SLOTS
 from padseg.types import Array
 
 VIEWS = ((256, 256), (208, 320), (320, 208))  # height, width in pixels: all near 256 x 256 in area

@@ -35,9 +35,9 @@ from padseg.train.losses import affinity_loss, mask_loss, named_mask_loss, share
 from padseg.train.muon import Muon
 from padseg.train.scenes import CLASSES, Scene, scene
 from padseg.train.settings import Course, Mixture, TrainingSettings
+from padseg.train.vocabulary import SLOTS, WORDS
 from padseg.types import Array, Attention
 
-WORDS = sorted({word for name in CLASSES for word in name.split()} | {'a', 'an', 'and', 'in', 'of', 'on', 'the', 'two', 'with'})
 STAGES = ('autoencoder', 'together', 'transformer')
 HELD_OUT = 2**32  # seed of scenes for display, never for training
 
@@ -63,16 +63,18 @@ def train_tiny(
     device: str | None = None,
     workers: int = 1,
     save_every: int = 250,
+    shown: int = 8,
 ) -> pathlib.Path:
     """Train all stages, or with `start` only the last one from that model, and return the model's folder.
 
     An interrupted training resumes. data: folders of annotated photographs, see `photographs`; workers: processes that make examples;
-    save_every: steps between checkpoints. Raises UsageError if `out` has a checkpoint made with other settings.
+    save_every: steps between checkpoints; shown: held-out scenes on the sheet that is drawn at each. Raises UsageError if `out` has a
+    checkpoint made with other settings.
     """
     out.mkdir(parents=True, exist_ok=True)
     leave_cores(0)  # here too: a worker forked from a process with OpenCV threads hangs when it shuts them down
     torch.manual_seed(settings.seed)
-    run = Training(out, settings, tuple(data), str(start) if start else None, choose_device(device), workers, save_every)
+    run = Training(out, settings, tuple(data), str(start) if start else None, choose_device(device), workers, save_every, shown)
     if start:
         learner = make_learner(tiny.read_tiny(start, WORDS), run)
     else:
@@ -96,6 +98,7 @@ class Training:
     device: torch.device
     workers: int
     save_every: int
+    shown: int
 
     @property
     def model(self) -> pathlib.Path:
@@ -167,7 +170,7 @@ def train_autoencoder(parts: tiny.Parts, run: Training) -> None:
         schedule.step()
         finish_step(stage, step, {'reconstruction': loss}, vae, [optimiser])
         if stage.saves_after(step):
-            draw_rebuilt(vae, stage)
+            draw_rebuilt(vae, stage, run.shown)
 
 
 def random_crops(images: Tensor, count: int, side: int, generator: torch.Generator) -> Tensor:
@@ -295,7 +298,7 @@ def train(learner: nn.ModuleDict, run: Training, name: str) -> None:
         finish_step(stage, step, losses, learner, optimisers, averaged)
         if stage.saves_after(step):
             write_model(averaged.module, run)
-            draw_regions(run.model, stage)
+            draw_regions(run.model, stage, run.shown)
     learner.load_state_dict(averaged.module.state_dict())
 
 
@@ -366,25 +369,25 @@ def flow_loss(transformer: Any, z: Tensor, embeds: Tensor, pooled: Tensor, gener
     return F.mse_loss(velocity.float(), noise - z)
 
 
-def held_out(count: int = 8, height: int = 208, width: int = 320) -> list[Scene]:
+def held_out(count: int, height: int = 208, width: int = 320) -> list[Scene]:
     """Return a fixed set of scenes that training never uses."""
     return [scene(np.random.default_rng((HELD_OUT, number)), height, width) for number in range(count)]
 
 
 @torch.no_grad()
-def draw_rebuilt(vae: Any, stage: Stage) -> None:
+def draw_rebuilt(vae: Any, stage: Stage, shown: int) -> None:
     """Draw held-out scenes, each above its reconstruction, to OUT/autoencoder.sheet.png."""
-    images = [shown.image for shown in held_out()]
+    images = [kept.image for kept in held_out(shown)]
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().to(stage.device) / 127.5 - 1
     decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample
     rebuilt = ((decoded + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
     write_training_sheet(images, rebuilt, stage)
 
 
-def draw_regions(model: pathlib.Path, stage: Stage) -> None:
+def draw_regions(model: pathlib.Path, stage: Stage, shown: int) -> None:
     """Draw held-out scenes, each above the regions that the current model finds, to OUT/<stage>.sheet.png."""
     backbone = load(str(model), device=stage.device.type)
-    images = [shown.image for shown in held_out()]
+    images = [kept.image for kept in held_out(shown)]
     write_training_sheet(images, [overlay(image, segment(image, backbone).labels) for image in images], stage)
 
 
@@ -400,10 +403,10 @@ def encode_batch(learner: nn.ModuleDict, tokenizers: tuple[Any, Any], captions: 
     device = next(learner.parameters()).device
     outputs = []
     for name, tokenizer in zip(('text_encoder', 'text_encoder_2'), tokenizers, strict=True):
-        ids = tokenizer(captions, padding='max_length', max_length=tiny.SLOTS, truncation=True, return_tensors='pt').input_ids
+        ids = tokenizer(captions, padding='max_length', max_length=SLOTS, truncation=True, return_tensors='pt').input_ids
         outputs.append(learner[name](ids.to(device), output_hidden_states=True))
     embeds = torch.cat([output.hidden_states[-2] for output in outputs], -1)  # (B, 77, D)
-    return F.pad(embeds, (0, 0, 0, tiny.SLOTS)), torch.cat([output.text_embeds for output in outputs], -1)
+    return F.pad(embeds, (0, 0, 0, SLOTS)), torch.cat([output.text_embeds for output in outputs], -1)
 
 
 def noised_batch(z: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
@@ -415,7 +418,7 @@ def training_maps(seen: Attention, shape: torch.Size) -> Tensor:
     """The 77 token maps of a layer at the resolution of the masks, twice the token grid: (B, 77, 2h, 2w), float32 even under autocast."""
     h, w = shape[2] // 2, shape[3] // 2
     with torch.autocast(seen.query.device.type, enabled=False):
-        maps = token_attention(seen, h * w, text_columns(range(tiny.SLOTS), h * w), chunk=h * w)  # (B, h w, 77)
+        maps = token_attention(seen, h * w, text_columns(range(SLOTS), h * w), chunk=h * w)  # (B, h w, 77)
     return F.interpolate(maps.transpose(1, 2).unflatten(2, (h, w)), scale_factor=2, mode='bilinear')
 
 

@@ -14,9 +14,8 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from padseg.backbones.parts import without_bars
 from padseg.errors import ModelUnavailable
+from padseg.train.vocabulary import END, SLOTS, START, vocabulary_and_merges
 
-SLOTS = 77  # tokens of a CLIP prompt
-START, END = '<|startoftext|>', '<|endoftext|>'
 TEXT: dict[str, Any] = {'hidden_size': (64, 96), 'num_hidden_layers': 3, 'heads': (1, 2)}  # pairs: one value per text encoder
 VAE: dict[str, Any] = {'block_out_channels': (16, 32, 64, 64), 'layers_per_block': 1, 'norm_num_groups': 4, 'latent_channels': 16}
 TRANSFORMER: dict[str, Any] = {'num_layers': 6, 'num_attention_heads': 4, 'attention_head_dim': 64, 'qk_norm': 'rms_norm'}
@@ -105,36 +104,6 @@ def make_text_encoder(vocabulary: int, size: int, heads: int) -> CLIPTextModelWi
     # Pad tokens differ only by position. With CLIP's usual 0.02, all 77 null-prompt tokens stay alike for thousands of steps.
     nn.init.normal_(model.text_model.embeddings.position_embedding.weight, std=0.5)
     return model
-
-
-def vocabulary_and_merges(words: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Build a small CLIP byte-pair vocabulary: letters, word-final letters, and merges that make each given word one token.
-
-    It depends on the words alone, whereas a trained vocabulary orders equally frequent pairs arbitrarily.
-    """
-    alphabet = [chr(code) for code in range(ord('!'), ord('~') + 1)]
-    merges: list[tuple[str, str]] = []
-    for word in sorted(words):
-        pieces = merged([*word[:-1], word[-1] + '</w>'], merges)
-        while len(pieces) > 1:  # new merges come last, so that earlier words stay whole
-            merges.append((pieces[0], pieces[1]))
-            pieces = merged(pieces, merges)
-    pieces = alphabet + [letter + '</w>' for letter in alphabet] + [first + second for first, second in merges]
-    tokens = [*dict.fromkeys(pieces), START, END]
-    return {token: number for number, token in enumerate(tokens)}, merges
-
-
-def merged(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
-    """Apply all merges to the pieces of a word, in the order of the list (Sennrich et al. 2016)."""
-    for first, second in merges:
-        joined: list[str] = []
-        for piece in pieces:
-            if joined and (joined[-1], piece) == (first, second):
-                joined[-1] = first + second
-            else:
-                joined.append(piece)
-        pieces = joined
-    return pieces
 
 
 def make_tokenizers(words: list[str]) -> tuple[CLIPTokenizer, CLIPTokenizer]:

@@ -8,8 +8,6 @@ import os
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 
 import cv2
 import numpy as np
@@ -18,6 +16,7 @@ import torch
 from diffusers import AutoencoderTiny, FluxPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support.processes import padseg
 from torch import nn
 
 from padseg.backbones import load
@@ -436,10 +435,6 @@ def test_a_configuration_of_another_kind(folder, key, value, words):
 # the command line
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run((sys.executable, '-m', 'padseg', *arguments), cwd=ROOT, capture_output=True, text=True)
-
-
 def test_a_run_over_a_folder(flux_folder, tmp_path, picture):
     """Two pictures, wide and tall; the label maps are those of the library."""
     pictures = {'wide.png': picture, 'more/tall.png': np.ascontiguousarray(picture.transpose(1, 0, 2)[:, :20])}
@@ -447,7 +442,7 @@ def test_a_run_over_a_folder(flux_folder, tmp_path, picture):
         path = tmp_path / 'in' / name
         path.parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(path), image[..., ::-1])
-    ran = command('run', '--model', str(flux_folder), '--dir', str(tmp_path / 'in'), '--out', str(tmp_path / 'out'), '--device', 'cpu')
+    ran = padseg('run', '--model', flux_folder, '--dir', tmp_path / 'in', '--out', tmp_path / 'out', '--device', 'cpu')
     assert ran.returncode == 0, ran.stderr
     lines = [json.loads(line) for line in (tmp_path / 'out' / 'manifest.jsonl').read_text().splitlines()]
     assert {line['input']: line['status'] for line in lines} == dict.fromkeys(pictures, 'done')

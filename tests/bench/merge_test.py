@@ -18,15 +18,15 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_small_run(bench):
-    measured, seconds = bench('merge', '--maps', '30', '--size', '900', '700')
-    assert measured['maps'] == 30 and list(measured['pictures']) == ['481 x 321', '900 x 700']
+    measured, seconds = bench('merge', '--maps', '30', '--size', '600', '500')
+    assert measured['maps'] == 30 and list(measured['pictures']) == ['481 x 321', '600 x 500']
     for taken in measured['pictures'].values():
         assert set(taken) == set(steps.STEPS)
         assert min(step['ours'] for step in taken.values()) > 0 and sum(sum(step.values()) for step in taken.values()) < 2000 * seconds
         plain = [step for name, step in taken.items() if name != 'superpixels']
         assert all(step['ratio'] == step['plain'] / step['ours'] for step in plain)
     memory = measured['memory_mib']
-    one_map = 900 * 700 * 4 / 2**20
+    one_map = 600 * 500 * 4 / 2**20
     assert list(memory) == ['proposals', 'three_times_as_many', 'plainly', 'attention'] and memory['plainly'] > steps.KINDS * one_map
     assert abs(memory['three_times_as_many'] - memory['proposals']) < 4 * one_map
     assert 0 < memory['attention'] < 300  # one head's scores of all tokens are 66 MiB, of all heads 1.5 GiB

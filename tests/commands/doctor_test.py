@@ -41,10 +41,6 @@ def no_settings_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
-
-
 def both(home: pathlib.Path, *models: str, **environment: str) -> list[tuple[int, dict, str]]:
     """Exit code and report of doctor, and the commit or the refusal of `load`, for each model in one process."""
     settings = {'HF_HOME': str(home), 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1', 'PADSEG_CACHE': str(home / 'padseg')}
@@ -295,7 +291,7 @@ def test_the_remedy_for_a_damaged_file_mends_it(hub, tmp_path):
 
 
 def test_the_report_for_people(tmp_path):
-    ran = python('-m', 'padseg', 'doctor', '--device', 'cpu', '--out', str(tmp_path / 'not' / 'yet'), HF_HOME=str(tmp_path))
+    ran = start(main, ['doctor', '--device', 'cpu', '--out', str(tmp_path / 'not' / 'yet')], HF_HOME=str(tmp_path)).wait()
     assert (ran.returncode, ran.stderr) == (0, '')
     lines = ran.stdout.splitlines()
     assert [line.split()[0] for line in lines[:-1]] == [
@@ -405,7 +401,7 @@ def test_models_say_what_is_cached(tmp_path, sd3_folder):
     without(VAE)(cached(home, BACKBONES['sd3.5'].repo, sd3_folder))
     (tmp_path / 'torch.py').write_text("raise ImportError('no torch here')\n")
     environment = {'HF_HOME': str(home), 'PYTHONPATH': str(tmp_path), 'HF_ENDPOINT': 'http://127.0.0.1:1'}
-    ran = python('-m', 'padseg', 'models', '--json', **environment)
+    ran = start(main, ['models', '--json'], **environment).wait()
     assert (ran.returncode, ran.stderr) == (0, '')
     rows = json.loads(ran.stdout)
     assert {name: (row['state'], row['local'], row['gated']) for name, row in rows.items()} == {
@@ -418,7 +414,7 @@ def test_models_say_what_is_cached(tmp_path, sd3_folder):
     assert rows['sd3']['bytes'] == sum(path.stat().st_size for path in sd3_folder.rglob('*') if path.is_file())
     assert rows['sd3']['settings']['layers'] == 4 and rows['sd3.5']['settings']['layers'] == 24
     assert f'license: {rows["tiny"]["licence"].lower()}' in (ROOT / 'padseg/models/tiny/README.md').read_text(encoding='utf-8')
-    ran = python('-m', 'padseg', 'models', **environment)
+    ran = start(main, ['models'], **environment).wait()
     heads, *lines = ran.stdout.splitlines()
     starts = [heads.index(head) for head in ('name', 'here?', 'size', 'licence', 'gated', 'repo')]
     table = [[line[start:end].strip() for start, end in zip(starts, [*starts[1:], None], strict=True)] for line in lines]
@@ -429,7 +425,7 @@ def test_models_say_what_is_cached(tmp_path, sd3_folder):
         ('flux', 'not here', 'yes'),
     ]
     assert table[1][2:4] == [human(rows['sd3']['bytes']), rows['sd3']['licence']] and table[3][5] == BACKBONES['flux'].repo
-    verbose = python('-m', 'padseg', 'models', '--verbose', **environment).stdout.splitlines()
+    verbose = start(main, ['models', '--verbose'], **environment).wait().stdout.splitlines()
     assert [verbose[0], *verbose[1::2]] == [heads, *lines] and 'layers 4, layer 2' in verbose[4]
 
 

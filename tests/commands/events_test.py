@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from datetime import datetime
 from pathlib import Path
 
@@ -33,29 +31,13 @@ def pictures(tmp_path):
     return folder
 
 
-def test_a_run_as_events(pictures, tmp_path):
-    """In a fresh process, where libraries are imported, which have much to say."""
-    command = [
-        sys.executable,
-        '-m',
-        'padseg',
-        'run',
-        '--device',
-        'cpu',
-        '--log-json',
-        '--dir',
-        pictures,
-        '--out',
-        tmp_path / 'out',
-        '--json',
-    ]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert ran.returncode == 3
-    start, *done, end = events(ran.stderr)
+def test_a_run_as_events(run, pictures, tmp_path):
+    code, (start, *done, end), out = run('--dir', pictures, '--out', tmp_path / 'out', '--json')
+    assert code == 3
     assert [start['event'], start['pending'], end.pop('event')] == ['start', 2, 'end']
     written = [json.loads(line) for line in (tmp_path / 'out/manifest.jsonl').read_text().splitlines()]
     assert done == [{'event': 'picture', **entry} for entry in written]
-    assert end == json.loads(ran.stdout) and (end['done'], end['failed']) == (1, 1)
+    assert end == json.loads(out) and (end['done'], end['failed']) == (1, 1)
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from support.processes import start
 from padseg.commands import main
 from padseg.errors import OutputConflict, ResourceExhausted, UsageError
 from padseg.images import Found
+from padseg.methods import METHODS
 from padseg.run import engine, prepare
 from padseg.run.cluster import Actor, Share, cluster_share, knock, model_from_anywhere, on_cpu
 from padseg.run.collect import collect
@@ -46,33 +47,49 @@ DOCS = (ROOT / 'docs' / 'cluster.md').read_text(encoding='utf-8')
 BAD = ('bad.jpg', 'text.png')
 SURROGATE = os.fsdecode(b'caf\xe9.png')  # a name that is no UTF-8
 
-# In every process of the cluster: a disk on which nothing can be written.
-FULL_DISK = """
-import errno, os, sys
+# In every process of the cluster: a disk on which nothing can be written, and a sudden death in the middle of work, once for every
+# file of that name beside this module. Audit events tell what a process does: readers unpickle Found, the model's actor and writers Taken.
+FAULTS = """
+import collections, errno, os, signal, sys
+
+seen = collections.Counter()
 
 def hook(event, arguments):
     if event == 'open' and '/full/' in str(arguments[0]) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
         raise OSError(errno.ENOSPC, 'No space left on device')
+    if event == 'pickle.find_class' and arguments[1] in ('Found', 'Taken'):
+        name = 'reader' if arguments[1] == 'Found' else 'actor' if 'diffusers' in sys.modules else 'writer'
+        seen[name] += 1
+        if seen[name] % 4 == 0:
+            die(name)
+
+def die(name):
+    try:
+        os.unlink(os.path.join(os.path.dirname(__file__), name))
+    except FileNotFoundError:
+        return
+    os.kill(os.getpid(), signal.SIGKILL)
 
 sys.addaudithook(hook)
 """
 
 
 @pytest.fixture(scope='module')
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What the processes of a Ray that is started here inherit."""
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What the processes of a Ray that is started here inherit. The folder of FAULTS."""
     folder = tmp_path_factory.mktemp('site')
-    (folder / 'sitecustomize.py').write_text(FULL_DISK)
+    (folder / 'sitecustomize.py').write_text(FAULTS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('PYTHONPATH', f'{folder}{os.pathsep}{ROOT}')
         patch.setenv('RAY_AUTH_TOKEN', secrets.token_hex(32))  # or Ray would put one in the home folder
         patch.setenv('RAY_USAGE_STATS_ENABLED', '0')
+        patch.setenv('RAY_worker_niceness', '0')  # not behind the other tests, as it would be by default
         patch.delenv('RAY_ADDRESS', raising=False)
-        yield
+        yield folder
 
 
 @pytest.fixture(scope='module')
-def cluster(environment: None) -> Iterator[str]:
+def cluster(environment: Path) -> Iterator[str]:
     """The address of a Ray that runs before padseg comes and stays when it goes."""
     # a third processor, since the actor of a run that failed keeps one for a while
     context = ray.init('local', num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level='ERROR')
@@ -103,6 +120,12 @@ def put_picture(path: Path, size: tuple[int, int], rng: np.random.Generator) -> 
 @pytest.fixture
 def job(folder: Path, tmp_path: Path, sd3_folder: Path) -> Job:
     return Job(folder, tmp_path / 'ray', model=str(sd3_folder), device='cpu', batch=2, save_maps=True, engine='ray')
+
+
+@pytest.fixture
+def quick(job: Job) -> Job:
+    """A job without a model, whose libraries take seconds to import in every process."""
+    return job._replace(method='felzenszwalb', options=METHODS['felzenszwalb'].Options(), save_maps=False)
 
 
 @pytest.fixture(scope='module')
@@ -137,29 +160,22 @@ def test_shards_make_the_same_bytes_and_records(job, plain):
     assert timeless(job.out) == timeless(plain)
 
 
-class KillWorkers(Silent):
-    """Kills, after the first picture, all workers of the run; counts the pictures."""
-
+class Counting(Silent):
     pictures = 0
 
     def step(self, record: Mapping[str, Any] | None = None) -> None:
         self.pictures += 1
-        if self.pictures == 1:
-            kill_workers()
 
 
-def test_stopped_and_with_workers_killed_it_ends_with_the_same_bytes_and_records(job, plain, cluster, monkeypatch):
-    """SIGTERM ends a first run on the cluster cleanly; in a second one the model's actor dies, and whatever reads or writes then."""
-    events, code = stopped(job, cluster, signal.SIGTERM)
-    assert (code, events[-1]['signal']) == (143, 15)
-    done = [event['input'] for event in events if event['event'] == 'picture']
-    assert 0 < len(done) < PICTURES
-    assert ray.cluster_resources()['CPU'] == 3
-
-    progress = KillWorkers()
-    counts = engine.run(job, progress)
-    assert counts[:4] == (PICTURES, PICTURES - 2, len([name for name in done if name not in BAD]), 2)
-    assert progress.pictures == PICTURES - counts.skipped
+def test_with_workers_killed_a_run_ends_with_the_same_bytes_and_records(job, plain, cluster, environment, monkeypatch):
+    """One of the processes that read, the one with the model, and one of those that write die in the middle of it."""
+    mortal = [environment / name for name in ('reader', 'actor', 'writer')]
+    for path in mortal:
+        path.touch()
+    progress = Counting()
+    assert engine.run(job, progress)[:4] == (PICTURES, PICTURES - 2, 0, 2)
+    assert not any(path.exists() for path in mortal)
+    assert progress.pictures == PICTURES
     assert digests(job.out) == digests(plain)
     assert timeless(job.out) == timeless(plain)
     assert ray.is_initialized()
@@ -168,34 +184,25 @@ def test_stopped_and_with_workers_killed_it_ends_with_the_same_bytes_and_records
     assert engine.run(job._replace(retry_failed=False)).skipped == PICTURES
 
 
-def kill_workers() -> None:
-    """Kill what works for this process now: the actor that holds the model, and tasks that read or write."""
-    working = {pid: title for pid, title in titles().items() if 'Map' in title}
-    assert any(Actor.__name__ in title for title in working.values()), titles()
-    for pid in working:
-        os.kill(pid, signal.SIGKILL)
+def test_stopped_on_a_cluster_a_run_is_continued(quick, cluster, tmp_path):
+    """The cluster stays, and the results are those of a run without Ray."""
+    events, code = stopped(quick, cluster, signal.SIGTERM)
+    assert (code, events[-1]['signal']) == (143, 15)
+    done = [event['input'] for event in events if event['event'] == 'picture']
+    assert 0 < len(done) < PICTURES
+    assert ray.cluster_resources()['CPU'] == 3
 
-
-def titles() -> dict[int, str]:
-    """The titles of Ray's workers below this process, by number."""
-    parents, found = {}, {}
-    for path in Path('/proc').glob('[0-9]*'):
-        try:
-            parents[int(path.name)] = int((path / 'stat').read_text().rpartition(')')[2].split()[1])
-            found[int(path.name)] = (path / 'cmdline').read_bytes().rstrip(b'\0 ').decode(errors='replace')
-        except OSError:
-            continue  # it has ended
-    return {pid: title for pid, title in found.items() if title.startswith('ray::') and os.getpid() in ancestors(pid, parents)}
-
-
-def ancestors(pid: int, parents: dict[int, int]) -> Iterator[int]:
-    while pid := parents.get(pid, 0):
-        yield pid
+    counts = engine.run(quick)
+    assert counts[:4] == (PICTURES, PICTURES - 2, len([name for name in done if name not in BAD]), 2)
+    local = quick._replace(out=tmp_path / 'local', engine='local')
+    engine.run(local)
+    assert digests(quick.out) == digests(local.out)
+    assert timeless(quick.out) == timeless(local.out)
 
 
 def stopped(job: Job, address: str | None, number: signal.Signals) -> tuple[list[dict[str, Any]], int]:
     """Run `padseg run` and send its process group a signal after the first picture: its events, and its exit code."""
-    given = ('--dir', job.source, '--out', job.out, '--model', job.model, '--device', 'cpu', '--batch', job.batch, '--save-maps')
+    given = ('--dir', job.source, '--out', job.out, '--method', job.method)
     engine = ('--engine', 'ray', '--log-json', *(('--address', address) if address else ()))
     fifo = job.out.with_name('events')
     os.mkfifo(fifo)
@@ -236,15 +243,15 @@ def content(path: Path) -> bytes:
         return b''
 
 
-def test_a_run_without_address_brings_its_own_ray_and_takes_it_away(job, environment):
-    events, code = stopped(job, None, signal.SIGINT)
+def test_a_run_without_address_brings_its_own_ray_and_takes_it_away(quick, environment):
+    events, code = stopped(quick, None, signal.SIGINT)
     assert (code, events[-1]['signal']) == (130, 2)
     assert 0 < len([event for event in events if event['event'] == 'picture']) < PICTURES
-    assert all(has_ended(path) for path in started_by(job))
+    assert all(has_ended(path) for path in started_by(quick))
 
 
-def test_too_many_failures_end_a_run(job, cluster):
-    counts = engine.run(job._replace(max_failures=0, selection=Selection(include=(*BAD, '1*.png'))))
+def test_too_many_failures_end_a_run(quick, cluster):
+    counts = engine.run(quick._replace(max_failures=0, selection=Selection(include=(*BAD, '1*.png'))))
     assert counts.failed == 1
 
 
@@ -255,8 +262,8 @@ def test_other_weights_on_a_machine_are_refused(job):
         assert Actor(job, other, 'cpu').stages
 
 
-def test_a_full_disk_in_a_worker_is_one_in_the_run(job, cluster):
-    job = job._replace(out=job.out / 'full' / 'out')
+def test_a_full_disk_in_a_worker_is_one_in_the_run(quick, cluster):
+    job = quick._replace(out=quick.out / 'full' / 'out')
     with pytest.raises(ResourceExhausted, match='No space left on device'):
         engine.run(job)
     assert list(job.out.rglob('*.png')) == []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import runpy
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ import huggingface_hub.constants
 
 from padseg.commands import main
 
+ROOT = Path(__file__).parents[2]
 SECONDS = 240  # time limit of a process
 IMPORTED = (
     'pytest',
@@ -105,3 +107,13 @@ def begin(
 def padseg(*arguments: object, folder: Path | None = None) -> Ran:
     """Run `padseg` with these arguments in a new process."""
     return start(main, [str(argument) for argument in arguments], folder=folder).wait()
+
+
+def program(name: str, *arguments: object) -> Ran:
+    """Run a Python program of the checkout with these arguments in a new process."""
+    return start(run_program, str(ROOT / name), [str(argument) for argument in arguments]).wait()
+
+
+def run_program(path: str, arguments: list[str]) -> None:
+    sys.argv = [path, *arguments]
+    runpy.run_path(path, run_name='__main__')

@@ -25,4 +25,4 @@ def train_small(out: Path, start: Path | None = None) -> None:
     from padseg.train.tiny import train_tiny
 
     torch.set_num_threads(1)
-    train_tiny(out, SMALL, start=start, device='cpu', workers=0, save_every=2)
+    train_tiny(out, SMALL, start=start, device='cpu', workers=0, save_every=2, shown=1)

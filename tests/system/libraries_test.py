@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ picked = ['--dir', images, '--include', 'scene-22.png', '--model', model, '--dev
 codes = [
     main(['models']),
     main(['doctor', '--model', model, '--device', 'cpu']),
-    main(['run', *picked, '--out', out + '/run']),
+    main(['run', *picked, '--out', out + '/run', '--log-json']),
     main(['label', *picked, '--out', out + '/label', '--classes', 'cat, dog']),
     main(['eval', '--pred', out + '/run/labels', '--labels', labels, '--regions', '--allow-missing', '--quiet']),
     main(['analyze', '--dir', images, '--labels', labels, '--count', '1', '--model', model, '--out', out + '/analyze', '--quiet']),
@@ -34,5 +35,6 @@ def test_stderr_has_no_words_of_libraries(sd3_folder: Path, tmp_path: Path) -> N
     arguments = (str(ROOT / 'data/images'), str(ROOT / 'data/labels'), str(sd3_folder), str(tmp_path))
     environment = {**kept, 'PADSEG_CACHE': str(tmp_path / 'cache')}
     ran = subprocess.run((sys.executable, '-c', COMMANDS, *arguments), cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert (ran.returncode, ran.stderr) == (0, '')
+    assert ran.returncode == 0, ran.stderr
+    assert [json.loads(line)['event'] for line in ran.stderr.splitlines()] == ['start', 'picture', 'end']  # of the run alone
     assert ran.stdout.splitlines()[-1] == 'codes [0, 0, 0, 0, 0, 0]'

@@ -12,11 +12,12 @@ import sys
 import pytest
 import torch
 from hypothesis import given, strategies
+from support.processes import program
 
 from padseg.backbones.spec import TINY
 from padseg.commands import main
 from padseg.train import tiny_model as tiny
-from padseg.train.tiny import WORDS as TRAINED
+from padseg.train.vocabulary import END, START, WORDS as TRAINED, vocabulary_and_merges
 
 ROOT = pathlib.Path(__file__).parents[2]
 WORDS = ['a', 'cat', 'on', 'grass', 'striped']
@@ -24,7 +25,7 @@ WORDS = ['a', 'cat', 'on', 'grass', 'striped']
 
 def test_known_words_are_one_token_and_any_text_can_be_written():
     first, second = tiny.make_tokenizers(WORDS)
-    assert first.convert_ids_to_tokens(first('a striped cat').input_ids) == [tiny.START, 'a</w>', 'striped</w>', 'cat</w>', tiny.END]
+    assert first.convert_ids_to_tokens(first('a striped cat').input_ids) == [START, 'a</w>', 'striped</w>', 'cat</w>', END]
     assert len(first('zebra').input_ids) > 3 and first.unk_token_id not in first('zebra').input_ids[1:-1]
     assert first('A CAT').input_ids == first('a cat').input_ids
 
@@ -37,13 +38,13 @@ def test_any_words_are_one_token_each(words):
 
 def test_the_vocabulary_is_the_same_in_every_process():
     """A trained one was not: of pairs that are equally frequent, another came first in about one process of ten."""
-    program = f'from padseg.train.tiny_model import vocabulary_and_merges; print(vocabulary_and_merges({TRAINED!r}))'
+    program = f'from padseg.train.vocabulary import vocabulary_and_merges; print(vocabulary_and_merges({TRAINED!r}))'
     command = [sys.executable, '-c', program]
     ran = subprocess.run(command, cwd=ROOT, env={**os.environ, 'PYTHONHASHSEED': '1'}, capture_output=True, text=True, check=True)
-    assert ran.stdout == f'{tiny.vocabulary_and_merges(TRAINED)}\n'
-    vocabulary, merges = tiny.vocabulary_and_merges(['star', 'tar', 'at'])
+    assert ran.stdout == f'{vocabulary_and_merges(TRAINED)}\n'
+    vocabulary, merges = vocabulary_and_merges(['star', 'tar', 'at'])
     assert merges == [('a', 't</w>'), ('s', 't'), ('st', 'a'), ('sta', 'r</w>'), ('t', 'a'), ('ta', 'r</w>')]
-    assert list(vocabulary)[188:] == ['at</w>', 'st', 'sta', 'star</w>', 'ta', 'tar</w>', tiny.START, tiny.END]
+    assert list(vocabulary)[188:] == ['at</w>', 'st', 'sta', 'star</w>', 'ta', 'tar</w>', START, END]
 
 
 def test_the_tokenizers_pad_as_sd3s_do():
@@ -104,8 +105,7 @@ def test_the_shipped_model_finds_the_objects_of_a_plain_scene(shipped, picture):
 def test_the_sheet_of_samples_shows_scenes_and_what_is_generated(tmp_path):
     from PIL import Image
 
-    command = [sys.executable, str(ROOT / 'bin' / 'sample-sheet'), str(tmp_path / 'a.png'), '--count', '2', '--side', '64', '--steps', '2']
-    ran = subprocess.run(command, capture_output=True, text=True)
+    ran = program('bin/sample-sheet', tmp_path / 'a.png', '--count', 2, '--side', 64, '--steps', 2)
     assert ran.returncode == 0, ran.stderr
     with Image.open(tmp_path / 'a.png') as sheet:
         assert sheet.size == (128, 3 * 18 + 128)
@@ -116,7 +116,7 @@ def test_class_words_find_their_classes_as_the_card_says(tmp_path, capsys, shipp
     card = (shipped / 'README.md').read_text(encoding='utf-8')
     row = re.search(r'^\| held-out scenes \((\d+)\), classes named \|.* ([\d.]+) \| ([\d.]+) \|$', card, re.MULTILINE)
     count, accuracy, miou = row.groups()
-    subprocess.run([sys.executable, str(ROOT / 'bin' / 'prepare-scenes'), str(tmp_path), '--count', count], check=True)
+    assert program('bin/prepare-scenes', tmp_path, '--count', count).returncode == 0
     options = '--protocol seg4diff-ovss --geometry whole --device cpu --json -q'.split()
     assert main(['eval', 'folder', '--root', str(tmp_path), *options]) == 0
     scores = json.loads(capsys.readouterr().out)['scores']

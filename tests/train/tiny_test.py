@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import pathlib
+import shutil
 from functools import partial
 
 import pytest
@@ -76,7 +77,9 @@ def test_what_is_written(trained):
 
 
 def test_a_stopped_run_goes_on_exactly(trained, tmp_path):
-    """Stopped by a kill after the first checkpoint, then continued: the same weights to the last bit."""
+    """Stopped by a kill after the first checkpoint of the second stage, then continued: the same weights to the last bit."""
+    for path in trained.glob('autoencoder.*'):
+        shutil.copy(path, tmp_path)
     run = start(train_small, tmp_path)
     while not (tmp_path / 'together.pt').exists() and run.process.is_alive():
         pass
@@ -100,7 +103,7 @@ def test_a_checkpoint_of_other_settings_is_refused(trained):
 
 def test_the_twin_without_masks_learns_by_flow_matching_alone(tmp_path):
     """The command itself, with a worker, which once hung: it was forked after the first stage's sheet had started OpenCV's threads."""
-    steps = ('--vae-steps', 1, '--steps', 1, '--transformer-steps', 0)
+    steps = ('--vae-steps', 1, '--steps', 1, '--transformer-steps', 0, '--batch', 1)
     ran = padseg('train-tiny', '--out', tmp_path, *steps, '--no-masks', '--workers', 1, '--device', 'cpu')
     ended(ran)
     assert ran.stderr.endswith(f'model in {tmp_path}/model\n')
