@@ -34,7 +34,7 @@ THRESHOLD, NORMALISATION = 0.1, 'sum'
 SMALL = (481, 321)
 REFINED: dict[str, Any] = {'components': True, 'min_area': 0.005}
 SCALE = 300.0  # of the superpixels
-REPEATS, SPENT = 7, 1.0  # a step is repeated this often, or until this many seconds have passed
+REPEATS = 7  # of a step, if there is time
 STEPS = {
     'distances': 'distances between all maps',
     'merge': 'merging, with the distances',
@@ -47,14 +47,15 @@ STEPS = {
 @click.command('merge')
 @click.option('--maps', type=click.IntRange(min=1), default=77, show_default=True, help=f'token maps of {SIDE} x {SIDE}')
 @click.option('--size', type=(int, int), default=(4000, 3000), show_default=True, help='width and height of the large picture')
+@click.option('--seconds', type=click.FloatRange(min=0), default=1.0, show_default=True, help='repeat a step no longer than this')
 @output_flags
-def command(maps: int, size: tuple[int, int], record: bool, as_json: bool) -> None:
+def command(maps: int, size: tuple[int, int], seconds: float, record: bool, as_json: bool) -> None:
     """Measure the way from token maps to label map on one core: time of each step, compared with plain loops, and memory.
 
     "Refined" means with superpixels, components and a minimum area. Memory is measured for the label map, on top of the rest of the
     process, and for computing the maps from the float32 queries and keys of SD3's expert block.
     """
-    pictures = {f'{width} x {height}': fresh(merge_steps, maps, (height, width)) for width, height in (SMALL, size)}
+    pictures = {f'{width} x {height}': fresh(merge_steps, maps, (height, width), seconds) for width, height in (SMALL, size)}
     memory = {
         'proposals': fresh(memory_of, KINDS, size[::-1], False),
         'three_times_as_many': fresh(memory_of, 3 * KINDS, size[::-1], False),
@@ -70,7 +71,7 @@ def command(maps: int, size: tuple[int, int], record: bool, as_json: bool) -> No
     finish_bench('merge', f'{maps}-maps', measured, record, as_json, in_words)
 
 
-def merge_steps(maps: int, size: tuple[int, int]) -> dict[str, dict[str, float]]:
+def merge_steps(maps: int, size: tuple[int, int], seconds: float) -> dict[str, dict[str, float]]:
     """Time each step: milliseconds of ours, of the plain version, and their ratio. Raises ClickException if their results differ."""
     one_core()
     tokens, picture = random_maps(maps, size), noisy_picture(size)
@@ -79,11 +80,11 @@ def merge_steps(maps: int, size: tuple[int, int]) -> dict[str, dict[str, float]]
     proposals = merge(tokens, THRESHOLD, NORMALISATION)
     shares = spatial(normalised)
     return {
-        'label_map': compared(lambda: label_map(proposals), lambda: plain_label_map(proposals)),
-        'superpixels': {'ours': fastest(lambda: superpixels_of(picture, SCALE))[0]},
-        'refined': compared(lambda: label_map(proposals, inside, **REFINED), lambda: plain_refined(proposals, inside, **REFINED)),
-        'distances': compared(lambda: symmetric_kl(shares), lambda: plain_distances(shares)),
-        'merge': compared(lambda: merge(tokens, THRESHOLD, NORMALISATION), lambda: plain_merge(tokens)),
+        'label_map': compared(lambda: label_map(proposals), lambda: plain_label_map(proposals), seconds),
+        'superpixels': {'ours': fastest(lambda: superpixels_of(picture, SCALE), seconds)[0]},
+        'refined': compared(lambda: label_map(proposals, inside, **REFINED), lambda: plain_refined(proposals, inside, **REFINED), seconds),
+        'distances': compared(lambda: symmetric_kl(shares), lambda: plain_distances(shares), seconds),
+        'merge': compared(lambda: merge(tokens, THRESHOLD, NORMALISATION), lambda: plain_merge(tokens), seconds),
     }
 
 
@@ -107,18 +108,18 @@ def noisy_picture(size: tuple[int, int]) -> Image:
     return (128 + 60 * colours + rng.normal(0, 8, colours.shape)).clip(0, 255).astype(np.uint8)
 
 
-def compared(ours: Callable[[], T], plain: Callable[[], T]) -> dict[str, float]:
+def compared(ours: Callable[[], T], plain: Callable[[], T], seconds: float) -> dict[str, float]:
     """Time both versions: milliseconds each, and the ratio of plain to ours. Raises ClickException if their results differ."""
-    (quick, result), (slow, expected) = fastest(ours), fastest(plain)
+    (quick, result), (slow, expected) = fastest(ours, seconds), fastest(plain, seconds)
     if not same_maps(result, expected):
         raise click.ClickException('the plain version gives a different result')
     return {'ours': quick, 'plain': slow, 'ratio': slow / quick}
 
 
-def fastest(function: Callable[[], T]) -> tuple[float, T]:
-    """Return the CPU time of the fastest of several calls, in milliseconds, and the result."""
+def fastest(function: Callable[[], T], seconds: float) -> tuple[float, T]:
+    """Return the CPU time of the fastest of REPEATS calls, or of as many as take so many seconds, in milliseconds; and the result."""
     times: list[float] = []
-    while len(times) < REPEATS and sum(times) < 1000 * SPENT:
+    while not times or (len(times) < REPEATS and sum(times) < 1000 * seconds):
         start = time.process_time()
         result = function()
         times.append(1000 * (time.process_time() - start))

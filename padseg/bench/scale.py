@@ -88,7 +88,7 @@ def command(
         def runs(count: int, batch: int) -> list[Ran]:
             return [fresh(run_over, photographs, place / f'{count}-{batch}-{turn}', count, batch, device) for turn in range(repeats)]
 
-        counts = {count: runs(count, 1) for count in (1, pictures // 5, pictures)}
+        counts = {count: runs(count, 1) for count in dict.fromkeys((1, pictures // 5, pictures))}
         batches = {batch: runs(pictures // 3, batch) for batch in BATCHES}
     measured = {
         'size': size,

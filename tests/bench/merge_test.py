@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_small_run(bench):
-    measured, seconds = bench('merge', '--maps', '30', '--size', '600', '500')
+    measured, seconds = bench('merge', '--maps', '30', '--size', '600', '500', '--seconds', '0.1')
     assert measured['maps'] == 30 and list(measured['pictures']) == ['481 x 321', '600 x 500']
     for taken in measured['pictures'].values():
         assert set(taken) == set(steps.STEPS)
@@ -71,7 +71,7 @@ def test_the_plain_label_map_by_hand():
 def test_another_result_is_no_comparison():
     quick, slow = torch.ones(3), torch.tensor([1, 1, 1.001])
     with pytest.raises(click.ClickException, match='a different result'):
-        steps.compared(lambda: quick, lambda: slow)
+        steps.compared(lambda: quick, lambda: slow, 0)
     labels = LabelMap(np.array([[1]]), ((0,),))
     assert steps.same_maps(labels, labels) and not steps.same_maps(labels, labels._replace(tokens=((1,),)))
     assert not steps.same_maps(labels, quick)
