@@ -83,11 +83,11 @@ def test_results_of_pictures_of_another_folder_are_not_joined(job, tmp_path, cap
     put_picture(tmp_path / 'others' / 'other.png', seed=5)
     other = job._replace(source=tmp_path / 'others', out=tmp_path / 'two')
     engine.run(other)
-    with pytest.raises(OutputConflict, match=r'two holds results of the pictures in .*others, of which .*in has 0 of 1 unchanged'):
+    with pytest.raises(OutputConflict, match=r'two holds results of the pictures in .*others; .*in has 0 of these 1 unchanged'):
         collect([job.out, other.out], tmp_path / 'all')
     shutil.move(job.source, tmp_path / 'away')
     assert collect([job.out, other.out], tmp_path / 'all').counts.done == 4  # which cannot be told any more
-    assert 'joined with those of' in caplog.text
+    assert 'hold the same pictures' in caplog.text
 
 
 def test_a_collection_that_was_killed_does_not_lend_its_results_to_another(job, tmp_path):

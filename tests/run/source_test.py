@@ -21,7 +21,7 @@ def test_results_belong_to_the_pictures_of_one_folder(job, tmp_path):
         put_picture(tmp_path / 'others' / name, seed=seed)
     other = job._replace(source=tmp_path / 'others')
     for changed in (other, other._replace(selection=Selection(shard=(1, 1))), other._replace(source=job.source / 'sub')):
-        with pytest.raises(OutputConflict, match='of which .* has 0 of 3 unchanged'):
+        with pytest.raises(OutputConflict, match='; .* has 0 of these 3 unchanged'):
             engine.run(changed)
     assert main(['run', '--dir', str(other.source), '--out', str(job.out), '--method', 'grid', '--cells', '2', '--dry-run']) == 6
     assert before == (files(job.out), (job.out / 'manifest.jsonl').read_bytes())
@@ -87,7 +87,7 @@ def test_a_folder_with_the_name_of_a_frame(job):
     put_picture(job.source / 'x.gif.f0000' / 'y.png')
     assert engine.run(job).done == 5
     reading = job.reading._replace(frames='all')
-    with pytest.raises(UsageError, match=r'x\.gif\.f0000 is a frame of a file, and the folder of x\.gif\.f0000/y\.png'):
+    with pytest.raises(UsageError, match=r'x\.gif\.f0000 is both a frame of a file and the folder of x\.gif\.f0000/y\.png'):
         engine.run(job._replace(reading=reading, overwrite=True))
     selection = Selection(exclude=('x.gif.f0000/*',))
     assert engine.run(job._replace(reading=reading, overwrite=True, selection=selection)).done == 5

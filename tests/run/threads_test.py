@@ -33,7 +33,7 @@ def test_a_run_whose_maps_are_kept_goes_on_with_as_many_threads(kept, caplog, th
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(own)
-    assert 'using 2 threads in place of 1' in caplog.text
+    assert 'using 2 threads instead of 1' in caplog.text
     assert read_run(kept.out / 'run.json').settings['threads'] == read_run(kept.out / 'run.json').threads == 2
 
 
