@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import pydantic
 
 from padseg.backbones.configuration import read_json, refuse_pointer, some_digits
-from padseg.backbones.layout import LAYOUTS, all_main, config_name, denoiser_in, denoisers, weights_name
-from padseg.backbones.spec import BACKBONES, DEPTHS, FAMILIES, Spec
+from padseg.backbones.layout import FAMILIES, LAYOUTS, all_main, config_name, denoiser_in, denoisers, weights_name
+from padseg.backbones.spec import BACKBONES, DEPTHS, Spec
 from padseg.errors import ModelUnavailable, PadsegError, UsageError
 
 SMALL_VAE = 'tiny'  # stands for the family's small VAE on the hub
@@ -249,7 +249,7 @@ def shards(index: pathlib.Path) -> list[str]:
         raise ModelUnavailable(f'{index} must contain weight_map, the file of each tensor')
     strange = [name for name in names.values() if not PLAIN_NAME.fullmatch(name)]
     if strange:
-        raise ModelUnavailable(f'{index} names a file that is no safetensors beside it: {strange[0]!r}')
+        raise ModelUnavailable(f'{index} names a file that is not a safetensors file beside it: {strange[0]!r}')
     return sorted(set(names.values()))
 
 

@@ -77,7 +77,7 @@ def refuse_whole_numbers(path: pathlib.Path, label: str) -> None:
     with safe_open(path, 'pt') as file:
         for name in file.keys():
             if not file.get_slice(name).get_dtype().startswith(('F', 'BF')):
-                raise ModelUnavailable(f'{label} cannot be used: {name} in {path} holds whole numbers, as quantised weights do')
+                raise ModelUnavailable(f'{label} cannot be used: {name} in {path} holds integers, as quantised weights do')
 
 
 def refuse_lost(names: Iterable[str], folder: pathlib.Path, label: str) -> None:

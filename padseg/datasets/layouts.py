@@ -136,7 +136,7 @@ def listed_files(place: FoundLayout, split: Split) -> Collection[str] | None:
         names = [line.split()[0] for line in lines if line.strip()]
         outside = [name for name in names if name.startswith('/') or '..' in name.split('/')]
         if outside:
-            raise LayoutError(f'{place.listing} names {some(outside)}: names are of files below {place.images}')
+            raise LayoutError(f'{place.listing} names {some(outside)}: it may only name files below {place.images}')
         return names
     if place.labels is None and place.annotations:
         return [name for name, painting in detail_paintings(place.annotations).items() if painting.phase == split.folder]

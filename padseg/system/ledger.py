@@ -85,7 +85,7 @@ def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object. ValueError if it says one thing twice: programs differ in which they believe."""
     record = dict(pairs)
     if len(record) < len(pairs):
-        raise ValueError('a key that is there twice')
+        raise ValueError('a repeated key')
     return record
 
 

@@ -1042,7 +1042,7 @@ def test_a_list_that_names_files_elsewhere_is_refused(tmp_path, name):
     voc(tmp_path)
     text(tmp_path / 'ImageSets' / 'Segmentation' / 'val.txt', f'2007_000033\n{name}\n')
     for allow_missing in (False, True):
-        with pytest.raises(LayoutError, match=rf'val\.txt names {re.escape(name)}: names are of files below .*JPEGImages'):
+        with pytest.raises(LayoutError, match=rf'val\.txt names {re.escape(name)}: it may only name files below .*JPEGImages'):
             open_dataset('voc21', tmp_path, allow_missing=allow_missing)
 
 
