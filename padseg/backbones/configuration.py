@@ -1,4 +1,4 @@
-"""JSON files of a model, which strangers may have written: read strictly, and held against the weights before anything is built of them."""
+"""Read the JSON files of a model strictly, since strangers may have written them, and check them against the weights."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any, NoReturn
 
 from padseg.errors import ModelUnavailable
 
-MOST_BYTES = 1 << 26  # of a JSON file: the index of a large model's weights has some hundred kilobytes
-MOST_BLOCKS = 128  # of a network whose weights do not hold that many: Flux.1 has 57, of which the files may lack those not needed
-MOST_PLACES = 1 << 16  # of any number in a configuration whose weights have no dimension that is as large; SD3's have 36,864 places
+MOST_BYTES = 1 << 26  # of a JSON file; the weight index of a large model has a few hundred kilobytes
+MOST_BLOCKS = 128  # allowed even if the weights have fewer; Flux.1 has 57, and its files may lack those that are not needed
+MOST_PLACES = 1 << 16  # allowed for any number, even if no dimension of the weights is as large; SD3 has 36,864 positions
 POINTER = b'version https://git-lfs'
 
 Shape = tuple[int, ...]
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file of a model's part. Raises ModelUnavailable if there is none."""
+    """Read the JSON object in a file of a model's part. Raises ModelUnavailable if there is none."""
     try:
-        if not path.is_file():  # anything but a file could keep its reader waiting
+        if not path.is_file():  # reading anything but a file could block
             raise ModelUnavailable(
                 f'{path.parent.parent} is not a model in diffusers layout: {path.parent.name}/{path.name} is missing', 'incomplete'
             )
@@ -37,7 +37,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def refuse_pointer(path: pathlib.Path) -> None:
-    """ModelUnavailable for a file that git-lfs left in another's place."""
+    """Raise ModelUnavailable if the file is a pointer that git-lfs left in place of the real file."""
     with path.open('rb') as file:
         start = file.read(len(POINTER))
     if start == POINTER:
@@ -45,20 +45,20 @@ def refuse_pointer(path: pathlib.Path) -> None:
 
 
 def refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f'{name} is no number of JSON')
+    raise ValueError(f'{name} is not a JSON number')
 
 
 def finite_float(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f'{text} is too large for a number')
+        raise ValueError(f'{text} is too large')
     return value
 
 
 def check_network(config: Mapping[str, Any], path: pathlib.Path, shapes: Mapping[str, Shape]) -> None:
-    """Raises ModelUnavailable for a configuration that asks for more blocks, or for larger ones, than weights of these shapes can have.
+    """Raise ModelUnavailable for a configuration with more or larger blocks than weights of these shapes can have.
 
-    path: where it was read, for the message.
+    path: the configuration's file, for the message.
     """
     if 'quantization_config' in config:
         raise ModelUnavailable(f'{path} describes quantised weights, which padseg does not read')
@@ -73,7 +73,7 @@ def check_network(config: Mapping[str, Any], path: pathlib.Path, shapes: Mapping
 
 
 def numbers_in(config: Mapping[str, Any]) -> Iterator[tuple[str, int | float]]:
-    """All numbers in a configuration with the names that lead to them, and the lengths of its lists."""
+    """Yield all numbers in a configuration, with dotted names, and the lengths of its lists."""
     open_values: list[tuple[str, Any]] = list(config.items())
     while open_values:
         name, value = open_values.pop()

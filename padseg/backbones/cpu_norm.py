@@ -1,7 +1,7 @@
-"""Group normalisation in float32 on CPUs, exact in the memory format in which convolutions are fast.
+"""Exact group normalisation in float32 on CPUs for the channels-last memory format, in which convolutions are fast.
 
-torch's own, for channels that lie beside one another, takes the mean of squares less the square of the mean, which loses digits, and adds
-up in an order that depends on the number of threads.
+For this format, torch's own computes the variance as the mean of squares minus the square of the mean, which loses digits, and its order
+of summation depends on the number of threads.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-VALUES = 1 << 18  # at once, so that they stay in the processor's cache: 1 MB
+VALUES = 1 << 18  # processed at a time: 1 MB, which stays in the processor's cache
 
 
 class _Exact(TorchFunctionMode):
-    """Computes group normalisation of float32 tensors with channels last on a CPU by parts."""
+    """Computes group normalisation of channels-last float32 tensors on a CPU part by part."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.group_norm and _loses_digits(args[0]):
@@ -30,16 +30,16 @@ def _loses_digits(input: Tensor) -> bool:
 
 
 def exact_norms() -> TorchFunctionMode:
-    """Inside this context group normalisation in float32 on CPUs is exact to rounding, and the same with any number of threads."""
+    """A context in which float32 group normalisation on CPUs is exact to rounding, and the same with any number of threads."""
     return _Exact()
 
 
 def group_norm_by_parts(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, values: int = VALUES
 ) -> Tensor:
-    """(B, C, H, W) with channels last -> the same shape and format, each group of channels with mean 0 and variance 1 before weight, bias.
+    """Normalise (B, C, H, W), channels last: every group of channels gets mean 0 and variance 1, then weight and bias. Keeps the format.
 
-    Means and variances of parts are put together as by Chan et al. (1983).
+    Means and variances of parts are combined by the formula of Chan et al. (1983).
     """
     count, channels, height, width = input.shape
     rows = input.permute(0, 2, 3, 1).reshape(count, height * width, channels)
@@ -55,7 +55,7 @@ def group_norm_by_parts(
 def scale_and_shift(
     parts: tuple[Tensor, ...], num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """What normalises each channel, (C,) float64 each, from all its values, in parts of (pixels, C)."""
+    """Scale and shift that normalise the channels, (C,) float64 each. parts: all values of a picture, (pixels, C) each."""
     sizes = torch.tensor([len(part) for part in parts], dtype=torch.float64)[:, None]
     means = torch.stack([part.mean(0) for part in parts])  # (parts, C) float32
     squares = torch.stack([(part - mean).square_().sum(0) for part, mean in zip(parts, means, strict=True)]).double()

@@ -57,6 +57,7 @@ LAYOUTS: dict[str, FamilyLayout] = {
         small_vae='madebyollin/taef1',
     ),
 }
+FAMILIES = {layout.network: family for family, layout in LAYOUTS.items()}  # by diffusers' class of the denoising network
 
 
 def all_main() -> list[str]:

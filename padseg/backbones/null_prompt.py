@@ -40,19 +40,19 @@ def null_prompt(family: Family, source: Source, transformer: Any, device: torch.
 
 
 def refuse_not_finite(source: Source, tensors: dict[str, Tensor]) -> None:
-    """ModelUnavailable for the embedding of a text that no picture could be segmented with."""
+    """Raise ModelUnavailable if the embedding of a text is not finite, with which no picture could be segmented."""
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise ModelUnavailable(f'the text encoders of {source.model} give values that are not finite: their weights are damaged')
 
 
 def prompt_is_cached(source: Source) -> bool:
-    """Whether loading needs no text encoders."""
+    """Whether the empty prompt is cached, so that loading needs no text encoders."""
     return bool(read_cache(cache_path(source))[0])
 
 
 def encoders_hash(source: Source) -> str | None:
-    """The `content_hash` of a model's text encoders and tokenizers as `null_prompt` gives it; None if neither they nor what they made
-    are here."""
+    """The `content_hash` of a model's text encoders and tokenizers, as `null_prompt` gives it; None if neither their files nor the cached
+    embedding are on this machine."""
     tensors, encoders = read_cache(cache_path(source))
     if tensors:
         return encoders
@@ -84,8 +84,8 @@ def path_of(source: Source, key: str, text: str = '') -> pathlib.Path:
 
 
 def read_cache(path: pathlib.Path) -> tuple[dict[str, Tensor], str]:
-    """The cached tensors and the hash of what made them. No tensors if there are none, or others than `write_cache` wrote under this very
-    name, or some that are not finite: those are computed again."""
+    """Read the cached tensors and the hash of the encoders that made them. Returns no tensors, so that they are computed again, if there
+    are none, if they are not what `write_cache` wrote under this name, or if some are not finite."""
     try:
         if not path.is_file():
             return {}, ''
@@ -99,7 +99,7 @@ def read_cache(path: pathlib.Path) -> tuple[dict[str, Tensor], str]:
 
 
 def signature(tensors: dict[str, Tensor], key: str, encoders: str) -> str:
-    """SHA-256 over what a file of the cache holds and what it is for."""
+    """SHA-256 over the content of a cache file and its purpose."""
     digest = hashlib.sha256(f'{key} {encoders}'.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f' {name} {tensor.dtype} {tuple(tensor.shape)} '.encode())
@@ -108,7 +108,7 @@ def signature(tensors: dict[str, Tensor], key: str, encoders: str) -> str:
 
 
 def write_cache(tensors: dict[str, Tensor], path: pathlib.Path, what: str = 'the null prompt', encoders: str = '') -> None:
-    """Whole or not at all; a cache that cannot be written costs time only. encoders: hash of what made the tensors."""
+    """Write a cache file, completely or not at all. Failing to write only costs time later. encoders: hash of what made the tensors."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:

@@ -20,13 +20,13 @@ from padseg.backbones.weights import build_empty, fill_weights, refuse_lost, ref
 from padseg.errors import ModelUnavailable, UsageError
 from padseg.types import Tokens
 
-BLANK = '▁'  # T5's token for a space before what it has no token for with a space
+BLANK = '▁'  # T5's token for a single space, before a word that it has no token for
 SLACK = 1e-3  # for the rounding of noise levels
-MOST_TOKENS = 192 * 192  # of a picture; families have no more along a side
+MOST_TOKENS = 192 * 192  # of a picture; no family has more than 192 along a side
 SMALL = 1 << 30  # bytes: smaller models run in float32 everywhere
-BFLOAT16 = ('avx512_bf16', 'amx_bf16', 'bf16', 'sve_bf16')  # what CPUs call it
-# what diffusers, transformers and tokenizers raise on files that are missing, damaged or of another kind: whatever they run into, such as
-# a division by a number of heads that is 0, and tokenizers a plain Exception
+BFLOAT16 = ('avx512_bf16', 'amx_bf16', 'bf16', 'sve_bf16')  # names of the feature on CPUs
+# Missing, damaged or wrong files make diffusers, transformers and tokenizers raise anything, such as a division by zero heads; tokenizers
+# raises a plain Exception.
 DAMAGE = Exception
 
 
@@ -70,8 +70,8 @@ def weights_hash(family: Family, source: Source, vae: Source | None) -> str:
 
 
 def built(family: Family, source: Source, part: str, held: Mapping[str, tuple[int, ...]]) -> Any:
-    """The whole transformer or VAE without weights. ModelUnavailable for a configuration that cannot be used, or is not that of weights
-    of the shapes `held`: building what it asks for could take for ever."""
+    """Build the whole transformer or VAE without weights. Raises ModelUnavailable for a configuration that cannot be used, or does not fit
+    weights of the shapes `held`; building such a model could take forever."""
     path = source.folder / part / 'config.json'
     config = read_json(path)
     layout = family.LAYOUT
@@ -86,7 +86,7 @@ def built(family: Family, source: Source, part: str, held: Mapping[str, tuple[in
 
 
 def outlined(family: Family, source: Source, part: str, layer: int | None) -> Any:
-    """A transformer or VAE cut as by `cut_model`, without weights, but checked against those that the files hold, by their headers."""
+    """Build a transformer or VAE without weights, cut as by `cut_model`, and check it against the headers of the weight files."""
     files, label = weight_files(source.folder, (part,)), part_name(source, part)
     held = {name: shape for path in files for name, shape in tensor_shapes(path).items()}
     model = built(family, source, part, held)
@@ -100,7 +100,7 @@ def outlined(family: Family, source: Source, part: str, layer: int | None) -> An
 
 
 def check_scales(model: Any, path: pathlib.Path) -> None:
-    """ModelUnavailable for a VAE whose configuration has no usable scale of its latents."""
+    """Raise ModelUnavailable if a VAE's configuration has no usable scale for its latents."""
     for name, optional in (('scaling_factor', False), ('shift_factor', True)):
         value = getattr(model.config, name, None)
         if hasattr(model, 'encoder') and not (isinstance(value, (int, float)) or (optional and value is None)):
@@ -118,7 +118,7 @@ def cut_model(family: Family, model: Any, part: str, layer: int | None) -> None:
 
 
 def filled_part(family: Family, source: Source, part: str, layer: int | None, place: torch.device, kind: torch.dtype) -> Any:
-    """A model with its weights, cut as by `cut_model`."""
+    """Load a transformer or VAE with its weights, cut as by `cut_model`."""
     model = outlined(family, source, part, layer)
     try:
         return fill_weights(model, weight_files(source.folder, (part,)), place, kind, part_name(source, part))
@@ -143,7 +143,7 @@ def unreadable(source: Source, part: str, error: Exception) -> ModelUnavailable:
 
 
 def read_part(kind: Any, source: Source, part: str, config: str, /, **options: Any) -> Any:
-    """A component from its folder, where its configuration must be. Raises ModelUnavailable for missing and damaged files."""
+    """Load a component from its folder, which must hold its configuration. Raises ModelUnavailable for missing or damaged files."""
     folder = source.folder / part
     read_json(folder / config)
     try:
@@ -153,7 +153,7 @@ def read_part(kind: Any, source: Source, part: str, config: str, /, **options: A
 
 
 def read_model(kind: Any, source: Source, part: str, **options: Any) -> Any:
-    """A text encoder with weights, from safetensors only. ModelUnavailable also when a tensor is missing: it would be left random."""
+    """Load a text encoder, from safetensors only. Raises ModelUnavailable also for a missing tensor, which would stay random."""
     config = encoder_config(kind, source, part)
     with without_bars():
         model, info = read_part(
@@ -162,7 +162,7 @@ def read_model(kind: Any, source: Source, part: str, **options: Any) -> Any:
             part,
             'config.json',
             config=config,
-            attn_implementation='sdpa',  # else the name of a repository in the configuration would be looked up on the hub
+            attn_implementation='sdpa',  # otherwise a repository named in the configuration would be looked up on the hub
             trust_remote_code=False,
             use_safetensors=True,
             variant=weights_variant(source.folder, part),
@@ -174,8 +174,8 @@ def read_model(kind: Any, source: Source, part: str, **options: Any) -> Any:
 
 
 def encoder_config(kind: Any, source: Source, part: str) -> Any:
-    """The configuration of a text encoder, of which only what describes the network is taken. ModelUnavailable for one that cannot be
-    used, or that describes more than its weights hold."""
+    """The configuration of a text encoder, reduced to what describes the network. Raises ModelUnavailable if it cannot be used, or if it
+    describes more parameters than the files hold."""
     values, held = encoder_values(source, part)
     known = kind.config_class.__annotations__.keys() | {'tie_word_embeddings'}
     try:
@@ -191,14 +191,14 @@ def encoder_config(kind: Any, source: Source, part: str) -> Any:
 
 
 def encoder_values(source: Source, part: str) -> tuple[dict[str, Any], int]:
-    """What the configuration of a text encoder says, and how many weights there are. ModelUnavailable for one that is not theirs."""
+    """The values in a text encoder's configuration, and its number of weights. Raises ModelUnavailable if the two do not fit."""
     folder = source.folder / part
     if (folder / 'adapter_config.json').exists():
         raise ModelUnavailable(f'{folder} has an adapter, which padseg does not read')
     values = read_json(folder / 'config.json')
     shapes = {name: shape for path in weight_files(source.folder, (part,)) for name, shape in tensor_shapes(path).items()}
     check_network(values, folder / 'config.json', shapes)
-    inner = values.get('text_config')  # of a model that has more than a text encoder
+    inner = values.get('text_config')  # for a model that is more than a text encoder
     return (inner if isinstance(inner, dict) else values), sum(map(math.prod, shapes.values()))
 
 
@@ -213,7 +213,7 @@ def read_text_encoders(source: Source, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def read_scheduler(family: Family, source: Source) -> Any:
-    """The scheduler that the model comes with. ModelUnavailable for one that its family does not have, or that gives no noise levels."""
+    """Load the model's scheduler. Raises ModelUnavailable if its family has no such scheduler, or if it gives no noise levels."""
     known = family.LAYOUT.schedulers
     path = source.folder / 'scheduler' / config_name('scheduler')
     config = read_json(path)

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import pydantic
 
 from padseg.backbones.configuration import read_json, refuse_pointer, some_digits
-from padseg.backbones.layout import LAYOUTS, all_main, config_name, denoiser_in, denoisers, weights_name
-from padseg.backbones.spec import BACKBONES, DEPTHS, FAMILIES, Spec
+from padseg.backbones.layout import FAMILIES, LAYOUTS, all_main, config_name, denoiser_in, denoisers, weights_name
+from padseg.backbones.spec import BACKBONES, DEPTHS, Spec
 from padseg.errors import ModelUnavailable, PadsegError, UsageError
 
 SMALL_VAE = 'tiny'  # stands for the family's small VAE on the hub
@@ -22,12 +22,12 @@ SMALL_VAE = 'tiny'  # stands for the family's small VAE on the hub
 BESIDE_FACTS = ('step', 'normalisation', 'threshold', 'refine', 'superpixels', 'join', 'components', 'min_area')
 HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
 PLAIN_NAME = re.compile(r'[\w-][\w.-]*\.safetensors')
-VARIANTS = ('', 'fp16', 'bf16')  # of weights; the first that is there is read
+VARIANTS = ('', 'fp16', 'bf16')  # of weights; the first that exists is read
 PICKLED = ('.bin', '.pt', '.pth', '.ckpt', '.h5', '.msgpack', '.onnx', '.gguf')  # weights that are not read
 BLOCK = 1 << 24
 LARGE = 1 << 26  # bytes
-# what a `padseg.json` may ask for at most
-MOST_STEPS = 10_000  # of a noise schedule, of which all models here were trained with 1000
+# limits for values in `padseg.json`
+MOST_STEPS = 10_000  # of a noise schedule; all models here were trained with 1000
 MOST_PIXELS = 1 << 16  # along a side
 MOST_SLOTS = 1 << 13  # of a prompt
 
@@ -222,7 +222,7 @@ def is_other_form(name: str, part: str) -> bool:
 
 
 def weight_files(folder: pathlib.Path, parts: Sequence[str]) -> list[pathlib.Path]:
-    """The safetensors of these parts: one each, or the shards that its index lists; they need not be there."""
+    """The safetensors files of these parts: one for a part, or the shards that its index lists. They need not exist."""
     return [path for part in parts if weights_name(part) for path in chosen_weights(folder / part, str(weights_name(part)))[1]]
 
 
@@ -232,7 +232,7 @@ def weights_variant(folder: pathlib.Path, part: str) -> str | None:
 
 
 def chosen_weights(folder: pathlib.Path, name: str) -> tuple[str, list[pathlib.Path]]:
-    """The first variant of a part's weights that is there, and its files; the usual name if there is none."""
+    """The first variant of a part's weights that exists, and its files; the usual name if there is none."""
     for variant in VARIANTS:
         own = f'.{variant}' if variant else ''
         if (folder / f'{name}{own}.safetensors').is_file():
@@ -249,7 +249,7 @@ def shards(index: pathlib.Path) -> list[str]:
         raise ModelUnavailable(f'{index} must contain weight_map, the file of each tensor')
     strange = [name for name in names.values() if not PLAIN_NAME.fullmatch(name)]
     if strange:
-        raise ModelUnavailable(f'{index} names a file that is no safetensors beside it: {strange[0]!r}')
+        raise ModelUnavailable(f'{index} names a file that is not a safetensors file beside it: {strange[0]!r}')
     return sorted(set(names.values()))
 
 

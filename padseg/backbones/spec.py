@@ -27,7 +27,6 @@ class Spec(NamedTuple):
     own: Mapping[str, Mapping[str, Any]] = {}
 
 
-FAMILIES = {'SD3Transformer2DModel': 'sd3', 'FluxTransformer2DModel': 'flux'}  # by diffusers' class of the transformer
 DEPTHS = {'sd3': ('num_layers',), 'flux': ('num_layers', 'num_single_layers')}  # configuration keys that give the number of blocks
 
 

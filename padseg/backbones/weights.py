@@ -26,7 +26,7 @@ def shapes_of_model(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def fill_weights(model: AnyModule, paths: Sequence[pathlib.Path], place: torch.device, dtype: torch.dtype, label: str) -> AnyModule:
-    """Give a model the tensors it has, read one at a time; `refuse_misfits` has compared files and model.
+    """Load a model's tensors one at a time. `refuse_misfits` must have compared files and model before.
 
     Raises ModelUnavailable, with `label` for the model, for values that are not finite.
     """
@@ -34,8 +34,8 @@ def fill_weights(model: AnyModule, paths: Sequence[pathlib.Path], place: torch.d
     state: dict[str, Tensor] = {}
     for path in paths:
         for name in sorted(names_in(path) & wanted):
-            # opened for each anew: an open file keeps all that was read of it in memory. A copy even of the right dtype: in the file,
-            # tensors lie at any address, by which matrix products round
+            # reopened for every tensor, because an open file keeps all that was read in memory; copied even if the dtype is right,
+            # because tensors in a file have any alignment, which affects the rounding of matrix products
             with safe_open(path, 'pt') as file:
                 state[name] = file.get_tensor(name).to(place, dtype, copy=True)
             if not all_finite(state[name]):
@@ -45,7 +45,7 @@ def fill_weights(model: AnyModule, paths: Sequence[pathlib.Path], place: torch.d
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Without a second tensor of that size: extremes are NaN where any value is."""
+    """Whether all values are finite, without a second tensor of that size: the extremes are NaN if any value is."""
     return tensor.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in tensor.aminmax())
 
 
@@ -61,7 +61,7 @@ def refuse_misfits(
     folder: pathlib.Path,
     label: str,
 ) -> None:
-    """ModelUnavailable if weights lack one of the needed tensors, have it in another shape, or hold one that the whole model lacks.
+    """Raise ModelUnavailable if a needed tensor is missing or has another shape, or if the files hold one that the whole model lacks.
 
     needed: shapes of what is read; known: names of all tensors of the whole model; held: shapes in the headers of the files.
     """
@@ -73,11 +73,11 @@ def refuse_misfits(
 
 
 def refuse_whole_numbers(path: pathlib.Path, label: str) -> None:
-    """ModelUnavailable if a file holds tensors of whole numbers, which are quantised weights without what they stand for."""
+    """Raise ModelUnavailable if a file holds tensors of integers, which are quantised weights without their scales."""
     with safe_open(path, 'pt') as file:
         for name in file.keys():
             if not file.get_slice(name).get_dtype().startswith(('F', 'BF')):
-                raise ModelUnavailable(f'{label} cannot be used: {name} in {path} holds whole numbers, as quantised weights do')
+                raise ModelUnavailable(f'{label} cannot be used: {name} in {path} holds integers, as quantised weights do')
 
 
 def refuse_lost(names: Iterable[str], folder: pathlib.Path, label: str) -> None:

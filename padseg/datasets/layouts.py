@@ -136,7 +136,7 @@ def listed_files(place: FoundLayout, split: Split) -> Collection[str] | None:
         names = [line.split()[0] for line in lines if line.strip()]
         outside = [name for name in names if name.startswith('/') or '..' in name.split('/')]
         if outside:
-            raise LayoutError(f'{place.listing} names {some(outside)}: names are of files below {place.images}')
+            raise LayoutError(f'{place.listing} names {some(outside)}: it may only name files below {place.images}')
         return names
     if place.labels is None and place.annotations:
         return [name for name, painting in detail_paintings(place.annotations).items() if painting.phase == split.folder]
@@ -159,9 +159,9 @@ def label_files(folder: Path, layout: Layout) -> Iterator[tuple[str, Path]]:
 
 
 def files_below(folder: Path, ends: Collection[str]) -> Iterator[tuple[str, Path]]:
-    """(name, path) of the files <name><end> in a folder and below, but for hidden ones; a name is a POSIX path, ends are of any case.
+    """Yield (name, path) of the files <name><end> in a folder and below, except hidden ones. Names are POSIX paths; ends match in any case.
 
-    Whatever has such a name is given, so that it is said if it cannot be read; a folder only if there is no such file in it.
+    Anything with such a name is yielded, so that it is reported if it cannot be read; a folder only if no such file is in it.
     """
     for parent, folders, entries in os.walk(folder, onerror=images.refuse):
         folders[:] = sorted(name for name in folders if name[0] != '.')

@@ -1,4 +1,4 @@
-"""MATLAB files, read by another process, which may crash, run out of time or out of memory without harm to this one: `mat_child`."""
+"""Read MATLAB files in another process, `mat_child`, whose crash, time limit or memory limit does no harm to this one."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from padseg.errors import UnreadableLabels
 if TYPE_CHECKING:
     from padseg.types import Array
 
-SECONDS = 20  # that a file may take
+SECONDS = 20  # limit for reading a file
 NUMBER = np.dtype(np.int32)
 PIPE = 1 << 20  # bytes
 LOCK = threading.Lock()
-ONE_THREAD = {'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1'}  # more would only take time to start and room for their stacks
+ONE_THREAD = {'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1'}  # more threads would only cost start-up time and memory for their stacks
 
 
 class Answer(NamedTuple):
-    """What the other process says: matrices, or the reason why there are none."""
+    """Answer of the other process: matrices, or the reason why there are none."""
 
     reason: str
     matrices: tuple[Array, ...]
 
 
 def mat_matrices(path: Path, variable: str, field: str | None = None) -> tuple[Array, ...]:
-    """The label map in a variable of a MATLAB file or, with a field, those of each structure in a cell array: (H, W) int32 each.
+    """The label map in a variable of a MATLAB file, or with `field` one from each structure in a cell array: (H, W) int32 each.
 
     Raises UnreadableLabels.
     """
@@ -49,7 +49,7 @@ def mat_matrices(path: Path, variable: str, field: str | None = None) -> tuple[A
         fresh = reader.cache_info().currsize == 0
         answer = asked(request)
         if not fresh and isinstance(answer, int) and answer != -signal.SIGALRM:
-            answer = asked(request)  # an earlier file may have left that process unsound
+            answer = asked(request)  # an earlier file may have corrupted that process
     if isinstance(answer, int):
         raise UnreadableLabels(path, ending(answer))
     if answer.reason:
@@ -58,7 +58,7 @@ def mat_matrices(path: Path, variable: str, field: str | None = None) -> tuple[A
 
 
 def asked(request: bytes) -> Answer | int:
-    """The answer to a request; the exit code of the process if that ended without one, and the next request gets another process."""
+    """Send a request and return the answer. If the process ended without one, return its exit code; the next request starts another."""
     child = reader(os.getpid())
     try:
         return answer_of(child, request)
@@ -66,19 +66,19 @@ def asked(request: bytes) -> Answer | int:
         reader.cache_clear()
         code = end(child)
         if not isinstance(error, (EOFError, BrokenPipeError, ValueError)):
-            raise  # an interruption, or no memory in this process
+            raise  # such as an interruption, or no memory left in this process
         return code
 
 
 @functools.lru_cache(maxsize=1)
 def reader(owner: int) -> subprocess.Popen[bytes]:
-    """The process that reads for this one. owner: the id of this one, since a process that is forked from it needs its own."""
+    """The reading process of this one. owner: id of this process, so that a fork of it starts its own."""
     command = [sys.executable, '-S', mat_child.__file__, str(SECONDS), *map(str, sys.path)]
     child = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, **ONE_THREAD}
     )
     atexit.register(end, child)
-    with contextlib.suppress(AttributeError, OSError):  # where there is no such request; a larger pipe needs fewer turns of both
+    with contextlib.suppress(AttributeError, OSError):  # a larger pipe needs fewer turns between the two; not every system can do it
         fcntl.fcntl(cast(IO[bytes], child.stdout), fcntl.F_SETPIPE_SZ, PIPE)
     return child
 
@@ -89,7 +89,7 @@ def end(child: subprocess.Popen[bytes]) -> int:
 
 
 def answer_of(child: subprocess.Popen[bytes], request: bytes) -> Answer:
-    """What the process answers. EOFError or BrokenPipeError if it has ended, ValueError if that makes no sense."""
+    """Receive the answer to a request. Raises EOFError or BrokenPipeError if the process has ended, ValueError for nonsense."""
     requests, answers = cast(IO[bytes], child.stdin), cast(BufferedReader, child.stdout)
     requests.write(request)
     requests.flush()
@@ -114,7 +114,7 @@ def exactly(answers: BufferedReader, size: int) -> bytes:
 
 
 def ending(code: int) -> str:
-    """Why a process that read a file ended, from its exit code, in words."""
+    """Explain why the reading process ended, from its exit code."""
     if code == -signal.SIGALRM:
         return f'takes more than {SECONDS} s to read'
     return 'not a MATLAB file, or a damaged one: reading it crashed' + (f' ({signal.Signals(-code).name})' if code < 0 else '')

@@ -1,7 +1,8 @@
 """The process that reads MATLAB files: scipy crashes on some damaged ones, and a small one can unpack to any size.
 
-It is run as a file, not as a module of the package, so that its start costs no more than scipy's. Requests are lines of JSON on stdin:
-[path, variable, field]. Each is answered with the length of some JSON in 8 digits, that JSON, [reason, shapes], and the matrices' bytes.
+It runs as a file, not as a module of the package, so that starting it costs no more than importing scipy. Requests are lines of JSON on
+stdin: [path, variable, field]. An answer is the length of a JSON text in 8 digits, that text, [reason, shapes], and the bytes of the
+matrices.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 if TYPE_CHECKING:
     from padseg.types import Array
 
-MEMORY = 1 << 30  # bytes of addresses that reading a file may take
-LARGEST = 1 << 28  # bytes of a file, and of what it unpacks to
+MEMORY = 1 << 30  # bytes of address space for reading a file
+LARGEST = 1 << 28  # bytes of a file, both compressed and decompressed
 HEADER, TAG, COMPRESSED = 128, 8, 15  # bytes, bytes, and the type of a compressed element
 PIECE = 1 << 16
 INT32 = 2**31 - 1
@@ -25,13 +26,13 @@ class Refused(Exception):
 
 
 def serve(requests: BinaryIO, answers: BinaryIO, seconds: int) -> None:
-    """Answer until there are no more requests. SIGALRM ends the process when a file takes longer than so many seconds."""
+    """Answer requests until there are no more. SIGALRM ends the process if a file takes longer than `seconds`."""
     import signal
 
-    import scipy.io  # noqa: F401  # before memory is bounded, and outside of the first file's time
+    import scipy.io  # noqa: F401  # before memory is limited, and not counted in the first file's time
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asks decides when to stop
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # whatever was inherited
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks decides when to stop
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # whatever handler was inherited
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     bound_memory()
     for request in requests:
@@ -53,31 +54,31 @@ def answer(path: str, variable: str, field: str | None) -> tuple[str, list[Array
         return str(error), []
     except MemoryError:
         return f'takes more than {MEMORY} bytes of memory to read', []
-    except Exception as error:  # whatever scipy makes of damaged bytes, it is this file's fault
+    except Exception as error:  # scipy raises all kinds of errors for damaged files
         return f'not a MATLAB file, or a damaged one: {error}', []
 
 
 def bound_memory() -> None:
-    """Leave this process MEMORY more bytes of addresses than it has now, where the system can say how many that is."""
+    """Limit this process to MEMORY bytes of address space more than now, where the system tells how much that is."""
     import resource
 
     try:
         with open('/proc/self/statm', encoding='ascii') as file:
             used = int(file.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-    except (OSError, ValueError):  # macOS; LARGEST bounds it there too
+    except (OSError, ValueError):  # on macOS; LARGEST still holds there
         pass
 
 
 def label_matrices(path: str, variable: str, field: str | None) -> list[Array]:
-    """The matrix that is a variable, or with a field, that of each structure in a cell array: (H, W) int32 each."""
+    """The matrix in a variable, or with `field` one from each structure in a cell array: (H, W) int32 each."""
     value = read_variable(path, variable)
     if field is None:
         return [label_matrix(value)]
     try:
         matrices = [cell[field].item() for cell in value.ravel()]
     except (AttributeError, IndexError, TypeError, ValueError):
-        refuse(f'{variable} is no cell array of structures with a {field}')
+        refuse(f'{variable} is not a cell array of structures with the field {field}')
     if not matrices:
         refuse(f'{variable} is empty')
     return [label_matrix(matrix) for matrix in matrices]
@@ -92,22 +93,22 @@ def read_variable(path: str, name: str) -> Array:
 
     check(contents(path))
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # scipy warns of oddities that it reads all the same
+        warnings.simplefilter('ignore')  # oddities that scipy reads all the same
         try:
             variables = loadmat(path, variable_names=[name])
         except NotImplementedError:
-            refuse('a MATLAB file of version 7.3, which is not read: save it as version 7 or older')
+            refuse('a MATLAB file of version 7.3, which padseg does not read: save it as version 7 or older')
     if name not in variables:
-        refuse(f'holds no {name}')
+        refuse(f'holds no variable {name}')
     return np.asarray(variables[name])
 
 
 def contents(path: str) -> bytes:
-    """The bytes of a regular file."""
+    """Read the bytes of a regular file."""
     import os
     import stat
 
-    opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
+    opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # so that opening a pipe does not block
     status = os.fstat(opened)
     if not stat.S_ISREG(status.st_mode):
         os.close(opened)
@@ -119,9 +120,9 @@ def contents(path: str) -> bytes:
 
 
 def check(data: bytes) -> None:
-    """Unpack the compressed parts of a MATLAB file of version 5 to 7, for their size and checksums.
+    """Decompress the compressed parts of a MATLAB file of version 5 to 7, to check their sizes and checksums.
 
-    scipy uses bytes before it has seen the checksum.
+    scipy uses data before it has checked the checksum.
     """
     import struct
 
@@ -136,7 +137,7 @@ def check(data: bytes) -> None:
 
 
 def unpacked(data: memoryview, room: int) -> int:
-    """How many bytes a compressed part unpacks to, at most so many."""
+    """Number of bytes that a compressed part unpacks to. Raises Refused if it exceeds `room`, ValueError if the part is truncated."""
     import zlib
 
     unpacker, size = zlib.decompressobj(), 0
@@ -155,14 +156,14 @@ def unpacked(data: memoryview, room: int) -> int:
 
 
 def label_matrix(values: Any) -> Array:
-    """A matrix of whole numbers >= 0 as int32, whatever type it was stored in."""
+    """Convert a matrix of whole numbers >= 0, stored as any type, to int32."""
     import numpy as np
 
     matrix = np.asarray(values)
     if matrix.ndim != 2 or not matrix.size or matrix.dtype.kind not in 'iufb':
-        refuse(f'labels are a matrix of numbers; this is {matrix.dtype} of shape {matrix.shape}')
+        refuse(f'labels must be a matrix of numbers, not {matrix.dtype} of shape {matrix.shape}')
     if not ((matrix >= 0) & (matrix <= INT32) & (matrix == np.floor(matrix))).all():
-        refuse('labels are whole numbers from 0 on')
+        refuse('labels must be whole numbers, 0 or larger')
     return np.ascontiguousarray(matrix, np.int32)
 
 
@@ -171,5 +172,5 @@ def refuse(reason: str) -> NoReturn:
 
 
 if __name__ == '__main__':
-    sys.path[:] = sys.argv[2:]  # scipy is where the process that asks has it
+    sys.path[:] = sys.argv[2:]  # find scipy where the parent process does
     serve(sys.stdin.buffer, sys.stdout.buffer, int(sys.argv[1]))

@@ -64,7 +64,7 @@ def output(out: Path) -> Iterator[None]:
         with owned(out, 'run.json'):
             for name in ('scores.json', 'pictures.jsonl'):
                 if (out / name).exists() and not (out / name).is_file():
-                    raise OutputConflict(f'{out / name} is no file: choose another --out')  # and a pipe would be waited for
+                    raise OutputConflict(f'{out / name} is not a file: choose another --out')  # opening a pipe would block
             yield
     except OSError as error:
         raise OutputConflict(f'cannot write to {out}: {error}') from error

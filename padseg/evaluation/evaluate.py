@@ -99,7 +99,7 @@ def score_stored(task: Task, samples: Iterable[Sample], workers: int = 1) -> Ite
         try:
             yield from pool.map(partial(score_pair, light), pairs, chunksize=CHUNK)
         except BrokenProcessPool as error:
-            raise ResourceExhausted('a worker was ended, most likely for want of memory: try fewer --workers') from error
+            raise ResourceExhausted('a worker process was killed, most likely because memory ran out: try fewer --workers') from error
 
 
 def score_pair(task: Task, pair: tuple[Sample, dict[str, Path]]) -> PictureScores:

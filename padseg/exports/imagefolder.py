@@ -22,10 +22,10 @@ FOLDER = 'hf-imagefolder'
 PARTS: tuple[str, ...] = ('images', 'labels')
 BESIDE = False
 COLUMNS = ('file_name', 'mask_file_name')
-LEGEND = 'id2label.json'  # what scripts that train on such folders look for
-UNLABELED = 'unlabeled'  # 0 in label maps, which needs a name there too
-# What the library, or what it reads tables with, takes for more than a letter of a name: the mark of a variable, the end of a row, and
-# how hidden folders begin, and others that it leaves out.
+LEGEND = 'id2label.json'  # the name that training scripts for such folders look for
+UNLABELED = 'unlabeled'  # name of 0 in label maps; the file must name it too
+# What the library, or its table reader, does not take as part of a name: the sign of a variable, the end of a row, and the beginnings of
+# hidden folders and of others that it leaves out.
 SPECIAL = re.compile(r'[$\r]|(?<![^/])\.|(?<![^/])_(?=_)')
 ESCAPED = re.compile('%[0-9A-F]{2}')
 # Without this, a folder or file whose name holds a word such as test would become a split of its own.
@@ -66,7 +66,7 @@ def writer(place: Place) -> Iterator[Add]:
 
 
 def portable(name: str) -> str:
-    """A picture's name as the library can open it; no two have the same. What it cannot take is written as in addresses, %24 for $."""
+    """A picture's name in a form that the library can open, still unique. Special characters are escaped as in URLs: %24 for $."""
     if not (SPECIAL.search(name) or ESCAPED.search(name)):
         return name
     return SPECIAL.sub(lambda match: f'%{ord(match[0]):02X}', name.replace('%', '%25'))

@@ -56,7 +56,7 @@ def encoded(suffix: str, pixels: Array, options: Sequence[int] = ()) -> bytes:
     except cv2.error as error:
         raise ImageError(f'cannot be written as {suffix}: {error.err}') from error
     if not done:
-        raise ImageError(f'{pixels.shape[1]}x{pixels.shape[0]} pixels are too many for a side of a {suffix} file')
+        raise ImageError(f'{pixels.shape[1]}x{pixels.shape[0]} pixels are too long or too wide for a {suffix} file')
     return data.tobytes()
 
 

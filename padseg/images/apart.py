@@ -1,7 +1,8 @@
-"""Files to pictures in processes of their own, which are ended where a file takes too long or too much memory, or is no longer wanted.
+"""Decode pictures in separate processes, which are killed if a file takes too much time or memory or is no longer wanted.
 
-A server (padseg.images.worker) holds the decoders and has one thread, so that it can be forked at any time. Its forks, the workers, decode
-one file at a time. Requests and answers are JSON, and pixels follow as they are: nothing is unpickled that a decoder was led to write.
+A server (padseg.images.worker) has the decoders loaded and runs a single thread, so that it can be forked at any time. Its forks, the
+workers, decode one file at a time. Requests and answers are JSON, followed by raw pixels. Nothing is unpickled, so a decoder that was taken
+over cannot run code in this process.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from padseg.errors import PadsegError
 from padseg.images.decode import Decoded, ImageError, Reading
 from padseg.images.messages import Answer, Gone, fill, receive, send
 
-POLL = 0.1  # seconds after which a thread that waits for a worker looks whether it still has to
-PATIENCE = 10  # how many times the seconds that it may compute a worker may take to answer: other processes need the processor too
-ENDED = 'the process that decodes it was ended: by a fault of the decoder, or for want of memory'
+POLL = 0.1  # seconds between checks whether a waiting thread should give up
+PATIENCE = 10  # a worker may take this many times its limit of processor time to answer, because other processes share the processor
+ENDED = 'the process that decoded it ended: its decoder crashed, or memory ran out'
 TRIALS = 3
-BEGIN = 120.0  # seconds that the server may take to begin
+BEGIN = 120.0  # seconds in which the server must have started
 START = 'import sys; sys.path[:] = sys.argv[1:]; from padseg.images.worker import serve; serve()'
-ONE_THREAD = {'OPENBLAS_NUM_THREADS': '1', 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}  # NumPy would start some in the server
+ONE_THREAD = {'OPENBLAS_NUM_THREADS': '1', 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}  # or NumPy would start more in the server
 
 Stopped = Callable[[], bool]
 
@@ -45,7 +46,7 @@ def untold(size: int, digest: str) -> None:
 
 
 class Worker:
-    """A process that decodes; busy: whether it still owes an answer."""
+    """A decoding process. busy: whether it still owes an answer."""
 
     def __init__(self, connection: socket.socket, stopped: Stopped) -> None:
         connection.settimeout(POLL)
@@ -56,11 +57,11 @@ class Worker:
 
     def ask(self, what: str, path: Path, reading: Reading, frame: int = 0) -> None:
         self.busy = True
-        # absolute: this process may be in another folder than when the server was started
+        # absolute, because this process may have changed its working directory since the server started
         send(self.connection, {'what': what, 'path': str(path.absolute()), 'frame': frame, 'reading': reading._asdict()})
 
     def answer(self, stopped: Stopped, seconds: float = math.inf) -> Answer:
-        """What it says next. Raises what it says went wrong, as ImageError or OSError."""
+        """Receive the worker's next answer. If it reports an error, raise that as ImageError or OSError."""
         answer = receive(self.connection, stopped, seconds)
         if 'reason' in answer:
             self.busy = False
@@ -70,7 +71,7 @@ class Worker:
         return answer
 
     def last_answer(self, reading: Reading, stopped: Stopped) -> Answer:
-        """The answer after those that only say that a frame on the way was decoded. The limit of time is for each."""
+        """Wait for the final answer, past those that report an intermediate frame. The time limit applies to each answer."""
         while True:
             began = time.monotonic()
             try:
@@ -83,7 +84,7 @@ class Worker:
                 return answer
 
     def end(self) -> None:
-        if self.is_there():  # or its number may be another's by now
+        if self.is_there():  # otherwise another process may have its id by now
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process, signal.SIGKILL)
         self.connection.close()
@@ -101,7 +102,7 @@ class Worker:
 
 
 def started(connection: socket.socket) -> subprocess.Popen[bytes]:
-    """The server at the other end of a connection. PadsegError if it cannot be started."""
+    """Start the server at the other end of a connection. Raises PadsegError if it cannot be started."""
     try:
         return subprocess.Popen(
             (sys.executable, '-I', '-c', START, *sys.path),
@@ -109,14 +110,14 @@ def started(connection: socket.socket) -> subprocess.Popen[bytes]:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,  # where libtiff writes
             env={**os.environ, **ONE_THREAD},
-            start_new_session=True,  # Ctrl-C is for the process that asks
+            start_new_session=True,  # so that Ctrl-C reaches only the process that asks
         )
     except OSError as error:
         raise PadsegError(f'cannot start the process that decodes pictures, {sys.executable}: {error.strerror}') from error
 
 
 class Workers:
-    """The processes that decode for this one: the server, and the workers that have nothing to do."""
+    """The processes that decode for this one: the server and its idle workers."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -125,7 +126,7 @@ class Workers:
         self.idle: list[Worker] = []
 
     def serve(self, broken: socket.socket | None = None) -> socket.socket:
-        """The connection to the server, which is started if there is none, or only the one over which it was found to have ended."""
+        """Return the connection to the server. Starts a server if none runs, or if `broken` is the present connection."""
         with self.lock:
             if self.server is None or self.server is broken:
                 ours, theirs = socket.socketpair()
@@ -136,7 +137,7 @@ class Workers:
 
     @contextlib.contextmanager
     def one(self, stopped: Stopped) -> Iterator[Worker]:
-        """A worker for the block. One that still owes an answer afterwards is ended."""
+        """Yield a worker for the block. It is killed afterwards if it still owes an answer."""
         worker = self.idle_or_new(stopped)
         try:
             yield worker
@@ -156,7 +157,7 @@ class Workers:
                     return worker
                 worker.end()
         server = None
-        for _ in range(TRIALS):  # somebody may have killed the server
+        for _ in range(TRIALS):  # the server may have been killed
             server = self.serve(server)
             ours, theirs = socket.socketpair()
             try:
@@ -168,10 +169,10 @@ class Workers:
             except BaseException:
                 ours.close()
                 raise
-        raise PadsegError(f'the process that decodes pictures did not begin: try {sys.executable} -c "import padseg.images.worker"')
+        raise PadsegError(f'the process that decodes pictures did not start: try {sys.executable} -c "import padseg.images.worker"')
 
     def forget(self) -> None:
-        """For a fork of this process: the workers are its parent's, the server is for both."""
+        """In a fork of this process: forget the workers, which belong to its parent. Both use the server."""
         self.lock = threading.Lock()
         while self.idle:
             self.idle.pop().connection.close()
@@ -182,17 +183,17 @@ os.register_at_fork(after_in_child=WORKERS.forget)
 
 
 def start_decoding() -> None:
-    """Have the server started: it takes a moment to be ready."""
+    """Start the server early, because it needs a moment until it is ready."""
     WORKERS.serve()
 
 
 def decode_apart(
     path: Path, reading: Reading, frame: int = 0, known: Callable[[int, str], None] = untold, stopped: Stopped = never
 ) -> Decoded:
-    """The picture in a file, as decode_with_notes has it, within the limits of time and memory.
+    """Decode the picture in a file within limits of time and memory; the result is that of `decode_with_notes`.
 
-    known: is told the file's bytes and SHA-256 before it is decoded. stopped: whether the picture is no longer wanted, which fails it.
-    Raises ImageError with the reason, OSError if the file cannot be read.
+    known: called with the file's size in bytes and its SHA-256 before decoding. stopped: returns True once the picture is no longer wanted,
+    which fails it. Raises ImageError with the reason, or OSError if the file cannot be read.
     """
     with WORKERS.one(stopped) as worker:
         worker.ask('picture', path, reading, frame)
@@ -209,12 +210,12 @@ def decode_apart(
 
 
 def count_apart(path: Path, reading: Reading) -> int:
-    """The number of frames in a file, at most MAX_FRAMES + 1. Raises ImageError, OSError."""
+    """Number of frames in a file, up to MAX_FRAMES + 1. Raises ImageError, OSError."""
     return int(looked_up(path, reading, 'frames'))
 
 
 def size_apart(path: Path, reading: Reading) -> tuple[int, int]:
-    """(width, height) of a file's picture by its header. Raises ImageError, OSError."""
+    """(width, height) of a file's picture, from its header. Raises ImageError, OSError."""
     width, height = looked_up(path, reading, 'size')
     return width, height
 

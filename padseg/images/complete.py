@@ -1,4 +1,4 @@
-"""Whether files hold all the data that their headers promise, where decoders fill in what is missing without a word."""
+"""Check that files hold all the data their headers promise, where decoders silently fill in what is missing."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from padseg.images.pixels import to_bytes
 
 SHORT = 'truncated or damaged: the data end before the last row'
 RESTARTS = range(0xD0, 0xD8)
-AMONG_CODES = frozenset((0, 0xFF, *RESTARTS))  # what may follow 0xff among the codes of a JPEG scan
-HUFFMAN = (0xC0, 0xC1, 0xC2)  # the kinds of JPEG, by their frame header, that end with zeros where data are missing
+AMONG_CODES = frozenset((0, 0xFF, *RESTARTS))  # may follow 0xff within the entropy-coded data of a JPEG scan
+HUFFMAN = (0xC0, 0xC1, 0xC2)  # frame markers of the kinds of JPEG whose missing data decode as zeros
 FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
 SCAN, END, INTERVAL = 0xDA, 0xD9, 0xDD
 ALONE = {0x01, 0xD8, END}  # markers without data
 MAX_SCANS = 500  # as TurboJPEG's own limit; encoders make a dozen
 MAX_SEGMENTS = 20_000
-FILLER = bytes(range(1, 251)) * 4  # codes that stand for something else than zeros
-MIDDLE = (126, 129)  # what zeros become in a JPEG, with the rounding of colour conversions
+FILLER = bytes(range(1, 251)) * 4  # entropy-coded data that do not decode as zeros
+MIDDLE = (126, 129)  # samples that missing data decode to, allowing for the rounding of colour conversions
 CHUNK = 2**20
 TEXTS = (b'tEXt', b'zTXt', b'iTXt')
-NEEDED = (b'XML:com.adobe.xmp\0', b'Raw profile type exif\0')  # texts that say how a picture is turned
-HEAD = 100  # bytes, more than a keyword may take
-MAX_TEXT = 2**20  # bytes that Pillow takes of a text or a colour profile
+NEEDED = (b'XML:com.adobe.xmp\0', b'Raw profile type exif\0')  # texts that may hold the orientation
+HEAD = 100  # bytes; longer than any keyword
+MAX_TEXT = 2**20  # bytes: Pillow's limit for a text or a colour profile
 
 
 class Segment(NamedTuple):
-    """A part of a JPEG. code: of its marker; start: where the marker begins; data: where what belongs to it begins; end: where it ends."""
+    """A segment of a JPEG. code: of its marker; start, data, end: where the marker begins, where its data begin, and where they end."""
 
     code: int
     start: int
@@ -42,7 +42,7 @@ class Segment(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """What the header of a JPEG says. sampling: of each component, across and down."""
+    """The frame header of a JPEG. sampling: factors of each component, horizontal and vertical."""
 
     width: int
     height: int
@@ -50,7 +50,7 @@ class Frame(NamedTuple):
 
 
 def segments(data: bytes) -> Iterator[Segment]:
-    """The parts of a JPEG up to its end; codes of a scan are no part of it, but stand between it and the next."""
+    """Yield the segments of a JPEG up to its end. The entropy-coded data of a scan lie between its segment and the next."""
     place = 2
     while (start := next_marker(data, place)) is not None:
         code = data[start + 1]
@@ -62,7 +62,7 @@ def segments(data: bytes) -> Iterator[Segment]:
 
 
 def next_marker(data: bytes, place: int) -> int | None:
-    """Where the next marker begins that may not stand among the codes of a scan."""
+    """Where the next marker begins, apart from those that may occur within entropy-coded data."""
     while (place := data.find(b'\xff', place)) >= 0 and place + 1 < len(data):
         if data[place + 1] not in AMONG_CODES:
             return place
@@ -71,7 +71,7 @@ def next_marker(data: bytes, place: int) -> int | None:
 
 
 def jpeg_fault(data: bytes) -> str | None:
-    """What is wrong with a JPEG as a whole; None if nothing is."""
+    """What is wrong with a JPEG as a whole, in words; None if nothing is."""
     frame: Frame | None = None
     begun: set[int] = set()
     scans = interval = 0
@@ -85,7 +85,7 @@ def jpeg_fault(data: bytes) -> str | None:
         elif segment.code == SCAN and len(body) >= 4 and frame:
             scans += 1
             names = body[1 : 1 + 2 * body[0] : 2]
-            begun |= set(names) if body[-3] == 0 else set()  # with the first coefficient
+            begun |= set(names) if body[-3] == 0 else set()  # this scan has the first coefficient
             codes = data[segment.end : following.start if following else len(data)]
             if interval and restarts(codes) < (units(frame, names) - 1) // interval:
                 return SHORT
@@ -104,7 +104,7 @@ def restarts(codes: bytes) -> int:
 
 
 def units(frame: Frame, names: bytes) -> int:
-    """The number of units that a scan of these components is made of: blocks if there is one, else groups of blocks."""
+    """Number of units (MCUs) in a scan of these components: blocks for a single component, otherwise groups of blocks."""
     across, down = (max(factors) for factors in zip(*frame.sampling.values(), strict=True))
     if len(names) > 1:
         return -(-frame.width // (8 * across)) * -(-frame.height // (8 * down))
@@ -113,7 +113,7 @@ def units(frame: Frame, names: bytes) -> int:
 
 
 def is_short_jpeg(data: bytes, picture: JpegImageFile) -> bool:
-    """Whether a loaded JPEG ends before its last row: then other data in the place of those that are missing change it."""
+    """Whether a loaded JPEG ends before its last row, that is, whether it changes when other data are appended to its scans."""
     corner = picture.getpixel((picture.width - 1, picture.height - 1))
     values = corner if isinstance(corner, tuple) else (corner or 0,)
     if not all(MIDDLE[0] <= value <= MIDDLE[1] for value in values):
@@ -142,7 +142,7 @@ def strips_of(picture: PIL.Image.Image) -> Iterator[tuple[int, int, int, int]]:
 
 
 def chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Name, start and end of the chunks of a PNG, up to its end."""
+    """Yield name, start and end of each chunk of a PNG."""
     place = 8
     while place + 12 <= len(data):
         name, end = data[place + 4 : place + 8], place + 12 + int.from_bytes(data[place : place + 4], 'big')
@@ -157,7 +157,7 @@ def is_short_png(data: bytes, picture: PIL.Image.Image) -> bool:
     last = picture.crop((0, picture.height - 1, picture.width, picture.height))
     interlaced = data[28] == 1
     if not interlaced and last.getbbox(alpha_only=False):
-        return False  # rows that are missing are zeros
+        return False  # missing rows would be zeros
     needed = png_bytes(picture.width, picture.height, data[24], data[25], interlaced)
     unpacker = zlib.decompressobj()
     for name, start, end in chunks(data):
@@ -173,7 +173,7 @@ def is_short_png(data: bytes, picture: PIL.Image.Image) -> bool:
 
 
 def png_bytes(width: int, height: int, depth: int, colours: int, interlaced: bool) -> int:
-    """Bytes of a PNG's rows before they are compressed."""
+    """Size of a PNG's rows before compression, in bytes."""
     bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colours]
     passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
     total = 0
@@ -184,7 +184,10 @@ def png_bytes(width: int, height: int, depth: int, colours: int, interlaced: boo
 
 
 def lean_png(data: bytes) -> tuple[bytes, bytes]:
-    """A PNG without the texts that are of no use here, some of which Pillow refuses; and the start of a colour profile left out too."""
+    """Drop what padseg does not need from a PNG: texts, some of which Pillow refuses, and a colour profile that is too large.
+
+    Returns the PNG and the start of the dropped profile, empty if there was none.
+    """
     parts, profile = [data[:8]], b''
     for name, start, end in chunks(data):
         body = data[start + 8 : start + 8 + HEAD] if name in TEXTS or name == b'iCCP' else b''
@@ -196,7 +199,7 @@ def lean_png(data: bytes) -> tuple[bytes, bytes]:
 
 
 def is_bomb(name: bytes, body: bytes) -> bool:
-    """Whether a text unpacks to more than Pillow takes."""
+    """Whether a text decompresses to more than Pillow accepts."""
     keyword, _, rest = body.partition(b'\0')
     if name == b'zTXt':
         return unpacks_to_more(rest[1:], MAX_TEXT)
@@ -211,7 +214,7 @@ def unpacks_to_more(data: bytes, most: int) -> bool:
 
 
 def with_key_colour(picture: PIL.Image.Image, data: bytes) -> PIL.Image.Image:
-    """A loaded PNG of which one colour is transparent, with what Pillow makes of that put right for depths other than 8."""
+    """Correct the transparent colour of a loaded PNG, which Pillow gets wrong for depths other than 8 bits."""
     depth, key = data[24], picture.info['transparency']
     if depth == 8 or picture.mode == 'P':
         return picture
@@ -219,7 +222,7 @@ def with_key_colour(picture: PIL.Image.Image, data: bytes) -> PIL.Image.Image:
         copy = picture.copy()
         copy.info['transparency'] = (key if picture.mode != '1' else key // 255) * 255 // (2**depth - 1)
         return copy
-    import cv2  # only here: it takes long to import, and Pillow keeps no more than 8 bits of colours
+    import cv2  # imported late because it is slow to import; needed because Pillow keeps only 8 bits of a colour
 
     samples = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
     if samples is None:
@@ -231,7 +234,7 @@ def with_key_colour(picture: PIL.Image.Image, data: bytes) -> PIL.Image.Image:
 
 
 def gif_frames(data: bytes, most: int) -> tuple[int, int]:
-    """The number of frames in a GIF, at most so many, and where the first one ends. One that is cut counts."""
+    """Number of frames in a GIF, up to `most`, and where the first one ends. A truncated frame counts."""
     place = 13 + (3 << (data[10] & 7) + 1 if len(data) > 10 and data[10] & 128 else 0)
     count = first = 0
     while place < len(data) and count < most:

@@ -1,4 +1,4 @@
-"""Decode a file's bytes to an upright 8-bit RGB picture, within limits, with notes on conversions, or with the reason why it cannot be."""
+"""Decode a file's bytes to an upright 8-bit RGB picture within limits, with notes on conversions, or give the reason why that fails."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ from padseg.images.pixels import (
 from padseg.images.tiff import Tiff, UnknownRange, Unsupported
 from padseg.types import Array, Image
 
-Opened = ImageFile | Tiff  # a file whose header was read
-UNKNOWN_RANGE = 'float or 32-bit samples, whose range is not known: give it by --value-range'
+Opened = ImageFile | Tiff  # a file whose header has been read
+UNKNOWN_RANGE = 'float or 32-bit samples, whose range is not known: set it with --value-range'
 
 
 class Decoder(NamedTuple):
@@ -57,7 +57,7 @@ class Decoder(NamedTuple):
 
 
 def heic(file: IO[bytes]) -> ImageFile:
-    """A HEIC file, by a library that need not be there."""
+    """Open a HEIC file with pillow-heif, an optional library."""
     from pillow_heif import HeifImageFile
 
     picture: ImageFile = HeifImageFile(file)
@@ -79,9 +79,9 @@ DECODERS = {
 }
 MAX_PIXELS = 89_000_000
 MAX_BYTES = 1_000_000_000
-MAX_FRAMES = 1000  # of one file: more are an attack or a film
-ALL_FRAMES = 100  # how many times the pixels allowed for a picture all frames of an animation may have
-MAX_SECONDS = 30.0  # of a processor, for one picture: the largest that is allowed takes a tenth
+MAX_FRAMES = 1000  # of one file; more suggests an attack or a film
+ALL_FRAMES = 100  # all frames of an animation together may have this many times the pixels allowed for one picture
+MAX_SECONDS = 30.0  # of processor time for one picture; the largest allowed picture takes a tenth of it
 MAX_MEMORY = 2_000_000_000
 EXIF = ('apply', 'ignore')
 FRAMES = ('first', 'all')
@@ -100,11 +100,11 @@ class ImageError(PadsegError):
 class Reading(NamedTuple):
     """How files are read. max_pixels, max_bytes: limits; larger pictures and files are rejected before decoding or reading.
 
-    exif: whether a picture is turned upright as its EXIF data say, one of EXIF; frames: of an animation or a file of many pages, one of
-    FRAMES; value_range: which samples become black and white, of pictures with samples of floats or 32 bits, which are refused without
-    it; background: RGB behind what is transparent; void: tell which pixels are fully transparent; shrink: reduce pictures of more
-    pixels than this. max_seconds, max_memory: seconds of a processor and bytes, beside the file's own, that decoding may take; only
-    where it is done in a process of its own.
+    exif: whether to turn a picture upright by its EXIF data, one of EXIF; frames: which frames or pages of a file to use, one of FRAMES;
+    value_range: the sample values of black and white, without which pictures with float or 32-bit samples are refused; background: RGB
+    behind transparent parts; void: report which pixels are fully transparent; shrink: reduce pictures of more pixels than this.
+    max_seconds, max_memory: limits of decoding, in seconds of processor time and in bytes beyond the file's own; they hold only where
+    pictures are decoded in a separate process.
     """
 
     max_pixels: int = MAX_PIXELS
@@ -156,9 +156,9 @@ def decode_with_notes(data: bytes, reading: Reading = Reading(), frame: int = 0)
 
 
 def decode_frame(picture: Opened, data: bytes, reading: Reading, frame: int, step: Callable[[], None] = lambda: None) -> Decoded:
-    """A frame of a file that was opened, and stands at an earlier one or at the first; step: is called for each one on the way.
+    """Decode a frame of an open file, which stands at an earlier frame or the first. step: called after each frame in between.
 
-    Raises ImageError, and what Pillow raises on damage.
+    Raises ImageError, and what Pillow raises for damaged files.
     """
     if frame == 0:
         return unpack(picture, reading, frame_notes(data, picture, reading), data)
@@ -168,7 +168,7 @@ def decode_frame(picture: Opened, data: bytes, reading: Reading, frame: int, ste
 
 
 def go_to(picture: Opened, frame: int, step: Callable[[], None]) -> None:
-    """Bring a file to a later frame. Those of an animation are made from the ones before."""
+    """Move an open file to a later frame. The frames of an animation build on earlier ones, so these are decoded too."""
     if not isinstance(picture, Tiff):
         for number in range(picture.tell() + 1, frame):
             picture.seek(number)
@@ -193,7 +193,7 @@ def reasons() -> Iterator[None]:
 
 
 def opened_bytes(data: bytes, reading: Reading) -> Opened:
-    """The same of a file's bytes. Raises ImageError for what can be seen to be wrong with them as a whole."""
+    """Open a file's bytes as `opened_file` does. Raises ImageError also for faults of a JPEG as a whole."""
     if is_kind(data, 'JPEG') and (fault := jpeg_fault(data)):
         raise ImageError(fault)
     if is_kind(data, 'PNG'):
@@ -203,7 +203,7 @@ def opened_bytes(data: bytes, reading: Reading) -> Opened:
             picture.info['icc_profile'] = too_large
         return picture
     if is_kind(data, 'GIF') and reading.frames == 'first' and (end := gif_frames(data, 1)[1]):
-        data = data[:end] + b';'  # Pillow would go on to those that follow where the data of the first are short
+        data = data[:end] + b';'  # or Pillow would fill a truncated first frame from the frames after it
     return opened_file(io.BytesIO(data), reading)
 
 
@@ -212,7 +212,7 @@ def is_kind(data: bytes, kind: str) -> bool:
 
 
 def opened_file(file: IO[bytes], reading: Reading) -> Opened:
-    """A file whose header was read and found to be within the limits; its first frame is not decoded yet."""
+    """Read a file's header and check it against the limits. The first frame is not decoded yet."""
     start = file.read(16)
     file.seek(0)
     decoder = next((decoder for decoder in DECODERS.values() if decoder.start.match(start)), None)
@@ -244,14 +244,14 @@ def count_frames(file: IO[bytes], reading: Reading) -> int:
 
 
 def frames_to_read(file: IO[bytes], reading: Reading) -> int:
-    """The same, but MAX_FRAMES + 1 also where the frames are too large together."""
+    """Count frames as `count_frames` does, but return MAX_FRAMES + 1 also if the frames have too many pixels together."""
     number = count_frames(file, reading)
     file.seek(0)
     return MAX_FRAMES + 1 if are_too_large(opened_file(file, reading), number, reading) else number
 
 
 def count_pages(picture: Tiff) -> int:
-    """The same for a TIFF."""
+    """Count the pages of a TIFF, up to MAX_FRAMES + 1."""
     for page in range(1, MAX_FRAMES + 1):
         try:
             picture.seek(page)
@@ -263,13 +263,13 @@ def count_pages(picture: Tiff) -> int:
 
 
 def are_too_large(picture: Opened, frames: int, reading: Reading) -> bool:
-    """Whether the frames of an animation hold too many pixels together, which few bytes can. Pages of a TIFF have sizes of their own."""
+    """Whether the frames of an animation have too many pixels together, which a small file can hold. Pages of a TIFF differ in size."""
     width, height = picture.size
     return not isinstance(picture, Tiff) and frames * width * height > ALL_FRAMES * reading.max_pixels
 
 
 def frame_notes(data: bytes, picture: Opened, reading: Reading) -> tuple[str, ...]:
-    """That there are more frames than the first. Raises ImageError if all are wanted and there are too many."""
+    """A note if only the first of several frames is used. Raises ImageError if all are wanted and there are too many."""
     if not isinstance(picture, (GifImageFile, Tiff)) and getattr(picture, 'n_frames', 1) == 1:
         return ()
     number = count_frames(io.BytesIO(data), reading)
@@ -278,13 +278,13 @@ def frame_notes(data: bytes, picture: Opened, reading: Reading) -> tuple[str, ..
         raise ImageError(f'{many} frames')
     if reading.frames == 'all' and are_too_large(picture, number, reading):
         width, height = picture.size
-        raise ImageError(f'{many} frames of {width}x{height} are more than {ALL_FRAMES * reading.max_pixels} pixels together')
+        raise ImageError(f'{many} frames of {width}x{height} have more than {ALL_FRAMES * reading.max_pixels} pixels together')
     return (f'first of {many} frames',) if reading.frames == 'first' and number > 1 else ()
 
 
 def is_short(picture: PIL.Image.Image, data: bytes) -> bool:
-    """Whether rows are missing at the end of the data from which a picture was loaded, where Pillow does not say so."""
-    if not data:  # a picture that somebody else opened
+    """Whether a loaded picture lacks rows at its end without Pillow having said so."""
+    if not data:  # a picture that the caller opened
         return False
     if isinstance(picture, JpegImageFile):
         return is_short_jpeg(data, picture)
@@ -292,7 +292,7 @@ def is_short(picture: PIL.Image.Image, data: bytes) -> bool:
 
 
 def unpack(picture: PIL.Image.Image | Tiff, reading: Reading, notes: tuple[str, ...], data: bytes = b'') -> Decoded:
-    """A frame whose size was checked, decoded. Raises ImageError for samples of no known range, and what Pillow raises on damage."""
+    """Decode a frame whose size has been checked. Raises ImageError for samples of unknown range, and Pillow's errors for damaged files."""
     if isinstance(picture, Tiff):
         picture = page_of(picture, reading)
     bounds = None
@@ -323,9 +323,9 @@ def unpack(picture: PIL.Image.Image | Tiff, reading: Reading, notes: tuple[str, 
 
 
 def as_meant(picture: PIL.Image.Image, data: bytes) -> PIL.Image.Image:
-    """A loaded picture, where its format means something else than Pillow takes from it."""
+    """Correct a loaded picture where Pillow misreads its format."""
     if isinstance(picture, JpegImageFile) and picture.mode == 'CMYK' and 'adobe' not in picture.info:
-        return PIL.ImageChops.invert(picture)  # Pillow takes all CMYK for Adobe's, where 0 is full ink
+        return PIL.ImageChops.invert(picture)  # Pillow takes all CMYK for Adobe's, in which 0 is full ink
     if isinstance(picture, BmpImageFile) and picture.mode == 'RGBA' and picture.getchannel('A').getextrema() == (0, 0):
         return picture.convert('RGB')  # many programs leave the fourth byte of a pixel empty
     if isinstance(picture, PngImageFile) and data and isinstance(picture.info.get('transparency'), (int, tuple)):
@@ -334,7 +334,7 @@ def as_meant(picture: PIL.Image.Image, data: bytes) -> PIL.Image.Image:
 
 
 def page_of(picture: Tiff, reading: Reading) -> PIL.Image.Image:
-    """The page of a TIFF as a picture that may have to be loaded yet. Raises ImageError for a layout that is not read."""
+    """The page of a TIFF as a picture, not necessarily loaded yet. Raises ImageError for a layout that padseg does not read."""
     try:
         return picture.picture(reading.value_range)
     except UnknownRange as error:
@@ -349,20 +349,20 @@ def turning(picture: PIL.Image.Image, reading: Reading) -> tuple[int, tuple[str,
         exif = picture.getexif()
     except DAMAGE:
         return 1, UNREADABLE_EXIF
-    if not exif and picture.info.get('exif'):  # the JPEG decoder hides that parsing failed
+    if not exif and picture.info.get('exif'):  # the JPEG decoder hides a failed parse
         return 1, UNREADABLE_EXIF
     orientation = exif.get(Base.Orientation, 1)
     if not isinstance(orientation, int) or orientation not in TURNS:
         return 1, ()
     by_xmp = orientation != 1 and not names_orientation(picture)
     notes = ('turned as its XMP data say',) if by_xmp and reading.exif == 'apply' else ()
-    if isinstance(picture, TiffImageFile):  # which Pillow turns while it loads
+    if isinstance(picture, TiffImageFile):  # Pillow turns these while loading
         return 1 if reading.exif == 'apply' else {6: 8, 8: 6}.get(orientation, orientation), notes
     return orientation if reading.exif == 'apply' else 1, notes
 
 
 def names_orientation(picture: PIL.Image.Image) -> bool:
-    """Whether EXIF data say how a picture is to be turned. Where they do not, Pillow goes by its XMP data."""
+    """Whether the EXIF data hold an orientation. If not, Pillow uses the XMP data."""
     if isinstance(picture, TiffImageFile):
         return Base.Orientation in picture.tag_v2
     if 'exif' not in picture.info:

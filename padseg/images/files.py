@@ -1,4 +1,4 @@
-"""A picture's file, opened without waiting, and read within its limit."""
+"""Open a picture's file without blocking, and read it within its size limit."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from padseg.images.decode import ImageError, Reading
 
 @contextlib.contextmanager
 def opened(path: Path, reading: Reading) -> Iterator[BinaryIO]:
-    """A file, open for reading. Raises ImageError if it is too large or not a file, which is found out before it is read; and OSError."""
+    """Open a file for reading. Raises OSError, and ImageError before anything is read if it is too large or not a regular file."""
     refuse_special(path.stat())
-    # another program may have put a pipe in its place by now: opened like this, nobody waits for one
+    # another program may have replaced it by a pipe; opened with O_NONBLOCK, even that does not block
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), 'rb') as file:
         status = os.fstat(file.fileno())
         refuse_special(status)
@@ -31,7 +31,7 @@ def refuse_special(status: os.stat_result) -> None:
 
 
 def contents(path: Path, reading: Reading = Reading()) -> bytes:
-    """The bytes of a file. Raises as `opened`."""
+    """Read the bytes of a file. Raises the same errors as `opened`, and ImageError if it grows meanwhile."""
     with opened(path, reading) as file:
         size = os.fstat(file.fileno()).st_size
         data = file.read(size + 1)

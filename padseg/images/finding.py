@@ -1,4 +1,4 @@
-"""The pictures in a folder, and what else is in it that somebody may take for pictures."""
+"""Find the pictures in a folder, and the files that look like pictures but are not read."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ SUFFIXES = frozenset(
         *([HEIC, '.heif', '.hif'] if importlib.util.find_spec('pillow_heif') else []),
     ]
 )
-OTHERS = frozenset(  # of pictures that padseg does not read
+OTHERS = frozenset(  # suffixes of pictures that padseg does not read
     '.heic .heif .hif .avif .jp2 .j2k .jpx .jxl .jxr .tga .psd .exr .hdr .dng .cr2 .cr3 .nef .arw .orf .raf .svg .ico .pcx .qoi'.split()
 )
-NEARLY = re.compile(  # a picture's name with something behind it
+NEARLY = re.compile(  # a picture's name with something after its suffix
     rf'(?:{"|".join(map(re.escape, sorted(SUFFIXES, key=len, reverse=True)))})(?:[ ~_(-].*|\.(?:bak|old|orig|tmp|part|download|\d+))',
     re.IGNORECASE,
 )
-RECORDS = {'run.json', 'manifest.jsonl'}  # of a run, beside its results
+RECORDS = {'run.json', 'manifest.jsonl'}  # mark a folder as the results of a run
 NO_SUFFIX, HIDDEN, LINKED, SPECIAL = 'no suffix', 'hidden', 'linked folder', 'special file'
 STARTS = re.compile(
     rb'\xff\xd8\xff|\x89PNG\r\n|RIFF....WEBP|BM....\0\0\0\0|II[*+]\0|MM\0[*+]|GIF8[79]a|....ftyp(?:heic|heix|mif1|avif)|P[1-6]\s', re.DOTALL
@@ -38,7 +38,7 @@ STARTS = re.compile(
 
 
 class Found(NamedTuple):
-    """A picture's file. name: its POSIX path relative to the folder that was searched; frame: which one of it, from 0."""
+    """A picture's file. name: its POSIX path relative to the folder that was searched; frame: index of its frame, from 0."""
 
     path: Path
     name: str
@@ -46,9 +46,9 @@ class Found(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """What a folder holds. left_out: other files, by kind, their number; like_pictures: those of them that seem to be pictures.
+    """What a folder holds. left_out: number of other files by kind; like_pictures: those among them that look like pictures.
 
-    runs: folders that hold the results of a run; unreadable: folders that cannot be listed, with the reason. None of these was entered.
+    runs: folders that hold the results of a run; unreadable: folders that cannot be listed, with the reason. None of these is entered.
     """
 
     pictures: list[Found]
@@ -64,10 +64,10 @@ def find(source: Path, skip: Path | None = None) -> list[Found]:
 
 
 def listing(source: Path, skip: Path | None = None) -> Listing:
-    """The picture files in a folder and below, sorted by name, and what is beside them; or the one file that `source` is.
+    """List the picture files in a folder and below, sorted by name, and count the other files; `source` may also be a single file.
 
-    Hidden files, special files, linked folders, folders with the results of a run and the folder `skip` are left out. NoImages if there
-    is no `source`, or it cannot be listed.
+    Hidden files, special files, linked folders, folders with the results of a run and the folder `skip` are left out. Raises NoImages if
+    `source` does not exist or cannot be listed.
     """
     if source.is_file():
         return Listing([Found(source, source.name)], {}, {}, [], {})
@@ -112,7 +112,7 @@ def refuse(error: OSError) -> NoReturn:
 
 
 def kind_of(path: Path) -> str | None:
-    """None for a file that is taken for a picture; for another one its suffix, or what else keeps it from being taken."""
+    """None for a picture file; otherwise the file's suffix, or the other reason why it is left out."""
     if path.name[0] == '.':
         return HIDDEN
     suffix = path.suffix.lower()
@@ -122,9 +122,9 @@ def kind_of(path: Path) -> str | None:
 
 
 def seems_a_picture(path: Path, kind: str) -> bool:
-    """Whether somebody may miss a file that is left out: its name is much like a picture's, or without a suffix it begins like one."""
+    """Whether a file that is left out may be a picture: its name resembles a picture's, or it has no suffix and begins like a picture."""
     if kind == HIDDEN:
-        return path.suffix.lower() in SUFFIXES and not path.name.startswith('._')  # which macOS puts beside every file
+        return path.suffix.lower() in SUFFIXES and not path.name.startswith('._')  # macOS puts a ._ file beside every file
     if kind == NO_SUFFIX:
         return begins_like_a_picture(path)
     return kind in OTHERS - SUFFIXES or kind == SPECIAL or NEARLY.search(path.name) is not None
@@ -141,7 +141,7 @@ def begins_like_a_picture(path: Path) -> bool:
 
 
 def is_special(path: Path) -> bool:
-    """Whether this is a pipe, a socket or a device. A dangling link is not special: it has to be reported."""
+    """Whether this is a pipe, a socket or a device. A dangling link is not special, so that it is reported."""
     try:
         return not stat.S_ISREG(path.stat().st_mode)
     except OSError:
@@ -149,5 +149,5 @@ def is_special(path: Path) -> bool:
 
 
 def in_words(kinds: dict[str, int]) -> str:
-    """`3 .heic, 1 linked folder`."""
+    """Kinds and their numbers as text, such as `3 .heic, 1 linked folder`."""
     return ', '.join(f'{number} {printable(kind)}' for kind, number in kinds.items())

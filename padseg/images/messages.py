@@ -1,4 +1,4 @@
-"""What the processes that decode and those that ask them send each other: JSON, with its length before it."""
+"""Messages between decoding processes and those that ask them: JSON, preceded by its length."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Answer = dict[str, Any]
 
 
 class Gone(Exception):
-    """The process at the other end has ended, or does not answer."""
+    """The process at the other end has ended or does not answer."""
 
 
 def send(connection: socket.socket, record: Answer) -> None:
@@ -29,7 +29,7 @@ def send(connection: socket.socket, record: Answer) -> None:
 
 
 def receive(connection: socket.socket, stopped: Callable[[], bool] = lambda: False, seconds: float = math.inf) -> Answer:
-    """What the other end sends next. Raises as `fill`."""
+    """Receive the next record. Raises the same errors as `fill`."""
     head = bytearray(LENGTH.size)
     fill(connection, memoryview(head), stopped, seconds)
     data = bytearray(LENGTH.unpack(head)[0])
@@ -39,9 +39,10 @@ def receive(connection: socket.socket, stopped: Callable[[], bool] = lambda: Fal
 
 
 def fill(connection: socket.socket, place: memoryview, stopped: Callable[[], bool] = lambda: False, seconds: float = math.inf) -> None:
-    """Receive as many bytes as there is place for; the connection's own limit of time is how often `stopped` is asked.
+    """Fill a buffer with received bytes. `stopped` is called whenever the connection's own timeout passes.
 
-    Raises ImageError if it says that the bytes are not wanted any more, and Gone if the other end has ended or takes more seconds.
+    Raises ImageError if `stopped` says that the bytes are no longer wanted, and Gone if the other end has ended or takes longer than
+    `seconds`.
     """
     began = time.monotonic()
     done = 0

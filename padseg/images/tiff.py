@@ -1,4 +1,4 @@
-"""TIFF: which layouts of samples Pillow reads rightly, and the others by tifffile."""
+"""Read TIFF files: with Pillow where it reads the layout of the samples correctly, otherwise with tifffile."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from padseg.types import Array
 
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, INKS, YCBCR, LAB = 0, 1, 2, 3, 5, 6, 8
 NAMES = {WHITE_IS_ZERO: 'grey', BLACK_IS_ZERO: 'grey', RGB: 'RGB', PALETTE: 'palette', INKS: 'inks', YCBCR: 'YCbCr', LAB: 'LAB'}
-PLAIN, OLD_JPEG, JPEGS = 1, 6, (6, 7)  # of Compression; where the parts are, the oldest says in tags of its own
-UNSIGNED, SIGNED, FLOAT = 1, 2, 3  # of SampleFormat
-ALPHAS = (1, 2)  # of ExtraSamples: colours multiplied by it, or not
+PLAIN, OLD_JPEG, JPEGS = 1, 6, (6, 7)  # values of Compression; old JPEG files locate their strips by other tags
+UNSIGNED, SIGNED, FLOAT = 1, 2, 3  # values of SampleFormat
+ALPHAS = (1, 2)  # values of ExtraSamples: associated alpha (colours are multiplied by it) and unassociated
 MOST_BANDS = 64
-BEHIND_16 = ((), (0,), (1,), (2,))  # what may be behind RGB, as ExtraSamples has it
+BEHIND_16 = ((), (0,), (1,), (2,))  # extra bands after RGB, as values of ExtraSamples
 BEHIND_8 = (*BEHIND_16, (0, 0), (0, 0, 0), (1, 0), (1, 0, 0), (2, 0), (2, 0, 0), (999,))
 MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'RGBA'}
 RANGES = (UNSIGNED, SIGNED, FLOAT)
@@ -27,10 +27,10 @@ PROFILE = 34675
 
 
 class Layout(NamedTuple):
-    """How samples are stored in a page, by its tags. kind: SampleFormat; extra: ExtraSamples; swapped: big-endian.
+    """How the samples of a page are stored, from its tags. kind: SampleFormat; extra: ExtraSamples; swapped: big-endian.
 
-    parts, needed: strips or tiles in the file, and so many as the picture needs; wide_colours: of a palette, that they have 16 bits;
-    unshared: that the bytes are enough for every pixel to have samples of its own, of 8 bits.
+    parts, needed: number of strips or tiles in the file, and in a complete picture; wide_colours: whether a palette's colours have 16 bits;
+    unshared: whether there are enough bytes for every pixel to have its own 8-bit samples (no chroma subsampling).
     """
 
     size: tuple[int, int]
@@ -50,7 +50,7 @@ class Layout(NamedTuple):
 
     @property
     def colours(self) -> int:
-        """Bands that are colours."""
+        """Number of bands that are colours."""
         return len(self.bits) - len(self.extra)
 
     def __str__(self) -> str:
@@ -65,12 +65,12 @@ def ints(tags: Mapping[int, Any], tag: int, default: tuple[int, ...]) -> tuple[i
     value = tags.get(tag, default)
     values = value if isinstance(value, tuple) else (value,)
     if not all(isinstance(number, int) for number in values):
-        raise ValueError(f'tag {tag} is not of whole numbers')
+        raise ValueError(f'tag {tag} does not hold integers')
     return values
 
 
 def layout_of(tags: ImageFileDirectory_v2) -> Layout:
-    """The layout of a page by its tags. ValueError if they do not make sense."""
+    """Read the layout of a page from its tags. Raises ValueError if they make no sense."""
     (width,), (height,) = (ints(tags, tag, ())[:1] or (0,) for tag in (256, 257))
     (compression,), (planar,), (predictor,), (fill,) = (ints(tags, tag, (1,))[:1] for tag in (259, 284, 317, 266))
     (photometric,) = ints(tags, 262, (WHITE_IS_ZERO,))[:1]
@@ -83,7 +83,7 @@ def layout_of(tags: ImageFileDirectory_v2) -> Layout:
         raise ValueError('the depth of some samples is missing')
     extra = ints(tags, 338, ())[:count]
     if not extra and photometric == RGB and count == 4:
-        extra = (2,)  # as Pillow has it: many programs leave the tag out
+        extra = (2,)  # as in Pillow: many programs leave the tag out
     colours = ints(tags, 320, ()) if photometric == PALETTE else ()
     return Layout(
         size=(width, height),
@@ -104,7 +104,7 @@ def layout_of(tags: ImageFileDirectory_v2) -> Layout:
 
 
 def parts_needed(tags: ImageFileDirectory_v2, width: int, height: int) -> int:
-    """Strips or tiles of a plane."""
+    """Number of strips or tiles in a complete plane."""
     if 273 in tags:
         (rows,) = ints(tags, 278, (height,))[:1]
         return -(-height // max(1, rows))
@@ -113,10 +113,10 @@ def parts_needed(tags: ImageFileDirectory_v2, width: int, height: int) -> int:
 
 
 def pillow_is_right(layout: Layout) -> bool:
-    """Whether Pillow was found to read this layout rightly, by comparing files of all of them with what was put in."""
+    """Whether Pillow reads this layout correctly, as found by comparing files of every layout with what was written to them."""
     plain, whole, kept = layout.compression == PLAIN, layout.kind == UNSIGNED, layout.extra
     if layout.planar and not any(layout.extra):
-        layout = layout._replace(bits=layout.bits[: layout.colours], extra=())  # it leaves planes out that mean nothing
+        layout = layout._replace(bits=layout.bits[: layout.colours], extra=())  # Pillow ignores extra planes without a meaning
     if layout.compression in JPEGS:
         return set(layout.bits) == {8} and not layout.extra
     if layout.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO) and layout.colours == 1:
@@ -130,7 +130,7 @@ def pillow_is_right(layout: Layout) -> bool:
     if layout.photometric == PALETTE:
         straight = layout.fill == 1 or not plain or layout.bits == (8,)
         return whole and straight and layout.bits in ((1,), (2,), (4,), (8,)) and layout.wide_colours
-    if layout.photometric == YCBCR:  # libtiff sees to colours that are stored for several pixels together; Pillow alone does not
+    if layout.photometric == YCBCR:  # libtiff handles chroma subsampling; Pillow's own reader does not
         return whole and layout.bits == (8, 8, 8) and (not plain or (layout.unshared and not layout.planar))
     if layout.photometric == INKS and whole and layout.colours == 4 and layout.fill == 1:
         if set(layout.bits) == {16}:
@@ -140,7 +140,7 @@ def pillow_is_right(layout: Layout) -> bool:
 
 
 def grey_is_right(layout: Layout) -> bool:
-    """The same for one band of grey, and what may be behind it."""
+    """The same for one grey band and its extra bands."""
     bits, whole = layout.bits[0], layout.kind == UNSIGNED
     if layout.extra:
         return (
@@ -163,7 +163,7 @@ def grey_is_right(layout: Layout) -> bool:
 
 
 class Tiff:
-    """A TIFF, at one of its pages; layout: of that page."""
+    """An open TIFF, positioned at one of its pages. layout: that page's layout."""
 
     def __init__(self, file: IO[bytes]) -> None:
         head = file.read(8)
@@ -187,7 +187,7 @@ class Tiff:
         return self.page
 
     def seek(self, page: int) -> None:
-        """Go to a page. EOFError if there is none; what Pillow raises on damage."""
+        """Go to a page. Raises EOFError if it does not exist, and what Pillow raises for damaged files."""
         while True:
             at = min(page, len(self.starts) - 1)
             if not self.starts[at]:
@@ -203,7 +203,7 @@ class Tiff:
         self.layout = layout_of(self.tags)
 
     def picture(self, value_range: tuple[float, float] | None) -> PIL.Image.Image:
-        """The page as a picture: Pillow's, not loaded yet, or one of 8 bits. ValueError as for `range_of`; Unsupported."""
+        """The page as a Pillow image, not loaded yet or converted to 8 bits. Raises UnknownRange, Unsupported, or OSError."""
         if self.layout.parts < self.layout.needed and self.layout.compression != OLD_JPEG:
             raise OSError('parts of the picture are missing')
         if not pillow_is_right(self.layout):
@@ -217,7 +217,7 @@ class Tiff:
     def by_tifffile(self, value_range: tuple[float, float] | None) -> PIL.Image.Image:
         layout = self.layout
         colours = {WHITE_IS_ZERO: 1, BLACK_IS_ZERO: 1, RGB: 3, PALETTE: 1}.get(layout.photometric)
-        inverted_alpha = layout.photometric == WHITE_IS_ZERO and layout.extra[:1] in ((1,), (2,))  # nobody says which is meant
+        inverted_alpha = layout.photometric == WHITE_IS_ZERO and layout.extra[:1] in ((1,), (2,))  # what it means is ambiguous
         if inverted_alpha or layout.colours != colours or len(set(layout.bits)) > 1 or layout.bits[0] % 8 or layout.kind not in RANGES:
             raise Unsupported(f'not supported: {layout}')
         bounds = range_of(layout, value_range)
@@ -231,7 +231,7 @@ class Tiff:
             bands = list(np.moveaxis(palette_of(self.tags)[samples[..., 0]], -1, 0))
         if layout.extra[:1] in ((1,), (2,)):
             alpha = high_bytes(samples[..., colours], bounds)
-            if layout.extra[0] == 1:  # colours were multiplied by it
+            if layout.extra[0] == 1:  # undo the multiplication by alpha
                 bands = [np.minimum(band.astype(np.uint16) * 255 // np.maximum(alpha, 1), 255).astype(np.uint8) for band in bands]
             bands.append(alpha)
         picture = PIL.Image.merge(MODES[len(bands)], [PIL.Image.fromarray(np.ascontiguousarray(band)) for band in bands])
@@ -241,8 +241,8 @@ class Tiff:
         return picture
 
     def samples(self) -> Array:
-        """The samples of the page, (H, W, bands), by tifffile. Unsupported if it cannot unpack them; OSError on damage."""
-        import tifffile  # takes longer to import than to read most files
+        """Read the page's samples, (H, W, bands), with tifffile. Raises Unsupported for unknown compression, OSError for damaged files."""
+        import tifffile  # importing it takes longer than reading most files
 
         layout = self.layout
         for codecs, key in ((tifffile.TIFF.DECOMPRESSORS, layout.compression), (tifffile.TIFF.UNPREDICTORS, layout.predictor)):
@@ -263,11 +263,11 @@ class Tiff:
 
 
 class Unsupported(Exception):
-    """A layout that is not read; the message names it."""
+    """A layout that padseg does not read; the message names it."""
 
 
 def range_of(layout: Layout, value_range: tuple[float, float] | None) -> tuple[float, float]:
-    """The samples that are black and white. UnknownRange if neither their type nor the user says so."""
+    """The sample values of black and white. Raises UnknownRange if neither their type nor the user defines them."""
     if layout.kind == UNSIGNED and layout.bits[0] <= 16:
         return 0, 2 ** layout.bits[0] - 1
     if value_range is None:
@@ -276,15 +276,15 @@ def range_of(layout: Layout, value_range: tuple[float, float] | None) -> tuple[f
 
 
 class UnknownRange(Exception):
-    """Samples whose type does not say what is black and what is white."""
+    """Samples whose type does not define black and white."""
 
 
 def high_bytes(samples: Array, bounds: tuple[float, float]) -> Array:
-    """Samples as bytes, as Pillow has them where a picture has several bands of 16 bits: without rounding."""
+    """Convert samples to bytes; 16-bit samples without rounding, as Pillow does for pictures with several bands."""
     return (samples >> 8).astype(np.uint8) if samples.dtype == np.uint16 else to_bytes(samples, bounds)
 
 
 def palette_of(tags: ImageFileDirectory_v2) -> Array:
-    """The colours of a palette, (N, 3) uint8. Where none needs more than a byte, the file was written as if 255 were white."""
+    """Colours of a palette, (N, 3) uint8. If none exceeds 255, the writer took 255 for white instead of 65535."""
     colours = np.array(ints(tags, 320, ()), np.int64)
     return (colours if colours.max(initial=0) < 256 else colours >> 8).astype(np.uint8).reshape(3, -1).T

@@ -1,4 +1,4 @@
-"""The processes that decode files for others, as padseg.images.apart asks them to."""
+"""The decoding processes that padseg.images.apart starts and asks."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import PIL.AvifImagePlugin
-import PIL.ImageCms  # before the forks, which then need not
+import PIL.ImageCms  # imported here once, before the forks
 
 from padseg.images.decode import ImageError, Opened, Reading, decode_frame, frames_to_read, opened_bytes, opened_file, reasons
 from padseg.images.files import contents, opened
 from padseg.images.messages import Gone, receive, send
 
-FOREVER = 1e6  # seconds: more is no limit
+FOREVER = 1e6  # seconds; a longer limit counts as none
 STATUS = Path('/proc/self/statm')
-NO_NAME = 'another fault: '  # before errors that no decoder is known to raise
 
 
 class Kept(NamedTuple):
-    """A file with several frames that was read. mark: tells it from others and from its later states; picture: at the frame done last."""
+    """A file of several frames, kept for the next request. mark: identifies file and state; picture: as opened, at the frame last done."""
 
     mark: tuple[object, ...]
     data: bytes
@@ -33,17 +32,17 @@ class Kept(NamedTuple):
 
 
 def serve() -> None:
-    """Make a worker for each connection that comes over the socket that is standard input, until nobody holds its other end.
+    """Fork a worker for each connection received over the socket on standard input, until its other end is closed.
 
-    This process leads a group of its own.
+    This process leads its own process group.
     """
     server = socket.socket(fileno=0)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how they ended
-    PIL.AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the limit is on the time of all threads
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that ended workers leave no zombies
+    PIL.AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the time limit counts all threads together
     while True:
         word, handles, _, _ = socket.recv_fds(server, 1, 1)
         if not word:
-            os.killpg(0, signal.SIGKILL)  # the workers too, which may be in the middle of something that nobody waits for
+            os.killpg(0, signal.SIGKILL)  # workers too: nobody waits for what they are doing
         for handle in handles:
             if not os.fork():
                 server.close()
@@ -52,7 +51,7 @@ def serve() -> None:
 
 
 def work(connection: socket.socket) -> None:
-    """Answer requests until nobody makes them."""
+    """Answer requests until the connection is closed."""
     try:
         send(connection, {'process': os.getpid()})
         before = memory()
@@ -66,7 +65,7 @@ def work(connection: socket.socket) -> None:
 
 
 def memory() -> int | None:
-    """Bytes of memory that this process may touch; None where the system does not say."""
+    """Size of this process's address space in bytes; None where the system does not tell."""
     try:
         return int(STATUS.read_text().split()[0]) * resource.getpagesize()
     except OSError:
@@ -74,7 +73,7 @@ def memory() -> int | None:
 
 
 def answer(connection: socket.socket, request: dict[str, Any], before: int | None, kept: Kept | None) -> Kept | None:
-    """Do what is asked for, within limits; what is to be kept for the next request."""
+    """Answer one request within its limits. Returns what to keep for the next request."""
     fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in request['reading'].items()}
     reading = Reading(**fields)
     path = Path(request['path'])
@@ -94,7 +93,7 @@ def answer(connection: socket.socket, request: dict[str, Any], before: int | Non
         send(connection, {'reason': error.strerror or str(error), 'errno': error.errno or 0, 'path': str(path)})
     except Gone:
         raise
-    except Exception as error:  # whatever else a file leads a decoder to
+    except Exception as error:  # whatever else a damaged file makes a decoder raise
         send(connection, {'reason': f'truncated or damaged: {type(error).__name__}: {error}'})
     finally:
         limit_time(0)
@@ -103,7 +102,7 @@ def answer(connection: socket.socket, request: dict[str, Any], before: int | Non
 
 
 def picture(connection: socket.socket, path: Path, reading: Reading, frame: int, before: int | None, kept: Kept | None) -> Kept | None:
-    """Send a picture."""
+    """Decode and send a picture. Returns the file if the next request may be for a later frame of it."""
     file = read(path, reading, kept)
     send(connection, {'bytes': len(file.data), 'sha256': file.sha256})
     if not file.data:
@@ -128,7 +127,7 @@ def picture(connection: socket.socket, path: Path, reading: Reading, frame: int,
 
 
 def read(path: Path, reading: Reading, kept: Kept | None) -> Kept:
-    """A file's bytes; those that are kept if they are of this file and it has not changed."""
+    """Read a file, or return the kept one if it is the same and has not changed."""
     status = path.stat()
     mark = (path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
     if kept is not None and kept.mark == mark and status.st_size <= reading.max_bytes:
@@ -138,13 +137,13 @@ def read(path: Path, reading: Reading, kept: Kept | None) -> Kept:
 
 
 def limit_time(seconds: float) -> None:
-    """Have this process ended after so many seconds of the processor's time from now; 0 for never."""
+    """End this process once it has used this many more seconds of processor time; 0 removes the limit."""
     signal.setitimer(signal.ITIMER_PROF, 0 if seconds > FOREVER else seconds)
 
 
 def limit_memory(before: int | None, more: int) -> None:
-    """Let this process have so many bytes more than before; as many as it may if that is not known."""
+    """Let this process use `more` bytes of memory beyond `before`; no limit but the hard one if `before` is not known."""
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     soft = hard if before is None else before + more
-    with contextlib.suppress(ValueError, OSError, OverflowError):  # more than it may: then that is the limit
+    with contextlib.suppress(ValueError, OSError, OverflowError):  # above the hard limit, which then holds
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

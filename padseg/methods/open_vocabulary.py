@@ -187,7 +187,7 @@ def warn_of_untrained(backbone: Backbone, names: Sequence[str]) -> None:
 @cache
 def warn_once(model: str, name: str) -> None:
     """A process prepares prompts again and again, such as those of the classes that single pictures show."""
-    log.warning('%s was not trained on the name %r: what it finds for it means little', model, name)
+    log.warning('%s was not trained on the name %r: its results for it mean little', model, name)
 
 
 def proposal_options(options: LabelOptions) -> seg4diff.Options:

@@ -29,10 +29,10 @@ class Collected(NamedTuple):
 
 
 def collect(folders: Sequence[Path], out: Path, coco: bool = False) -> Collected:
-    """Join the records of all shards in these output folders into those of `out`, and copy results from the other folders there.
+    """Join the records of all shards in these output folders in `out`, and copy the results of the other folders there.
 
-    Raises NoImages where there are no results, OutputConflict if their settings differ, if two folders hold results of different
-    pictures of one name, if a run is writing to one of them, or if a record or a link leads out of its folder.
+    Raises NoImages if a folder holds no results, and OutputConflict if settings differ, if two folders hold results of different pictures
+    with the same name, if a run is writing to one of them, or if a record or a link leads out of its folder.
     """
     others = [folder for folder in folders if folder.resolve() != out.resolve()]
     made = {folder: read_run(folder / 'run.json') for folder in folders}
@@ -49,11 +49,11 @@ def collect(folders: Sequence[Path], out: Path, coco: bool = False) -> Collected
             agree(folder, first, run)
         missing = unfinished([out, *others])
         records = all_records(out)
-        theirs = {folder: all_records(folder) for folder in folders}  # all are read before anything is written
+        theirs = {folder: all_records(folder) for folder in folders}  # read all of them before writing anything
         for folder, run in zip(made, known, strict=True):
             if not same_folder(Path(first.source), Path(run.source)):
                 refuse_unlike(first, run, folder, theirs[folder].values())
-        if existing is None:  # whatever is recorded there is of no known settings
+        if existing is None:  # without a header, the settings of its records are unknown
             forget(out)
             write_header(first.model_copy(update={'status': 'interrupted'}), out / 'run.json')
         for folder in others:
@@ -74,14 +74,14 @@ def collect(folders: Sequence[Path], out: Path, coco: bool = False) -> Collected
 
 
 def recorded_runs(folder: Path) -> list[Run]:
-    """The runs that have records in an output folder: those of its shards, or the one."""
+    """The runs with records in an output folder: those of its shards, or else the one run."""
     shards = [run for _, run in joinable(folder).values()]
     alone = read_run(folder / 'run.json')
     return shards or ([alone] if alone else [])
 
 
 def to_be_copied(record: Recorded, here: Recorded | None, folder: Path, out: Path) -> bool:
-    """Return whether to copy a picture's results from `folder`. OutputConflict if the results here are of a different picture."""
+    """Return whether to copy a picture's results from `folder`. Raises OutputConflict if `out` has results of a different picture."""
     if here is None or here.status == 'failed':
         return True
     if record.status == 'failed':
@@ -93,7 +93,7 @@ def to_be_copied(record: Recorded, here: Recorded | None, folder: Path, out: Pat
 
 
 def bring(entry: Entry, folder: Path, out: Path) -> None:
-    """Copy a picture's results, of which nothing but files is taken. OutputConflict for links, and for what is missing."""
+    """Copy a picture's results. Raises OutputConflict for anything but regular files, such as links, and for missing ones."""
     for path in entry.outputs.values():
         source, target = inside(folder, path), inside(out, path)
         sweep(target.parent, {target.name})
@@ -107,7 +107,7 @@ def bring(entry: Entry, folder: Path, out: Path) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy the content of a file. OutputConflict for anything else, such as a link; OSError if `target` cannot be written."""
+    """Copy a file's content. Raises OutputConflict for anything else, such as a link, and OSError if `target` cannot be written."""
     try:
         file = opened(source)
     except OSError as error:

@@ -30,11 +30,11 @@ class Converted(NamedTuple):
 
 
 def convert(out: Path, format: str, folder: Path | None = None, images: Path | None = None) -> Converted:
-    """Write the done pictures of the run in `out` in one of CONVERTERS; one that fails, or is gone, is named and the rest go on.
+    """Write the done pictures of the run in `out` with one of CONVERTERS. A picture that fails or is gone is named, and the others go on.
 
     folder: where to, by default inside `out`; images: where the pictures are now, by default where the run found them.
-    Raises NoImages if no run did a picture there or there is no `images`, UsageError for an unknown format or if `folder` is `out`,
-    OutputConflict, before anything is written, for records that are not those of a run and for links in place of results.
+    Raises NoImages if `out` has no done picture or `images` does not exist, UsageError for an unknown format or if `folder` is `out`, and,
+    before anything is written, OutputConflict for records that no run writes and for links in place of results.
     """
     if format not in CONVERTERS:
         raise UsageError(f'unknown format {format}; known: {", ".join(CONVERTERS)}')
@@ -73,7 +73,7 @@ def convert(out: Path, format: str, folder: Path | None = None, images: Path | N
 
 
 def parents_of(place: Place, converter: Converter) -> set[Path]:
-    """The folders that files are written to. OutputConflict if a link leads to one."""
+    """The folders that files are written to. Raises OutputConflict if a link leads to one."""
     parts = [f'{part}/{name}'.lstrip('/') for part in converter.PARTS for name in place.names]
     return {place.folder, *(inside(place.folder, path, linked=True).parent for path in parts)}
 
@@ -114,7 +114,7 @@ def made_by(run: Run, method: str) -> dict[str, str | None]:
 
 
 def refuse_gone(entry: Entry, place: Place) -> None:
-    """ImageError for a picture that is not among the others any more; where their folder is gone, nothing is known."""
+    """Raise ImageError for a picture that no longer exists, unless the whole folder of pictures is gone."""
     path = place.images / file_and_frame(entry.input)[0]
     if not os.path.lexists(path) and place.images.is_dir():
         raise ImageError(f'cannot read {path}: {os.strerror(errno.ENOENT)} (--images says where the pictures are)')
@@ -136,8 +136,8 @@ def stored_path(out: Path, name: str) -> Path:
 
 
 def stored_label_map(out: Path, entry: Entry, classes: int) -> Array:
-    """The label map (H, W) of a done picture. UnreadableLabels if it is missing, damaged or of another size than the picture; with
-    `classes`, also if it has a number above."""
+    """Read the label map (H, W) of a done picture. Raises UnreadableLabels if it is missing, damaged, of another size than the picture, or
+    has a number above `classes`, unless that is 0."""
     path = stored_path(out, entry.input)
     if not path.is_file():
         raise UnreadableLabels(path, 'missing')

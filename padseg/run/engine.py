@@ -48,8 +48,8 @@ log = logging.getLogger(__name__)
 
 
 class Counts(NamedTuple):
-    """How a run went. skipped: those of `done` that earlier runs had done; regions: mean of a done picture; signal: what stopped it;
-    unreadable: folders of the source that could not be listed."""
+    """How a run went. skipped: those of `done` that earlier runs had finished; regions: mean per finished picture; signal: what stopped the
+    run; unreadable: number of folders in the source that could not be listed."""
 
     images: int
     done: int
@@ -62,10 +62,10 @@ class Counts(NamedTuple):
 
 
 def run(job: Job, progress: Progress = Silent()) -> Counts:
-    """Segment all pictures of the job that its output lacks; a picture that fails is recorded and the others continue.
+    """Segment all pictures of the job that its output lacks. A picture that fails is recorded, and the others continue.
 
-    Raises NoImages, UsageError, ModelUnavailable, ResourceExhausted, and OutputConflict if the output was made with other settings or of
-    other pictures, is being written, or cannot be used.
+    Raises NoImages, UsageError, ModelUnavailable, ResourceExhausted, and OutputConflict if the output was made with other settings or from
+    other pictures, if another run is writing to it, or if it cannot be used.
     """
     began = time.perf_counter()
     found = look(job)
@@ -112,9 +112,9 @@ def held(job: Job) -> contextlib.AbstractContextManager[None]:
 
 
 def start(job: Job, pending: list[Found], kept: Iterable[Recorded], earlier: Run | None, stop: Stop) -> tuple[Run, Iterator[Entry]]:
-    """The run in words, and the records of its pictures, which are made when they are asked for.
+    """Prepare the run: its record, and an iterator that makes the records of its pictures as they are consumed.
 
-    Records of other settings are gone before the header says what the settings are now.
+    Records of other settings are removed before the new settings are written to the header.
     """
     start_decoding()
     stages, record = prepare_job(job, earlier)
@@ -133,7 +133,7 @@ def start(job: Job, pending: list[Found], kept: Iterable[Recorded], earlier: Run
 
 
 def prepare_job(job: Job, earlier: Run | None) -> tuple[Stages, Run]:
-    """What is done with pictures, and the run in words. OutputConflict if results in the same place came from other settings."""
+    """The stages of the job, and the record of the run. Raises OutputConflict if existing results were made with other settings."""
     stages, record = from_maps(job) if job.maps else from_model(job, earlier)
     if not job.selection.shard:
         agree(job.out, earlier, record, REMEDY)
@@ -158,9 +158,9 @@ def agree(out: Path, earlier: Run | None, record: Run, remedy: str = 'choose ano
 def work(
     job: Job, made: Iterable[Entry], pending: list[Found], kept: Iterable[Recorded], stop: Stop, past: Mapping[str, Recorded] = {}
 ) -> Iterator[Entry]:
-    """Do the pending pictures, as their records are made, each with its manifest line as the last thing written.
+    """Process the pending pictures and yield their records. The manifest line of a picture is the last thing written for it.
 
-    past: what earlier runs with the same settings recorded of them.
+    past: records of the same pictures by earlier runs with the same settings.
     """
     own = home(job.out, job.selection.shard)
     kinds = [kind for kind in SUFFIXES if (job.out / kind).is_dir()]
@@ -180,8 +180,8 @@ def work(
 
 
 def keep_or_discard(job: Job, entry: Entry, before: Recorded | None, kinds: Iterable[str]) -> None:
-    """Of the results of a done picture that this run was not asked for, record those that are of the same picture and settings still,
-    and remove the others."""
+    """For kinds of results that this run was not asked for: record those that still match the picture and the settings, and remove the
+    others. Failed pictures are left alone."""
     if entry.status == 'failed':
         return
     earlier = entry_of(before) if before else None
@@ -195,9 +195,9 @@ def keep_or_discard(job: Job, entry: Entry, before: Recorded | None, kinds: Iter
 
 
 def clean(job: Job, pending: list[Found]) -> None:
-    """Remove what killed runs left half written; beside other shards, only where it was to become results of these pictures.
+    """Remove what killed runs left half written; next to other shards, only what was to become results of these pictures.
 
-    OutputConflict if results would be written through a link.
+    Raises OutputConflict if results would be written through a link.
     """
     names: dict[str, set[str]] = {}
     for picture in pending:

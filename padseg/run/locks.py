@@ -20,7 +20,7 @@ Shard = tuple[int, int]  # (i, N), i from 1
 SHARDS = 'shards'
 MOST_SHARDS = 1_000_000
 RECORDS = ('run.json', 'manifest.jsonl', 'failures.jsonl', 'classes.json')
-SECONDS = 10.0  # that a shard waits while another one begins
+SECONDS = 10.0  # how long a shard waits while another one starts
 
 
 def home(out: Path, shard: Shard | None) -> Path:
@@ -37,9 +37,9 @@ def shard_homes(out: Path) -> dict[Shard, Path]:
 
 
 def joinable(out: Path) -> dict[Shard, tuple[Path, Run]]:
-    """The shards whose records are of the settings that the output folder has, with their runs.
+    """The shards whose settings are those of the output folder, with their folders and runs.
 
-    Others are what a run with --overwrite left behind when it was killed.
+    Other shards are left over from a run with --overwrite that was killed.
     """
     made = read_run(out / 'run.json')
     runs = {shard: (folder, read_run(folder / 'run.json')) for shard, folder in shard_homes(out).items()} if made else {}
@@ -81,15 +81,15 @@ def shared(out: Path, shard: Shard, *foreign: str) -> Iterator[None]:
 
 
 def briefly(out: Path) -> contextlib.AbstractContextManager[None]:
-    """Hold the output folder for a moment, among runs that share it."""
+    """Hold the output folder alone for a moment, among runs that share it."""
     return locked(out, busy(out), SECONDS)
 
 
 def all_records(out: Path) -> dict[str, Recorded]:
-    """The last record of every picture in an output folder, including those of shards; none where no run.json says what they are of."""
+    """The last record of every picture in an output folder, including those of shards; none without a run.json, which has the settings."""
     if read_run(out / 'run.json') is None:
         return {}
-    # the folder's own manifest is written last by a run that has joined what shards were there before: theirs are newer
+    # a run that writes the folder's own manifest has joined the shards before it, so shards that exist now are newer
     manifests = [folder / 'manifest.jsonl' for folder, _ in joinable(out).values()]
     newest_last = sorted((path for path in manifests if path.exists()), key=lambda path: path.stat().st_mtime_ns)
     records: dict[str, Recorded] = {}
@@ -108,9 +108,10 @@ def unfinished(folders: Sequence[Path]) -> list[str]:
 
 
 def forget(out: Path) -> None:
-    """Remove the records of an output folder but for its header, and those of its shards.
+    """Remove the records of an output folder and of its shards, except the header.
 
-    This comes before a header with other settings: wherever a run is killed, no result counts as one of settings that did not make it.
+    Call this before writing a header with other settings. Then no result counts as made with settings that did not make it, wherever a run
+    is killed.
     """
     forget_records(out)
     forget_shards(out)

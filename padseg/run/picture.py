@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from padseg.methods.options import ViewOptions
     from padseg.types import Array, Image, LabelMap, TokenMaps
 
-LONGEST = 500  # characters of a reason: torch's hold the calls of its C++ part
-MEMORY = 'not enough memory for it: try --shrink, a smaller --side or --batch, or fewer --workers'
+LONGEST = 500  # characters of a reason; torch's messages can include a C++ stack trace
+MEMORY = 'not enough memory: try --shrink, a smaller --side or --batch, or fewer --workers'
 log = logging.getLogger(__name__)
 
 
 class Taken(NamedTuple):
-    """A picture that was read, and what is known about it so far. image: None if it failed; maps, labels: what was found in it.
+    """A picture that was read, with its results so far. image: None if it failed; maps, labels: None until they are made.
 
     void: (H, W) bool, pixels to leave unassigned, or None.
     """
@@ -39,14 +39,14 @@ class Taken(NamedTuple):
 
 
 class OutOfMemory(ImageError):
-    """A picture that is too much for the memory, by itself."""
+    """A picture that does not fit in memory even on its own."""
 
 
 class Stages(NamedTuple):
     """What a job does with pictures.
 
-    maps: computes token maps of a batch, none of which has failed before; pictures that fail now are marked. labels: turns one picture's
-    maps into a label map, without the model.
+    maps: computes the token maps of a batch of pictures that have not failed so far, and marks those that fail now. labels: turns one
+    picture's maps into a label map, without the model.
     """
 
     maps: Callable[[list[Taken]], list[Taken]]
@@ -54,7 +54,7 @@ class Stages(NamedTuple):
 
 
 def take(job: Job, picture: Found, stopped: Callable[[], bool] = lambda: False) -> Taken:
-    """Read a picture and start its record. stopped: whether it is no longer wanted, which fails it."""
+    """Read a picture and start its record. stopped: returns True once the picture is no longer wanted, which fails it."""
     began = time.perf_counter()
     entry = Entry(input=picture.name, status='failed')
     image = void = None
@@ -91,7 +91,7 @@ def mapped(stages: Stages, taken: list[Taken]) -> Iterator[Taken]:
 
 
 def labelled(stages: Stages, taken: Taken) -> Taken:
-    """A picture with its label map, or failed."""
+    """Make a picture's label map; if that fails, mark the picture as failed."""
     if taken.image is None:
         return taken
     from padseg.methods.stages.labels import unassign
@@ -109,13 +109,13 @@ def labelled(stages: Stages, taken: Taken) -> Taken:
 
 
 def by_method(forward: Callable[[Sequence[Image]], Sequence[Any]], taken: list[Taken]) -> list[Taken]:
-    """Token maps of a batch by a forward; where that raises an error, by halves of the batch, so that only the picture at fault fails."""
+    """Compute the token maps of a batch. If that raises an error, halve the batch and retry, so that only the picture at fault fails."""
     images = [picture.image for picture in taken if picture.image is not None]
     try:
         maps = forward(images)
     except Exception as error:
         if len(taken) == 1:
-            alone = OutOfMemory('out of memory, alone in its batch: try a smaller --side') if of_memory(error) else error
+            alone = OutOfMemory('out of memory with this picture alone: try a smaller --side') if of_memory(error) else error
             fail(taken[0].entry, alone)
             return [taken[0]._replace(image=None)]
         if is_of_run(error):
@@ -124,19 +124,19 @@ def by_method(forward: Callable[[Sequence[Image]], Sequence[Any]], taken: list[T
             log.warning('%s with %d pictures at once: trying half as many', 'out of memory' if of_memory(error) else error, len(taken))
     else:
         return [picture._replace(maps=own) for picture, own in zip(taken, maps, strict=True)]
-    half = len(taken) // 2  # here, where nothing holds what the forward left in memory
+    half = len(taken) // 2  # after the except block, whose traceback would keep the failed pass in memory
     return by_method(forward, taken[:half]) + by_method(forward, taken[half:])
 
 
 def of_memory(error: Exception) -> bool:
-    """Whether this is the word of numpy, Python or torch that memory is full, the machine's or the device's."""
+    """Whether this is an out-of-memory error of Python, NumPy or torch, on the host or the device."""
     import torch
 
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or 'DefaultCPUAllocator' in str(error)
 
 
 def by_maps(out: Path, known: dict[str, str | None], options: ViewOptions, taken: list[Taken]) -> list[Taken]:
-    """Token maps of a batch that the run in `out` kept. A picture without them, or another one than they were made from, has failed."""
+    """Read the token maps of a batch that the run in `out` kept. Pictures without maps, or that differ from the ones mapped, fail."""
     from padseg.methods.stages.saved_maps import maps_of_picture
 
     mapped_pictures = []
@@ -156,7 +156,7 @@ def by_maps(out: Path, known: dict[str, str | None], options: ViewOptions, taken
 
 
 def save(job: Job, taken: Taken) -> Entry:
-    """Write a picture's results, or remove those of a picture that failed; its complete record. OSError if the disk is full."""
+    """Write a picture's results, or remove those of a failed one, and return its complete record. Raises OSError if the disk is full."""
     entry, image, _, maps, labels = taken
     if image is not None and labels is not None:
         began = time.perf_counter()
@@ -186,7 +186,7 @@ def write_results(job: Job, entry: Entry, image: Image, maps: TokenMaps | None, 
 
 
 def count_regions(labels: LabelMap) -> int:
-    """Number of regions, or of classes that the picture shows."""
+    """Number of regions, or of classes in the picture."""
     if not labels.names:
         return int(labels.labels.max())
     import numpy as np
@@ -195,16 +195,16 @@ def count_regions(labels: LabelMap) -> int:
 
 
 def discard(job: Job, results: Mapping[str, str]) -> None:
-    """Remove these results of a picture, whose record does not name them any more: nothing may take them for what the run made of it."""
+    """Remove results that a picture's record no longer names, so that nothing takes them for results of this run."""
     for kind, place in results.items():
         path = job.out / place
-        with contextlib.suppress(OSError):  # such as a name that is too long to have been written
+        with contextlib.suppress(OSError):  # such as a name too long to have been written
             if kind == 'masks' or path.is_symlink() or not path.is_dir():  # x.png.png may be the folder of other label maps
                 remove(path)
 
 
 def fail(entry: Entry, error: Exception) -> None:
-    """Record that a picture failed, and why. An error that is not of this picture is raised again."""
+    """Record that a picture failed, and why. An error that concerns the whole run is raised again."""
     if is_of_run(error):
         raise error
     log.debug('%s failed', entry.input, exc_info=error)
@@ -216,11 +216,11 @@ def fail(entry: Entry, error: Exception) -> None:
 
 
 def is_of_run(error: Exception) -> bool:
-    """Whether an error would meet every picture: a full disk, or a model or an output folder that is another one."""
+    """Whether an error concerns the whole run: a full disk, an unusable model, or an output folder in conflict."""
     return isinstance(error, (ModelUnavailable, OutputConflict, ResourceExhausted)) or (isinstance(error, OSError) and error.errno in FULL)
 
 
 def shortened(reason: str) -> str:
-    """The reason without line breaks, cut where it gets long."""
+    """The reason on one line, cut off after LONGEST characters."""
     line = ' '.join(reason.split())
     return line if len(line) <= LONGEST else f'{line[:LONGEST]} …'

@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 
 
 class Plan(NamedTuple):
-    """What is to be done. kept: records of pictures that stay as they are; earlier: the run that made the existing results; past: what
-    it recorded of pictures that are done again with the same settings."""
+    """What a run has to do. kept: records of pictures that stay as they are; earlier: the run that made the existing results; past: its
+    records of pictures that are done again with the same settings."""
 
     pending: list[Found]
     kept: dict[str, Recorded]
@@ -37,21 +37,21 @@ class Plan(NamedTuple):
 
 
 def look(job: Job) -> Listing:
-    """What the source holds. Logs a warning of what is left out though somebody may miss it."""
+    """List the source. Logs a warning for files and folders that are left out but may hold wanted pictures."""
     found = listing(job.source, skip=job.out)
     if found.pictures and found.like_pictures:
         log.warning('not read, though they may be pictures: %s (see left_out in run.json)', in_words(found.like_pictures))
     if found.runs:
-        log.warning('left out, as they hold results of a run: %s', ', '.join(map(printable, found.runs)))
+        log.warning('left out because they hold results of a run: %s', ', '.join(map(printable, found.runs)))
     for folder, reason in found.unreadable.items():
-        log.warning('left out, as it cannot be listed: %s: %s', printable(folder), reason)
+        log.warning('left out because it cannot be listed: %s: %s', printable(folder), reason)
     return found
 
 
 def choose(job: Job, found: Listing | None = None) -> tuple[list[Found], list[Found]]:
-    """All pictures of the source, and those that the run processes; found: what it holds, if that is known.
+    """All pictures of the source, and those that the run processes. found: listing of the source, if there is one already.
 
-    Raises NoImages if there are none, and UsageError.
+    Raises NoImages if there are none, and UsageError if the source is a place for results.
     """
     refuse_results(job.source, job.out)
     found = found or look(job)
@@ -66,28 +66,28 @@ def choose(job: Job, found: Listing | None = None) -> tuple[list[Found], list[Fo
 
 
 def remedy(kinds: dict[str, int]) -> str:
-    """What to do about a folder with nothing but such files."""
+    """What a user can do about a folder that holds only such files."""
     if LINKED in kinds and len(kinds) == 1:
         return 'name the folder itself, as links to folders are not followed'
     if HEIC in kinds:
-        return 'convert them to JPEG or PNG, or install pillow-heif to have HEIC read'
+        return 'convert them to JPEG or PNG, or install pillow-heif to read HEIC'
     return 'convert them to JPEG or PNG'
 
 
 def refuse_collisions(out: Path, pictures: list[Found]) -> None:
-    """UsageError if two pictures would have the same result files, or one a folder of results in that of another."""
+    """Raise UsageError if two pictures would share result files, or if the results of one would lie in those of another."""
     names = {picture.name for picture in pictures}
     for picture in pictures:
         above = next((folder for folder in folders_above(picture.name) if folder in names), None)
-        if above:  # a frame of a file: no file has the name of a folder
-            raise UsageError(f'{above} is a frame of a file, and the folder of {picture.name}: rename one, or --exclude it')
+        if above:  # can only be a frame, since no file has the name of a folder
+            raise UsageError(f'{above} is both a frame of a file and the folder of {picture.name}: rename one, or --exclude it')
     same = collisions(picture.name for picture in pictures)
     if same and ignores_case(out):
         raise UsageError(f'{same[0][0]} and {same[0][1]} are the same name on the file system of {out}: rename one, or --exclude it')
 
 
 def plan(job: Job, frames: list[Found], pictures: list[Found]) -> Plan:
-    """Compare the chosen pictures with the existing results. OutputConflict if these cannot be understood or are of another source."""
+    """Compare the chosen pictures with the existing results. Raises OutputConflict if these are unreadable or belong to another source."""
     shard = job.selection.shard
     earlier = None if job.overwrite and not shard else read_run(job.out / 'run.json')
     records = all_records(job.out) if earlier else {}
@@ -117,7 +117,7 @@ def settled(picture: Found, record: Recorded | None, job: Job) -> bool:
 
 
 def is_result(out: Path, entry: Entry, key: str) -> bool:
-    """Whether a picture has a result of this kind: recorded, as what is not may be of other settings, and a file or folder of its own."""
+    """Whether a picture has a result of this kind: in its record, because others may be of other settings, and as a file or folder."""
     if key not in entry.outputs:
         return False
     try:
@@ -128,6 +128,6 @@ def is_result(out: Path, entry: Entry, key: str) -> bool:
 
 
 def folders_above(name: str) -> list[str]:
-    """a and a/b for a/b/c.png."""
+    """The folders in a name: a and a/b for a/b/c.png."""
     parts = name.split('/')
     return ['/'.join(parts[:number]) for number in range(1, len(parts))]

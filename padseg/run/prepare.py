@@ -1,4 +1,4 @@
-"""Prepare a job's method and its record, either with a loaded model or with token maps stored by an earlier run."""
+"""Prepare a job's method and the record of the run, with a loaded model or with token maps that an earlier run stored."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def from_model(job: Job, earlier: Run | None = None) -> tuple[Stages, Run]:
-    """The method by the model that it needs, if it needs one. UsageError for what does not fit together.
+    """Prepare the method, with its model if it needs one. Raises UsageError for settings that do not fit together.
 
     earlier: the run that this one continues.
     """
@@ -40,9 +40,9 @@ def from_model(job: Job, earlier: Run | None = None) -> tuple[Stages, Run]:
         raise UsageError(f'{job.method} has no maps to keep: omit --save-maps')
     stamp = None
     if method.FAMILIES:
-        with contextlib.suppress(PadsegError):  # which loading says better
+        with contextlib.suppress(PadsegError):  # loading gives a better message
             found = located(job)
-            stamp = files_stamp(*found) if found else None  # before they are read: what changes after this is noticed later
+            stamp = files_stamp(*found) if found else None  # taken before the files are read, so that a later change is noticed
     prepared = prepared_for(job, method, device=job.device, dtype=job.dtype)
     return stages_of(method, prepared), record_of(job, method, prepared, earlier, stamp)
 
@@ -59,7 +59,7 @@ def stages_of(method: Method, prepared: Any) -> Stages:
 
 
 def record_of(job: Job, method: Method, prepared: Any, earlier: Run | None = None, stamp: str | None = None) -> Run:
-    """The record of the run. earlier: the one that it continues."""
+    """The record of the run. earlier: the run that it continues."""
     backbone: Backbone | None = prepared.backbone
     of_model = settings_of_model(job, backbone) | settings_of_threads(job, backbone, earlier)
     settings = all_settings(job, method, backbone.spec if backbone else None, of_model)
@@ -82,7 +82,7 @@ def record_of(job: Job, method: Method, prepared: Any, earlier: Run | None = Non
 
 
 def all_settings(job: Job, method: Method, spec: Spec | None, of_model: dict[str, Setting]) -> dict[str, Setting]:
-    """All that decides the results, as a record has it. of_model: of its files and of how it works."""
+    """All settings that affect results, as recorded. of_model: those of the model's files and of how it is run."""
     return {
         **method_settings(job),
         **of_model,
@@ -107,7 +107,7 @@ def settings_of_model(job: Job, backbone: Backbone | None) -> dict[str, Setting]
 
 
 def settings_of_threads(job: Job, backbone: Backbone | None, earlier: Run | None) -> dict[str, Setting]:
-    """The number of threads, if results depend on it; once it is recorded it stays."""
+    """The number of threads, if results depend on it. Once recorded, it stays."""
     before = earlier.settings.get('threads') if earlier else None
     if backbone is None or not (before or decides(job, str(backbone.device), dtype_of(backbone))):
         return {}
@@ -115,7 +115,7 @@ def settings_of_threads(job: Job, backbone: Backbone | None, earlier: Run | None
 
 
 def with_threads_of(first: Run | None, job: Job, record: Run) -> Run:
-    """The record of a run beside others, with as many threads as the first of them, which are used from here on."""
+    """Set the number of threads of a shard to that of the first shard, and return the shard's record with that number."""
     number = threads_before(job, first)
     if first is None or number is None or 'threads' not in record.settings:
         return record
@@ -125,10 +125,10 @@ def with_threads_of(first: Run | None, job: Job, record: Run) -> Run:
 
 
 def settings_now(job: Job, earlier: Run) -> Run | None:
-    """The record of a finished run with the settings that the job has now, for which no model is loaded; its device is not asked for.
+    """The record of a finished run with the job's present settings, without loading the model or asking for its device.
 
-    None if only loading tells whether the model is the same, as its files were touched or changed. A model that is not there any more is
-    the one that it was. Raises ModelUnavailable for one that is damaged, and NoImages.
+    None if the model's files were touched or changed, so that only loading can tell whether it is the same. A model that no longer exists
+    counts as unchanged. Raises ModelUnavailable for a damaged one, and NoImages.
     """
     if job.maps:
         settings = settings_of_maps(job, run_of_maps(job))
@@ -148,7 +148,7 @@ def settings_now(job: Job, earlier: Run) -> Run | None:
 
 
 def located(job: Job) -> tuple[Source, Source | None] | None:
-    """The files of the job's model and of its other VAE; None if they are not on this disk, or not all of them."""
+    """Locate the files of the job's model and of its `--vae`; None if any of them is not on this machine."""
     from padseg.backbones.source import locate, locate_vae
 
     try:
@@ -165,12 +165,12 @@ def located(job: Job) -> tuple[Source, Source | None] | None:
 
 
 def files_stamp(source: Source, vae: Source | None) -> str:
-    """What tells whether any file of a model may have changed since, without reading one: SHA-256 over names, sizes, times and inodes."""
+    """A stamp that changes if any file of a model may have changed: SHA-256 over names, sizes, times and inodes. Reads no file."""
     digest = hashlib.sha256()
     for folder in (source.folder, *([vae.folder] if vae else [])):
         for path in sorted((*folder.glob('*'), *folder.glob('*/*'))):
             if path.is_file():
-                status = path.stat()  # the time of change of the inode is not for anyone to set
+                status = path.stat()  # ctime is included because users cannot set it
                 kept = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
                 digest.update(f'{path.relative_to(folder).as_posix()} {kept}\n'.encode('utf-8', 'surrogateescape'))
     return digest.hexdigest()
@@ -181,14 +181,14 @@ def dtype_of(backbone: Backbone) -> str:
 
 
 def torch_threads() -> int:
-    """Number of threads that torch uses; another number may change the rounding of sums."""
+    """Number of threads that torch uses. Another number may round sums differently."""
     import torch
 
     return torch.get_num_threads()
 
 
 def from_maps(job: Job) -> tuple[Stages, Run]:
-    """Prepare Seg4Diff with token maps stored by an earlier run. NoImages if there are none."""
+    """Prepare Seg4Diff with token maps that an earlier run stored. Raises NoImages if there are none."""
     assert job.maps is not None
     made = run_of_maps(job)
     settings = settings_of_maps(job, made)
@@ -213,7 +213,7 @@ def from_maps(job: Job) -> tuple[Stages, Run]:
 
 
 def run_of_maps(job: Job) -> Run:
-    """The run that kept token maps. NoImages if there are none, UsageError if they are of classes."""
+    """The run that kept the token maps. Raises NoImages if there are none, UsageError if they are maps of classes."""
     assert job.maps is not None
     made = read_run(job.maps / 'run.json')
     if made is None or not inside(job.maps, 'maps').is_dir():
@@ -224,9 +224,9 @@ def run_of_maps(job: Job) -> Run:
 
 
 def settings_of_maps(job: Job, made: Run) -> dict[str, Setting]:
-    """The settings of the run that kept the maps, with those that come after them as the job has them.
+    """The settings of the run that kept the maps, except that settings of later stages are the job's.
 
-    The number of threads is among them where it shows in label maps: float32 maps of any number give the same ones.
+    The number of threads is left out where label maps do not depend on it, as with float32.
     """
     changes = {name: value for name, value in plain_settings(job.options).items() if name in seg4diff.LATER and value is not None}
     settings = {**made.settings, **changes}

@@ -1,4 +1,4 @@
-"""What a run writes about itself, for other programs to read: run.json, manifest.jsonl, failures.jsonl."""
+"""The records of a run, which other programs can read: run.json, manifest.jsonl, failures.jsonl."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from padseg.methods.options import Setting
 from padseg.system.files import is_path, is_plain
 from padseg.system.ledger import Name, line, read_header, read_line, read_lines
 
-SUFFIXES = {**{name: module.SUFFIX for name, module in FORMATS.items()}, 'maps': '.npz'}  # of results, by their folder
+SUFFIXES = {**{name: module.SUFFIX for name, module in FORMATS.items()}, 'maps': '.npz'}  # suffixes of results, by folder
 T = TypeVar('T')
 
 
@@ -24,7 +24,7 @@ def fits(value: T, good: bool) -> T:
 
 
 def setting(value: Setting) -> Setting:
-    """What a record has for a setting: text, a number that JSON has, true, false or nothing."""
+    """Check a recorded setting: text, a finite number, true, false or null."""
     if isinstance(value, (int, float)):
         return fits(value, math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63)
     return fits(value, value is None or isinstance(value, str))
@@ -44,7 +44,8 @@ class Entry(BaseModel):
     """One picture, a line of manifest.jsonl. input: POSIX path relative to the folder; outputs: relative to OUT; size: (height, width).
 
     modified: when the file last changed, in nanoseconds since 1970; reduced_from: the size of the file's picture if it was reduced;
-    notes: what was done to it that is not plain decoding. Results have the picture's own name, so no record leads to those of another.
+    notes: what was done beyond plain decoding. Outputs must have the names that `input` gives them, so that no record leads to the results
+    of another picture.
     """
 
     input: Input
@@ -57,7 +58,7 @@ class Entry(BaseModel):
     notes: list[Name] = []
     regions: Whole | None = None
     seconds: Amount = 0.0
-    stages: dict[Name, Amount] = {}  # seconds of decode, segment (a batch's share of the forward), labels and write
+    stages: dict[Name, Amount] = {}  # seconds for decode, segment (a share of the batch's forward pass), labels and write
     error: str | None = None  # class of the error, with reason
     reason: Name | None = None
     outputs: dict[str, Name] = {}
@@ -70,7 +71,7 @@ class Entry(BaseModel):
 
 
 class ModelRecord(BaseModel):
-    """The model that made the results; weights, scheduler, text_encoders: sha256 of its files, the last two unknown to version 0.1."""
+    """The model that made the results. weights, scheduler, text_encoders: SHA-256 of its files; version 0.1 did not record the last two."""
 
     model: Name
     folder: Name
@@ -93,9 +94,9 @@ class RunTotals(BaseModel):
 class Run(BaseModel):
     """run.json. requested: settings as given; settings: as used, all that affect the results; key: their SHA-256.
 
-    model, dtype: None for a method that needs no model. left_out: files of the source that were not taken for pictures, by kind, their
-    number; unreadable: folders in it that could not be listed, with the reason. stamp: of the model's files as they were when they were
-    hashed, from sizes and times alone: where it is the same, their content need not be read again. None if there is none to compare.
+    model, dtype: None for a method that needs no model. left_out: number of files in the source that were not read, by kind; unreadable:
+    folders in it that could not be listed, with the reason. stamp: hash of the sizes and times of the model's files, taken when their
+    content was hashed; while it is the same, the files need not be read again. None if there is nothing to compare.
     """
 
     status: Literal['running', 'finished', 'interrupted'] = 'running'

@@ -13,14 +13,14 @@ from padseg.system.disk import free_space, human
 # and 0.14 (padseg run --dir BSDS500/val --limit 40 --overlay --coco).
 PER_PIXEL = {'labels': 0.05, 'masks': 0.4, 'overlays': 0.4, 'coco': 0.15}
 RECORD = 1000  # bytes of a line in the manifest
-SAMPLE = 64  # pictures whose size is looked up
-LOOK, LOOKS = 0.5, 5.0  # seconds that it may take for one, and for all
+SAMPLE = 64  # pictures whose size is read
+LOOK, LOOKS = 0.5, 5.0  # seconds that reading the size of one picture, and of all, may take
 TOKENS = 77
 log = logging.getLogger(__name__)
 
 
 def warn_if_short(job: Job, pending: list[Found], side: int) -> None:
-    """Log a warning if the results of these pictures may not fit; side: of the model's view, in pixels."""
+    """Log a warning if the results of these pictures may not fit on the disk. side: of the model's view, in pixels."""
     free, needed = free_space(job.out), reckon_space(job, pending, side)
     if needed > free:
         log.warning(
@@ -47,7 +47,7 @@ def reckon_space(job: Job, pending: list[Found], side: int) -> int:
 
 
 def pixels(picture: Found, job: Job) -> int:
-    """Number of pixels in a picture's label map, from its file's header; 0 for unreadable files."""
+    """Number of pixels in a picture's label map, from the file's header; 0 for an unreadable file."""
     try:
         width, height = size_apart(picture.path, job.reading._replace(max_seconds=min(LOOK, job.reading.max_seconds)))
     except (ImageError, OSError):

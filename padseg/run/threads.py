@@ -1,7 +1,7 @@
-"""The number of threads of a run that continues another, where it can change a bit of the results.
+"""Keep the number of threads of an earlier run when it is continued, where another number could change results.
 
-torch splits sums by it. Label maps from float32 came out the same with 1 to 4 threads; kept maps differ in their last digits, and label
-maps from 16 bits in a few pictures. GPUs do not ask for it.
+torch splits sums among threads. Label maps from float32 were the same with 1 to 4 threads, but kept token maps differ in their last digits,
+and label maps from 16-bit types in a few pictures. On GPUs the number does not matter.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from padseg.run.job import Job
 from padseg.run.records import Run
 
 FLOAT32 = 'float32'
-MOST = 1024  # a larger number is no machine's
+MOST = 1024  # no machine has more
 log = logging.getLogger(__name__)
 
 
@@ -25,7 +25,7 @@ def decides(job: Job, device: str, dtype: str | None) -> bool:
 
 
 def threads_before(job: Job, earlier: Run | None) -> int | None:
-    """The number of threads that an earlier run used, if that matters to what is continued."""
+    """The number of threads of an earlier run, if it affects the results that are continued."""
     if earlier is None or earlier.model is None or job.maps or not method_named(job.method).FAMILIES:
         return None
     number = earlier.settings.get('threads', earlier.threads if decides(job, earlier.device, earlier.dtype) else None)
@@ -34,7 +34,7 @@ def threads_before(job: Job, earlier: Run | None) -> int | None:
 
 @contextlib.contextmanager
 def as_before(job: Job, earlier: Run | None) -> Iterator[None]:
-    """Use as many threads as the run that is continued, if they matter, and as many as before afterwards."""
+    """Inside the block, use as many threads as the earlier run, if that affects results; afterwards, restore the number."""
     if job.maps or not method_named(job.method).FAMILIES:
         yield
         return
@@ -53,5 +53,5 @@ def use(number: int | None) -> None:
 
     own = torch.get_num_threads()
     if number and number != own:
-        log.warning('using %d threads in place of %d, as the run did that is continued: another number rounds differently', number, own)
+        log.warning('using %d threads instead of %d, as the earlier run did: another number rounds differently', number, own)
         torch.set_num_threads(number)

@@ -1,4 +1,4 @@
-"""Names from records as paths, and writing so that a result exists completely or not at all."""
+"""Turn names from records into safe paths, and write results so that they exist completely or not at all."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from padseg.errors import OutputConflict, ResourceExhausted
 
 PREFIX = '.padseg-'  # prefix of temporary names; hidden, and short so that long names remain possible
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# Of a place that cannot be written to.
+# Errors of a place that cannot be written to.
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
 MARK = 12  # hexadecimal digits
 NO_NAMES = frozenset({'', '.', '..'})  # of files
-LONGEST = 8192  # bytes of a recorded name: twice as many as systems open
+LONGEST = 8192  # bytes of a recorded name; systems open at most half as many
 # A picture's own fault when its results cannot be written; any other error of the file system concerns the whole run.
 NAME_FAULTS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 
 
 def inside(folder: Path, name: str, linked: bool = False) -> Path:
-    """The path below a folder that a recorded name, a POSIX path relative to it, stands for. Whether there is a file is not asked.
+    """The path of a recorded name, a POSIX path relative to a folder. The file need not exist.
 
-    Raises OutputConflict for a name that could lead elsewhere: one that `is_plain` refuses, or on whose way below the folder there is a
-    symbolic link; `linked`: its last part may be one, as pictures may. The folder itself may be a link: it was named by the user.
+    Raises OutputConflict for a name that could lead elsewhere: one that `is_plain` refuses, or that passes through a link below the folder.
+    linked: whether the last part may be a link, as for pictures. The folder itself may be a link, because the user named it.
     """
     if not is_plain(name):
-        raise OutputConflict(f'{ascii(name)} is no name of a file in {folder}')
+        raise OutputConflict(f'{ascii(name)} is not the name of a file in {folder}')
     path = folder
     *folders, last = name.split('/')
     for part in (*folders, *([] if linked else [last])):
         path = path / part
         if os.path.islink(path):
-            raise OutputConflict(f'{path} is a link, which is not followed in a folder of results: put what it points to in its place')
+            raise OutputConflict(f'{path} is a link, which is not followed in a folder of results: replace it with what it points to')
     return folder / name
 
 
 def is_plain(name: str) -> bool:
-    """Whether a recorded name is a relative path, written in one way: no root, no `.` or `..`, no empty part, no NUL.
+    """Whether a recorded name is a relative path in its simplest form: no root, no `.` or `..`, no empty part, no NUL.
 
-    What separates folders on another system only, such as a backslash, is a letter like others. So are lone surrogates, by which
-    Python stands for bytes that are no UTF-8; not those that no file system would have given.
+    A backslash, which separates folders only on other systems, is an ordinary character. So are the lone surrogates in which Python encodes
+    bytes that are not UTF-8; others, which no file system yields, are refused.
     """
     if name.isascii():
         stored = name.encode()
@@ -57,13 +57,13 @@ def is_plain(name: str) -> bool:
             stored = os.fsencode(name)
         except UnicodeEncodeError:
             return False
-        if os.fsdecode(stored) != name:  # surrogates can spell a letter, and the name of another file with it
+        if os.fsdecode(stored) != name:  # surrogates that spell a valid character would name another file
             return False
     return '\0' not in name and len(stored) <= LONGEST and NO_NAMES.isdisjoint(name.split('/'))
 
 
 def is_path(text: str) -> bool:
-    """Whether a recorded path, of whichever machine, is one that this system can be asked about."""
+    """Whether a recorded path, perhaps from another machine, can be passed to this system's calls."""
     try:
         os.lstat(text)
     except ValueError:
@@ -74,7 +74,7 @@ def is_path(text: str) -> bool:
 
 
 def opened(path: Path) -> BinaryIO:
-    """A file of a folder of results, open for reading. OSError also for a link, and for a pipe or a device, which could be waited for."""
+    """Open a file in a folder of results for reading. Raises OSError also for links, pipes and devices, which could block."""
     try:
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
@@ -94,17 +94,17 @@ def opened(path: Path) -> BinaryIO:
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to `path` at which the block creates a file or a folder of files; it then replaces `path` in one step.
 
-    If the block raises, nothing is left of it and `path` is as it was. A link at `path` is replaced, not followed. OSError for a file
-    where a folder is, and the other way round.
+    If the block raises, nothing of it is left and `path` is as it was. A link at `path` is replaced, not followed. Raises OSError if a file
+    would replace a folder, or a folder a file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
     try:
         yield temporary
         for file in sorted(temporary.iterdir()) if temporary.is_dir() else [temporary]:
-            flush(file)  # all of a folder after all are written: one commit of the file system's journal serves them all
+            flush(file)  # after all files are written, so that one commit of the file system's journal serves all
         if temporary.is_dir() and (path.is_dir() or os.path.islink(path)):
-            remove(path)  # a rename replaces a file, but no folder that holds something
+            remove(path)  # a rename cannot replace a folder that is not empty
         os.replace(temporary, path)
     finally:
         remove(temporary)
@@ -112,7 +112,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def full_disk(out: Path) -> Iterator[None]:
-    """A full disk or quota, at whichever write, as ResourceExhausted; a place that cannot be written to as OutputConflict."""
+    """Inside the block, turn errors of a full disk or quota into ResourceExhausted, and of an unwritable place into OutputConflict."""
     try:
         yield
     except OSError as error:
@@ -139,7 +139,7 @@ def flush(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder, if there is one; a folder leaves its place before its files go."""
+    """Remove a file, a link or a folder, if it exists. A folder is renamed before its files are deleted."""
     if path.is_dir() and not os.path.islink(path):
         doomed = path if path.name.startswith(PREFIX) else temporary_beside(path)
         if doomed != path:
@@ -150,9 +150,9 @@ def remove(path: Path) -> None:
 
 
 def sweep(folder: Path, names: Collection[str] | None = None) -> None:
-    """Remove what a killed run left half written in a folder; only what was to get one of these names, if any are given.
+    """Remove what a killed run left half written in a folder; if names are given, only what was to get one of them.
 
-    What cannot be removed stays: nothing takes it for a result.
+    What cannot be removed stays, since nothing takes it for a result.
     """
     wanted = None if names is None else {temporary_prefix(name) for name in names}
     for path in folder.glob(f'{PREFIX}*'):
@@ -163,9 +163,9 @@ def sweep(folder: Path, names: Collection[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def together(folder: Path, clean: Callable[[], None]) -> Iterator[None]:
-    """Be one of those that write to a folder, which is made if need be; `clean` is called first, unless others are at work there.
+    """Share a folder with other writers inside the block. Creates the folder if needed; calls `clean` first if nobody else writes there.
 
-    Nothing is left in the folder for that. Where the file system knows no such locks, `clean` is not called.
+    Leaves no lock file in the folder. `clean` is not called on file systems without such locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -177,7 +177,7 @@ def together(folder: Path, clean: Callable[[], None]) -> Iterator[None]:
         else:
             clean()
         with contextlib.suppress(OSError):
-            fcntl.flock(number, fcntl.LOCK_SH)  # waits for another one's cleaning at most
+            fcntl.flock(number, fcntl.LOCK_SH)  # waits at most while another process cleans
         yield
     finally:
         os.close(number)

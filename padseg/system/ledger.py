@@ -21,7 +21,7 @@ from padseg.system.files import FULL, atomic, full_disk, opened, sweep
 
 
 def any_text(value: object) -> str:
-    """The value, if it is text. Unlike pydantic's own, it may hold lone surrogates, as which Python keeps bytes that are no UTF-8."""
+    """Return the value if it is text. Unlike pydantic's check, allow lone surrogates, in which Python keeps bytes that are not UTF-8."""
     if not isinstance(value, str):
         raise ValueError('not a text')
     return value
@@ -34,9 +34,9 @@ Settings = Mapping[str, Any]
 LOCK = '.lock'
 ADDED = ('scheduler', 'text_encoders', 'threads')  # settings that records of version 0.1 do not have
 REMEDY = 'choose another --out, or --overwrite'
-UNREADABLE = (ValueError, RecursionError)  # no JSON, JSON of another form, or brackets without end
-LARGEST = 2**26  # bytes of a header: many failures are listed in some
-LONGEST_LINE = 2**24  # bytes of a line: one of an evaluation can hold a score for each of 65,536 classes
+UNREADABLE = (ValueError, RecursionError)  # not JSON, JSON of another form, or brackets nested too deeply
+LARGEST = 2**26  # bytes of a header; some list many failures
+LONGEST_LINE = 2**24  # bytes of a line; in an evaluation, one can hold the scores of 65,536 classes
 
 
 def write_header(record: BaseModel, path: Path) -> None:
@@ -46,7 +46,7 @@ def write_header(record: BaseModel, path: Path) -> None:
 
 
 def read_header(path: Path, of: type[Record], what: str) -> Record | None:
-    """The record in a JSON file; None if there is no file. OutputConflict, which says `what` it should be, if it is none."""
+    """Read the record in a JSON file; None if there is no file. Raises OutputConflict, with `what` it should be, if it is not a record."""
     file = opened_record(path)
     if file is None:
         return None
@@ -61,7 +61,7 @@ def read_header(path: Path, of: type[Record], what: str) -> Record | None:
 
 
 def opened_record(path: Path) -> BinaryIO | None:
-    """A file of records, open for reading; None if there is none. OutputConflict if it cannot be read, or is no file."""
+    """Open a file of records for reading; None if there is none. Raises OutputConflict if it cannot be read or is not a regular file."""
     try:
         return opened(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -76,16 +76,16 @@ def line(record: BaseModel, exclude_defaults: bool = False) -> str:
 
 
 def read_line(text: str | bytes, of: type[Record]) -> Record:
-    """The record in a text of JSON. One of UNREADABLE if it holds none."""
+    """Parse a record from JSON. Raises one of UNREADABLE if it is not a record."""
     # pydantic's own parser refuses lone surrogates
     return of.model_validate(json.loads(text, object_pairs_hook=without_repetition))
 
 
 def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. ValueError if it says one thing twice: programs differ in which they believe."""
+    """Build a JSON object. Raises ValueError for a repeated key, because programs differ in which value they take."""
     record = dict(pairs)
     if len(record) < len(pairs):
-        raise ValueError('a key that is there twice')
+        raise ValueError('a repeated key')
     return record
 
 
@@ -98,7 +98,7 @@ def write_lines(lines: Iterable[str], path: Path) -> None:
 def read_lines(path: Path, of: type[Record], what: str = 'a picture') -> Iterator[Record]:
     """Yield the records in a file of lines; none if there is no file. A torn last line, left by a killed job, is ignored.
 
-    OutputConflict if any other line is no record, or if the file cannot be read.
+    Raises OutputConflict if any other line is not a record, or if the file cannot be read.
     """
     file = opened_record(path)
     if file is None:
@@ -120,7 +120,7 @@ def read_lines(path: Path, of: type[Record], what: str = 'a picture') -> Iterato
 
 @contextlib.contextmanager
 def continued(kept: Iterable[str], path: Path) -> Iterator[Callable[[str], None]]:
-    """Rewrite the file with the lines to keep, which drops a torn one, and yield a function that appends a line and flushes it."""
+    """Rewrite a file with the lines to keep, dropping a torn one, and yield a function that appends a line and flushes it."""
     write_lines(kept, path)
     with path.open('a', encoding='ascii') as file:
 
@@ -157,7 +157,7 @@ def flattened(settings: Settings, between: str = '.') -> dict[str, Any]:
 
 
 def refuse_strange(folder: Path, names: Iterable[str]) -> None:
-    """OutputConflict if something that is no file has the name of a record: this would show only when the job has ended."""
+    """Raise OutputConflict if anything but a file has the name of a record; otherwise the job would fail only at its end."""
     for name in names:
         path = folder / name
         if path.is_symlink() or (path.exists() and not path.is_file()):
@@ -194,8 +194,8 @@ def make_output(out: Path, *foreign: str) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, otherwise: str, seconds: float = 0.0) -> Iterator[None]:
-    """Hold a folder's lock. OutputConflict that says `otherwise` if another process still holds it after so long; also if there can be
-    no lock, as in a folder that cannot be written to."""
+    """Hold a folder's lock. Raises OutputConflict with the message `otherwise` if another process still holds it after `seconds`, and also
+    if no lock can be made, as in a folder that cannot be written to."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(filelock.FileLock(folder / LOCK, timeout=seconds))

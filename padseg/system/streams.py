@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full, or read by nobody: a run does not end for a message, and no file takes their place."""
+"""Standard streams that are closed, full, or no longer read: no message ends a run, and no file gets the number of a closed stream."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import sys
 from padseg.errors import ResourceExhausted
 from padseg.system.files import FULL
 
-BROKEN_PIPE = 141  # as shells have it for a process that SIGPIPE ended
+BROKEN_PIPE = 141  # the shell's exit code for a process that SIGPIPE ended
 
 
 class Messages(io.TextIOWrapper):
-    """stderr: from the first message that cannot be written on, messages are lost."""
+    """stderr. Once a message cannot be written, it and all later ones are dropped."""
 
     def write(self, text: str) -> int:
         try:
@@ -31,7 +31,7 @@ class Messages(io.TextIOWrapper):
 
 
 class Data(io.TextIOWrapper):
-    """stdout: ResourceExhausted where the disk that it goes to is full."""
+    """stdout. Raises ResourceExhausted if the disk it is written to is full."""
 
     def write(self, text: str) -> int:
         try:
@@ -47,13 +47,13 @@ class Data(io.TextIOWrapper):
 
 
 def unwritten(error: OSError) -> Exception:
-    """What to raise where stdout cannot be written; what it still holds goes nowhere, or Python would try once more at its end."""
+    """The error to raise when stdout cannot be written. Drops what is buffered, or Python would try to write it again at exit."""
     to_nowhere(1)
     return ResourceExhausted(f'cannot write to stdout: {error.strerror}') if error.errno in FULL else error
 
 
 def to_nowhere(number: int) -> None:
-    """Let a file descriptor lead to the null device."""
+    """Redirect a file descriptor to the null device."""
     nothing = os.open(os.devnull, os.O_RDWR)
     if nothing != number:
         os.dup2(nothing, number)
@@ -62,7 +62,7 @@ def to_nowhere(number: int) -> None:
 
 
 def open_streams() -> None:
-    """Open the standard streams that are closed, before a file or a socket gets their numbers, and make stdout and stderr the above."""
+    """Open closed standard streams, before a file or a socket gets their numbers, and make stdout a `Data` and stderr a `Messages`."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -73,7 +73,7 @@ def open_streams() -> None:
 
 
 def like(stream: object, kind: type[io.TextIOWrapper], number: int) -> io.TextIOWrapper:
-    """A stream of another class for the same descriptor; the one that Python made is None where the descriptor was closed."""
+    """A stream of another class on the same descriptor. `stream` is None if the descriptor was closed when Python started."""
     binary = open(number, 'wb', closefd=False)
     if not isinstance(stream, io.TextIOWrapper):
         return kind(binary, encoding='utf-8', errors='backslashreplace')
@@ -83,7 +83,7 @@ def like(stream: object, kind: type[io.TextIOWrapper], number: int) -> io.TextIO
 
 
 def close_stdout(code: int) -> int:
-    """Write out what stdout still holds. The exit code: as it is, or 7 for a full disk, or that of a reader who is gone."""
+    """Flush stdout and return the exit code: `code`, or 7 for a full disk, 141 if the reader is gone, 1 for another error."""
     try:
         sys.stdout.flush()
     except ResourceExhausted as error:

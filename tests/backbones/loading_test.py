@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import http.server
 import json
 import os
 import pathlib
 import shutil
-import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -16,9 +13,9 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
+from support.hub import COMMIT, serve
 from support.models import load_and_empty_the_cache, load_each, load_on_a_full_disk, load_to_the_second_block
 from support.processes import start
-from support.replies import Replies
 
 from padseg.backbones import load
 from padseg.backbones.source import locate
@@ -29,7 +26,6 @@ from padseg.methods.seg4diff import Options, settings_of, token_maps
 from padseg.methods.stages.latents import encode_pixels
 
 ROOT = pathlib.Path(__file__).parents[2]
-COMMIT = '0123456789abcdef0123456789abcdef01234567'
 
 
 @pytest.fixture
@@ -515,52 +511,10 @@ def test_half_precision(family, dtype, bound, picture, request):
 # the hub
 
 
-class Hub(Replies):
-    """The part of the hub's protocol that a download needs: one model, and three that cannot be had."""
-
-    folder: pathlib.Path
-    asked: list[str]
-
-    def do_GET(self):
-        path = self.path.partition('?')[0]
-        self.asked.append(path)
-        if path.startswith('/api/models/org/none'):
-            self.reply(404, X_Error_Code='RepoNotFound')
-        elif path.endswith('/revision/no-such'):
-            self.reply(404, X_Error_Code='RevisionNotFound')
-        elif path.startswith('/api/models/org/'):
-            names = sorted(file.relative_to(self.folder).as_posix() for file in self.folder.rglob('*') if file.is_file())
-            if '/tree/' in path:
-                listing = [{'type': 'file', 'path': name, 'size': (self.folder / name).stat().st_size, 'oid': 'f' * 40} for name in names]
-                self.reply(200, json.dumps(listing).encode())
-            else:
-                self.reply(
-                    200, json.dumps({'id': 'org/model', 'sha': COMMIT, 'siblings': [{'rfilename': name} for name in names]}).encode()
-                )
-        elif path.startswith('/org/gated/'):
-            self.reply(403, X_Error_Code='GatedRepo')
-        elif path.startswith('/org/cut/'):
-            self.close_connection = True
-        elif path.startswith(f'/org/model/resolve/{COMMIT}/'):
-            body = (self.folder / path.split(COMMIT + '/')[1]).read_bytes()
-            digest = hashlib.sha256 if path.endswith('.safetensors') else hashlib.sha1
-            self.reply(200, body, X_Repo_Commit=COMMIT, ETag=f'"{digest(body).hexdigest()}"')
-        else:
-            self.reply(404)
-
-    do_HEAD = do_GET
-
-
 @pytest.fixture
 def hub(folder):
-    """A hub on this machine that holds a model with T5, which nobody should ask for."""
-    (folder / 'text_encoder_3').mkdir()
-    (folder / 'text_encoder_3' / 'model.safetensors').write_bytes(bytes(1000))
-    Hub.folder, Hub.asked = folder, []
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f'http://127.0.0.1:{server.server_port}'
-        server.shutdown()
+    with serve(folder) as running:
+        yield running
 
 
 def test_a_hub_model_is_downloaded_and_loads_offline_afterwards(hub, tmp_path, backbone):
@@ -571,7 +525,7 @@ def test_a_hub_model_is_downloaded_and_loads_offline_afterwards(hub, tmp_path, b
         'PADSEG_CACHE': str(tmp_path / 'cache'),
     }
     absent = ('org/gated', 'org/none', 'org/model@no-such', 'org/cut')
-    online = json.loads(printed_by(load_each, 'org/model', *absent, **home, HF_ENDPOINT=hub))
+    online = json.loads(printed_by(load_each, 'org/model', *absent, **home, HF_ENDPOINT=hub.url))
     model, _, revision, *hashes, embeds = online[0]
     assert (model, revision, hashes) == ('org/model', COMMIT, list(backbone.identity[3:]))
     assert embeds == float(backbone.null_prompt.embeds.double().sum())
@@ -582,7 +536,7 @@ def test_a_hub_model_is_downloaded_and_loads_offline_afterwards(hub, tmp_path, b
         [4, online[4][1]],
     ]
     assert 'org/cut is not in the cache and the hub cannot be reached' in online[4][1] and '--model tiny' in online[4][1]
-    fetched = {path.split(COMMIT + '/')[1] for path in Hub.asked if f'/org/model/resolve/{COMMIT}/' in path}
+    fetched = {path.split(COMMIT + '/')[1] for path in hub.asked if f'/org/model/resolve/{COMMIT}/' in path}
     assert {name.split('/')[0] for name in fetched} == {'model_index.json', 'padseg.json', *PARTS}
 
     snapshot = tmp_path / 'hub' / 'hub' / 'models--org--model' / 'snapshots' / COMMIT

@@ -196,7 +196,7 @@ def test_an_index_names_files_beside_it(folder, part, shard):
     own = folder / part / f'{WEIGHTS[part]}.safetensors'
     own.rename(folder.parent / 'elsewhere.safetensors')
     own.with_name(f'{own.name}.index.json').write_text(json.dumps({'weight_map': {'a': shard}}))
-    assert f'names a file that is no safetensors beside it: {shard!r}' in both_refuse(folder)
+    assert f'names a file that is not a safetensors file beside it: {shard!r}' in both_refuse(folder)
 
 
 @pytest.mark.parametrize('part', WEIGHTS)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import http.server
 import json
 import os
 import pathlib
@@ -12,14 +10,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 
 import pytest
 from safetensors.torch import load_file, save_file
+from support.hub import COMMIT, Hub, cached, serve
 from support.models import doctor_and_load
 from support.processes import start
-from support.replies import Replies
 
 from padseg.backbones import availability, load
 from padseg.backbones.spec import BACKBONES, CARDS
@@ -28,7 +25,6 @@ from padseg.system import machine as limits
 from padseg.system.disk import human
 
 ROOT = pathlib.Path(__file__).parents[2]
-COMMIT = '0123456789abcdef0123456789abcdef01234567'
 TRANSFORMER = 'transformer/diffusion_pytorch_model.safetensors'
 VAE = 'vae/diffusion_pytorch_model.safetensors'
 
@@ -47,23 +43,6 @@ def both(home: pathlib.Path, *models: str, **environment: str) -> list[tuple[int
     ran = start(doctor_and_load, *models, **settings, **environment).wait()
     assert ran.returncode == 0, ran.stderr
     return [tuple(answer) for answer in json.loads(ran.stdout)]
-
-
-def cached(home: pathlib.Path, repo: str, folder: pathlib.Path) -> pathlib.Path:
-    """A model's files as the hub's client keeps them: links into a store of files named after their content. Returns the snapshot."""
-    store = home / 'hub' / f'models--{repo.replace("/", "--")}'
-    snapshot = store / 'snapshots' / COMMIT
-    for path in (path for path in sorted(folder.rglob('*')) if path.is_file()):
-        content = path.read_bytes()
-        blob = store / 'blobs' / (hashlib.sha256 if path.suffix == '.safetensors' else hashlib.sha1)(content).hexdigest()
-        link = snapshot / path.relative_to(folder)
-        for parent in (blob.parent, link.parent):
-            parent.mkdir(parents=True, exist_ok=True)
-        blob.write_bytes(content)
-        link.symlink_to(blob)
-    (store / 'refs').mkdir()
-    (store / 'refs' / 'main').write_text(COMMIT)
-    return snapshot
 
 
 def listed(snapshot: pathlib.Path, *extra: str) -> None:
@@ -176,55 +155,10 @@ def test_an_unreachable_hub(tmp_path, sd3_folder):
 # a hub
 
 
-class Hub(Replies):
-    """What the hub answers about a model, one of another kind, a gated one, one that is not there; and to a token that is none."""
-
-    folder: pathlib.Path
-
-    def do_GET(self):
-        path = self.path.partition('?')[0]
-        token = self.headers.get('Authorization', '').removeprefix('Bearer ')
-        names = [file.relative_to(self.folder).as_posix() for file in sorted(self.folder.rglob('*')) if file.is_file()]
-        if token == 'hf_expired':
-            self.reply(401, X_Error_Message='Invalid credentials in Authorization header')
-        elif path.startswith('/api/models/org/none'):
-            self.reply(*((404,) if token else (401,)), **({'X_Error_Code': 'RepoNotFound'} if token else {}))
-        elif path.startswith('/api/models/org/narrow'):
-            self.reply(403, X_Error_Message='Please enable access in the settings of your token')
-        elif path.endswith('/revision/no-such'):
-            self.reply(404, X_Error_Code='RevisionNotFound')
-        elif '/tree/' in path:
-            names = ['config.json'] if '/other/' in path else names
-            files = [{'type': 'file', 'path': name, 'size': 2, 'oid': 'f' * 40} for name in names]
-            self.reply(200, json.dumps(files).encode())
-        elif path.startswith('/api/models/org/'):
-            names = ['config.json'] if 'org/other' in path else names
-            sizes = [
-                {'rfilename': name, 'size': (self.folder / name).stat().st_size if (self.folder / name).exists() else 2} for name in names
-            ]
-            self.reply(200, json.dumps({'id': 'org/model', 'sha': COMMIT, 'siblings': sizes}).encode())
-        elif path.startswith('/org/gated/'):
-            self.reply(403 if token else 401, X_Error_Code='GatedRepo')
-        elif path.startswith(f'/org/model/resolve/{COMMIT}/'):
-            body = (self.folder / path.split(COMMIT + '/')[1]).read_bytes()
-            digest = hashlib.sha256 if path.endswith('.safetensors') else hashlib.sha1
-            self.reply(200, body, X_Repo_Commit=COMMIT, ETag=f'"{digest(body).hexdigest()}"')
-        else:
-            self.reply(404)
-
-    do_HEAD = do_GET
-
-
 @pytest.fixture
-def hub(sd3_folder, tmp_path) -> Iterator[str]:
-    """A hub whose model also has T5, which nobody should ask for."""
-    Hub.folder = pathlib.Path(shutil.copytree(sd3_folder, tmp_path / 'published'))
-    (Hub.folder / 'text_encoder_3').mkdir()
-    (Hub.folder / 'text_encoder_3' / 'model.safetensors').write_bytes(bytes(1000))
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f'http://127.0.0.1:{server.server_port}'
-        server.shutdown()
+def hub(sd3_folder, tmp_path) -> Iterator[Hub]:
+    with serve(pathlib.Path(shutil.copytree(sd3_folder, tmp_path / 'published'))) as running:
+        yield running
 
 
 REFUSED = {
@@ -249,7 +183,7 @@ REFUSED_WITH_TOKEN = {
     ids=['without a token', 'with a token', 'with an expired token'],
 )
 def test_what_the_hub_refuses_in_the_words_of_a_run(hub, tmp_path, token, expected):
-    answers = both(tmp_path / 'home', *expected, HF_ENDPOINT=hub, **token)
+    answers = both(tmp_path / 'home', *expected, HF_ENDPOINT=hub.url, **token)
     for (model, (state, words)), (code, report, loaded) in zip(expected.items(), answers, strict=True):
         assert (code, report['state']['state'], report['state']['message']) == (4, state, loaded), model
         assert words in loaded and '\n' not in loaded
@@ -260,9 +194,9 @@ def test_what_the_hub_refuses_in_the_words_of_a_run(hub, tmp_path, token, expect
 def test_what_the_hub_grants_is_not_downloaded(hub, tmp_path):
     home = tmp_path / 'home'
     for name in (TRANSFORMER, VAE):
-        (Hub.folder / name).with_suffix('.txt').write_text('not read, but downloaded')
-    (code, report, loaded), other = both(home, 'org/model', 'org/other', HF_ENDPOINT=hub)
-    files = [path for path in Hub.folder.rglob('*') if path.is_file() and path.parent.name != 'text_encoder_3']
+        (hub.folder / name).with_suffix('.txt').write_text('not read, but downloaded')
+    (code, report, loaded), other = both(home, 'org/model', 'org/other', HF_ENDPOINT=hub.url)
+    files = [path for path in hub.folder.rglob('*') if path.is_file() and path.parent.name != 'text_encoder_3']
     total = sum(path.stat().st_size for path in files)
     assert (code, report['state']['state'], report['state']['commit'], report['state']['download']) == (0, 'not downloaded', COMMIT, total)
     assert f'the first run downloads {len(files)} files, {human(total)}' in report['state']['message']
@@ -274,15 +208,15 @@ def test_what_the_hub_grants_is_not_downloaded(hub, tmp_path):
 
 def test_the_remedy_for_a_damaged_file_mends_it(hub, tmp_path):
     home = tmp_path / 'home'
-    snapshot = cached(home, 'org/model', Hub.folder)
+    snapshot = cached(home, 'org/model', hub.folder)
     whole = (snapshot / TRANSFORMER).stat().st_size
     cut(snapshot)
-    ((code, report, loaded),) = both(home, 'org/model', HF_ENDPOINT=hub)
+    ((code, report, loaded),) = both(home, 'org/model', HF_ENDPOINT=hub.url)
     assert (code, report['state']['message']) == (4, loaded)
     remedy = re.findall('`([^`]+)`', loaded)[0]
     assert remedy.startswith('rm ')
     subprocess.run(shlex.split(remedy), check=True)
-    again, then = both(home, 'org/model', 'org/model', HF_ENDPOINT=hub)
+    again, then = both(home, 'org/model', 'org/model', HF_ENDPOINT=hub.url)
     assert (again[0], again[1]['state']['state'], again[1]['state']['download'], again[2]) == (0, 'not downloaded', whole, COMMIT)
     assert (then[0], then[1]['state']['state'], then[2]) == (0, 'ready', COMMIT)
 

@@ -709,7 +709,7 @@ def test_a_matlab_matrix_that_is_no_label_map(tmp_path, values, reason):
     (labels,) = dataset.read(Sample('a', None, (path,)))
     assert (labels.tolist(), labels.dtype) == ([[3, 458]], np.int32)
     mat(path, LabelMap=values)
-    with pytest.raises(UnreadableLabels, match=f'a.mat: labels are {reason}'):
+    with pytest.raises(UnreadableLabels, match=f'a.mat: labels must be {reason}'):
         dataset.read(Sample('a', None, (path,)))
 
 
@@ -719,7 +719,7 @@ def test_matlab_files_that_hold_something_else(tmp_path, reader):
     path = tmp_path / 'a.mat'
     sample = Sample('a', None, (path,))
     mat(path, other=1)
-    with pytest.raises(UnreadableLabels, match='holds no (LabelMap|groundTruth)'):
+    with pytest.raises(UnreadableLabels, match='holds no variable (LabelMap|groundTruth)'):
         dataset.read(sample)
     path.write_bytes(b'MATLAB 7.3 MAT-file'.ljust(124) + b'\0\x02IM' + bytes(400))
     with pytest.raises(UnreadableLabels, match='version 7.3'):
@@ -1042,7 +1042,7 @@ def test_a_list_that_names_files_elsewhere_is_refused(tmp_path, name):
     voc(tmp_path)
     text(tmp_path / 'ImageSets' / 'Segmentation' / 'val.txt', f'2007_000033\n{name}\n')
     for allow_missing in (False, True):
-        with pytest.raises(LayoutError, match=rf'val\.txt names {re.escape(name)}: names are of files below .*JPEGImages'):
+        with pytest.raises(LayoutError, match=rf'val\.txt names {re.escape(name)}: it may only name files below .*JPEGImages'):
             open_dataset('voc21', tmp_path, allow_missing=allow_missing)
 
 

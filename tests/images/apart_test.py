@@ -265,7 +265,7 @@ def test_an_animation_of_too_many_pixels_is_refused(tmp_path):
     assert decode_apart(path, Reading()).notes == ('first of 1000 frames',)
     reading = Reading(frames='all', max_pixels=4_000_000)
     assert frames_of(found, reading) == [found]
-    with pytest.raises(ImageError, match='1000 frames of 2000x2000 are more than 400000000 pixels together'):
+    with pytest.raises(ImageError, match='1000 frames of 2000x2000 have more than 400000000 pixels together'):
         decode_apart(path, reading)
     assert len(frames_of(found, reading._replace(max_pixels=40_000_000))) == 1000
 

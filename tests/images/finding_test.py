@@ -89,7 +89,7 @@ def test_results_of_a_run_are_no_pictures(tmp_path, caplog, monkeypatch):
     for out in ('first', 'sub/second', 'third'):
         assert run('--dir', '.', '--out', out, '-q') == 0
         assert [json.loads(line)['input'] for line in Path(out, 'manifest.jsonl').read_text().splitlines()] == ['a.png', 'sub/b.png']
-    assert caplog.messages[-1] == 'left out, as they hold results of a run: first, sub/second'
+    assert caplog.messages[-1] == 'left out because they hold results of a run: first, sub/second'
     assert [picture.name for picture in find(Path('first'))] != []  # the folder that was named is not left out
 
 
@@ -104,7 +104,7 @@ def test_a_folder_that_cannot_be_listed_is_left_out_and_said():
         arguments = ['run', '--method', 'grid', '--dir', str(place / 'in'), '--out', str(place / 'out'), '--json', '-q']
         ran = start(jobs.as_nobody, arguments).wait()
         assert ran.returncode == 3, ran.stderr
-        assert ran.stderr.splitlines() == ['left out, as it cannot be listed: closed: Permission denied']
+        assert ran.stderr.splitlines() == ['left out because it cannot be listed: closed: Permission denied']
         assert json.loads(ran.stdout)['done'] == 1 and json.loads(ran.stdout)['unreadable'] == 1
         assert json.loads((place / 'out/run.json').read_text())['unreadable'] == {'closed': 'Permission denied'}
         closed = start(jobs.as_nobody, [*arguments[:4], str(place / 'in/closed'), *arguments[5:]]).wait()

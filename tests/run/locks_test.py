@@ -13,6 +13,7 @@ import PIL.Image
 import pytest
 from support import jobs
 from support.processes import FORKS, padseg, start
+from support.runs import files
 
 from padseg.commands import main
 from padseg.errors import NoImages, OutputConflict
@@ -57,12 +58,6 @@ def whole(source, sd3_folder, tmp_path_factory):
 
 def part(job: Job, i: int, n: int) -> Job:
     return job._replace(selection=Selection(shard=(i, n)))
-
-
-def files(out: Path) -> dict[str, bytes]:
-    """Name and bytes of all that a run wrote but for its records."""
-    paths = [path for path in out.rglob('*') if path.is_file() and path.parent != out and 'shards' not in path.parts]
-    return {path.relative_to(out).as_posix(): path.read_bytes() for path in paths}
 
 
 def alike(out: Path) -> list[dict]:

@@ -1,9 +1,11 @@
-"""Output folders like those of `padseg run`, with handmade label maps."""
+"""Pictures to run on, what is in an output folder, and output folders like those of `padseg run` with handmade label maps."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -55,3 +57,20 @@ def put_run(folder: Path, maps: dict[str, np.ndarray], source: Path | None = Non
     )
     write_header(run, folder / 'out' / 'run.json')
     return folder / 'out'
+
+
+def put_picture(path: Path, size: tuple[int, int] = (4, 6), seed: int = 0) -> None:
+    """Write a picture of noise, in a format that the name tells."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8)).save(path)
+
+
+def entries(out: Path) -> dict[str, dict[str, Any]]:
+    """The records in a manifest, by input."""
+    return {entry['input']: entry for entry in map(json.loads, (out / 'manifest.jsonl').read_text().splitlines())}
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """Name and bytes of all that a run wrote but for its records."""
+    paths = [path for path in out.rglob('*') if path.is_file() and path.parent != out and 'shards' not in path.parts]
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in paths}

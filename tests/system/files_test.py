@@ -45,7 +45,7 @@ def test_a_plain_name_is_a_path_below_the_folder(tmp_path, name):
 
 @pytest.mark.parametrize('name', OUTSIDE)
 def test_a_name_that_could_lead_elsewhere_is_refused(tmp_path, name):
-    with pytest.raises(OutputConflict, match='is no name of a file in') as raised:
+    with pytest.raises(OutputConflict, match='is not the name of a file in') as raised:
         inside(tmp_path, name)
     assert str(raised.value).isprintable()
 

@@ -1,4 +1,4 @@
-"""Store token maps on disk, so that another threshold needs no forward pass."""
+"""Store token maps on disk, so that another threshold needs no new forward pass."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ from padseg.system.files import atomic, opened
 from padseg.types import Array, Frame, TokenMaps
 
 SUFFIX = '.npz'
-# The arrays of a file: the kind of their values, and how many dimensions they have.
+# The arrays in a file: kind of their values, and number of dimensions.
 MEMBERS = {'maps': ('f', 3), 'names': ('U', 1), 'size': ('i', 1), 'box': ('i', 1), 'made_by': ('U', 0)}
-LARGEST, LARGEST_OTHER = 2**28, 2**20  # bytes of the maps, which take 134 MB for 512 tokens on 256 x 256, and of any other array
+LARGEST, LARGEST_OTHER = 2**28, 2**20  # bytes of the maps (512 tokens at 256 x 256 take 134 MB), and of any other array
 HEADER = 1000  # bytes of an array's description
-END = struct.Struct('<4s4H2LH')  # how a zip ends: a mark, disks, entries here and in all, size and place of their list, length of a comment
-DIRECTORY = 2**16  # bytes of the list of entries
-SQUARES = [patch * 2**number for number in range(10) for patch in (1, 3)]  # pixels along the side of a token: 16 with known models
-READERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}  # of descriptions, by version
-ABOVE_ONE = 1e-3  # by which rounding may take a share above 1
-# What reading a damaged or crafted file raises, in zipfile and in numpy's reading of a description.
+# The end record of a zip: signature, disks, entries here and in all, size and offset of the directory, comment length.
+END = struct.Struct('<4s4H2LH')
+DIRECTORY = 2**16  # bytes of the directory
+SQUARES = [patch * 2**number for number in range(10) for patch in (1, 3)]  # possible sides of a token in pixels; 16 for known models
+READERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}  # readers of an array's description, by version
+ABOVE_ONE = 1e-3  # rounding may make a share exceed 1 by this much
+# What zipfile, and NumPy's reader of descriptions, raise for damaged or crafted files.
 DAMAGE = (
     OSError,
     EOFError,
@@ -81,25 +82,25 @@ def read_maps(path: Path, made_by: str = '') -> TokenMaps | None:
 
 
 def maps_of_picture(path: Path, size: tuple[int, int], options: ViewOptions) -> TokenMaps:
-    """The token maps in a file, for a picture of a size (H, W) of which the model saw what these options say.
+    """Read the token maps of a picture of a size (H, W), made with these view options.
 
-    ImageError with the reason if there are none, or they are damaged, of another size, or no shares of attention.
+    Raises ImageError with the reason if there are none, or if they are damaged, of another size, or not shares of attention.
     """
     try:
         maps = unpacked(path)
     except FileNotFoundError as error:
         raise ImageError('there are no token maps for this picture: run the model with --save-maps') from error
     if maps is None or maps.frame != Frame(size, seen_box(size, options.geometry)):
-        raise ImageError('its token maps are of another picture, or were not kept by a run')
+        raise ImageError('its token maps belong to another picture, or were not kept by a run')
     if not is_view(maps.maps.shape[1:], size, options):
-        raise ImageError(f'its token maps are {maps.maps.shape[2]}x{maps.maps.shape[1]}, which no model makes of it')
-    if not (maps.maps.min() >= 0 and maps.maps.max() <= 1 + ABOVE_ONE):  # so NaN is refused too
-        raise ImageError('its token maps are no shares of attention: there are values outside of 0..1')
+        raise ImageError(f'its token maps are {maps.maps.shape[2]}x{maps.maps.shape[1]}, which no model makes for a picture of this size')
+    if not (maps.maps.min() >= 0 and maps.maps.max() <= 1 + ABOVE_ONE):  # written so that NaN is refused too
+        raise ImageError('its token maps are not shares of attention: some values are outside 0..1')
     return maps
 
 
 def is_view(shape: tuple[int, ...], size: tuple[int, int], options: ViewOptions) -> bool:
-    """Whether tokens (h, w) are what some model has for its view of a picture: one for a square of pixels, with as many as its limit."""
+    """Whether some model could have tokens (h, w) for its view of a picture: one per square of pixels, up to a limit per side."""
     if options.geometry != 'whole':
         return shape[0] == shape[1] and options.side % shape[0] == 0
     scale = options.side / math.sqrt(size[0] * size[1])
@@ -108,12 +109,12 @@ def is_view(shape: tuple[int, ...], size: tuple[int, int], options: ViewOptions)
 
 
 def fits(tokens: int, length: float, limit: int) -> bool:
-    """Whether a side of so many tokens is this length, rounded, or the most that there can be."""
+    """Whether a number of tokens is `length` rounded, or the limit."""
     return tokens == min(limit, max(1, round(length)))
 
 
 def unpacked(path: Path, made_by: str = '') -> TokenMaps | None:
-    """The token maps in a file; None if other settings made it. FileNotFoundError if there is none, ImageError if it is damaged."""
+    """Read token maps; None if other settings made them. Raises FileNotFoundError if there is no file, ImageError if it is damaged."""
     try:
         with opened(path) as file:
             arrays = unzipped(file)
@@ -128,7 +129,7 @@ def unpacked(path: Path, made_by: str = '') -> TokenMaps | None:
 
 
 def unzipped(file: BinaryIO) -> dict[str, Array]:
-    """The arrays of a file that `write_maps` wrote. Sizes and descriptions are looked at before anything is unpacked. One of DAMAGE."""
+    """Read the arrays of a file by `write_maps`. Checks sizes and descriptions before unpacking anything. Raises one of DAMAGE."""
     file.seek(-END.size, os.SEEK_END)
     mark, _, _, _, entries, directory, _, comment = END.unpack(file.read())
     if (mark, entries, comment) != (b'PK\5\6', len(MEMBERS), 0) or directory > DIRECTORY:
@@ -140,32 +141,32 @@ def unzipped(file: BinaryIO) -> dict[str, Array]:
         arrays = {name: member_array(archive, infos[name], name) for name in MEMBERS}
     shapes = {name: array.shape for name, array in arrays.items()}
     if not (0 < shapes['maps'][0] == shapes['names'][0] and min(shapes['maps']) > 0 and shapes['size'] == (2,) and shapes['box'] == (4,)):
-        raise ValueError(f'its arrays are of the shapes {shapes}')
+        raise ValueError(f'its arrays have the shapes {shapes}')
     if not np.isfinite(arrays['maps']).all():
-        raise ValueError('values that are not finite')
+        raise ValueError('some values are not finite')
     return arrays
 
 
 def member_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> Array:
-    """An array of a file; it is unpacked once its description is known to be right."""
+    """Read an array of a file. It is unpacked only after its description has been checked."""
     kind, dimensions = MEMBERS[name]
     largest = LARGEST if name == 'maps' else LARGEST_OTHER
     if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.file_size > largest + HEADER:
-        raise ValueError(f'{name} is encrypted, packed in a strange way or too large')
+        raise ValueError(f'{name} is encrypted, compressed in an unknown way, or too large')
     with archive.open(info) as member:
         shape, by_columns, dtype = described(member)
         length = math.prod(shape) * dtype.itemsize
         good = dtype.kind == kind and len(shape) == dimensions and (kind != 'f' or dtype == np.float32)
         if not good or min(shape, default=1) < 0 or length != info.file_size - member.tell():
             raise ValueError(f'{name} is {dtype} of shape {shape}')
-        data = bytearray(member.read(length + 1))  # to its end, where the check sum is compared
+        data = bytearray(member.read(length + 1))  # up to its end, where the checksum is compared
     if len(data) != length:
         raise ValueError(f'{name} is cut off')
     return np.frombuffer(data, dtype).reshape(shape, order='F' if by_columns else 'C')
 
 
 def described(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether columns come first, and type of the array that begins here."""
+    """Read the description of an array: shape, whether it is in column order, and type."""
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # numpy advises those who wrote such files
+        warnings.simplefilter('ignore')  # NumPy's advice to the writers of such files
         return READERS[npy.read_magic(member)](member, max_header_size=HEADER)
