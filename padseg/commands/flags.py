@@ -71,14 +71,14 @@ READING = (
         type=click.FloatRange(min=0, min_open=True),
         default=MAX_SECONDS,
         show_default=True,
-        help="pictures fail that take more of a processor's time to decode",
+        help='pictures that take more processor time to decode (in seconds) fail',
     ),
     click.option(
         '--max-memory',
         type=POSITIVE,
         default=MAX_MEMORY,
         show_default=True,
-        help='fail pictures that need more memory to decode (in bytes, without the file itself)',
+        help='pictures that need more memory to decode (in bytes, beyond the file itself) fail',
     ),
     click.option(
         '--shrink',

@@ -1,4 +1,4 @@
-"""Joining output folders: which results come in, and nothing from outside the folder they are in."""
+"""Joining output folders: which results are joined, and that nothing outside these folders is read or written."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def edit(out: Path, name: str, **changes: object) -> None:
 
 @pytest.fixture
 def bundle(job, tmp_path):
-    """A folder of results from elsewhere, and files beside the folder that it is to be joined with."""
+    """A folder of results from elsewhere, and an output folder to join it in, both with private files beside them."""
     engine.run(job._replace(out=tmp_path / 'theirs' / 'out'))
     home = tmp_path / 'home'
     (home / '.ssh').mkdir(parents=True)
@@ -91,7 +91,7 @@ def test_results_of_pictures_of_another_folder_are_not_joined(job, tmp_path, cap
 
 
 def test_a_collection_that_was_killed_does_not_lend_its_results_to_another(job, tmp_path):
-    """Results were brought, but no header says of which settings: they do not count."""
+    """Results were copied, but no header has their settings: they do not count."""
     engine.run(job)
     collect([job.out], tmp_path / 'all')
     (tmp_path / 'all' / 'run.json').unlink()

@@ -1,4 +1,4 @@
-"""Output folders that a run cannot use as they are: links, pipes, strange shards, and a folder that is read-only."""
+"""Output folders with links, pipes or strange shards in them, and a read-only one."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_results_are_not_written_through_links(job, tmp_path, place):
 
 @pytest.fixture
 def for_all():
-    """A folder that others may look into, which tmp_path is not."""
+    """A folder that other users can read, unlike tmp_path."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)

@@ -1,4 +1,4 @@
-"""One picture that fails: it is recorded, it leaves no results, and the other pictures are as they would be without it."""
+"""A picture that fails is recorded and leaves no results, and the other pictures are as they would be without it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def put_long(path: Path, width: int) -> None:
 
 @pytest.mark.parametrize('refine', ['masks', 'overlay', 'regions'])
 def test_a_picture_that_cannot_be_written_fails_alone(job, refine):
-    """More pixels a side than PNG or JPEG encoders take, or more regions than a label map can have; the next picture is done."""
+    """A side longer than PNG or JPEG encoders take, or more regions than a label map can have. The next picture is done."""
     options = GridOptions(2)
     if refine == 'masks':
         put_long(job.source / 'a.png', 1_000_001)
@@ -49,7 +49,7 @@ def test_a_picture_that_cannot_be_written_fails_alone(job, refine):
 
 
 def test_an_error_in_the_forward_is_of_its_picture_alone(kept, backbone):
-    """Of a batch of three the one at fault fails, with class and message in one line; the label maps of the others are as without it."""
+    """In a batch of three, only the picture at fault fails, with class and message on one line; the maps of the others do not change."""
     import torch
 
     put_picture(kept.source / 'c.png', (40, 56), 2)
@@ -102,7 +102,7 @@ def test_what_failed_leaves_no_earlier_result(job):
 
 
 def test_what_failed_takes_nothing_of_others_with_it(job):
-    """The label map of x.png and the folder for those in x.png.png have one name: one picture fails, and the other keeps its results."""
+    """The label map of x.png and the folder for those in x.png.png have the same name: one picture fails, the other keeps its results."""
     put_picture(job.source / 'x.png')
     put_picture(job.source / 'x.png.png' / 'y.png')
     counts = engine.run(job)

@@ -20,7 +20,7 @@ from padseg.run.selection import Selection
 
 
 def test_results_of_other_settings_do_not_count(job):
-    """An overlay that an earlier run left is not of these settings: it goes, and is made anew when it is asked for."""
+    """An overlay of earlier settings is removed, and made again when it is asked for."""
     engine.run(job._replace(overlay=True))
     before = (job.out / 'overlays/a.png.jpg').read_bytes()
     other = job._replace(options=GridOptions(1), overwrite=True)
@@ -48,7 +48,7 @@ def test_maps_of_other_settings_are_not_merged(kept, tmp_path):
 
 
 def test_shards_of_other_settings_do_not_count(job):
-    """As a killed run with --overwrite of an earlier version left them."""
+    """Such shards are left over from a killed run with --overwrite of an earlier version."""
     engine.run(job._replace(selection=Selection(shard=(1, 2))))
     engine.run(job._replace(selection=Selection(shard=(2, 2))))
     assert len(joinable(job.out)) == 2 and len(all_records(job.out)) == 3
@@ -63,7 +63,7 @@ def test_shards_of_other_settings_do_not_count(job):
 
 @pytest.mark.parametrize('change', ['weights', 'settings', 'damage'])
 def test_another_model_is_no_model_that_is_done(kept, tmp_path, change):
-    """Nothing is left to do, and yet it is seen: by size and times first, by content where these differ."""
+    """Nothing is left to do, and yet the change is noticed: by size and times first, and by content where these differ."""
     model = shutil.copytree(kept.model, tmp_path / 'model')
     job = kept._replace(model=str(model))
     engine.run(job)

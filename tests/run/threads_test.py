@@ -1,4 +1,4 @@
-"""How many threads a run that was stopped goes on with."""
+"""The number of threads of a run that continues another."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from padseg.run.selection import Selection
 
 @pytest.mark.parametrize('threads_recorded', [True, False])
 def test_a_run_whose_maps_are_kept_goes_on_with_as_many_threads(kept, caplog, threads_recorded):
-    """Their last digits depend on it; label maps from float32 do not."""
+    """The last digits of kept maps depend on the number; label maps from float32 do not."""
     import torch
 
     own = torch.get_num_threads()
