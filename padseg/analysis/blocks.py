@@ -18,7 +18,8 @@ from padseg.evaluation.metrics import ClassCounts, class_scores, class_table, co
 from padseg.methods.open_vocabulary import LabelOptions, prepare
 from padseg.methods.seg4diff import Options
 from padseg.methods.stages.attention import token_attention
-from padseg.methods.stages.labels import label_map, upsample
+from padseg.methods.stages.enlarging import upsample
+from padseg.methods.stages.labels import label_map
 from padseg.methods.stages.latents import encode_steps
 from padseg.methods.stages.proposals import merge
 from padseg.methods.stages.scores import means, scale_scores

@@ -14,7 +14,8 @@ from skimage.measure import label as connected_components
 
 from padseg.bench.measure import finish_bench, fresh, measured_on, output_flags, peak, surface, surroundings
 from padseg.methods.stages.attention import token_attention
-from padseg.methods.stages.labels import label_map, scaled_proposals, upsample
+from padseg.methods.stages.enlarging import upsample
+from padseg.methods.stages.labels import label_map, scaled_proposals
 from padseg.methods.stages.proposals import EPS, merge, normalise, spatial, symmetric_kl
 from padseg.methods.stages.superpixels import superpixels_of
 from padseg.types import Attention, Frame, LabelMap, Proposals, TokenMaps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from padseg.evaluation.evaluate import score_sample, score_stored, stamp_of
 from padseg.evaluation.job import Evaluation
 from padseg.evaluation.protocols import rules
 from padseg.evaluation.scores import PictureScores, Result, ScoresRecord, ScoreTotals, finite
+from padseg.system.files import inside
 from padseg.system.ledger import (
     continued,
     line,
@@ -43,7 +44,7 @@ def run_evaluation(job: Evaluation, progress: Progress = Silent()) -> Outcome:
     report = ScoresRecord(protocol=job.protocol, settings=settings(job), versions=versions())
     totals = ScoreTotals(job.task.classes, job.task.rules)
     failed: dict[str, str] = {}
-    with output(job.out) if job.out else contextlib.nullcontext(), contextlib.closing(progress):
+    with output(job.out, ('labels', 'maps') if job.predictor else ()) if job.out else contextlib.nullcontext(), contextlib.closing(progress):
         for picture in pictures(job, report, progress):
             totals.add(picture)
             if picture.status == 'failed' and len(failed) < FAILED_SHOWN:
@@ -58,13 +59,18 @@ def run_evaluation(job: Evaluation, progress: Progress = Silent()) -> Outcome:
 
 
 @contextlib.contextmanager
-def output(out: Path) -> Iterator[None]:
-    """Own the output folder. OutputConflict for what lies in its way there, or if it must not be written to; else as `owned`."""
+def output(out: Path, written: Sequence[str]) -> Iterator[None]:
+    """Own the output folder. OutputConflict for what lies in its way there, or if it must not be written to; else as `owned`.
+
+    written: folders below it to which the predictor writes.
+    """
     try:
         with owned(out, 'run.json'):
             for name in ('scores.json', 'pictures.jsonl'):
                 if (out / name).exists() and not (out / name).is_file():
                     raise OutputConflict(f'{out / name} is not a file: choose another --out')  # opening a pipe would block
+            for name in written:
+                inside(out, name)
             yield
     except OSError as error:
         raise OutputConflict(f'cannot write to {out}: {error}') from error

@@ -15,9 +15,11 @@ from padseg.errors import UsageError
 from padseg.evaluation.protocols import RELEASED_CUT, Protocol, View, seen_prediction
 from padseg.exports.png import write_label_map
 from padseg.methods import Method, seg4diff
-from padseg.methods.stages.labels import argmax, upsample
+from padseg.methods.stages.enlarging import upsample
+from padseg.methods.stages.labels import argmax
 from padseg.methods.stages.proposals import merge
 from padseg.methods.stages.saved_maps import forward_settings, read_maps, write_maps
+from padseg.system.files import inside
 from padseg.types import Array, Frame, Image, LabelMap, TokenMaps
 
 PROMPTS_KEPT = 64  # in memory, because many pictures show the same classes
@@ -42,13 +44,13 @@ def predict_regions(
     settings = [prepared._replace(options=dataclasses.replace(prepared.options, threshold=value)) for value in thresholds] or [prepared]
 
     def predict(name: str, image: Image, where: View, present: Sequence[int] = ()) -> list[Array]:
-        maps = kept_maps(method, prepared, image, out / 'maps' / f'{name}.npz') if out and keep_maps else method.maps([image], prepared)[0]
+        maps = kept_maps(method, prepared, image, inside(out, f'maps/{name}.npz')) if out and keep_maps else method.maps([image], prepared)[0]
         if rules and has_numbers(method, prepared.options, maps, where, rules):
             predictions = [proposal_numbers(setting.options, maps, where, rules) for setting in settings]
         else:
             predictions = [compared_labels(method, setting, image, maps, where) for setting in settings]
         if out:
-            write_label_map(LabelMap(predictions[0], ()), out / 'labels' / f'{name}.png')
+            write_label_map(LabelMap(predictions[0], ()), inside(out, f'labels/{name}.png', linked=True))
         return predictions
 
     return predict
@@ -98,7 +100,8 @@ def proposal_numbers(options: Any, maps: TokenMaps, where: View, rules: Protocol
         cut = upsample(values, maps.frame.size)[:height, :width]
         return cut if cut.shape == where.size else upsample(cut, where.size)
 
-    return argmax(merge(maps, options.threshold, options.normalisation), enlarged)
+    proposals = merge(maps, options.threshold, options.normalisation)
+    return argmax(proposals, lambda values: [(slice(None), enlarged(values))], where.size)
 
 
 def predict_classes(
@@ -128,7 +131,7 @@ def predict_classes(
             labels = method.labels(image, method.maps([image], prepared)[0], prepared).labels
             numbers = np.array([otherwise(labels, background), *chosen], np.int32)[seen_prediction(labels, where)]
         if out:
-            write_label_map(LabelMap(numbers, ()), out / 'labels' / f'{name}.png')
+            write_label_map(LabelMap(numbers, ()), inside(out, f'labels/{name}.png', linked=True))
         return [numbers]
 
     return predict

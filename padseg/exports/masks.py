@@ -43,7 +43,8 @@ def write_masks(labels: LabelMap, folder: Path) -> None:
     with atomic(folder) as temporary:
         temporary.mkdir()
         for region in range(1, int(labels.labels.max()) + 1):
-            mask = (labels.labels == region).astype(np.uint8) * 255  # (H, W)
+            mask = (labels.labels == region).view(np.uint8)  # (H, W)
+            mask *= 255
             if labels.names and not mask.any():
                 continue
             (temporary / f'{region - 1}.png').write_bytes(encoded('.png', mask, ENCODING))

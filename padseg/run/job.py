@@ -16,8 +16,8 @@ import pydantic
 
 from padseg.errors import OutputConflict, UsageError
 from padseg.images import Reading
-from padseg.methods import DEFAULTS
-from padseg.methods.options import MethodOptions, Setting, plain_settings
+from padseg.methods import DEFAULTS, METHODS
+from padseg.methods.options import MethodOptions, Setting, kind_of, plain_settings
 from padseg.methods.seg4diff import Options
 from padseg.run.records import SUFFIXES
 from padseg.run.selection import Selection
@@ -135,8 +135,28 @@ class RunSettings(pydantic.BaseModel):
     frames: Literal['first', 'all'] = 'first'
     value_range: Annotated[tuple[float, float] | None, pydantic.BeforeValidator(lambda text: str(text).split() if text else None)] = None
     background: Annotated[tuple[int, int, int], pydantic.BeforeValidator(lambda text: recorded_rgb(str(text)))] = (255, 255, 255)
-    void: bool = False
-    shrink: pydantic.PositiveInt | None = None
+    void: pydantic.StrictBool = False
+    shrink: Annotated[int, pydantic.Field(gt=0, strict=True)] | None = None
+
+    @pydantic.field_validator('method')
+    @classmethod
+    def is_known(cls, method: str | None) -> str | None:
+        if method is not None and method not in METHODS:
+            raise ValueError('not a method')
+        return method
+
+    @pydantic.field_validator('classes')
+    @classmethod
+    def are_names(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(classes)) < len(classes) or not all(name.strip() for name in classes):
+            raise ValueError('not the names of classes')
+        return classes
+
+    @pydantic.model_validator(mode='after')
+    def fit_together(self) -> RunSettings:
+        if (METHODS[self.method_name].TASK == 'classes') != bool(self.classes):
+            raise ValueError('its classes are not those of its method')
+        return self
 
     @pydantic.field_validator('value_range')
     @classmethod
@@ -173,16 +193,16 @@ def settings_from(settings: Mapping[str, Setting]) -> RunSettings:
 
 
 def options_from(kind: type[Kind], settings: Mapping[str, Setting]) -> Kind:
-    """Parse a method's fully resolved options from a record. OutputConflict for settings that no run would have recorded."""
+    """A method's fully resolved options from a record. OutputConflict for settings that no run would have recorded."""
     names = [field.name for field in dataclasses.fields(kind)]
+    lacking = [name for name in names if settings.get(name) is None]
+    if lacking:
+        raise OutputConflict(f'the recorded settings lack {lacking[0]}')
+    infinite = {name: math.inf for name in names if settings[name] == str(math.inf) and kind_of(kind, name)[0] is float}
     try:
-        return pydantic.TypeAdapter(kind).validate_python({name: settings[name] for name in names})
-    except KeyError as error:
-        raise OutputConflict(f'the recorded settings lack {error.args[0]}') from error
-    except pydantic.ValidationError as error:
-        raise OutputConflict(f'the recorded settings are not those of a run: {settings_complaint(error)}') from error
+        return kind(**{**{name: settings[name] for name in names}, **infinite})
     except UsageError as error:
-        raise OutputConflict(f'the recorded settings are not those of a run: {error}') from error
+        raise OutputConflict(f'the recorded settings are not those of a run: {str(error)[:200]}') from error
 
 
 def settings_complaint(error: pydantic.ValidationError) -> str:

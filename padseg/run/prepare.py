@@ -10,8 +10,8 @@ from datetime import datetime, timezone
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from padseg.errors import ModelUnavailable, NoImages, PadsegError, UsageError
-from padseg.methods import Method, check_settings, method_named, open_backbone, seg4diff
+from padseg.errors import ModelUnavailable, NoImages, OutputConflict, PadsegError, UsageError
+from padseg.methods import METHODS, Method, check_settings, method_named, open_backbone, seg4diff
 from padseg.methods.options import Setting, plain_settings
 from padseg.run.job import Job, method_settings, naming_settings, options_from, reading_settings, requested, settings_from
 from padseg.run.locks import all_records
@@ -134,8 +134,10 @@ def settings_now(job: Job, earlier: Run) -> Run | None:
         settings = settings_of_maps(job, run_of_maps(job))
         return earlier.model_copy(update={'settings': settings, 'key': settings_key(settings)})
     method = method_named(job.method, 'classes' if job.classes else 'regions')
-    if not method.FAMILIES or earlier.model is None:
+    if not method.FAMILIES:
         return earlier.model_copy(update={'settings': all_settings(job, method, None, {})})
+    if earlier.model is None:  # which no run with such a method records
+        return None
     found = located(job)
     if found is None:
         return earlier
@@ -218,7 +220,11 @@ def run_of_maps(job: Job) -> Run:
     made = read_run(job.maps / 'run.json')
     if made is None or not inside(job.maps, 'maps').is_dir():
         raise NoImages(f'{job.maps} holds no token maps: make them with `padseg run --save-maps --out {job.maps}`')
-    if settings_from(made.settings).method_name != job.method:
+    name = settings_from(made.settings).method_name
+    if name != job.method:
+        own = METHODS[name].Options.__dataclass_fields__.keys() - seg4diff.Options.__dataclass_fields__.keys()
+        if own.isdisjoint(made.settings):  # which its maps would depend on
+            raise OutputConflict(f'the recorded settings are not those of a run: none of them is one of {name}')
         raise UsageError(f'{job.maps} holds maps of classes: use `padseg label` to make other label maps')
     return made
 

@@ -28,7 +28,7 @@ from padseg.analysis.blocks import (
 )
 from padseg.errors import UsageError
 from padseg.methods.open_vocabulary import score_maps
-from padseg.methods.stages.labels import upsample
+from padseg.methods.stages.enlarging import upsample
 from padseg.methods.stages.latents import encode
 from padseg.methods.stages.token_maps import attention_maps
 from padseg.types import Attention

@@ -79,3 +79,46 @@ def test_a_full_disk_has_its_exit_code(command, tmp_path, size):
     assert ran.returncode == 7, (ran.returncode, ran.stderr)
     assert ran.stderr.startswith('padseg: ') and ran.stderr.count('\n') == 1
     assert padseg(*command).returncode == 0
+
+
+@pytest.fixture
+def by_grid(tmp_path):
+    """Two pictures with a truth, and the words that score a method without a model, whose label maps are kept."""
+    for name in 'ab':
+        for folder, pixels in (('img', np.zeros((6, 8, 3), np.uint8)), ('gt', np.repeat([[0, 1]], 6, 0).repeat(4, 1).astype(np.uint8))):
+            (tmp_path / 'root' / folder).mkdir(parents=True, exist_ok=True)
+            PIL.Image.fromarray(pixels).save(tmp_path / 'root' / folder / f'{name}.png')
+    (tmp_path / 'root' / 'padseg.toml').write_text('images = "img"\nlabels = "gt"\nnum_classes = 2\n')
+    (tmp_path / 'victim').mkdir()
+    out = tmp_path / 'out'
+    return ['eval', 'folder', '--root', str(tmp_path / 'root'), '--method', 'grid', '-q', '--json', '--out', str(out)], out
+
+
+@pytest.mark.parametrize('folder', ['labels', 'maps'])
+def test_a_folder_of_results_that_is_a_link_is_refused(by_grid, tmp_path, folder, capsys):
+    command, out = by_grid
+    out.mkdir()
+    (out / folder).symlink_to(tmp_path / 'victim')
+    assert main(command) == 6
+    assert f'{out / folder} is a link, which is not followed' in capsys.readouterr().err
+    assert not any((tmp_path / 'victim').iterdir())
+
+
+def test_a_label_map_that_is_a_link_is_replaced(by_grid, tmp_path):
+    command, out = by_grid
+    (out / 'labels').mkdir(parents=True)
+    (tmp_path / 'victim' / 'a.png').write_text('kept')
+    (out / 'labels' / 'a.png').symlink_to(tmp_path / 'victim' / 'a.png')
+    assert main(command) == 0
+    assert (tmp_path / 'victim' / 'a.png').read_text() == 'kept' and not (out / 'labels' / 'a.png').is_symlink()
+
+
+def test_label_maps_do_not_go_where_a_list_of_names_leads(by_grid, tmp_path, capsys):
+    command, out = by_grid
+    shutil.copytree(tmp_path / 'root', tmp_path / 'root' / 'deep')
+    root = tmp_path / 'root' / 'deep'
+    shutil.copytree(root / 'img', tmp_path / 'root' / 'deep' / 'img' / 'img')
+    (root / 'val.txt').write_text('../a\n')
+    command[command.index('--root') + 1] = str(root)
+    main([*command, '--split', 'val'])
+    assert not (out / 'a.png').exists() and list(out.rglob('*.png')) == [], capsys.readouterr().err

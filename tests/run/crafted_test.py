@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from support.runs import HAND_MADE, put_run
 
 from padseg.commands import main
 from padseg.exports import CONVERTERS
+from padseg.methods.options import plain_settings
+from padseg.methods.seg4diff import Options
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -178,7 +182,27 @@ SETTINGS: dict[str, dict[str, Any]] = {
     'classes of numbers': {'classes': '[1, 2]'},
     'classes deep': {'classes': DEEP},
     'classes surrogate': {'classes': '["\ud800"]'},
+    'classes empty': {'classes': '[""]'},
+    'classes twice': {'classes': '["cat", "cat"]'},
+    'classes of a method for regions': {'classes': '["cat"]', 'method': 'grid'},
     'method number': {'method': 5},
+    'method unknown': {'method': 'magic'},
+    'method without its classes': {'method': 'open-vocabulary'},
+    'void number': {'void': 1},
+    'shrink true': {'shrink': True},
+}
+OF_MAPS: dict[str, dict[str, Any]] = {  # settings of a run that kept token maps, which merging them needs
+    'side true': {'side': True},
+    'side text': {'side': '256'},
+    'threshold text': {'threshold': '0.1'},
+    'threshold NaN': {'threshold': 'nan'},
+    'layer infinite': {'layer': 'inf'},
+    'components number': {'components': 1},
+    'refine unknown': {'refine': 'x' * 5000},
+    'step nothing': {'step': None},
+    'geometry true': {'geometry': True},
+    'classes of another method': {'classes': '["cat"]'},
+    'a method without maps': {'method': 'grid'},
 }
 
 
@@ -254,6 +278,19 @@ def test_a_header_that_no_run_writes_is_refused(change, capsys):
 def test_settings_that_no_run_records_are_refused(change, capsys):
     craft_header(put(settings=change))
     refused(('merge', 'export'), 'the recorded settings are not those of a run', capsys)
+
+
+@pytest.mark.usefixtures('place')
+@pytest.mark.parametrize('change', OF_MAPS.values(), ids=OF_MAPS)
+def test_settings_of_maps_that_no_run_records_are_refused(change, capsys):
+    resolved = Options(layer=4, step=1, normalisation='share', threshold=float('inf'), side=256, refine='none', superpixels=0.0, join=0.0)
+    settings = plain_settings(dataclasses.replace(resolved, components=True, min_area=0.0))
+    craft_header(put(settings=settings))
+    assert main(['merge', 'out', '--out', 'merged', '-q']) == 3  # there are no maps of these pictures
+    shutil.rmtree('merged')
+    capsys.readouterr()
+    craft_header(put(settings={**settings, **change}))
+    refused(('merge',), 'the recorded settings', capsys)
 
 
 @pytest.mark.usefixtures('place')

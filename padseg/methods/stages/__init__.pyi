@@ -1,5 +1,6 @@
+from .enlarging import upsample as upsample
 from .forwards import batched as batched
-from .labels import as_regions as as_regions, label_map as label_map, upsample as upsample
+from .labels import as_regions as as_regions, label_map as label_map
 from .latents import encode as encode, encode_steps as encode_steps
 from .prompts import checked_names as checked_names, prompts_of as prompts_of
 from .proposals import merge as merge

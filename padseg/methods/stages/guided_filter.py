@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
+from padseg.methods.stages.enlarging import upsample
+from padseg.methods.stages.runs import parts
 from padseg.types import Array, Image
 
 AREA = 1_000_000  # pixels; larger pictures are reduced to fit the linear models (He and Sun, Fast Guided Filter, 2015)
@@ -48,8 +51,8 @@ def guide_of(image: Image, cells: tuple[int, ...]) -> Guide:
     return Guide(image, small, mean, inverse, radius)
 
 
-def guided(values: Array, guide: Guide) -> Array:
-    """Enlarge a map to the picture's size so that it follows the picture's edges, (h, w) -> (H, W) float32.
+def guided(values: Array, guide: Guide) -> Iterator[tuple[slice, Array]]:
+    """Enlarge a map to the picture's size so that it follows the picture's edges, (h, w) -> (H, W) float32, in strips of columns.
 
     In every window the result is a linear function of the picture's colours (He et al., Guided Image Filtering, 2013, Eqs. 14-16).
     """
@@ -59,14 +62,14 @@ def guided(values: Array, guide: Guide) -> Array:
     slope = (guide.inverse * (products - mean * level)).sum(1)  # a, (3, h, w)
     offset = level - (slope * mean).sum(0)  # b, (h, w)
     models = window_mean(np.stack([*slope, offset]), radius)  # (4, h, w)
-    result = np.zeros(guide.image.shape[:2], np.float32)
-    for channel, model in enumerate(models[:3]):
-        part = cv2.resize(model, result.shape[::-1], interpolation=cv2.INTER_LINEAR)  # (H, W)
-        part *= guide.image[..., channel]
-        result += part
-    result /= 255
-    result += cv2.resize(models[3], result.shape[::-1], interpolation=cv2.INTER_LINEAR)
-    return result
+    height, width = size = guide.image.shape[:2]
+    for columns in parts(width, height):
+        result = np.zeros(guide.image[:, columns].shape[:2], np.float32)
+        for channel, model in enumerate(models[:3]):
+            result += upsample(model, size, columns) * guide.image[:, columns, channel]
+        result /= 255
+        result += upsample(models[3], size, columns)
+        yield columns, result
 
 
 def window_mean(values: Array, radius: int) -> Array:

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 
 from padseg.methods.stages.guided_filter import at_most
+from padseg.methods.stages.runs import parts
 from padseg.types import Array, Image
 
 COLOUR = 0.25  # weight of the difference between two regions' mean colours
@@ -35,14 +36,14 @@ class Graph(NamedTuple):
 def graph_of(index: Array, values: Array, image: Image) -> Graph:
     """Build the graph of a picture's superpixels.
 
-    index: (H, W), number 0..K-1 of each pixel's superpixel; values: (K, M), mean of every proposal inside, below 0 as 0; image: (H, W, 3)
-    uint8 RGB.
+    index: (H, W) uint8, uint16 or int32, number 0..K-1 of each pixel's superpixel; values: (K, M), mean of every proposal inside, below 0
+    as 0; image: (H, W, 3) uint8 RGB.
     """
     count = len(values)
-    areas = np.bincount(index.ravel(), minlength=count) / index.size
+    areas = sum(np.bincount(index[rows].ravel(), minlength=count) for rows in parts(*index.shape)) / index.size
     small = at_most(image, GRAPH_AREA).astype(np.float32) / 255
     if small.shape != image.shape:
-        index = cv2.resize(index.astype(np.int32), small.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+        index = cv2.resize(index, small.shape[1::-1], interpolation=cv2.INTER_NEAREST)
     lab = cv2.GaussianBlur(cv2.cvtColor(small, cv2.COLOR_RGB2LAB), (0, 0), BLUR)  # (h, w, 3)
     pixels = np.maximum(np.bincount(index.ravel(), minlength=count), 1)
     colours = np.stack([np.bincount(index.ravel(), channel.ravel(), count) for channel in cv2.split(lab)], 1) / pixels[:, None]

@@ -1,20 +1,24 @@
-"""Proposals -> label map: enlarge bilinearly to the picture's size and take the argmax, holding only a few maps in memory at a time."""
+"""Proposals -> label map: enlarge bilinearly to the picture's size and take the argmax, holding only a few maps in memory at a time.
+
+A label map takes 4 bytes a pixel and the picture 3; what is in between takes few more, or is worked on in parts.
+"""
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 
-import cv2
 import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components as groups_of
 from skimage.measure import label as connected_components
 
 from padseg.errors import UsageError
+from padseg.methods.stages.enlarging import Enlarge, upsampled, whole
 from padseg.methods.stages.guided_filter import guide_of, guided
 from padseg.methods.stages.join import graph_of, joined as joined_superpixels
-from padseg.methods.stages.runs import Runs, mean_inside, painted, runs_of
+from padseg.methods.stages.runs import PART, Runs, as_runs, mean_inside, numbers_to, painted, parts, runs_of
 from padseg.types import Array, Image, LabelMap, Proposals
 
 
@@ -37,21 +41,23 @@ def label_map(
     top, left, height, width = proposals.frame.box
     box = np.s_[top : top + height, left : left + width]
     if refine == 'guided':
-        enlarge = partial(guided, guide=guide_of(pictured(image)[box], proposals.maps.shape[1:]))
+        enlarge: Enlarge = partial(guided, guide=guide_of(pictured(image)[box], proposals.maps.shape[1:]))
     else:
-        enlarge = partial(upsample, size=(height, width))
+        enlarge = partial(upsampled, size=(height, width))
     strongest = np.arange(len(proposals.maps))  # proposal for each number in `winner`
     if superpixels is None:
-        winner = argmax(proposals, enlarge)
+        winner = argmax(proposals, enlarge, (height, width))
     elif join:
         winner, strongest = joined_regions(proposals, superpixels[box], enlarge, pictured(image)[box], join)
     else:
         winner = argmax_inside(proposals, superpixels[box], enlarge)
     labels = np.zeros(proposals.frame.size, np.promote_types(winner.dtype, np.min_scalar_type(len(strongest))))
     np.add(winner, 1, out=labels[box], dtype=labels.dtype)
-    regions = runs_of(connected_components(labels, background=0, connectivity=1) if components else labels)
+    del winner
+    regions = component_runs(labels) if components else runs_of(labels)
     proposal = strongest[labels.ravel()[regions.places].astype(int) - 1]  # (K,)
-    order, numbered = relabel(regions, absorb(regions, min_area * labels.size))
+    del labels
+    order, numbered = relabel(regions, absorb(regions, min_area * np.prod(regions.shape)))
     return LabelMap(numbered, tuple(proposals.members[proposal[region]] for region in order))
 
 
@@ -61,41 +67,63 @@ def pictured(image: Image | None) -> Image:
     return image
 
 
-def argmax(proposals: Proposals, enlarge: Callable[[Array], Array]) -> Array:
-    """Number of the strongest proposal at each pixel, the first if equal: (M, h, w) -> (H, W), in the smallest type that holds M.
-
-    enlarge: (h, w) -> (H, W).
-    """
+def argmax(proposals: Proposals, enlarge: Enlarge, size: tuple[int, int]) -> Array:
+    """Number of the strongest proposal at each pixel, the first if equal: (M, h, w) -> (H, W), in the smallest type that holds M."""
     first, *rest = scaled_proposals(proposals)
-    best = enlarge(first)  # (H, W)
-    winner = np.zeros(best.shape, np.min_scalar_type(len(proposals.maps)))
-    stronger = np.empty(best.shape, bool)
+    best = whole(enlarge(first), size)  # (H, W)
+    winner = np.zeros(size, np.min_scalar_type(len(proposals.maps)))
     for number, small in enumerate(rest, start=1):
-        values = enlarge(small)
-        np.greater(values, best, out=stronger)
-        np.copyto(best, values, where=stronger)
-        np.copyto(winner, number, where=stronger)
+        for columns, values in enlarge(small):
+            stronger = values > best[:, columns]
+            np.copyto(best[:, columns], values, where=stronger)
+            np.copyto(winner[:, columns], number, where=stronger)
     return winner
 
 
-def argmax_inside(proposals: Proposals, superpixels: Array, enlarge: Callable[[Array], Array]) -> Array:
+def argmax_inside(proposals: Proposals, superpixels: Array, enlarge: Enlarge) -> Array:
     """As `argmax`, with every proposal averaged inside each superpixel: (M, h, w), (H, W) -> (H, W)."""
     runs = runs_of(superpixels)
-    means = [mean_inside(runs, enlarge(values)) for values in scaled_proposals(proposals)]  # M times (K,)
+    means = [mean_inside(runs, whole(enlarge(values), runs.shape)) for values in scaled_proposals(proposals)]  # M times (K,)
     return painted(runs, np.argmax(means, 0).astype(np.min_scalar_type(len(means))))
 
 
 def joined_regions(
-    proposals: Proposals, superpixels: Array, enlarge: Callable[[Array], Array], image: Image, threshold: float
+    proposals: Proposals, superpixels: Array, enlarge: Enlarge, image: Image, threshold: float
 ) -> tuple[Array, Array]:
     """Join superpixels where proposals and picture agree: region 0..R-1 of each pixel (H, W), strongest proposal of each region (R,)."""
     runs = runs_of(superpixels)
-    means = np.stack([mean_inside(runs, enlarge(values)) for values in scaled_proposals(proposals)], 1)  # (K, M)
-    owner = joined_superpixels(graph_of(painted(runs, np.arange(len(runs.names))), means, image), threshold)  # (K,)
+    means = np.stack([mean_inside(runs, whole(enlarge(values), runs.shape)) for values in scaled_proposals(proposals)], 1)  # (K, M)
+    owner = joined_superpixels(graph_of(painted(runs, numbers_to(len(runs.names))), means, image), threshold)  # (K,)
     _, regions = np.unique(owner, return_inverse=True)  # (K,)
     totals = np.zeros((regions.max() + 1, means.shape[1]))
     np.add.at(totals, regions, means * runs.areas[:, None])
-    return painted(runs, regions), totals.argmax(1)
+    return painted(runs, numbers_to(len(totals))[regions]), totals.argmax(1)
+
+
+def component_runs(labels: Array, most: int = PART) -> Runs:
+    """The connected components (4-neighbours) of a label map (H, W), numbered by first appearance in reading order; 0 stays.
+
+    They are looked for in parts of the rows, of about `most` pixels.
+    """
+    starts, lengths, numbers, joints = [], [], [], []
+    count, above = 0, labels[:0]
+    for rows in parts(len(labels), labels.shape[1], most):
+        found = connected_components(labels[rows], background=0, connectivity=1)
+        np.add(found, count, out=found, where=found > 0)
+        if rows.start:
+            touching = (labels[rows.start - 1] == labels[rows.start]) & (found[0] > 0)
+            joints.append(np.stack([above[touching], found[0, touching]]))
+        count, above = max(count, int(found.max())), found[-1].copy()
+        runs = runs_of(found)
+        starts.append(runs.starts + rows.start * labels.shape[1])
+        lengths.append(runs.lengths)
+        numbers.append(runs.names[runs.regions])
+    if not joints:
+        return runs
+    pairs = np.concatenate(joints, 1)
+    _, group = groups_of(coo_matrix((np.ones(pairs.shape[1], bool), pairs), (count + 1, count + 1)), directed=False)  # (count + 1,)
+    _, first = np.unique(group, return_index=True)
+    return as_runs(np.concatenate(starts), np.concatenate(lengths), first[group[np.concatenate(numbers)]], labels.shape)
 
 
 def scaled_proposals(proposals: Proposals) -> Array:
@@ -103,11 +131,6 @@ def scaled_proposals(proposals: Proposals) -> Array:
     maps = proposals.maps.cpu().numpy()
     offset = maps.min()
     return ((maps - offset) / max(maps.max() - offset, 1e-300)).astype(np.float32)
-
-
-def upsample(values: Array, size: tuple[int, ...]) -> Array:
-    """Bilinear with half-pixel centres, (h, w) -> (H, W); the same as torch's interpolate with align_corners=False."""
-    return cv2.resize(values, size[::-1], interpolation=cv2.INTER_LINEAR)
 
 
 def absorb(regions: Runs, smallest: float) -> Array:
@@ -144,7 +167,7 @@ def absorb(regions: Runs, smallest: float) -> Array:
 def common_borders(regions: Runs) -> list[Counter[int]]:
     """For each of the K regions, the length of the border with each neighbour, in pixel edges."""
     count = len(regions.names)
-    index = painted(regions, np.arange(count, dtype=np.int32))  # (H, W)
+    index = painted(regions, numbers_to(count))  # (H, W)
     borders: list[Counter[int]] = [Counter() for _ in range(count)]
     for first, second in ((index[:, :-1], index[:, 1:]), (index[:-1], index[1:])):
         apart = first != second

@@ -45,6 +45,7 @@ def encode_pixels(pixels: Tensor, backbone: Backbone) -> Tensor:
 
 def content_noise(image: Image, seed: int, shape: torch.Size) -> Tensor:
     """Standard normal noise that depends only on the seed and the picture's pixels: float32, drawn on the CPU."""
-    digest = hashlib.sha256(f'{seed} {image.shape}'.encode() + np.ascontiguousarray(image).tobytes()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], 'big') >> 1)
+    digest = hashlib.sha256(f'{seed} {image.shape}'.encode())
+    digest.update(np.ascontiguousarray(image).reshape(-1).data)
+    generator = torch.Generator().manual_seed(int.from_bytes(digest.digest()[:8], 'big') >> 1)
     return torch.randn(shape, generator=generator)

@@ -7,6 +7,7 @@ import numpy as np
 from skimage.segmentation import felzenszwalb
 
 from padseg.methods.stages.guided_filter import at_most
+from padseg.methods.stages.runs import small_type
 from padseg.types import Array, Image
 
 SUPERPIXEL_AREA = 1_000_000  # pixels; superpixels of larger pictures are computed on a reduced copy
@@ -18,4 +19,4 @@ def superpixels_of(image: Image, scale: float) -> Array:
     found = felzenszwalb(small, scale=scale, sigma=0.8, min_size=max(1, round(scale / 2)))
     if small.shape == image.shape:
         return found
-    return cv2.resize(found.astype(np.int32), image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+    return cv2.resize(found.astype(small_type(found.max())), image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
