@@ -44,7 +44,10 @@ def run_evaluation(job: Evaluation, progress: Progress = Silent()) -> Outcome:
     report = ScoresRecord(protocol=job.protocol, settings=settings(job), versions=versions())
     totals = ScoreTotals(job.task.classes, job.task.rules)
     failed: dict[str, str] = {}
-    with output(job.out, ('labels', 'maps') if job.predictor else ()) if job.out else contextlib.nullcontext(), contextlib.closing(progress):
+    with (
+        output(job.out, ('labels', 'maps') if job.predictor else ()) if job.out else contextlib.nullcontext(),
+        contextlib.closing(progress),
+    ):
         for picture in pictures(job, report, progress):
             totals.add(picture)
             if picture.status == 'failed' and len(failed) < FAILED_SHOWN:

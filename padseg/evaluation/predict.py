@@ -44,7 +44,9 @@ def predict_regions(
     settings = [prepared._replace(options=dataclasses.replace(prepared.options, threshold=value)) for value in thresholds] or [prepared]
 
     def predict(name: str, image: Image, where: View, present: Sequence[int] = ()) -> list[Array]:
-        maps = kept_maps(method, prepared, image, inside(out, f'maps/{name}.npz')) if out and keep_maps else method.maps([image], prepared)[0]
+        maps = (
+            kept_maps(method, prepared, image, inside(out, f'maps/{name}.npz')) if out and keep_maps else method.maps([image], prepared)[0]
+        )
         if rules and has_numbers(method, prepared.options, maps, where, rules):
             predictions = [proposal_numbers(setting.options, maps, where, rules) for setting in settings]
         else:

@@ -89,9 +89,7 @@ def argmax_inside(proposals: Proposals, superpixels: Array, enlarge: Enlarge) ->
     return painted(runs, np.argmax(means, 0).astype(np.min_scalar_type(len(means))))
 
 
-def joined_regions(
-    proposals: Proposals, superpixels: Array, enlarge: Enlarge, image: Image, threshold: float
-) -> tuple[Array, Array]:
+def joined_regions(proposals: Proposals, superpixels: Array, enlarge: Enlarge, image: Image, threshold: float) -> tuple[Array, Array]:
     """Join superpixels where proposals and picture agree: region 0..R-1 of each pixel (H, W), strongest proposal of each region (R,)."""
     runs = runs_of(superpixels)
     means = np.stack([mean_inside(runs, whole(enlarge(values), runs.shape)) for values in scaled_proposals(proposals)], 1)  # (K, M)
