@@ -13,7 +13,7 @@ from padseg.backbones import Backbone
 from padseg.datasets.own import label_folder
 from padseg.errors import NoImages
 from padseg.evaluation.metrics import region_scores
-from padseg.images import read
+from padseg.images import Reading, decode_apart
 from padseg.methods.open_vocabulary import LabelOptions
 from padseg.methods.seg4diff import Options
 from padseg.methods.stages.latents import encode
@@ -55,7 +55,7 @@ def labelled_pictures(images: Path, labels: Path, count: int) -> list[tuple[Imag
     samples = [sample for sample in dataset.samples if sample.name in files][:count]
     if not samples:
         raise NoImages(f'no picture in {images} has labels in {labels}')
-    return [(read(files[sample.name]), dataset.read(sample)[0]) for sample in samples]
+    return [(decode_apart(files[sample.name], Reading()).image, dataset.read(sample)[0]) for sample in samples]
 
 
 def analyze(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from padseg.backbones.family import Dimensions
 from padseg.backbones.layout import LAYOUTS
 from padseg.backbones.noise import NoiseLevel, flow_level, scheduled
-from padseg.backbones.parts import clip_tokenizer, read_part, read_text_encoders, without_advice
+from padseg.backbones.parts import clip_tokenizer, read_text_encoders, read_tokenizer, without_advice
 from padseg.backbones.source import Source, check_files, text_files, text_parts
 from padseg.errors import ModelUnavailable
 from padseg.types import Prompt
@@ -67,7 +67,7 @@ def tokenizers(source: Source) -> dict[str, Any]:
     clip = clip_tokenizer(source, 'tokenizer', CLIP_SLOTS)
     if not (source.folder / 'tokenizer_2' / 'tokenizer.json').is_file():
         raise ModelUnavailable(f'tokenizer_2 of {source.model} has no vocabulary: {source.folder / "tokenizer_2"} needs tokenizer.json')
-    t5 = read_part(T5TokenizerFast, source, 'tokenizer_2', 'tokenizer_config.json')
+    t5 = read_tokenizer(T5TokenizerFast, source, 'tokenizer_2')
     if t5.model_max_length < source.spec.sequence:
         raise ModelUnavailable(f'tokenizer_2 of {source.model} has {t5.model_max_length} slots; expected {source.spec.sequence}')
     return {'tokenizer': clip, 'tokenizer_2': t5}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import pathlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import diffusers
@@ -18,9 +19,11 @@ from padseg.backbones.layout import LAYOUTS, config_name
 from padseg.backbones.source import Source, content_hash, part_files, tensor_shapes, weight_files, weights_variant
 from padseg.backbones.weights import build_empty, fill_weights, refuse_lost, refuse_misfits, refuse_whole_numbers, shapes_of_model
 from padseg.errors import ModelUnavailable, UsageError
+from padseg.system.streams import to_nowhere
 from padseg.types import Tokens
 
 BLANK = '▁'  # T5's token for a single space, before a word that it has no token for
+PROBES = ('', 'a cat, on the grass 12', 'é 猫 ' + chr(0x1F600))  # texts to try a tokenizer on: words, and what it may not know
 SLACK = 1e-3  # for the rounding of noise levels
 MOST_TOKENS = 192 * 192  # of a picture; no family has more than 192 along a side
 SMALL = 1 << 30  # bytes: smaller models run in float32 everywhere
@@ -262,6 +265,36 @@ def without_advice() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
+def read_tokenizer(kind: Any, source: Source, part: str) -> Any:
+    """A tokenizer, tried on some text: whatever is wrong with its files is ModelUnavailable."""
+    with told_errors(f'{part_name(source, part)} cannot be read from {source.folder / part}'):
+        tokenizer = read_part(kind, source, part, 'tokenizer_config.json')
+        for text in PROBES:
+            tokenizer(text, verbose=False)
+    return tokenizer
+
+
+@contextmanager
+def told_errors(what: str) -> Iterator[None]:
+    """Raise whatever tokenizers raise as ModelUnavailable: a panic of their Rust code is no Exception, and writes to stderr besides."""
+    kept = None
+    with suppress(OSError):
+        kept = os.dup(2)
+        to_nowhere(2)
+    try:
+        yield
+    except ModelUnavailable:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != 'PanicException':
+            raise
+        raise ModelUnavailable(f'{what}: {" ".join(str(error).split())[:300]}') from error
+    finally:
+        if kept is not None:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
 def clip_tokenizer(source: Source, part: str, slots: int) -> Any:
     """Load a CLIP tokenizer with maximum length `slots`. Checks for its vocabulary first: transformers would create an empty one."""
     from transformers import CLIPTokenizer
@@ -269,7 +302,7 @@ def clip_tokenizer(source: Source, part: str, slots: int) -> Any:
     folder = source.folder / part
     if not (folder / 'tokenizer.json').exists() and not ((folder / 'vocab.json').exists() and (folder / 'merges.txt').exists()):
         raise ModelUnavailable(f'{part} of {source.model} has no vocabulary: {folder} needs tokenizer.json, or vocab.json and merges.txt')
-    tokenizer = read_part(CLIPTokenizer, source, part, 'tokenizer_config.json')
+    tokenizer = read_tokenizer(CLIPTokenizer, source, part)
     if tokenizer.model_max_length != slots:
         raise ModelUnavailable(f'{part} of {source.model} has {tokenizer.model_max_length} slots; expected {slots}')
     return tokenizer
@@ -277,7 +310,8 @@ def clip_tokenizer(source: Source, part: str, slots: int) -> Any:
 
 def tokens_of(tokenizer: Any, text: str, first: int, slots: int) -> Tokens:
     """Tokenize a text without truncation, and return the tokens with their positions in the text."""
-    encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    with told_errors(f'the tokenizer in {tokenizer.name_or_path} fails'):
+        encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
     special = set(tokenizer.all_special_ids)
     words = tokenizer.convert_ids_to_tokens(encoded.input_ids)
     spans = tuple((0, 0) if word == BLANK else span for word, span in zip(words, encoded.offset_mapping, strict=True))

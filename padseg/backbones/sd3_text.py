@@ -13,7 +13,7 @@ from torch import Tensor
 
 from padseg.backbones.configuration import read_json
 from padseg.backbones.null_prompt import encoders_key, path_of, read_cache, refuse_not_finite, shapes_of, write_cache
-from padseg.backbones.parts import SMALL, read_model, read_part, tokens_of
+from padseg.backbones.parts import SMALL, read_model, read_tokenizer, tokens_of
 from padseg.backbones.sd3 import encode_text, prompt_shapes, text_pipeline, tokenizers
 from padseg.backbones.source import Source, check_files, content_hash, part_files, snapshot, text_files, weight_files
 from padseg.errors import ModelUnavailable, UsageError
@@ -53,7 +53,7 @@ class SD3Texts:
             raise UsageError(f'{self.source.model} has no T5: encoders is one of l, g, l+g')
         t5_files(self.source)
         check_files(self.source, T5_PARTS)
-        return read_part(T5TokenizerFast, self.source, 'tokenizer_3', 'tokenizer_config.json')
+        return read_tokenizer(T5TokenizerFast, self.source, 'tokenizer_3')
 
     @cached_property
     def t5_encoder(self) -> Any:

@@ -103,7 +103,7 @@ def proposal_numbers(options: Any, maps: TokenMaps, where: View, rules: Protocol
         return cut if cut.shape == where.size else upsample(cut, where.size)
 
     proposals = merge(maps, options.threshold, options.normalisation)
-    return argmax(proposals, lambda values: [(slice(None), enlarged(values))], where.size)
+    return argmax(proposals, lambda values: [(slice(None), enlarged(values))])
 
 
 def predict_classes(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SUFFIX = '.jpg'
 QUALITY = 90
+PART = 4_000_000  # pixels that are drawn at once
 LONGEST = 65500  # longest side in pixels that JPEG encoders accept
 LETTERS, LINES, GAP = 10, 28, 3  # of the legend: minimum letter height, lines per picture height, gap in pixels
 SIDE_PER_LINE = 800  # picture pixels per pixel of boundary width, so that boundaries stay visible in large pictures
@@ -36,7 +37,7 @@ def write(image: Image | None, labels: LabelMap, path: Path) -> None:
     drawn = overlay(image, labels.labels)
     if labels.names:
         drawn = with_legend(drawn, labels)
-    drawn = cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR)
+    cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR, dst=drawn)
     data = encoded('.jpg', drawn, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
     with atomic(path) as temporary:
         temporary.write_bytes(data)
@@ -46,10 +47,15 @@ def overlay(image: Image, labels: Array) -> Array:
     """Blend picture and region colours half and half, (H, W, 3) uint8; pixels with label 0 stay unchanged."""
     if image.shape[:2] != labels.shape:
         raise ValueError(f'picture and labels differ in size: {image.shape[:2]} and {labels.shape}')
-    colours = voc_colours()[np.where(labels > 0, (labels - 1) % 255 + 1, 0)]  # (H, W, 3)
-    drawn = cv2.addWeighted(image, 0.5, colours, 0.5, 0)
-    drawn[labels == 0] = image[labels == 0]
-    drawn[inner_boundaries(labels)] = 255
+    drawn = np.empty_like(image)
+    rows, width = max(1, PART // image.shape[1]), line_width(labels)
+    for top in range(0, len(image), rows):
+        some, before = np.s_[top : top + rows], min(top, width)
+        colours = voc_colours()[np.where(labels[some] > 0, (labels[some] - 1) % 255 + 1, 0)]  # (rows, W, 3)
+        drawn[some] = cv2.addWeighted(image[some], 0.5, colours, 0.5, 0)
+        drawn[some][labels[some] == 0] = image[some][labels[some] == 0]
+        lines = inner_boundaries(labels[top - before : top + rows + width + 1], width)
+        drawn[some][lines[before : before + rows]] = 255
     return drawn
 
 
@@ -68,13 +74,17 @@ def with_legend(drawn: Array, labels: LabelMap) -> Array:
         top = GAP + place * (size + GAP)
         pen.rectangle((GAP, top, GAP + size, top + size), tuple(colours[(number - 1) % 255 + 1].tolist()))
         pen.text((2 * GAP + size, top), names[number], 'black', font)
-    return np.asarray(picture)
+    return np.array(picture)
 
 
-def inner_boundaries(labels: Array) -> Array:
+def line_width(labels: Array) -> int:
+    return max(1, max(labels.shape) // SIDE_PER_LINE)
+
+
+def inner_boundaries(labels: Array, width: int | None = None) -> Array:
     """Boundary mask, (H, W) bool: true within about a line width of where the label changes to the right or below."""
     edges = np.zeros(labels.shape, np.uint8)
     edges[:, :-1] |= labels[:, :-1] != labels[:, 1:]
     edges[:-1] |= labels[:-1] != labels[1:]
-    width = max(1, max(labels.shape) // SIDE_PER_LINE)
-    return cv2.dilate(edges, np.ones((width, width), np.uint8)) > 0
+    width = width or line_width(labels)
+    return cv2.dilate(edges, np.ones((width, width), np.uint8)).view(bool)

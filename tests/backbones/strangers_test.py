@@ -311,3 +311,29 @@ def test_a_link_is_believed_only_in_the_cache_of_the_hub(folder, tmp_path, monke
         assert believed == (place != 'links')
         monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'other'))
     assert encoders_key(locate(str(folder))) == encoders_key(locate(str(copy)))
+
+
+TOKENIZERS: dict[str, dict[str, Any]] = {  # what is put in the place of a part of tokenizer.json; the first four are panics of Rust code
+    'a damaged table of characters': {'normalizer': {'type': 'Precompiled', 'precompiled_charsmap': 'AAAA'}},
+    'no table of characters': {'normalizer': {'type': 'Precompiled', 'precompiled_charsmap': ''}},
+    'a table of one number': {'normalizer': {'type': 'Precompiled', 'precompiled_charsmap': '/////w=='}},
+    'an empty merge': {'model': {'type': 'BPE', 'vocab': {'a': 2, 'b': 1}, 'merges': [['', '']]}},
+    'too large a stride': {'truncation': {'direction': 'Right', 'max_length': 2, 'strategy': 'LongestFirst', 'stride': 5}},
+    'a word that is not there': {'model': {'type': 'WordLevel', 'unk_token': 'zz', 'vocab': {'a': 0}}},
+    'pieces without the unknown': {'model': {'type': 'Unigram', 'unk_id': None, 'vocab': [['a', -1.0]]}},
+    'an unknown outside the pieces': {'model': {'type': 'Unigram', 'unk_id': 5, 'vocab': [['a', -1.0]]}},
+    'no pieces': {'model': {'type': 'Unigram', 'unk_id': 0, 'vocab': []}},
+    'an unknown model': {'model': {'type': 'Magic'}},
+    'a merge of what is not there': {'model': {'type': 'BPE', 'vocab': {'a': 0}, 'merges': [['x', 'y']]}},
+    'dropout': {'model': {'type': 'BPE', 'vocab': {'a': 0}, 'merges': [], 'dropout': 1.5}},
+    'an open pattern': {'pre_tokenizer': {'type': 'Split', 'pattern': {'Regex': '(?<='}, 'behavior': 'Isolated', 'invert': False}},
+    'no model': {'model': None},
+    'tokens are text': {'added_tokens': 'x'},
+}
+
+
+@pytest.mark.parametrize('changes', TOKENIZERS.values(), ids=TOKENIZERS)
+def test_tokenizers_that_cannot_be_used(folder, changes, capfd):
+    edit(folder / 'tokenizer' / 'tokenizer.json', **changes)
+    assert refusals(folder).startswith(f'tokenizer of {folder} cannot be read from ')
+    assert capfd.readouterr().err == ''  # of a panic, Rust writes a trace

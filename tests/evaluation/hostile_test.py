@@ -191,3 +191,58 @@ def test_names_of_classes_are_no_code(tmp_path, capsys):
     assert '\x1b' not in text and r'| \<i> \| $x^2$ | 1.0000 |' in text
     assert main(list(map(str, ['eval', 'folder', '--root', tmp_path / 'set', '--check']))) == 0
     assert '\x1b' not in capsys.readouterr().out
+
+
+def many_scans(path):
+    PIL.Image.new('L', (16, 16), 128).save(path, 'JPEG', progressive=True)
+    data = path.read_bytes()
+    path.write_bytes(data[:-2] + data[data.rindex(b'\xff\xda') : -2] * 600 + data[-2:])
+
+
+def sparse(path):
+    with path.open('wb') as file:
+        file.write(b'\xff\xd8\xff')
+        file.truncate(1_000_000_001)
+
+
+def many_tiles(path):
+    """A TIFF of 4000 x 4000 pixels whose tiles are of one pixel: seconds and memory for their places alone, and no data."""
+    entries = [(256, 4, 1, 4000), (257, 4, 1, 4000), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (322, 4, 1, 1), (323, 4, 1, 1)]
+    fields = b''.join(struct.pack('<HHII', *entry) for entry in entries)
+    path.write_bytes(struct.pack('<2sHIH', b'II', 42, 8, len(entries)) + fields + bytes(4))
+
+
+BOMBS = {  # pictures, and what is said of them
+    'pixels.png': (
+        lambda path: path.write_bytes(header(30_000, 30_000) + chunk(b'IDAT', b'') + chunk(b'IEND', b'')),
+        'exceeds 89000000 pixels',
+    ),
+    'scans.jpg': (many_scans, 'more than 500 scans'),
+    'bytes.jpg': (sparse, 'exceeds 1000000000'),
+    'tiles.tif': (many_tiles, ''),
+}
+
+
+def test_pictures_that_are_bombs_fail_alone(tmp_path, capsys):
+    (tmp_path / 'img').mkdir()
+    for name, (write, _) in BOMBS.items():
+        write(tmp_path / 'img' / name)
+        put(tmp_path / 'gt' / f'{name[:-4]}.png')
+    PIL.Image.new('RGB', LABELS.shape[::-1]).save(tmp_path / 'img' / 'good.png')
+    put(tmp_path / 'gt' / 'good.png')
+    (tmp_path / 'padseg.toml').write_text('images = "img"\nlabels = "gt"\nnum_classes = 3\n')
+    assert main(['eval', 'folder', '--root', str(tmp_path), '--method', 'grid', '-q', '--json']) == 3
+    report = json.loads(capsys.readouterr().out)
+    assert report['counts']['pictures'] == 1 and report['counts']['failed'] == len(BOMBS)
+    for name, (_, words) in BOMBS.items():
+        assert words in report['failed'][name[:-4]]
+
+
+def test_label_maps_that_are_bombs_fail_alone(tmp_path, capsys):
+    for folder in ('pred', 'truth'):
+        put(tmp_path / folder / 'good.png')
+        put(tmp_path / folder / 'bomb.png')
+    (tmp_path / 'pred' / 'bomb.png').write_bytes(small_of(9000))
+    words = ['eval', '--pred', str(tmp_path / 'pred'), '--labels', str(tmp_path / 'truth'), '--num-classes', '3', '-q', '--json']
+    assert main([*words, '--allow-missing']) == 3
+    assert 'size' in json.loads(capsys.readouterr().out)['failed']['bomb']

@@ -408,3 +408,13 @@ def test_a_label_map_of_another_size_is_not_decoded(capsys):
 
 def test_there_are_many_of_them():
     assert len(LINES) + len(HEADERS) + len(SETTINGS) >= 100
+
+
+@pytest.mark.usefixtures('place')
+def test_a_record_without_the_model_that_it_must_have(capsys):
+    command = ['run', '--dir', 'in', '--out', 'new', '-q']
+    assert main(command) == 0
+    record = json.loads(Path('new/run.json').read_text())
+    Path('new/run.json').write_text(json.dumps({**record, 'model': None}))
+    assert main(command) == 0 and capsys.readouterr().err == ''
+    assert json.loads(Path('new/run.json').read_text())['model'] == record['model']

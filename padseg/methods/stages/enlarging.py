@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Iterator
 import cv2
 import numpy as np
 
-from padseg.methods.stages.runs import parts
+from padseg.methods.stages.runs import PART, parts
 from padseg.types import Array
 
+LARGE = 32_000_000  # pixels: pictures of most cameras have fewer, and are one strip, which is faster
 Strips = Iterable[tuple[slice, Array]]  # columns, and a map's values there (H, columns)
 Enlarge = Callable[[Array], Strips]  # of a map (h, w)
 
@@ -27,9 +28,14 @@ def upsample(values: Array, size: tuple[int, ...], columns: slice = slice(None))
 
 def upsampled(values: Array, size: tuple[int, ...]) -> Iterator[tuple[slice, Array]]:
     """The same in strips."""
-    height, width = size
-    for columns in parts(width, height):
+    for columns in strips(size):
         yield columns, upsample(values, size, columns)
+
+
+def strips(size: tuple[int, ...]) -> Iterator[slice]:
+    """The columns of a picture (H, W), of a large one in strips."""
+    height, width = size
+    return parts(width, height, PART if height * width > LARGE else LARGE)
 
 
 def whole(strips: Strips, size: tuple[int, ...]) -> Array:

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image as PillowImage
 
 from padseg.methods.options import require
-from padseg.methods.stages.runs import PART, parts
+from padseg.methods.stages.enlarging import LARGE
+from padseg.methods.stages.runs import parts
 from padseg.types import Array, Frame, Image
 
 if TYPE_CHECKING:
@@ -94,10 +95,10 @@ def detectron_size(size: tuple[int, int]) -> tuple[int, int]:
 def resize(image: Array, size: tuple[int, int], interpolation: int) -> Array:
     """Resize a picture (H, W, 3), in float32. Of a large one, only a part or a channel is in float32 at any time."""
     height, width = image.shape[:2]
-    if height * width > PART and interpolation == cv2.INTER_AREA:
+    if height * width > LARGE and interpolation == cv2.INTER_AREA:
         channels = [cv2.resize(image[..., channel].astype(np.float32), size[::-1], interpolation=interpolation) for channel in range(3)]
         return np.stack(channels, -1)
-    if height * width > PART and 1 < size[1] <= width:  # bilinear: row by row across, and then down
+    if height * width > LARGE and 1 < size[1] <= width:  # bilinear: row by row across, and then down
         rows = parts(height, width)
         image = np.concatenate([cv2.resize(image[some].astype(np.float32), (size[1], some.stop - some.start)) for some in rows])
     return cv2.resize(image.astype(np.float32, copy=False), size[::-1], interpolation=interpolation)

@@ -8,8 +8,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from padseg.methods.stages.enlarging import upsample
-from padseg.methods.stages.runs import parts
+from padseg.methods.stages.enlarging import strips, upsample
 from padseg.types import Array, Image
 
 AREA = 1_000_000  # pixels; larger pictures are reduced to fit the linear models (He and Sun, Fast Guided Filter, 2015)
@@ -62,11 +61,13 @@ def guided(values: Array, guide: Guide) -> Iterator[tuple[slice, Array]]:
     slope = (guide.inverse * (products - mean * level)).sum(1)  # a, (3, h, w)
     offset = level - (slope * mean).sum(0)  # b, (h, w)
     models = window_mean(np.stack([*slope, offset]), radius)  # (4, h, w)
-    height, width = size = guide.image.shape[:2]
-    for columns in parts(width, height):
+    size = guide.image.shape[:2]
+    for columns in strips(size):
         result = np.zeros(guide.image[:, columns].shape[:2], np.float32)
         for channel, model in enumerate(models[:3]):
-            result += upsample(model, size, columns) * guide.image[:, columns, channel]
+            part = upsample(model, size, columns)
+            part *= guide.image[:, columns, channel]
+            result += part
         result /= 255
         result += upsample(models[3], size, columns)
         yield columns, result

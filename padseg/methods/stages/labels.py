@@ -46,7 +46,7 @@ def label_map(
         enlarge = partial(upsampled, size=(height, width))
     strongest = np.arange(len(proposals.maps))  # proposal for each number in `winner`
     if superpixels is None:
-        winner = argmax(proposals, enlarge, (height, width))
+        winner = argmax(proposals, enlarge)
     elif join:
         winner, strongest = joined_regions(proposals, superpixels[box], enlarge, pictured(image)[box], join)
     else:
@@ -67,17 +67,19 @@ def pictured(image: Image | None) -> Image:
     return image
 
 
-def argmax(proposals: Proposals, enlarge: Enlarge, size: tuple[int, int]) -> Array:
+def argmax(proposals: Proposals, enlarge: Enlarge) -> Array:
     """Number of the strongest proposal at each pixel, the first if equal: (M, h, w) -> (H, W), in the smallest type that holds M."""
     first, *rest = scaled_proposals(proposals)
-    best = whole(enlarge(first), size)  # (H, W)
-    winner = np.zeros(size, np.min_scalar_type(len(proposals.maps)))
+    strips = [
+        (best, np.zeros(best.shape, np.min_scalar_type(len(proposals.maps))), np.empty(best.shape, bool)) for _, best in enlarge(first)
+    ]
     for number, small in enumerate(rest, start=1):
-        for columns, values in enlarge(small):
-            stronger = values > best[:, columns]
-            np.copyto(best[:, columns], values, where=stronger)
-            np.copyto(winner[:, columns], number, where=stronger)
-    return winner
+        for (_, values), (best, winner, stronger) in zip(enlarge(small), strips, strict=True):
+            np.greater(values, best, out=stronger)
+            np.copyto(best, values, where=stronger)
+            np.copyto(winner, number, where=stronger)
+    winners = [winner for _, winner, _ in strips]
+    return winners[0] if len(winners) == 1 else np.concatenate(winners, 1)
 
 
 def argmax_inside(proposals: Proposals, superpixels: Array, enlarge: Enlarge) -> Array:

@@ -122,7 +122,7 @@ def test_a_large_picture_is_reduced_and_loses_no_superpixel():
     rng = np.random.default_rng(1)
     small = rng.integers(0, 255, (30, 40, 3), dtype=np.uint8)
     image = cv2.resize(small, (1600, 1200), interpolation=cv2.INTER_NEAREST)
-    index = np.arange(12).reshape(3, 4).repeat(400, 0).repeat(400, 1)
+    index = np.arange(12, dtype=np.int32).reshape(3, 4).repeat(400, 0).repeat(400, 1)
     graph = graph_of(index, np.ones((12, 2)), image)
     whole = graph_of(index[::4, ::4], np.ones((12, 2)), image[::4, ::4])
     assert [set(each) for each in graph.borders] == [set(each) for each in whole.borders]

@@ -15,8 +15,9 @@ from skimage.measure import label as connected_components
 from torch.nn import functional as F
 
 from padseg.images import read
-from padseg.methods.stages.labels import absorb, common_borders, label_map, relabel, scaled_proposals, unassign
-from padseg.methods.stages.runs import mean_inside, painted, runs_of
+from padseg.methods.stages.enlarging import upsample
+from padseg.methods.stages.labels import absorb, common_borders, component_runs, label_map, relabel, scaled_proposals, unassign
+from padseg.methods.stages.runs import mean_inside, painted, parts, runs_of, totals
 from padseg.methods.stages.superpixels import superpixels_of
 from padseg.types import Frame, LabelMap, Proposals
 
@@ -237,6 +238,54 @@ def test_memory_is_a_few_maps_whatever_their_number():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 5 * map_bytes  # all 77 at once would be 77 float32 maps at least
+
+
+@given(arrays(np.int32, st.tuples(st.integers(1, 12), st.integers(1, 6)), elements=st.integers(0, 3)), st.integers(1, 30))
+def test_components_found_in_parts_are_those_of_the_whole(labels, most):
+    expected = connected_components(labels, background=0, connectivity=1)
+    runs = component_runs(labels, most)
+    assert np.array_equal(painted(runs, np.arange(len(runs.names)) + (runs.names[0] > 0)), expected)  # the first that appears is 1
+    places = np.unique(expected, return_index=True, return_counts=True)[1:]
+    assert [runs.places.tolist(), runs.areas.tolist()] == [each.tolist() for each in places]
+
+
+@pytest.mark.parametrize('most', [128, 1000, 5000])
+def test_totals_in_parts_are_the_same_to_the_last_bit(most):
+    rng = np.random.default_rng(most)
+    values = rng.random(9000, np.float32)
+    for count in (1, 5, 300):
+        starts = np.unique(np.append(0, rng.integers(1, 9000, count)))
+        assert np.array_equal(totals(values, starts, most), np.add.reduceat(values, starts, dtype=np.float64))
+
+
+@pytest.mark.parametrize(('cells', 'size'), [((16, 16), (300, 400)), ((5, 1), (40, 30)), ((1, 7), (9, 333)), ((40, 64), (37, 60))])
+def test_strips_are_those_of_the_whole_to_the_last_bit(cells, size):
+    values = np.random.default_rng(0).random(cells, np.float32)
+    found = [upsample(values, size, columns) for columns in parts(size[1], size[0], 900)]
+    assert len(found) > 1 and np.array_equal(np.concatenate(found, 1), cv2.resize(values, size[::-1], interpolation=cv2.INTER_LINEAR))
+
+
+def test_parts_cover_everything_and_none_is_alone():
+    for length, across, most in ((10, 5, 15), (11, 5, 10), (1, 5, 1), (7, 100, 10), (9, 1, 4)):
+        found = list(parts(length, across, most))
+        assert [row for part in found for row in range(length)[part]] == list(range(length))
+        assert length == 1 or min(part.stop - part.start for part in found) > 1
+
+
+@pytest.mark.parametrize('options', [{'join': 0.1, 'components': True, 'min_area': 0.001}, {'components': True}, {'refine': 'guided'}])
+def test_a_large_picture_takes_few_bytes_a_pixel(options):
+    """Beside picture and superpixels; the label map itself takes 4. It took 34 with join, 60 with components."""
+    height, width = size = 5000, 7000
+    image = np.zeros((height, width, 3), np.uint8)
+    image[:, 3000:] = 200
+    inside = (image[..., 0] > 0).astype(np.uint8) if 'join' in options else None
+    many = random_proposals(3, 8, 8, size)
+    tracemalloc.start()
+    label_map(many, inside, image=image, **options)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    fixed = 300e6 if 'refine' in options else 150e6  # of what is done in parts, or for a copy of a million pixels
+    assert peak - fixed < 7 * height * width
 
 
 def test_superpixels_follow_colours_and_large_pictures_are_reduced():

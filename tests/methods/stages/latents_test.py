@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import cv2
 import numpy as np
 import PIL.Image
 import pytest
@@ -344,3 +345,12 @@ def test_the_seed_changes_the_noise_and_nothing_else(backbone, picture):
     shape = first.z.shape
     expected = first.sigma * (content_noise(picture, 0, shape) - content_noise(picture, 1, shape))
     torch.testing.assert_close(first.z - second.z, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(('geometry', 'way'), [('whole', cv2.INTER_AREA), ('diffseg', cv2.INTER_LINEAR)])
+def test_a_large_picture_is_resized_in_parts_to_the_same_bits(geometry, way):
+    image = noise_picture(40, 820_000) if geometry == 'whole' else noise_picture(5700, 5700)
+    pixels, (_, (top, left, height, width)) = view(image, geometry, 64, 4, 4096)
+    seen = image[top : top + height, left : left + width].astype(np.float32)
+    expected = cv2.resize(seen, pixels.shape[:1:-1], interpolation=way)
+    assert np.array_equal(pixels[0].permute(1, 2, 0).numpy(), expected / np.float32(127.5) - 1)
