@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from padseg.backbones.family import Dimensions
 from padseg.backbones.layout import LAYOUTS
 from padseg.backbones.noise import NoiseLevel, flow_level, scheduled
-from padseg.backbones.parts import clip_tokenizer, read_tokenizer, read_text_encoders, without_advice
+from padseg.backbones.parts import clip_tokenizer, read_text_encoders, read_tokenizer, without_advice
 from padseg.backbones.source import Source, check_files, text_files, text_parts
 from padseg.errors import ModelUnavailable
 from padseg.types import Prompt

@@ -40,7 +40,7 @@ def graph_of(index: Array, values: Array, image: Image) -> Graph:
     as 0; image: (H, W, 3) uint8 RGB.
     """
     count = len(values)
-    areas = sum(np.bincount(index[rows].ravel(), minlength=count) for rows in parts(*index.shape)) / index.size
+    areas = np.sum([np.bincount(index[rows].ravel(), minlength=count) for rows in parts(*index.shape)], 0) / index.size
     small = at_most(image, GRAPH_AREA).astype(np.float32) / 255
     if small.shape != image.shape:
         index = cv2.resize(index, small.shape[1::-1], interpolation=cv2.INTER_NEAREST)

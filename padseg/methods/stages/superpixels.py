@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import cv2
-import numpy as np
 from skimage.segmentation import felzenszwalb
 
 from padseg.methods.stages.guided_filter import at_most
