@@ -313,7 +313,7 @@ def test_a_link_is_believed_only_in_the_cache_of_the_hub(folder, tmp_path, monke
     assert encoders_key(locate(str(folder))) == encoders_key(locate(str(copy)))
 
 
-TOKENIZERS: dict[str, dict[str, Any]] = {  # what is put in the place of a part of tokenizer.json; the first four are panics of Rust code
+TOKENIZERS: dict[str, dict[str, Any]] = {  # what is put in the place of a part of tokenizer.json; the first three are panics of Rust code
     'a damaged table of characters': {'normalizer': {'type': 'Precompiled', 'precompiled_charsmap': 'AAAA'}},
     'no table of characters': {'normalizer': {'type': 'Precompiled', 'precompiled_charsmap': ''}},
     'a table of one number': {'normalizer': {'type': 'Precompiled', 'precompiled_charsmap': '/////w=='}},

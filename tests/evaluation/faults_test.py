@@ -111,14 +111,3 @@ def test_a_label_map_that_is_a_link_is_replaced(by_grid, tmp_path):
     (out / 'labels' / 'a.png').symlink_to(tmp_path / 'victim' / 'a.png')
     assert main(command) == 0
     assert (tmp_path / 'victim' / 'a.png').read_text() == 'kept' and not (out / 'labels' / 'a.png').is_symlink()
-
-
-def test_label_maps_do_not_go_where_a_list_of_names_leads(by_grid, tmp_path, capsys):
-    command, out = by_grid
-    shutil.copytree(tmp_path / 'root', tmp_path / 'root' / 'deep')
-    root = tmp_path / 'root' / 'deep'
-    shutil.copytree(root / 'img', tmp_path / 'root' / 'deep' / 'img' / 'img')
-    (root / 'val.txt').write_text('../a\n')
-    command[command.index('--root') + 1] = str(root)
-    main([*command, '--split', 'val'])
-    assert not (out / 'a.png').exists() and list(out.rglob('*.png')) == [], capsys.readouterr().err
