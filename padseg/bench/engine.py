@@ -47,7 +47,7 @@ class Cost(NamedTuple):
 @click.option('--pictures', type=click.IntRange(min=10), default=200, show_default=True, help='number of 481 x 321 pictures to time')
 @click.option(
     '--many',
-    type=click.IntRange(min=100),
+    type=click.IntRange(min=20),
     default=10_000,
     show_default=True,
     help='number of small pictures for the memory test, which also runs on a tenth of them',

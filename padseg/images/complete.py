@@ -17,7 +17,8 @@ from padseg.images.pixels import to_bytes
 SHORT = 'truncated or damaged: the data end before the last row'
 RESTARTS = range(0xD0, 0xD8)
 AMONG_CODES = frozenset((0, 0xFF, *RESTARTS))  # may follow 0xff within the entropy-coded data of a JPEG scan
-HUFFMAN = (0xC0, 0xC1, 0xC2)  # frame markers of the kinds of JPEG whose missing data decode as zeros
+PROGRESSIVE = 0xC2
+HUFFMAN = (0xC0, 0xC1, PROGRESSIVE)  # frame markers of the kinds of JPEG whose missing data decode as zeros
 FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
 SCAN, END, INTERVAL = 0xDA, 0xD9, 0xDD
 ALONE = {0x01, 0xD8, END}  # markers without data
@@ -92,6 +93,21 @@ def jpeg_fault(data: bytes) -> str | None:
             if scans > MAX_SCANS:
                 return f'more than {MAX_SCANS} scans'
     return None if frame and frame.sampling.keys() <= begun else SHORT
+
+
+def lacks_scans(data: bytes) -> bool:
+    """Whether a progressive JPEG ends before the scans that would bring all its coefficients to full precision.
+
+    Such a file is legal (ITU-T T.81, G.1.1.1), and decoders do not complain, but it shows less than a whole one would.
+    """
+    missing: set[tuple[int, int]] = set()  # component, and place of the coefficient in zigzag order
+    for segment in itertools.islice(segments(data), MAX_SEGMENTS):
+        body = data[segment.data + 2 : segment.end]
+        if segment.code == PROGRESSIVE and len(body) >= 6:
+            missing = {(name, place) for name in frame_of(body).sampling for place in range(64)}
+        elif segment.code == SCAN and len(body) >= 4 and body[-1] & 15 == 0:  # with the last bit
+            missing -= {(name, place) for name in body[1 : 1 + 2 * body[0] : 2] for place in range(body[-3], body[-2] + 1)}
+    return bool(missing)
 
 
 def frame_of(body: bytes) -> Frame:

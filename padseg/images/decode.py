@@ -26,7 +26,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from padseg.errors import PadsegError
-from padseg.images.complete import SHORT, gif_frames, is_short_jpeg, is_short_png, jpeg_fault, lean_png, with_key_colour
+from padseg.images.complete import SHORT, gif_frames, is_short_jpeg, is_short_png, jpeg_fault, lacks_scans, lean_png, with_key_colour
 from padseg.images.finding import AVIF, HEIC, SUFFIXES
 from padseg.images.pixels import (
     CONVENTIONS,
@@ -312,6 +312,7 @@ def unpack(picture: PIL.Image.Image | Tiff, reading: Reading, notes: tuple[str, 
         size = picture.size  # Pillow has turned it
     loaded = as_meant(picture, data)
     notes += ('wholly transparent',) if is_clear(loaded) else ()
+    notes += ('progressive, without its last scans',) if isinstance(picture, JpegImageFile) and lacks_scans(data) else ()
     by = factor(picture.size, reading.shrink) if reading.shrink else 1
     image = TURNS[turn](to_rgb(loaded, Colours(bounds, profile, reading.background), by))
     void = to_void(loaded, by) if reading.void else None

@@ -172,13 +172,13 @@ def save(job: Job, taken: Taken) -> Entry:
 
 
 def write_results(job: Job, entry: Entry, image: Image, maps: TokenMaps | None, labels: LabelMap) -> None:
-    from padseg.methods.stages.saved_maps import write_maps
-
     places = outputs(entry.input, job)
     for name, path in places.items():
         if name != 'maps':
             FORMATS[name].write(image, labels, job.out / path)
         elif maps is not None:
+            from padseg.methods.stages.saved_maps import write_maps  # not for methods without a model: it imports torch
+
             write_maps(maps, job.out / path)
     entry.regions = count_regions(labels)
     entry.outputs = places

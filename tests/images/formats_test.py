@@ -232,6 +232,19 @@ def test_a_jpeg_with_more_behind_it():
     assert np.array_equal(decode(data + bytes(5000) + data), decode(data))
 
 
+@pytest.mark.parametrize('mode', ['L', 'RGB', 'CMYK'])
+def test_a_progressive_jpeg_without_its_last_scans_is_noted(mode):
+    """Legal, and less than was encoded: at every number of scans but the last, and never for a whole file of either kind."""
+    picture = PIL.Image.fromarray(NOISE).convert(mode)
+    data = encoded(picture, 'JPEG', progressive=True)
+    plain = decode_with_notes(encoded(picture, 'JPEG')).notes
+    assert decode_with_notes(data).notes == plain
+    begins = [place for place in range(len(data)) if data[place : place + 2] == b'\xff\xda']
+    assert len(begins) > 4
+    noted = [decode_with_notes(data[:place] + b'\xff\xd9').notes for place in begins[4:]]
+    assert set(noted) == {('progressive, without its last scans', *plain)}
+
+
 def test_a_jpeg_of_too_many_scans():
     data = encoded(PIL.Image.new('L', (16, 16), 100), 'JPEG', progressive=True)
     last = data[data.rindex(b'\xff\xda') : -2]

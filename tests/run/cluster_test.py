@@ -30,7 +30,7 @@ from padseg.errors import OutputConflict, ResourceExhausted, UsageError
 from padseg.images import Found
 from padseg.methods import METHODS
 from padseg.run import engine, prepare
-from padseg.run.cluster import Actor, Share, cluster_share, knock, model_from_anywhere, on_cpu
+from padseg.run.cluster import Actor, Share, cluster_share, connected, knock, model_from_anywhere, on_cpu
 from padseg.run.collect import collect
 from padseg.run.job import Job
 from padseg.run.picture import Taken
@@ -125,7 +125,7 @@ def job(folder: Path, tmp_path: Path, sd3_folder: Path) -> Job:
 @pytest.fixture
 def quick(job: Job) -> Job:
     """A job without a model, whose libraries take seconds to import in every process."""
-    return job._replace(method='felzenszwalb', options=METHODS['felzenszwalb'].Options(), save_maps=False)
+    return job._replace(method='grid', options=METHODS['grid'].Options(), save_maps=False)
 
 
 @pytest.fixture(scope='module')
@@ -184,37 +184,33 @@ def test_with_workers_killed_a_run_ends_with_the_same_bytes_and_records(job, pla
     assert engine.run(job._replace(retry_failed=False)).skipped == PICTURES
 
 
-def test_stopped_on_a_cluster_a_run_is_continued(quick, cluster, tmp_path):
-    """The cluster stays, and the results are those of a run without Ray."""
-    events, code = stopped(quick, cluster, signal.SIGTERM)
-    assert (code, events[-1]['signal']) == (143, 15)
-    done = [event['input'] for event in events if event['event'] == 'picture']
-    assert 0 < len(done) < PICTURES
+def test_a_cluster_is_used_by_its_address_and_stays(job, cluster):
+    ran = start(connect, job, cluster).wait()
+    assert (ran.returncode, ran.stdout) == (0, '3.0\n'), ran.stderr
     assert ray.cluster_resources()['CPU'] == 3
 
-    counts = engine.run(quick)
-    assert counts[:4] == (PICTURES, PICTURES - 2, len([name for name in done if name not in BAD]), 2)
-    local = quick._replace(out=tmp_path / 'local', engine='local')
-    engine.run(local)
-    assert digests(quick.out) == digests(local.out)
-    assert timeless(quick.out) == timeless(local.out)
+
+def connect(job: Job, address: str) -> None:
+    """Print the processors of a cluster, used as a run would use it."""
+    with connected(job, prepare.from_model(job)[1], address):
+        print(ray.cluster_resources()['CPU'])
 
 
-def stopped(job: Job, address: str | None, number: signal.Signals) -> tuple[list[dict[str, Any]], int]:
+def stopped(job: Job, number: signal.Signals) -> tuple[list[dict[str, Any]], int]:
     """Run `padseg run` and send its process group a signal after the first picture: its events, and its exit code."""
     given = ('--dir', job.source, '--out', job.out, '--method', job.method)
-    engine = ('--engine', 'ray', '--log-json', *(('--address', address) if address else ()))
+    engine = ('--engine', 'ray', '--log-json')
     fifo = job.out.with_name('events')
     os.mkfifo(fifo)
     running = start(main, ['run', *map(str, given), *engine], stderr=fifo, group=True, PADSEG_TEST=str(job.out))
     events: list[dict[str, Any]] = []
     with fifo.open(encoding='utf-8') as lines, contextlib.ExitStack() as whatever_happens:
-        whatever_happens.callback(running.process.kill)  # or it would keep processors of the cluster
+        whatever_happens.callback(running.process.kill)
         for line in lines:
             events.append(json.loads(line))
             if [event['event'] for event in events].count('picture') == 1 and events[-1]['event'] == 'picture':
                 others = [path for path in started_by(job) if b'padseg.images.worker' not in content(path / 'cmdline')]  # which decodes
-                assert (others == []) == (address is not None)
+                assert others != []
                 os.killpg(running.process.pid, number)
         return events, running.wait().returncode
 
@@ -243,11 +239,20 @@ def content(path: Path) -> bytes:
         return b''
 
 
-def test_a_run_without_address_brings_its_own_ray_and_takes_it_away(quick, environment):
-    events, code = stopped(quick, None, signal.SIGINT)
-    assert (code, events[-1]['signal']) == (130, 2)
-    assert 0 < len([event for event in events if event['event'] == 'picture']) < PICTURES
+def test_a_run_without_address_brings_its_own_ray_and_takes_it_away(quick, cluster, tmp_path):
+    """Stopped after its first picture; then continued on a cluster, with the results of a run without Ray."""
+    events, code = stopped(quick, signal.SIGTERM)
+    assert (code, events[-1]['signal']) == (143, 15)
+    done = [event['input'] for event in events if event['event'] == 'picture']
+    assert 0 < len(done) < PICTURES
     assert all(has_ended(path) for path in started_by(quick))
+
+    counts = engine.run(quick)
+    assert counts[:4] == (PICTURES, PICTURES - 2, len([name for name in done if name not in BAD]), 2)
+    local = quick._replace(out=tmp_path / 'local', engine='local')
+    engine.run(local)
+    assert digests(quick.out) == digests(local.out)
+    assert timeless(quick.out) == timeless(local.out)
 
 
 def test_too_many_failures_end_a_run(quick, cluster):

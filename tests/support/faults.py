@@ -23,6 +23,7 @@ from padseg.run.job import Job
 from padseg.run.selection import Selection
 
 BEGINNING = 14  # changes of a run before its first result: old records go, and the header says what the settings are now
+FROM_NOTHING = ('run', 'join', 'collect')  # stories without results of other settings, for which the beginning is like the rest
 UNTOUCHED = 40  # exit code of a process that ended before its fault
 ENDED_BY = {'kill': -signal.SIGKILL, 'full': ResourceExhausted.exit_code}
 
@@ -85,7 +86,8 @@ class Story(NamedTuple):
 
 
 def at_every_event(source: Path, root: Path, maps: Path | None, action: str, every: int) -> int:
-    """Kill a command before changes that it makes below its output folder: before each at its beginning, then before every so many.
+    """Kill a command before changes that it makes below its output folder: before every second at its beginning, if old results are at
+    stake, then before every so many; with `every` 1, before each.
 
     Whatever is done then, with --overwrite or without, or with the old settings, gives what it gives undisturbed, or OutputConflict, and
     after that the old settings give the old results. Prints how often it was killed.
@@ -125,7 +127,7 @@ def at_every_event(source: Path, root: Path, maps: Path | None, action: str, eve
             assert differences(tree(out), old) == [], (number, 'old settings')
         restart(root / 'begun')
         kills += 1
-        number += 1 if number < BEGINNING else every
+        number += min(every, 2) if number < BEGINNING and action not in FROM_NOTHING else every
     print(kills)
     return 0
 

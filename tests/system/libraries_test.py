@@ -1,4 +1,4 @@
-"""Notes of libraries do not reach the user of a command."""
+"""Notes of libraries reach neither users of Python, at the first use of a model with an empty cache, nor users of a command."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-# all commands that load a model, in a process where every library is imported for the first time
-COMMANDS = """
+# Python, and then all commands that load a model, in a process where every library is imported for the first time
+PROGRAM = """
 import sys
+import padseg
+print(padseg.segment('data/images/scene-22.png').labels.shape)
 from padseg.commands import main
 images, labels, model, out = sys.argv[1:]
 picked = ['--dir', images, '--include', 'scene-22.png', '--model', model, '--device', 'cpu', '--quiet']
@@ -34,7 +36,9 @@ def test_stderr_has_no_words_of_libraries(sd3_folder: Path, tmp_path: Path) -> N
     kept = {name: value for name, value in os.environ.items() if name != 'PYTHONWARNINGS' and not name.endswith('_VERBOSITY')}
     arguments = (str(ROOT / 'data/images'), str(ROOT / 'data/labels'), str(sd3_folder), str(tmp_path))
     environment = {**kept, 'PADSEG_CACHE': str(tmp_path / 'cache')}
-    ran = subprocess.run((sys.executable, '-c', COMMANDS, *arguments), cwd=ROOT, env=environment, capture_output=True, text=True)
+    ran = subprocess.run((sys.executable, '-c', PROGRAM, *arguments), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert [json.loads(line)['event'] for line in ran.stderr.splitlines()] == ['start', 'picture', 'end']  # of the run alone
+    assert list((tmp_path / 'cache/prompts').iterdir())  # the text encoders did run
+    assert ran.stdout.splitlines()[0] == '(256, 384)'
     assert ran.stdout.splitlines()[-1] == 'codes [0, 0, 0, 0, 0, 0]'
