@@ -271,6 +271,11 @@ def read_tokenizer(kind: Any, source: Source, part: str) -> Any:
         tokenizer = read_part(kind, source, part, 'tokenizer_config.json')
         for text in PROBES:
             tokenizer(text, verbose=False)
+        highest = max(tokenizer.get_vocab().values(), default=0)
+    config = source.folder / part.replace('tokenizer', 'text_encoder') / config_name('text_encoder')
+    known = read_json(config).get('vocab_size') if config.is_file() else None
+    if isinstance(known, int) and highest >= known:
+        raise ModelUnavailable(f'{part_name(source, part)} has a token {highest}; its text encoder has embeddings for {known} tokens')
     return tokenizer
 
 

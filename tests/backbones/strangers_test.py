@@ -337,3 +337,13 @@ def test_tokenizers_that_cannot_be_used(folder, changes, capfd):
     edit(folder / 'tokenizer' / 'tokenizer.json', **changes)
     assert refusals(folder).startswith(f'tokenizer of {folder} cannot be read from ')
     assert capfd.readouterr().err == ''  # of a panic, Rust writes a trace
+
+
+@pytest.mark.parametrize('part', ['tokenizer', 'tokenizer_2'])
+def test_tokens_without_an_embedding(folder, part):
+    path = folder / part / 'tokenizer.json'
+    content = json.loads(path.read_text())
+    model = content['model'] | {'vocab': {token: number + 5000 for token, number in content['model']['vocab'].items()}}
+    edit(path, model=model, added_tokens=[token | {'id': token['id'] + 5000} for token in content['added_tokens']])
+    size = json.loads((folder / part.replace('tokenizer', 'text_encoder') / 'config.json').read_text())['vocab_size']
+    assert refusals(folder) == f'{part} of {folder} has a token {size + 4999}; its text encoder has embeddings for {size} tokens'

@@ -23,6 +23,7 @@ import PIL.Image
 import pytest
 import torch
 import yaml
+from support.jobs import connect_to
 from support.processes import start
 
 from padseg.commands import main
@@ -30,7 +31,7 @@ from padseg.errors import OutputConflict, ResourceExhausted, UsageError
 from padseg.images import Found
 from padseg.methods import METHODS
 from padseg.run import engine, prepare
-from padseg.run.cluster import Actor, Share, cluster_share, connected, knock, model_from_anywhere, on_cpu
+from padseg.run.cluster import Actor, Share, cluster_share, knock, model_from_anywhere, on_cpu
 from padseg.run.collect import collect
 from padseg.run.job import Job
 from padseg.run.picture import Taken
@@ -185,15 +186,9 @@ def test_with_workers_killed_a_run_ends_with_the_same_bytes_and_records(job, pla
 
 
 def test_a_cluster_is_used_by_its_address_and_stays(job, cluster):
-    ran = start(connect, job, cluster).wait()
+    ran = start(connect_to, job, cluster).wait()
     assert (ran.returncode, ran.stdout) == (0, '3.0\n'), ran.stderr
     assert ray.cluster_resources()['CPU'] == 3
-
-
-def connect(job: Job, address: str) -> None:
-    """Print the processors of a cluster, used as a run would use it."""
-    with connected(job, prepare.from_model(job)[1], address):
-        print(ray.cluster_resources()['CPU'])
 
 
 def stopped(job: Job, number: signal.Signals) -> tuple[list[dict[str, Any]], int]:

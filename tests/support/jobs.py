@@ -16,7 +16,9 @@ from typing import Any
 from padseg.commands import main
 from padseg.images import ImageError, contents, start_decoding
 from padseg.run import engine
+from padseg.run.cluster import connected
 from padseg.run.job import Job
+from padseg.run.prepare import from_model
 from padseg.system.progress import Silent
 
 
@@ -103,3 +105,11 @@ def read_while_swapped(path: str) -> None:
         contents(Path(path))
     except ImageError as error:
         print(error)
+
+
+def connect_to(job: Job, address: str) -> None:
+    """Print how many processors the Ray cluster at the address has, used as a run would use it."""
+    import ray
+
+    with connected(job, from_model(job)[1], address):
+        print(ray.cluster_resources()['CPU'])

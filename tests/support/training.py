@@ -19,7 +19,7 @@ SMALL = dataclasses.replace(
 
 
 def train_small(out: Path, start: Path | None = None, workers: int = 0) -> None:
-    """Train in all stages with a checkpoint after every step, or with `start` from that model in the last one alone, without mask losses."""
+    """Train in all stages with a checkpoint after every step; with `start`, from that model in the last one alone, without mask losses."""
     import torch
 
     from padseg.train.tiny import train_tiny
