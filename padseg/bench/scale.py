@@ -25,8 +25,6 @@ from padseg.run import engine
 from padseg.run.job import Job
 
 TIMES = ('vae', 'transformer')
-QUARTERS = (1, 2, 3, 4)  # sides to measure, in quarters of the model's own
-BATCHES = (1, 4, 16)
 LATER = 3  # pictures after the first, whose median is reported
 PATCH = 16  # side of an image token in pixels
 
@@ -59,6 +57,14 @@ class Ran(NamedTuple):
     '--pictures', type=click.IntRange(6), default=50, show_default=True, help='number of pictures in the longest run of the embedded model'
 )
 @click.option(
+    '--quarters',
+    type=click.IntRange(1),
+    multiple=True,
+    default=(1, 2, 3, 4),
+    help="a side to measure, in quarters of the model's own; repeat",
+)
+@click.option('--batches', type=click.IntRange(1), multiple=True, default=(1, 4, 16), help='a batch size to measure; repeat')
+@click.option(
     '--compile/--no-compile', 'compiling', default=True, show_default=True, help='also measure after how many pictures compiling pays off'
 )
 def command(
@@ -70,6 +76,8 @@ def command(
     record: bool,
     as_json: bool,
     pictures: int,
+    quarters: tuple[int, ...],
+    batches: tuple[int, ...],
     compiling: bool,
 ) -> None:
     """Measure cost by picture size, number of pictures and batch size, and after how many pictures compiling pays off.
@@ -79,7 +87,7 @@ def command(
     os.environ |= QUIET  # inherited by the processes
     setting = BenchSetting(fresh(make_model, folder / size, size), own_side(size), dtype=dtype, device=device)
     fresh(at_side, setting._replace(side=setting.side // 4))  # caches the empty prompt
-    sides = [setting.side * quarter // 4 for quarter in QUARTERS]
+    sides = [setting.side * quarter // 4 for quarter in quarters]
     by_side = {side: [fresh(at_side, setting._replace(side=side)) for _ in range(repeats)] for side in sides}
     with tempfile.TemporaryDirectory(prefix='padseg-bench-') as name:
         place = Path(name)
@@ -89,7 +97,7 @@ def command(
             return [fresh(run_over, photographs, place / f'{count}-{batch}-{turn}', count, batch, device) for turn in range(repeats)]
 
         counts = {count: runs(count, 1) for count in dict.fromkeys((1, pictures // 5, pictures))}
-        batches = {batch: runs(pictures // 3, batch) for batch in BATCHES}
+        by_batch = {batch: runs(pictures // 3, batch) for batch in batches}
     measured = {
         'size': size,
         'dtype': dtype,
@@ -98,7 +106,7 @@ def command(
         'law': {part: law(sides, [statistics.median(getattr(one, part) for one in by_side[side]) for side in sides]) for part in TIMES},
         'pictures': {count: scale_columns(ran) for count, ran in counts.items()},
         'batched': pictures // 3,
-        'batches': {batch: scale_columns(ran) for batch, ran in batches.items()},
+        'batches': {batch: scale_columns(ran) for batch, ran in by_batch.items()},
         'compiling': compiled(setting, repeats) if compiling else None,
     }
     finish_bench('scale', f'{size}-{dtype}', measured, record, as_json, in_words)
