@@ -75,12 +75,12 @@ def guided(values: Array, guide: Guide) -> Iterator[tuple[slice, Array]]:
 
 def window_mean(values: Array, radius: int) -> Array:
     """Mean over the square of `radius` around each pixel, clipped at the border: (…, h, w) float32, same shape."""
-    side = (2 * radius + 1, 2 * radius + 1)
+    side = tuple(2 * min(radius, length - 1) + 1 for length in values.shape[:-3:-1])  # farther out, OpenCV would add zeros one by one
     count = boxed(np.ones(values.shape[-2:], np.float32), side)
     planes = values.reshape(-1, *count.shape)
     return np.stack([boxed(plane, side) / count for plane in planes]).reshape(values.shape)
 
 
-def boxed(values: Array, side: tuple[int, int]) -> Array:
-    """Window sums, (h, w)."""
+def boxed(values: Array, side: tuple[int, ...]) -> Array:
+    """Window sums, (h, w). side: width and height of the window."""
     return cv2.boxFilter(values, -1, side, normalize=False, borderType=cv2.BORDER_CONSTANT)

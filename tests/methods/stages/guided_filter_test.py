@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import cv2
 import numpy as np
 import pytest
@@ -102,3 +104,23 @@ def test_large_pictures_by_a_reduced_copy():
     guide = guide_of(large, (10, 12))
     assert guide.small.shape[0] * guide.small.shape[1] <= 1.01 * AREA
     assert np.mean((enlarged(share, guide) > 0.5) != truth) < 0.01
+
+
+@pytest.mark.parametrize(('size', 'radius'), [((7, 9), 20), ((1, 12), 3), ((12, 1), 30), ((5, 40), 6), ((1, 1), 2)])
+def test_windows_larger_than_the_picture(size, radius):
+    values = np.random.default_rng(0).random((2, *size)).astype(np.float32)
+    mean = window_mean(values, radius)
+    for row, column in np.ndindex(size):
+        window = values[:, max(0, row - radius) : row + radius + 1, max(0, column - radius) : column + radius + 1]
+        assert mean[:, row, column] == pytest.approx(window.mean((1, 2)), abs=1e-6)
+
+
+def test_a_long_and_narrow_picture_takes_about_as_long_as_a_square_one():
+    """Of as many pixels; once, windows were searched for rows far beyond its border."""
+    times = []
+    for size in ((400, 400), (10, 16000)):
+        values = np.random.default_rng(0).random((1, *size)).astype(np.float32)
+        began = time.process_time()
+        window_mean(values, max(size) // 24)
+        times.append(time.process_time() - began)
+    assert times[1] < 10 * times[0]
