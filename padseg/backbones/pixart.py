@@ -116,7 +116,7 @@ def denoise(transformer: PixArtTransformer2DModel, z: Tensor, timestep: float, p
     """The predicted noise, without the variance that the network predicts too. Only alpha at 1024 pixels is told the picture's size."""
     assert prompt.mask is not None
     count, channels, height, width = z.shape
-    added = {'resolution': None, 'aspect_ratio': None}
+    added: dict[str, Tensor | None] = {'resolution': None, 'aspect_ratio': None}
     if transformer.use_additional_conditions:
         sides = torch.tensor([[height * CELL, width * CELL]], device=z.device)
         added = {'resolution': sides.expand(count, -1), 'aspect_ratio': torch.full((count, 1), height / width, device=z.device)}
