@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pydantic
 
-from padseg.backbones.configuration import read_json, refuse_pointer, some_digits
+from padseg.backbones.configuration import MOST_BLOCKS, numbers_in, read_json, refuse_pointer, some_digits
 from padseg.backbones.layout import (
     FAMILIES,
     LAYOUTS,
@@ -35,6 +35,7 @@ VARIANTS = ('', 'fp16', 'bf16')  # of weights; the first that is there is read
 PICKLED = ('.bin', '.pt', '.pth', '.ckpt', '.h5', '.msgpack', '.onnx', '.gguf')  # weights that are not read
 LARGE_SCALE = 0.13025  # by which SDXL's latents are scaled, and those of models that share its VAE
 CROSS = '.attn2.to_q.weight'  # one in each transformer block of a UNet
+LOOSE = 16  # `blocks_asked` of SDXL is 2.6 times its number of blocks
 BLOCK = 1 << 24
 LARGE = 1 << 26  # bytes
 # what a `padseg.json` may ask for at most
@@ -359,7 +360,20 @@ def cross_attentions(source: Source, part: str, values: Mapping[str, Any]) -> in
     count = sum(name.endswith(CROSS) for path in weight_files(source.folder, (part,)) for name in tensor_shapes(path))
     if not count:
         raise ModelUnavailable(f'{part} of {source.model} attends to no text: no tensor in {source.folder / part} is named *{CROSS}')
+    if blocks_asked(values) > max(LOOSE * count, MOST_BLOCKS):
+        raise ModelUnavailable(f'{config} describes more transformer blocks than the {count} that the weights beside it have')
     return count
+
+
+def blocks_asked(values: Mapping[str, Any]) -> int:
+    """More than the number of blocks in a UNet of this configuration: the most of a layer, times the most layers of a level, times levels."""
+    levels = [values.get(name) for name in ('down_block_types', 'up_block_types')]
+    counts = [len(names) if isinstance(names, list) else 4 for names in levels]
+    layers, depth, reverse = (
+        max((int(number) for _, number in numbers_in({name: values.get(name)})), default=2)
+        for name in ('layers_per_block', 'transformer_layers_per_block', 'reverse_transformer_layers_per_block')
+    )
+    return sum(counts) * (layers + 1) * max(depth, reverse)
 
 
 def block_count(values: dict[str, Any], name: str, config: pathlib.Path) -> int:

@@ -236,7 +236,7 @@ def test_rows_of_folders(unet_folders, tmp_path):
 
 
 def test_half_precision_and_shards(unet_folders, backbones, tmp_path):
-    """Weights of fp16 alone are read; where both are there, the whole precision is. In 16 bits, SDXL's VAE runs in float32, others do not."""
+    """Weights of fp16 alone are read; where both are there, the whole precision. In 16 bits, SDXL's VAE runs in float32, others do not."""
     for kind in ('sd15', 'sdxl'):
         folder = tmp_path / kind
         pipeline = StableDiffusionXLPipeline if kind == 'sdxl' else StableDiffusionPipeline
@@ -354,6 +354,8 @@ def test_what_is_damaged_is_named(copied, tmp_path, monkeypatch):
     for name, value in {'class_embed_type': 'timestep', 'addition_embed_type': 'image_hint', 'time_cond_proj_dim': 8}.items():
         config.write_text(json.dumps({**values, name: value}))
         assert f'{config}: {name} is {value}, an input that padseg does not give' in refusals(copied)
+    config.write_text(json.dumps({**values, 'layers_per_block': 100, 'transformer_layers_per_block': [100, 100, 100]}))
+    assert 'describes more transformer blocks than the 28 that the weights' in refusals(copied)  # and builds none of them
     config.write_text(json.dumps({**values, '_class_name': 'UNet2DModel'}))
     assert 'describes a UNet2DModel; known: SD3Transformer2DModel, FluxTransformer2DModel, UNet2DConditionModel, Pix' in refusals(copied)
 
