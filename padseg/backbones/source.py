@@ -366,7 +366,7 @@ def cross_attentions(source: Source, part: str, values: Mapping[str, Any]) -> in
 
 
 def blocks_asked(values: Mapping[str, Any]) -> int:
-    """More than the number of blocks in a UNet of this configuration: the most of a layer, times the most layers of a level, times levels."""
+    """More than the blocks of a UNet with this configuration: the most of a layer, times the most layers of a level, times levels."""
     levels = [values.get(name) for name in ('down_block_types', 'up_block_types')]
     counts = [len(names) if isinstance(names, list) else 4 for names in levels]
     layers, depth, reverse = (

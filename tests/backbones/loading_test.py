@@ -553,7 +553,9 @@ class Hub(Replies):
 
 @pytest.fixture
 def hub(folder):
-    """A hub on this machine that holds a model with T5, which nobody should ask for."""
+    """A hub on this machine that holds a model with T5, and with weights in other forms, which nobody should ask for."""
+    for part, name in (('vae', 'diffusion_pytorch_model.fp16.safetensors'), ('text_encoder', 'pytorch_model.bin'), ('vae', 'model.onnx')):
+        (folder / part / name).write_bytes(bytes(1000))
     (folder / 'text_encoder_3').mkdir()
     (folder / 'text_encoder_3' / 'model.safetensors').write_bytes(bytes(1000))
     Hub.folder, Hub.asked = folder, []
@@ -584,6 +586,7 @@ def test_a_hub_model_is_downloaded_and_loads_offline_afterwards(hub, tmp_path, b
     assert 'org/cut is not in the cache and the hub cannot be reached' in online[4][1] and '--model tiny' in online[4][1]
     fetched = {path.split(COMMIT + '/')[1] for path in Hub.asked if f'/org/model/resolve/{COMMIT}/' in path}
     assert {name.split('/')[0] for name in fetched} == {'model_index.json', 'padseg.json', *PARTS}
+    assert not any(form in name for name in fetched for form in ('fp16', '.bin', '.onnx'))
 
     snapshot = tmp_path / 'hub' / 'hub' / 'models--org--model' / 'snapshots' / COMMIT
     link = snapshot / 'transformer' / WEIGHTS['transformer']
