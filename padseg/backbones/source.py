@@ -74,6 +74,8 @@ def locate(model: str, revision: str | None = None, *, fetch: bool = True) -> So
             raise no_layout(spec.repo)
     elif commit_or_branch:
         raise UsageError(f'{model} is a folder, which has no revisions; got revision {commit_or_branch}')
+    elif not any((folder / part).is_dir() for part in denoisers()):
+        raise no_layout(model)
     source = Source(spec, model, folder, commit)
     source = source._replace(spec=read_row(source))
     check_files(source, LAYOUTS[source.spec.family].main)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from padseg.errors import ModelUnavailable
 
 AnyModule = TypeVar('AnyModule', bound=nn.Module)
+AT_ONCE = 1 << 24  # bytes read from an open file of weights
 # names of attention's tensors in VAEs that were published before diffusers renamed them, such as Stable Diffusion's
 FORMER = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}
 
@@ -29,23 +30,26 @@ def shapes_of_model(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def fill_weights(model: AnyModule, paths: Sequence[pathlib.Path], place: torch.device, dtype: torch.dtype, label: str) -> AnyModule:
-    """Give a model the tensors it has, read one at a time; `refuse_misfits` has compared files and model.
+    """Give a model the tensors it has, read a few at a time; `refuse_misfits` has compared files and model.
 
     Raises ModelUnavailable, with `label` for the model, for values that are not finite.
     """
     wanted = model.state_dict().keys()
     state: dict[str, Tensor] = {}
     for path in paths:
-        for stored in sorted(names_in(path)):
-            name = present_name(stored)
-            if name not in wanted:
-                continue
-            # opened for each anew: an open file keeps all that was read of it in memory. A copy even of the right dtype: in the file,
-            # tensors lie at any address, by which matrix products round
+        names = [stored for stored in sorted(names_in(path), reverse=True) if present_name(stored) in wanted]
+        while names:
+            # opened again and again: an open file keeps all that was read of it in memory
             with safe_open(path, 'pt') as file:
-                state[name] = file.get_tensor(stored).to(place, dtype, copy=True)
-            if not all_finite(state[name]):
-                raise ModelUnavailable(f'{label} cannot be used: {stored} in {path} has values that are not finite in {dtype}')
+                read = 0
+                while names and read < AT_ONCE:
+                    stored = names.pop()
+                    tensor = file.get_tensor(stored)
+                    read += tensor.nbytes
+                    # a copy even of the right dtype: in the file, tensors lie at any address, by which matrix products round
+                    state[present_name(stored)] = kept = tensor.to(place, dtype, copy=True)
+                    if not all_finite(kept):
+                        raise ModelUnavailable(f'{label} cannot be used: {stored} in {path} has values that are not finite in {dtype}')
     model.load_state_dict(state, assign=True)
     compute_places(model, place)
     return model.eval().requires_grad_(False)

@@ -311,7 +311,7 @@ def test_text_encoders_that_do_not_fit_the_transformer(folder, empty_cache):
 
 def test_a_folder_of_something_else(tmp_path):
     (tmp_path / 'notes.txt').write_text('no model')
-    assert refusal(tmp_path) == f'{tmp_path} is not a model in diffusers layout: transformer/config.json is missing'
+    assert refusal(tmp_path) == f'{tmp_path} is not a model in diffusers layout: transformer/config.json or unet/config.json is missing'
 
 
 def test_what_is_not_read_takes_no_memory(sd3_folder, make_model, tmp_path):
