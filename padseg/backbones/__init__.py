@@ -120,9 +120,9 @@ class Backbone:
         """
         return self.family.noise_level(self.scheduler, steps or self.spec.steps, step, image_tokens)
 
-    def denoise(self, z: Tensor, timestep: float, prompt: Prompt) -> Tensor:
-        """Run the model on noised latents with a prompt: (B, C, H', W') -> the same shape."""
-        return self.family.denoise(self.transformer, z, timestep, prompt)
+    def denoise(self, z: Tensor, timestep: float, prompt: Prompt, guidance: float | None = None) -> Tensor:
+        """Run the model on noised latents with a prompt: (B, C, H', W') -> the same shape. guidance: as in `Family.denoise`."""
+        return self.family.denoise(self.transformer, z, timestep, prompt, guidance)
 
 
 def load(

@@ -112,7 +112,7 @@ def first_image_token(prompt: Prompt) -> int:
     return 0
 
 
-def denoise(transformer: PixArtTransformer2DModel, z: Tensor, timestep: float, prompt: Prompt) -> Tensor:
+def denoise(transformer: PixArtTransformer2DModel, z: Tensor, timestep: float, prompt: Prompt, guidance: float | None = None) -> Tensor:
     """The predicted noise, without the variance that the network predicts too. Only alpha at 1024 pixels is told the picture's size."""
     assert prompt.mask is not None
     count, channels, height, width = z.shape

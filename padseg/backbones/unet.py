@@ -144,7 +144,7 @@ def first_image_token(prompt: Prompt) -> int:
     return 0
 
 
-def denoise(transformer: UNet2DConditionModel, z: Tensor, timestep: float, prompt: Prompt) -> Tensor:
+def denoise(transformer: UNet2DConditionModel, z: Tensor, timestep: float, prompt: Prompt, guidance: float | None = None) -> Tensor:
     """For SDXL, the picture is its own original, uncropped."""
     count, _, height, width = z.shape
     sizes = torch.tensor([[height * CELL, width * CELL, 0, 0, height * CELL, width * CELL]], device=z.device)

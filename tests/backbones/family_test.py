@@ -225,3 +225,11 @@ def test_recording_changes_no_bit(backbones, name):
     assert plain.shape == z.shape and torch.equal(plain, recorded) and plain.isfinite().all()
     assert sorted(calls) == list(range(len(modules)))
     torch.testing.assert_close(alone, plain[1:], atol=1e-4, rtol=1e-4)
+
+
+def test_only_a_distilled_model_minds_guidance(backbones):
+    for name, backbone in backbones.items():
+        z = torch.randn((1, backbone.family.size(backbone.transformer.config).channels, 8, 8), generator=torch.Generator().manual_seed(2))
+        with torch.no_grad():
+            plain, own, other = (backbone.denoise(z, 100.0, backbone.null_prompt, guidance) for guidance in (None, 3.5, 1.0))
+        assert torch.equal(plain, own) and torch.equal(plain, other) == (name != 'flux')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import shutil
 
@@ -17,16 +18,19 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.crossing import DPM, EULER, PNDM, UNETS
 
 from padseg.backbones import family_of, identity, load, unet
 from padseg.backbones.availability import files_to_fetch, model_state, reckon_memory
 from padseg.backbones.layout import LAYOUTS
+from padseg.backbones.parts import tensors_needed
 from padseg.backbones.recorder import Request, watch
 from padseg.backbones.source import locate, small_vae
 from padseg.backbones.spec import BACKBONES, CARDS
 from padseg.backbones.texts import texts_of
+from padseg.commands import main
 from padseg.errors import ModelUnavailable, UsageError
 from padseg.methods import METHODS, open_backbone
 from padseg.methods.open_vocabulary import label
@@ -236,28 +240,37 @@ def test_rows_of_folders(unet_folders, tmp_path):
 
 
 def test_half_precision_and_shards(unet_folders, backbones, tmp_path):
-    """Weights of fp16 alone are read; where both are there, the whole precision. In 16 bits, SDXL's VAE runs in float32, others do not."""
-    for kind in ('sd15', 'sdxl'):
-        folder = tmp_path / kind
-        pipeline = StableDiffusionXLPipeline if kind == 'sdxl' else StableDiffusionPipeline
-        read = pipeline.from_pretrained(unet_folders[kind], torch_dtype=torch.float16)
-        read.save_pretrained(folder, safe_serialization=True, variant='fp16', max_shard_size='60KB')
-        shutil.copy(unet_folders[kind] / 'padseg.json', folder)
-        assert len(list((folder / 'unet').glob('*.safetensors'))) > 1 and all('fp16' in path.name for path in folder.rglob('*.safetensors'))
-        half = load(str(folder), device='cpu', dtype='float16')
-        assert half.dtype == half.null_prompt.embeds.dtype == torch.float16
-        assert half.vae.dtype == (torch.float32 if kind == 'sdxl' else torch.float16)
-        memory = [reckon_memory(locate(str(folder)), torch.device('cpu'), dtype).device for dtype in ('float32', 'float16')]
-        vae = sum(weight.numel() for weight in half.vae.parameters())
-        assert memory[1] * 2 - memory[0] == (4 * vae if kind == 'sdxl' else 0)
-        for name, weight in backbones[kind].transformer.state_dict().items():
-            assert torch.equal(half.transformer.state_dict()[name], weight.half())
-        config = folder / 'vae' / 'config.json'
-        config.write_text(json.dumps({**json.loads(config.read_text()), 'force_upcast': False}))
-        assert load(str(folder), device='cpu', dtype='bfloat16').vae.dtype == torch.bfloat16  # one that was trained not to overflow
-        shutil.copytree(unet_folders[kind], folder, dirs_exist_ok=True)
-        assert load(str(folder), device='cpu').identity.weights != backbones[kind].identity.weights
-        assert torch.equal(load(str(folder), device='cpu').transformer.conv_in.weight, backbones[kind].transformer.conv_in.weight)
+    """Weights of fp16 alone are read; where both are there, the whole precision."""
+    folder = tmp_path / 'model'
+    read = StableDiffusionPipeline.from_pretrained(unet_folders['sd15'], torch_dtype=torch.float16)
+    read.save_pretrained(folder, safe_serialization=True, variant='fp16', max_shard_size='100KB')
+    shutil.copy(unet_folders['sd15'] / 'padseg.json', folder)
+    weights = [path.name for path in folder.rglob('*.safetensors')]
+    assert len(weights) > 3 and all('fp16' in name for name in weights)
+    half = load(str(folder), device='cpu', dtype='float16')
+    assert half.dtype == half.vae.dtype == half.null_prompt.embeds.dtype == torch.float16
+    whole = backbones['sd15']
+    for name, weight in whole.transformer.state_dict().items():
+        assert torch.equal(half.transformer.state_dict()[name], weight.half())
+    shutil.copytree(unet_folders['sd15'], folder, dirs_exist_ok=True)
+    both = load(str(folder), device='cpu')
+    assert torch.equal(both.transformer.conv_in.weight, whole.transformer.conv_in.weight)
+    assert both.identity.weights != whole.identity.weights
+
+
+def test_the_vae_that_overflows_runs_in_float32(unet_folders, copied):
+    """SDXL's, also in the estimate of memory; not one that was trained not to overflow, whose configuration says so."""
+    for kind, folder in unet_folders.items():
+        large = kind in ('sdxl', 'ssd')
+        source, cpu = locate(str(folder)), torch.device('cpu')
+        memory = [reckon_memory(source, cpu, dtype).device for dtype in ('float32', 'float16')]
+        vae = sum(map(math.prod, tensors_needed(unet, source, 'vae', 0).values()))
+        assert 2 * memory[1] - memory[0] == (4 * vae if large else 0)
+    half = load(str(copied), device='cpu', dtype='float16')
+    assert (half.dtype, half.vae.dtype) == (torch.float16, torch.float32)
+    config = copied / 'vae' / 'config.json'
+    config.write_text(json.dumps({**json.loads(config.read_text()), 'force_upcast': False}))
+    assert load(str(copied), device='cpu', dtype='bfloat16').vae.dtype == torch.bfloat16
 
 
 def test_only_what_is_read_is_downloaded():
@@ -298,7 +311,7 @@ def test_the_small_vae_is_that_of_the_latents(unet_folders, pixart_folders):
     assert found == {'sd15': small, 'sd21': small, 'sdxl': large, 'ssd': large, 'sigma': large, 'alpha': small}
 
 
-def test_methods_for_other_models_refuse_it_by_name(backbones, picture):
+def test_methods_for_other_models_refuse_it_by_name(backbones, unet_folders, picture, tmp_path, capsys):
     with pytest.raises(UsageError, match='^seg4diff does not support .* of the family unet; supported: flux, sd3$'):
         segment(picture, backbones['sd15'])
     with pytest.raises(UsageError, match='^open-vocabulary does not support .* of the family unet; supported: flux, sd3$'):
@@ -306,6 +319,12 @@ def test_methods_for_other_models_refuse_it_by_name(backbones, picture):
     for model in ('sd1.5', 'pixart-sigma'):  # before anything is downloaded
         with pytest.raises(UsageError, match=f'^seg4diff does not support {model} of the family'):
             open_backbone(METHODS['seg4diff'], METHODS['seg4diff'].Options(), model)
+    for folder, pixels in (('pictures', picture), ('labels', picture[..., 0] // 100)):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(pixels).save(tmp_path / folder / 'a.png')
+    paths = ['--dir', str(tmp_path / 'pictures'), '--labels', str(tmp_path / 'labels'), '--out', str(tmp_path / 'out')]
+    assert main(['analyze', *paths, '--model', str(unet_folders['sd15'])]) == 2
+    assert 'analyze does not support' in capsys.readouterr().err and not (tmp_path / 'out').exists()
 
 
 def test_named_rows():
