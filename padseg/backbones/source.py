@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -146,7 +147,8 @@ def fetch_other_forms(repo: str, folder: pathlib.Path, parts: Iterable[str]) -> 
     """Download all that the hub has of the parts whose weights did not come with `globs_of`, such as those of half precision only."""
     for part in parts:
         if (folder / part / config_name(part)).is_file() and not all(path.is_file() for path in weight_files(folder, (part,))):
-            snapshot(repo, folder.name, [f'{part}/*'])
+            with contextlib.suppress(ModelUnavailable):  # who looks for the files says what is missing
+                snapshot(repo, folder.name, [f'{part}/*'])
 
 
 def text_encoders(source: Source) -> dict[str, str]:

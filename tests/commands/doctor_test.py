@@ -398,6 +398,9 @@ def test_sizes_for_people(size, text):
 # the list of models
 
 
+OPEN = ('sd1.5', 'sd2.1', 'sdxl', 'ssd-1b', 'pixart-sigma')  # models on the hub that anybody may download
+
+
 def test_models_say_what_is_cached(tmp_path, sd3_folder):
     assert list(CARDS) == list(BACKBONES)
     home = tmp_path / 'home'
@@ -413,6 +416,7 @@ def test_models_say_what_is_cached(tmp_path, sd3_folder):
         'sd3': ('here', True, True),
         'sd3.5': ('incomplete', False, True),
         'flux': ('not here', False, True),
+        **dict.fromkeys(OPEN, ('not here', False, False)),
     }
     assert rows['sd3']['folder'] == str(snapshot)
     assert rows['sd3']['bytes'] == sum(path.stat().st_size for path in sd3_folder.rglob('*') if path.is_file())
@@ -427,6 +431,7 @@ def test_models_say_what_is_cached(tmp_path, sd3_folder):
         ('sd3', 'here', 'yes'),
         ('sd3.5', 'incomplete', 'yes'),
         ('flux', 'not here', 'yes'),
+        *((name, 'not here', 'no') for name in OPEN),
     ]
     assert table[1][2:4] == [human(rows['sd3']['bytes']), rows['sd3']['licence']] and table[3][5] == BACKBONES['flux'].repo
     verbose = python('-m', 'padseg', 'models', '--verbose', **environment).stdout.splitlines()
