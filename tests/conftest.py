@@ -181,6 +181,20 @@ def pixart_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathli
 
 
 @pytest.fixture(scope='session')
+def unets(unet_folders: dict[str, pathlib.Path]):  # type: ignore[no-untyped-def]
+    from padseg.backbones import load
+
+    return {kind: load(str(folder), device='cpu', whole=True) for kind, folder in unet_folders.items()}
+
+
+@pytest.fixture(scope='session')
+def pixarts(pixart_folders: dict[str, pathlib.Path]):  # type: ignore[no-untyped-def]
+    from padseg.backbones import load
+
+    return {kind: load(str(folder), device='cpu', whole=True) for kind, folder in pixart_folders.items()}
+
+
+@pytest.fixture(scope='session')
 def flux(flux_folder: pathlib.Path):  # type: ignore[no-untyped-def]
     from padseg.backbones import load
 

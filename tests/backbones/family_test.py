@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler, PNDMScheduler
 from safetensors.torch import load_file, save_file
 
-from padseg.backbones import family_of, load, unet
+from padseg.backbones import family_of, unet
 from padseg.backbones.family import Family
 from padseg.backbones.layout import FAMILIES, LAYOUTS, all_main, denoiser_in
 from padseg.backbones.loading import check_loadable, load_family
@@ -162,9 +162,8 @@ MODELS = ['sd3', 'flux', 'sd15', 'sd21', 'sdxl', 'ssd', 'sigma', 'alpha']
 
 
 @pytest.fixture(scope='module')
-def backbones(sd3_folder, flux_folder, unet_folders, pixart_folders):
-    folders = {'sd3': sd3_folder, 'flux': flux_folder, **unet_folders, **pixart_folders}
-    return {name: load(str(folder), device='cpu', whole=True) for name, folder in folders.items()}
+def backbones(backbone, flux, unets, pixarts):
+    return {'sd3': backbone, 'flux': flux, **unets, **pixarts}
 
 
 @pytest.mark.parametrize('name', MODELS)

@@ -28,11 +28,6 @@ TEXT = 'A Cat on grass'
 
 
 @pytest.fixture(scope='module')
-def backbones(pixart_folders):
-    return {kind: load(str(folder), device='cpu', whole=True) for kind, folder in pixart_folders.items()}
-
-
-@pytest.fixture(scope='module')
 def pipelines(pixart_folders):
     """diffusers' own, with the text encoder in the precision in which it is loaded here."""
     found = {}
@@ -63,9 +58,9 @@ def prompt_for(backbone, text: str) -> Prompt:
 
 @pytest.mark.parametrize('kind', SLOTS)
 @pytest.mark.parametrize('text', ['', TEXT])
-def test_noise_is_predicted_as_by_the_pipeline(backbones, pipelines, kind, text):
+def test_noise_is_predicted_as_by_the_pipeline(pixarts, pipelines, kind, text):
     """Of pictures of other sizes than in training too; the variance that the network predicts is left out. Only alpha is told sizes."""
-    backbone, pipeline = backbones[kind], pipelines[kind]
+    backbone, pipeline = pixarts[kind], pipelines[kind]
     embeds, mask = own_prompt(pipeline, text)
     for shape in ((2, 4, 8, 12), (1, 4, 16, 16)):
         z = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -89,9 +84,9 @@ def test_noise_is_predicted_as_by_the_pipeline(backbones, pipelines, kind, text)
 
 
 @pytest.mark.parametrize('kind', SLOTS)
-def test_texts_are_those_of_the_pipeline(backbones, pipelines, kind):
+def test_texts_are_those_of_the_pipeline(pixarts, pipelines, kind):
     """In lower case, from a vocabulary in either form; Sigma's tokenizer says 120 slots, which its pipeline does not mind."""
-    backbone, slots = backbones[kind], SLOTS[kind]
+    backbone, slots = pixarts[kind], SLOTS[kind]
     texts = texts_of(backbone, keep=False)
     for text in ('', TEXT, '  a dog-cat. '):
         embeds, mask = own_prompt(pipelines[kind], text)
@@ -114,17 +109,17 @@ def test_texts_are_those_of_the_pipeline(backbones, pipelines, kind):
         ('İ cat', ['', 'İ', 'İ', 'cat', '']),  # one letter that is two in lower case: i, and a dot that has no token
     ],
 )
-def test_tokens_have_their_places_in_the_text_as_given(backbones, text, pieces):
-    for backbone in backbones.values():
+def test_tokens_have_their_places_in_the_text_as_given(pixarts, text, pieces):
+    for backbone in pixarts.values():
         (tokens,) = texts_of(backbone, keep=False).tokens(text, 't5').values()
         assert [text[start:end] for start, end in tokens.spans] == pieces
         assert tokens.first == 0 and tokens.slots == backbone.spec.sequence
 
 
 @pytest.mark.parametrize('kind', SLOTS)
-def test_pads_get_no_attention(backbones, kind):
+def test_pads_get_no_attention(pixarts, kind):
     """Every layer's maps beside the softmax by hand over the tokens alone; those of pads are 0, of 300 or 120 slots."""
-    backbone = backbones[kind]
+    backbone = pixarts[kind]
     prompt = prompt_for(backbone, TEXT)
     kept = int(prompt.mask.sum())
     z = torch.randn((2, 4, 8, 12), generator=torch.Generator().manual_seed(0))
@@ -159,9 +154,9 @@ def test_16_bits(pixart_folders):
         assert not kept[0][..., 1:].any() and (kept[0][..., 0] == 1).all()
 
 
-def test_places_of_tokens_are_computed_once(backbones, pipelines):
+def test_places_of_tokens_are_computed_once(pixarts, pipelines):
     """They are no weights; the network in small memory must still have them."""
-    for kind, backbone in backbones.items():
+    for kind, backbone in pixarts.items():
         places = backbone.transformer.pos_embed.pos_embed
         assert torch.equal(places, pipelines[kind].transformer.pos_embed.pos_embed) and places.shape == (1, 64, 24)
 
@@ -184,9 +179,9 @@ def test_rows(pixart_folders, tmp_path):
     assert pixart.prompt_shapes(300, network.config)['embeds'] == (1, 300, 4096)
 
 
-def test_methods_for_other_models_refuse_it_by_name(backbones, picture):
+def test_methods_for_other_models_refuse_it_by_name(pixarts, picture):
     with pytest.raises(UsageError, match='^seg4diff does not support .* of the family pixart; supported: flux, sd3$'):
-        segment(picture, backbones['sigma'])
+        segment(picture, pixarts['sigma'])
 
 
 def refusals(folder: pathlib.Path) -> str:

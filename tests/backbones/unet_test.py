@@ -41,11 +41,6 @@ FORMER = {'to_q': 'query', 'to_k': 'key', 'to_v': 'value', 'to_out.0': 'proj_att
 
 
 @pytest.fixture(scope='module')
-def backbones(unet_folders):
-    return {kind: load(str(folder), device='cpu', whole=True) for kind, folder in unet_folders.items()}
-
-
-@pytest.fixture(scope='module')
 def pipelines(unet_folders):
     """diffusers' own."""
     kinds = {'sd15': StableDiffusionPipeline, 'sd21': StableDiffusionPipeline}
@@ -66,9 +61,9 @@ def own_prompt(pipeline, text: str):
 
 
 @pytest.mark.parametrize('kind', UNETS)
-def test_noise_is_predicted_as_by_the_pipeline(backbones, pipelines, kind):
+def test_noise_is_predicted_as_by_the_pipeline(unets, pipelines, kind):
     """Of pictures with sides that no level halves evenly too; SDXL is told their size in pixels, as its own original, not cropped."""
-    backbone, pipeline = backbones[kind], pipelines[kind]
+    backbone, pipeline = unets[kind], pipelines[kind]
     embeds, pooled = own_prompt(pipeline, '')
     for shape in ((2, 4, 8, 12), (1, 4, 9, 13)):
         z = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -84,8 +79,8 @@ def test_noise_is_predicted_as_by_the_pipeline(backbones, pipelines, kind):
 
 
 @pytest.mark.parametrize('kind', UNETS)
-def test_texts_are_those_of_the_pipeline(backbones, pipelines, kind):
-    backbone = backbones[kind]
+def test_texts_are_those_of_the_pipeline(unets, pipelines, kind):
+    backbone = unets[kind]
     texts = texts_of(backbone, keep=False)
     encoders = backbone.spec.encoders
     for text in TEXTS:
@@ -104,9 +99,9 @@ def test_texts_are_those_of_the_pipeline(backbones, pipelines, kind):
         texts.tokens('a cat', 't5')
 
 
-def test_a_text_that_the_second_tokenizer_cuts_otherwise(backbones):
+def test_a_text_that_the_second_tokenizer_cuts_otherwise(unets):
     """It pads with '!' and never joins two of them to one token; the columns behind would be of other words."""
-    texts = texts_of(backbones['sdxl'], keep=False)
+    texts = texts_of(unets['sdxl'], keep=False)
     first, second = texts.clip_tokenizers.values()
     first.add_tokens(['!!'])
     assert len(first('a !!').input_ids) != len(second('a !!').input_ids)
@@ -115,9 +110,9 @@ def test_a_text_that_the_second_tokenizer_cuts_otherwise(backbones):
 
 
 @pytest.mark.parametrize('kind', UNETS)
-def test_maps_equal_the_explicit_softmax(backbones, kind):
+def test_maps_equal_the_explicit_softmax(unets, kind):
     """Of every layer, from image to text and from image to image, beside queries and keys that hooks note, in float64."""
-    backbone = backbones[kind]
+    backbone = unets[kind]
     z = torch.randn((2, 4, 7, 12), generator=torch.Generator().manual_seed(0))
     layers = range(backbone.layers)
     modules = {('text', layer): backbone.attention_module(layer) for layer in layers} | {
@@ -220,8 +215,8 @@ def test_times_of_the_published_schedules(family, scheduler, steps, step, tokens
         assert level.sigma == pytest.approx(timestep / 1000, abs=1e-5)
 
 
-def test_a_schedule_of_another_length(backbones):
-    backbone = backbones['sd15']
+def test_a_schedule_of_another_length(unets):
+    backbone = unets['sd15']
     assert backbone.noise_level(101, 1).timestep == 101 and backbone.noise_level(8, 1, steps=50).timestep == 141
 
 
@@ -239,7 +234,7 @@ def test_rows_of_folders(unet_folders, tmp_path):
         assert spec.encoders == ('l+g' if large else 'clip') and spec.layer < spec.layers
 
 
-def test_half_precision_and_shards(unet_folders, backbones, tmp_path):
+def test_half_precision_and_shards(unet_folders, unets, tmp_path):
     """Weights of fp16 alone are read; where both are there, the whole precision."""
     folder = tmp_path / 'model'
     read = StableDiffusionPipeline.from_pretrained(unet_folders['sd15'], torch_dtype=torch.float16)
@@ -249,7 +244,7 @@ def test_half_precision_and_shards(unet_folders, backbones, tmp_path):
     assert len(weights) > 3 and all('fp16' in name for name in weights)
     half = load(str(folder), device='cpu', dtype='float16')
     assert half.dtype == half.vae.dtype == half.null_prompt.embeds.dtype == torch.float16
-    whole = backbones['sd15']
+    whole = unets['sd15']
     for name, weight in whole.transformer.state_dict().items():
         assert torch.equal(half.transformer.state_dict()[name], weight.half())
     shutil.copytree(unet_folders['sd15'], folder, dirs_exist_ok=True)
@@ -289,7 +284,7 @@ def test_only_what_is_read_is_downloaded():
     assert sorted(files_to_fetch([*others, *read])) == sorted(read)
 
 
-def test_names_of_tensors_from_before_they_were_renamed(unet_folders, backbones, tmp_path, picture):
+def test_names_of_tensors_from_before_they_were_renamed(unet_folders, unets, tmp_path, picture):
     """Stable Diffusion's published VAEs."""
     folder = pathlib.Path(shutil.copytree(unet_folders['sd15'], tmp_path / 'model'))
     path = folder / 'vae' / 'diffusion_pytorch_model.safetensors'
@@ -300,7 +295,7 @@ def test_names_of_tensors_from_before_they_were_renamed(unet_folders, backbones,
     assert sum('proj_attn' in name or '.query.' in name for name in tensors) == 8
     save_file(tensors, path, {'format': 'pt'})
     renamed = load(str(folder), device='cpu', whole=True)
-    for name, weight in backbones['sd15'].vae.state_dict().items():
+    for name, weight in unets['sd15'].vae.state_dict().items():
         assert torch.equal(renamed.vae.state_dict()[name], weight)
 
 
@@ -311,11 +306,11 @@ def test_the_small_vae_is_that_of_the_latents(unet_folders, pixart_folders):
     assert found == {'sd15': small, 'sd21': small, 'sdxl': large, 'ssd': large, 'sigma': large, 'alpha': small}
 
 
-def test_methods_for_other_models_refuse_it_by_name(backbones, unet_folders, picture, tmp_path, capsys):
+def test_methods_for_other_models_refuse_it_by_name(unets, unet_folders, picture, tmp_path, capsys):
     with pytest.raises(UsageError, match='^seg4diff does not support .* of the family unet; supported: flux, sd3$'):
-        segment(picture, backbones['sd15'])
+        segment(picture, unets['sd15'])
     with pytest.raises(UsageError, match='^open-vocabulary does not support .* of the family unet; supported: flux, sd3$'):
-        label(picture, backbones['sdxl'], ['cat'])
+        label(picture, unets['sdxl'], ['cat'])
     for model in ('sd1.5', 'pixart-sigma'):  # before anything is downloaded
         with pytest.raises(UsageError, match=f'^seg4diff does not support {model} of the family'):
             open_backbone(METHODS['seg4diff'], METHODS['seg4diff'].Options(), model)
@@ -348,7 +343,6 @@ def refusals(folder: pathlib.Path) -> str:
 @pytest.mark.parametrize('part', PARTS)
 def test_a_missing_part_is_named(copied, part, tmp_path, monkeypatch):
     monkeypatch.setenv('PADSEG_CACHE', str(tmp_path / 'cache'))
-    assert model_state(str(copied))[0].usable
     shutil.rmtree(copied / part)
     message = refusals(copied)
     assert part in message
@@ -358,6 +352,7 @@ def test_a_missing_part_is_named(copied, part, tmp_path, monkeypatch):
 
 def test_what_is_damaged_is_named(copied, tmp_path, monkeypatch):
     monkeypatch.setenv('PADSEG_CACHE', str(tmp_path / 'cache'))
+    assert model_state(str(copied))[0].usable
     path = copied / 'unet' / 'diffusion_pytorch_model.safetensors'
     whole = load_file(path)
     last = 'up_blocks.1.attentions.2.transformer_blocks.1.attn2.to_k.weight'
