@@ -32,9 +32,11 @@ class Latent(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """An encoded text. embeds: (1, L, D); pooled: (1, E); picked: the T columns to read, each in 0..L-1; names: T words.
+    """An encoded text. embeds: (1, L, D); pooled: (1, E), E = 0 if the model takes none; picked: the T columns to read, each in 0..L-1;
+    names: T words.
 
     weights: factors for summing the maps of all columns with the same name into one map; empty if each column has its own map.
+    mask: (1, L), 0 for pads that the model does not attend to, else 1; None if it attends to all.
     """
 
     embeds: Tensor
@@ -42,6 +44,7 @@ class Prompt(NamedTuple):
     picked: tuple[int, ...]
     names: tuple[str, ...]
     weights: tuple[float, ...] = ()
+    mask: Tensor | None = None
 
 
 class Attention(NamedTuple):

@@ -176,6 +176,36 @@ def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope='session')
+def unet_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
+    """Stable Diffusion 1.5, 2.1, SDXL and SSD-1B in small."""
+    from support.crossing import UNETS, random_unet
+
+    return {kind: random_unet(tmp_path_factory.mktemp(kind) / 'model', kind) for kind in UNETS}
+
+
+@pytest.fixture(scope='session')
+def pixart_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
+    """PixArt-Sigma and PixArt-alpha in small."""
+    from support.crossing import random_pixart
+
+    return {kind: random_pixart(tmp_path_factory.mktemp(kind) / 'model', kind == 'alpha') for kind in ('sigma', 'alpha')}
+
+
+@pytest.fixture(scope='session')
+def unets(unet_folders: dict[str, pathlib.Path]):  # type: ignore[no-untyped-def]
+    from padseg.backbones import load
+
+    return {kind: load(str(folder), device='cpu', whole=True) for kind, folder in unet_folders.items()}
+
+
+@pytest.fixture(scope='session')
+def pixarts(pixart_folders: dict[str, pathlib.Path]):  # type: ignore[no-untyped-def]
+    from padseg.backbones import load
+
+    return {kind: load(str(folder), device='cpu', whole=True) for kind, folder in pixart_folders.items()}
+
+
+@pytest.fixture(scope='session')
 def flux(flux_folder: pathlib.Path):  # type: ignore[no-untyped-def]
     from padseg.backbones import load
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -10,12 +11,13 @@ from typing import NamedTuple
 import torch
 
 from padseg.backbones import family_of
-from padseg.backbones.layout import LAYOUTS, all_text, denoisers
+from padseg.backbones.layout import LAYOUTS, all_main, all_text, denoisers, weights_name
 from padseg.backbones.loading import check_loadable
 from padseg.backbones.null_prompt import prompt_is_cached
-from padseg.backbones.parts import choose_dtype, tensors_needed
+from padseg.backbones.parts import choose_dtype, tensors_needed, vae_dtype
 from padseg.backbones.source import (
     Source,
+    globs_of,
     hub_errors,
     locate,
     main_files,
@@ -87,8 +89,8 @@ def ask_hub(repo: str, revision: str | None, here: State) -> State:
 
     try:
         info = HfApi().model_info(repo, revision=revision, timeout=HUB_SECONDS, files_metadata=True)
-        globs = [*main_files(), *(f'{part}/*' for part in all_text())]
-        wanted = {file.rfilename: file.size for file in info.siblings or () if any(fnmatch(file.rfilename, glob) for glob in globs)}
+        listed = {file.rfilename: file.size for file in info.siblings or ()}
+        wanted = {name: listed[name] for name in files_to_fetch(listed)}
         config = next((f'{part}/config.json' for part in denoisers() if f'{part}/config.json' in wanted), None)
         if config is None:
             other = no_layout(repo)
@@ -108,6 +110,16 @@ def ask_hub(repo: str, revision: str | None, here: State) -> State:
     return State(DOWNLOADABLE, f'access granted: the first run downloads {amount}', commit=info.sha, download=total)
 
 
+def files_to_fetch(names: Collection[str]) -> list[str]:
+    """Those of a repository's files that a download takes."""
+    globs = [*main_files(), *globs_of(all_text())]
+    for part in (*all_main(), *all_text()):
+        weights = [name for name in names if any(fnmatch(name, glob) for glob in globs_of([part])) and name.endswith('.safetensors')]
+        if weights_name(part) and not weights:
+            globs.append(f'{part}/*')  # as `fetch_other_forms`
+    return [name for name in names if any(fnmatch(name, glob) for glob in globs)]
+
+
 def chosen_dtype(place: torch.device, source: Source | None) -> str:
     """Name of the dtype that `load` would choose."""
     paths = weight_files(source.folder, LAYOUTS[source.spec.family].networks) if source else []
@@ -120,7 +132,11 @@ def reckon_memory(source: Source, place: torch.device, dtype: str, whole: bool =
     For a device other than the CPU, weights pass through host memory one part at a time; text encoders stay there.
     """
     family, size, layer = family_of(source.spec), getattr(torch, dtype).itemsize, None if whole else source.spec.layer
-    parts = [size * sum(map(math.prod, tensors_needed(family, source, part, layer).values())) for part in family.LAYOUT.networks]
+    vae = vae_dtype(family, source, source, 'vae', getattr(torch, dtype)).itemsize
+    parts = [
+        (vae if part == 'vae' else size) * sum(map(math.prod, tensors_needed(family, source, part, layer).values()))
+        for part in family.LAYOUT.networks
+    ]
     prompt = 0 if prompt_is_cached(source) else family.TEXT_DTYPE.itemsize * parameters(source.folder, text_parts(source))
     if place.type == 'cpu':
         return Memory(sum(parts), sum(parts) + prompt)

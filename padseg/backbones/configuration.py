@@ -13,6 +13,7 @@ from padseg.errors import ModelUnavailable
 MOST_BYTES = 1 << 26  # of a JSON file; the weight index of a large model has a few hundred kilobytes
 MOST_BLOCKS = 128  # allowed even if the weights have fewer; Flux.1 has 57, and its files may lack those that are not needed
 MOST_PLACES = 1 << 16  # allowed for any number, even if no dimension of the weights is as large; SD3 has 36,864 positions
+SCHEDULE = 'scheduler_config.json'
 POINTER = b'version https://git-lfs'
 
 Shape = tuple[int, ...]
@@ -28,7 +29,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         if path.stat().st_size > MOST_BYTES:
             raise ModelUnavailable(f'{path} is too large to be the JSON of a model')
         refuse_pointer(path)
-        value = json.loads(path.read_text(encoding='utf-8-sig'), parse_constant=refuse_constant, parse_float=finite_float)
+        constant = no_limit if path.name == SCHEDULE else refuse_constant
+        value = json.loads(path.read_text(encoding='utf-8-sig'), parse_constant=constant, parse_float=finite_float)
     except (OSError, ValueError, RecursionError) as error:
         raise ModelUnavailable(f'{path} is not valid JSON: {error}') from error
     if not isinstance(value, dict):
@@ -46,6 +48,12 @@ def refuse_pointer(path: pathlib.Path) -> None:
 
 def refuse_constant(name: str) -> NoReturn:
     raise ValueError(f'{name} is not a JSON number')
+
+
+def no_limit(name: str) -> None:
+    """-Infinity, which diffusers writes into a schedule that has no limit. Where else it stands, the noise levels show it."""
+    if name != '-Infinity':
+        refuse_constant(name)
 
 
 def finite_float(text: str) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -50,17 +50,32 @@ class Family(Protocol):
     def tokenizers(self, source: Source) -> dict[str, Any]:
         """Load the tokenizers, keyed by folder. Raises ModelUnavailable if one cannot be used."""
 
+    def needs_exact_vae(self, config: Mapping[str, Any]) -> bool:
+        """Whether the VAE of a model with this configuration of its transformer runs in float32, because it overflows in 16 bits."""
+
     def prompt_shapes(self, slots: int, config: Any) -> dict[str, tuple[int, ...]]:
-        """Shapes of a prompt's tensors, `embeds` and `pooled`."""
+        """Shapes of a prompt's tensors: `embeds`, `pooled`, and `mask` if pads are masked."""
 
     def compute_null_prompt(self, source: Source, transformer: Any, slots: int) -> dict[str, Tensor]:
-        """Encode the empty prompt with the text encoders: `embeds` (1, L, D) and `pooled` (1, E), float32."""
+        """Encode the empty prompt with the text encoders: the tensors of `prompt_shapes`, float32."""
 
     def null_names(self, slots: int) -> Sequence[str]:
         """Names for the null prompt's picked tokens, which are the first ones."""
 
     def attention_module(self, transformer: Any, layer: int) -> nn.Module:
-        """Return the joint image-text attention of a block."""
+        """Return the attention of a block in which image queries meet text keys: the joint one, or the cross-attention."""
+
+    def self_attention_module(self, transformer: Any, layer: int) -> nn.Module:
+        """Return the attention of a block in which image queries meet image keys: the joint one again, or the self-attention."""
+
+    def output_projection(self, transformer: Any, layer: int) -> tuple[Tensor, Tensor | None] | None:
+        """Weight (C, C), output channels first, and bias (C,) that follow the text attention for image tokens; None if there are none."""
+
+    def layer_names(self, transformer: Any) -> list[str]:
+        """Names of all blocks as in the GoCA paper's code, in layer order."""
+
+    def grid(self, transformer: Any, layer: int, latent_shape: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of a block's image tokens for latents of this shape, (..., H', W')."""
 
     def text_columns(self, picked: Sequence[int], image_tokens: int) -> list[int]:
         """Positions of text tokens among the keys."""
@@ -68,5 +83,8 @@ class Family(Protocol):
     def first_image_token(self, prompt: Prompt) -> int:
         """Position of the first image token among the queries."""
 
-    def denoise(self, transformer: Any, z: Tensor, timestep: float, prompt: Prompt) -> Tensor:
-        """Run one forward pass: (B, C, H', W') -> the same shape."""
+    def denoise(self, transformer: Any, z: Tensor, timestep: float, prompt: Prompt, guidance: float | None = None) -> Tensor:
+        """Run one forward pass: (B, C, H', W') -> the same shape.
+
+        guidance: strength that a model which was distilled for one is told, by default its pipeline's; of no effect on others.
+        """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,10 @@ def tokenizers(source: Source) -> dict[str, Any]:
     return {'tokenizer': clip, 'tokenizer_2': t5}
 
 
+def needs_exact_vae(config: Mapping[str, Any]) -> bool:
+    return False
+
+
 def prompt_shapes(slots: int, config: Any) -> dict[str, tuple[int, ...]]:
     return {'embeds': (1, slots, config.joint_attention_dim), 'pooled': (1, config.pooled_projection_dim)}
 
@@ -107,6 +111,27 @@ def attention_module(transformer: FluxTransformer2DModel, layer: int) -> nn.Modu
     return blocks(transformer)[layer].attn
 
 
+def self_attention_module(transformer: FluxTransformer2DModel, layer: int) -> nn.Module:
+    """The joint attention, whose keys are those of the text and the image."""
+    return attention_module(transformer, layer)
+
+
+def output_projection(transformer: FluxTransformer2DModel, layer: int) -> tuple[Tensor, Tensor | None]:
+    """In single blocks, attention and MLP share a projection: the attention's part of its weight, without the bias, which is of both."""
+    block = blocks(transformer)[layer]
+    if layer < len(transformer.transformer_blocks):
+        return block.attn.to_out[0].weight, block.attn.to_out[0].bias
+    return block.proj_out.weight[:, : block.proj_out.out_features], None
+
+
+def layer_names(transformer: FluxTransformer2DModel) -> list[str]:
+    return [f'vit-block{number}' for number in range(len(blocks(transformer)))]
+
+
+def grid(transformer: FluxTransformer2DModel, layer: int, latent_shape: Sequence[int]) -> tuple[int, int]:
+    return latent_shape[-2] // PATCH, latent_shape[-1] // PATCH
+
+
 def text_columns(picked: Sequence[int], image_tokens: int) -> list[int]:
     return list(picked)
 
@@ -115,10 +140,11 @@ def first_image_token(prompt: Prompt) -> int:
     return prompt.embeds.shape[1]
 
 
-def denoise(transformer: FluxTransformer2DModel, z: Tensor, timestep: float, prompt: Prompt) -> Tensor:
+def denoise(transformer: FluxTransformer2DModel, z: Tensor, timestep: float, prompt: Prompt, guidance: float | None = None) -> Tensor:
     count, _, height, width = z.shape
     h, w = height // PATCH, width // PATCH
     row, column = torch.arange(float(h)), torch.arange(float(w))
+    strength = GUIDANCE if guidance is None else guidance
     # cast to the transformer's dtype before dividing, as the pipeline does: in 16 bits the order matters
     time = torch.full((count,), timestep, device=z.device, dtype=transformer.dtype) / 1000
     velocity = transformer(
@@ -126,7 +152,7 @@ def denoise(transformer: FluxTransformer2DModel, z: Tensor, timestep: float, pro
         encoder_hidden_states=prompt.embeds.expand(count, -1, -1),
         pooled_projections=prompt.pooled.expand(count, -1),
         timestep=time,
-        guidance=torch.full((count,), GUIDANCE, device=z.device) if transformer.config.guidance_embeds else None,
+        guidance=torch.full((count,), strength, device=z.device) if transformer.config.guidance_embeds else None,
         img_ids=torch.cartesian_prod(torch.zeros(1), row, column).to(z.device),  # (h w, 3)
         txt_ids=torch.zeros(prompt.embeds.shape[1], 3, device=z.device),
         return_dict=False,

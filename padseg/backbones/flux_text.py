@@ -40,6 +40,9 @@ class FluxTexts:
             raise UsageError(f'only T5 has columns in {self.source.model}: encoders is t5; got {encoders}')
         return {'t5': tokens_of(self.t5_tokenizer, text, 0, self.source.spec.sequence)}
 
+    def mask(self, text: str) -> None:
+        """Pads are attended to."""
+
     def identity(self, encoders: str) -> str:
         return self.encoders_identity
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class FamilyLayout(NamedTuple):
@@ -12,7 +12,8 @@ class FamilyLayout(NamedTuple):
 
     denoiser: folder of the denoising network; network: its class; schedulers: the ones a model may come with, the first being the default
     if the configuration names none; text_encoders, tokenizers: the ones that every text goes through; small_vae: hub id of another VAE for
-    the same latents, in AutoencoderTiny's layout.
+    the same latents, in AutoencoderTiny's layout. The second ones are of models whose network takes added text embeddings; large_vae: the
+    small VAE for latents scaled as SDXL's.
     """
 
     denoiser: str
@@ -22,6 +23,9 @@ class FamilyLayout(NamedTuple):
     text_encoders: Mapping[str, str]
     tokenizers: tuple[str, ...]
     small_vae: str
+    second_encoders: Mapping[str, str] = {}
+    second_tokenizers: tuple[str, ...] = ()
+    large_vae: str = ''
 
     @property
     def networks(self) -> tuple[str, ...]:
@@ -34,7 +38,7 @@ class FamilyLayout(NamedTuple):
 
     @property
     def text(self) -> tuple[str, ...]:
-        return (*self.text_encoders, *self.tokenizers)
+        return (*self.text_encoders, *self.second_encoders, *self.tokenizers, *self.second_tokenizers)
 
 
 LAYOUTS: dict[str, FamilyLayout] = {
@@ -56,6 +60,34 @@ LAYOUTS: dict[str, FamilyLayout] = {
         tokenizers=('tokenizer', 'tokenizer_2'),
         small_vae='madebyollin/taef1',
     ),
+    'unet': FamilyLayout(
+        denoiser='unet',
+        network='UNet2DConditionModel',
+        vae='AutoencoderKL',
+        schedulers=(
+            'PNDMScheduler',
+            'DDIMScheduler',
+            'EulerDiscreteScheduler',
+            'EulerAncestralDiscreteScheduler',
+            'DPMSolverMultistepScheduler',
+        ),
+        text_encoders={'text_encoder': 'CLIPTextModel'},
+        tokenizers=('tokenizer',),
+        small_vae='madebyollin/taesd',
+        second_encoders={'text_encoder_2': 'CLIPTextModelWithProjection'},
+        second_tokenizers=('tokenizer_2',),
+        large_vae='madebyollin/taesdxl',
+    ),
+    'pixart': FamilyLayout(
+        denoiser='transformer',
+        network='PixArtTransformer2DModel',
+        vae='AutoencoderKL',
+        schedulers=('DPMSolverMultistepScheduler',),
+        text_encoders={'text_encoder': 'T5EncoderModel'},
+        tokenizers=('tokenizer',),
+        small_vae='madebyollin/taesd',
+        large_vae='madebyollin/taesdxl',
+    ),
 }
 FAMILIES = {layout.network: family for family, layout in LAYOUTS.items()}  # by diffusers' class of the denoising network
 
@@ -76,6 +108,12 @@ def denoisers() -> list[str]:
 def denoiser_in(folder: pathlib.Path) -> str:
     """Name of the denoiser's folder in a model of any family: the one that holds a configuration, by default the first."""
     return next((name for name in denoisers() if (folder / name / 'config.json').is_file()), denoisers()[0])
+
+
+def network_class(config: Mapping[str, Any], default: str) -> str:
+    """The class that a configuration names, by today's name: PixArt's published ones have that of a class which is now several."""
+    name = str(config.get('_class_name', default))
+    return 'PixArtTransformer2DModel' if name == 'Transformer2DModel' and config.get('norm_type') == 'ada_norm_single' else name
 
 
 def config_name(part: str) -> str:

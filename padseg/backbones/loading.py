@@ -11,8 +11,17 @@ from padseg.backbones import Backbone, Identity
 from padseg.backbones.compiled import compile_blocks
 from padseg.backbones.family import Family
 from padseg.backbones.null_prompt import encoders_hash, null_prompt, prompt_is_cached
-from padseg.backbones.parts import choose_device, choose_dtype, encoder_values, filled_part, outlined, read_scheduler, weights_hash
-from padseg.backbones.source import Source, check_files, content_hash, part_files, text_parts, weight_files
+from padseg.backbones.parts import (
+    choose_device,
+    choose_dtype,
+    encoder_values,
+    filled_part,
+    outlined,
+    read_scheduler,
+    vae_dtype,
+    weights_hash,
+)
+from padseg.backbones.source import Source, check_files, content_hash, part_files, text_encoders, text_parts, weight_files
 from padseg.errors import UsageError
 
 
@@ -42,7 +51,8 @@ def load_family(
     with ThreadPoolExecutor(1) as beside:  # hashing four gigabytes takes as long as loading the tensors needed from them
         hashed = beside.submit(weights_hash, family, source, vae)
         transformer = filled_part(family, source, family.LAYOUT.denoiser, last, place, kind)
-        encoder = filled_part(family, owner, part, last, place, kind).to(memory_format=torch.channels_last)  # faster for convolutions
+        exact = vae_dtype(family, source, owner, part, kind)
+        encoder = filled_part(family, owner, part, last, place, exact).to(memory_format=torch.channels_last)  # faster for convolutions
     taken = family.size(transformer.config)
     if encoder.config.latent_channels != taken.channels:
         raise UsageError(
@@ -106,5 +116,5 @@ def check_loadable(family: Family, source: Source, whole: bool = False) -> None:
     if not prompt_is_cached(source):
         check_files(source, text_parts(source))
         family.tokenizers(source)
-        for part in family.LAYOUT.text_encoders:
+        for part in text_encoders(source):
             encoder_values(source, part)

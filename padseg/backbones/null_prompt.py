@@ -34,9 +34,9 @@ def null_prompt(family: Family, source: Source, transformer: Any, device: torch.
         refuse_not_finite(source, tensors)
         encoders = content_hash(source.folder, part_files(source.folder, text_parts(source)))
         write_cache(tensors, cached, encoders=encoders)
-    embeds, pooled = (tensors[name].to(device, dtype) for name in shapes)
     names = tuple(family.null_names(slots))
-    return Prompt(embeds, pooled, tuple(range(len(names))), names), encoders
+    values = {name: tensors[name].to(device, dtype) for name in shapes}
+    return Prompt(values['embeds'], values['pooled'], tuple(range(len(names))), names, mask=values.get('mask')), encoders
 
 
 def refuse_not_finite(source: Source, tensors: dict[str, Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 import os
 import pathlib
@@ -15,9 +16,17 @@ import torch
 
 from padseg.backbones.configuration import check_network, read_json
 from padseg.backbones.family import Family
-from padseg.backbones.layout import LAYOUTS, config_name
-from padseg.backbones.source import Source, content_hash, part_files, tensor_shapes, weight_files, weights_variant
-from padseg.backbones.weights import build_empty, fill_weights, refuse_lost, refuse_misfits, refuse_whole_numbers, shapes_of_model
+from padseg.backbones.layout import config_name, network_class
+from padseg.backbones.source import Source, content_hash, part_files, tensor_shapes, text_encoders, weight_files, weights_variant
+from padseg.backbones.weights import (
+    build_empty,
+    fill_weights,
+    present_name,
+    refuse_lost,
+    refuse_misfits,
+    refuse_whole_numbers,
+    shapes_of_model,
+)
 from padseg.errors import ModelUnavailable, UsageError
 from padseg.system.streams import to_nowhere
 from padseg.types import Tokens
@@ -79,11 +88,13 @@ def built(family: Family, source: Source, part: str, held: Mapping[str, tuple[in
     config = read_json(path)
     layout = family.LAYOUT
     kind = {layout.denoiser: layout.network, 'vae': layout.vae, '.': 'AutoencoderTiny'}[part]
-    if config.get('_class_name', kind) != kind:
+    if network_class(config, kind) != kind:
         raise ModelUnavailable(f'{path} describes a {str(config["_class_name"])[:100]}; expected {kind}')
     check_network(config, path, held)
     try:
-        return build_empty(getattr(diffusers, kind), {name: value for name, value in config.items() if not name.startswith('_')})
+        network = getattr(diffusers, kind)
+        taken = inspect.signature(network).parameters  # what else was written by an earlier diffusers, for a class of another name
+        return build_empty(network, {name: value for name, value in config.items() if name in taken})
     except DAMAGE as error:
         raise unreadable(source, part, error) from error
 
@@ -91,7 +102,7 @@ def built(family: Family, source: Source, part: str, held: Mapping[str, tuple[in
 def outlined(family: Family, source: Source, part: str, layer: int | None) -> Any:
     """Build a transformer or VAE without weights, cut as by `cut_model`, and check it against the headers of the weight files."""
     files, label = weight_files(source.folder, (part,)), part_name(source, part)
-    held = {name: shape for path in files for name, shape in tensor_shapes(path).items()}
+    held = {present_name(name): shape for path in files for name, shape in tensor_shapes(path).items()}
     model = built(family, source, part, held)
     known = set(model.state_dict())
     cut_model(family, model, part, layer)
@@ -134,6 +145,18 @@ def filled_part(family: Family, source: Source, part: str, layer: int | None, pl
 def tensors_needed(family: Family, source: Source, part: str, layer: int | None) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what `load` reads of the transformer or VAE for blocks 0..layer, or of the whole."""
     return shapes_of_model(outlined(family, source, part, layer))
+
+
+def vae_dtype(family: Family, source: Source, owner: Source, part: str, kind: torch.dtype) -> torch.dtype:
+    """The dtype of a VAE: that of the transformer, but for one that overflows in 16 bits; 'force_upcast': false is of one that does not.
+
+    owner, part: where it is; a small VAE never overflows.
+    """
+    if part == '.' or kind == torch.float32:
+        return kind
+    network = read_json(source.folder / family.LAYOUT.denoiser / config_name(family.LAYOUT.denoiser))
+    overflows = family.needs_exact_vae(network) and read_json(owner.folder / part / config_name(part)).get('force_upcast', True)
+    return torch.float32 if overflows else kind
 
 
 def part_name(source: Source, part: str) -> str:
@@ -211,8 +234,7 @@ def read_text_encoders(source: Source, dtype: torch.dtype) -> dict[str, Any]:
     """
     import transformers
 
-    encoders = LAYOUTS[source.spec.family].text_encoders
-    return {part: read_model(getattr(transformers, kind), source, part, dtype=dtype) for part, kind in encoders.items()}
+    return {part: read_model(getattr(transformers, kind), source, part, dtype=dtype) for part, kind in text_encoders(source).items()}
 
 
 def read_scheduler(family: Family, source: Source) -> Any:

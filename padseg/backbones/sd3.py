@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,10 @@ def noise_level(scheduler: Any, steps: int, step: int, image_tokens: int) -> Noi
 
 def tokenizers(source: Source) -> dict[str, Any]:
     return {part: clip_tokenizer(source, part, source.spec.sequence) for part in ('tokenizer', 'tokenizer_2')}
+
+
+def needs_exact_vae(config: Mapping[str, Any]) -> bool:
+    return False
 
 
 def prompt_shapes(slots: int, config: Any) -> dict[str, tuple[int, ...]]:
@@ -91,6 +95,25 @@ def attention_module(transformer: SD3Transformer2DModel, layer: int) -> nn.Modul
     return transformer.transformer_blocks[layer].attn
 
 
+def self_attention_module(transformer: SD3Transformer2DModel, layer: int) -> nn.Module:
+    """The joint attention, whose keys are those of the image and the text."""
+    return attention_module(transformer, layer)
+
+
+def output_projection(transformer: SD3Transformer2DModel, layer: int) -> tuple[Tensor, Tensor | None]:
+    projection = transformer.transformer_blocks[layer].attn.to_out[0]
+    return projection.weight, projection.bias
+
+
+def layer_names(transformer: SD3Transformer2DModel) -> list[str]:
+    return [f'vit-block{number}' for number in range(len(transformer.transformer_blocks))]
+
+
+def grid(transformer: SD3Transformer2DModel, layer: int, latent_shape: Sequence[int]) -> tuple[int, int]:
+    patch = transformer.config.patch_size
+    return latent_shape[-2] // patch, latent_shape[-1] // patch
+
+
 def text_columns(picked: Sequence[int], image_tokens: int) -> list[int]:
     return [image_tokens + token for token in picked]
 
@@ -99,7 +122,7 @@ def first_image_token(prompt: Prompt) -> int:
     return 0
 
 
-def denoise(transformer: SD3Transformer2DModel, z: Tensor, timestep: float, prompt: Prompt) -> Tensor:
+def denoise(transformer: SD3Transformer2DModel, z: Tensor, timestep: float, prompt: Prompt, guidance: float | None = None) -> Tensor:
     count = len(z)
     return transformer(
         hidden_states=z.to(transformer.dtype),

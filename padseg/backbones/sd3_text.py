@@ -92,6 +92,9 @@ class SD3Texts:
             tokens['t5'] = tokens_of(self.t5_tokenizer, text, slots, slots)
         return tokens
 
+    def mask(self, text: str) -> None:
+        """Pads are attended to."""
+
     def identity(self, encoders: str) -> str:
         """The null prompt comes from CLIP's encoders alone."""
         if 't5' not in encoders:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import pydantic
 
-from padseg.backbones.configuration import read_json, refuse_pointer, some_digits
-from padseg.backbones.layout import FAMILIES, LAYOUTS, all_main, config_name, denoiser_in, denoisers, weights_name
-from padseg.backbones.spec import BACKBONES, DEPTHS, Spec
+from padseg.backbones.configuration import MOST_BLOCKS, numbers_in, read_json, refuse_pointer, some_digits
+from padseg.backbones.layout import (
+    FAMILIES,
+    LAYOUTS,
+    all_main,
+    config_name,
+    denoiser_in,
+    denoisers,
+    network_class,
+    weights_name,
+)
+from padseg.backbones.spec import BACKBONES, CELL, DEPTHS, UNET_INPUTS, Spec
 from padseg.errors import ModelUnavailable, PadsegError, UsageError
 
 SMALL_VAE = 'tiny'  # stands for the family's small VAE on the hub
@@ -24,6 +34,9 @@ HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
 PLAIN_NAME = re.compile(r'[\w-][\w.-]*\.safetensors')
 VARIANTS = ('', 'fp16', 'bf16')  # of weights; the first that exists is read
 PICKLED = ('.bin', '.pt', '.pth', '.ckpt', '.h5', '.msgpack', '.onnx', '.gguf')  # weights that are not read
+LARGE_SCALE = 0.13025  # by which SDXL's latents are scaled, and those of models that share its VAE
+CROSS = '.attn2.to_q.weight'  # one in each transformer block of a UNet
+LOOSE = 16  # `blocks_asked` of SDXL is 2.6 times its number of blocks
 BLOCK = 1 << 24
 LARGE = 1 << 26  # bytes
 # limits for values in `padseg.json`
@@ -54,20 +67,28 @@ def locate(model: str, revision: str | None = None, *, fetch: bool = True) -> So
             raise ModelUnavailable(f'the files of {model} should be in {folder}, which does not exist', 'incomplete')
         folder = snapshot(spec.repo, commit_or_branch, main_files(), fetch=fetch)
         commit = folder.name
+        if fetch:
+            fetch_other_forms(spec.repo, folder, (denoiser_in(folder), 'vae'))
         if (folder / 'model_index.json').exists():
             refuse_missing(model, folder, commit, (denoiser_in(folder), 'vae', 'scheduler'))
         elif not (folder / denoiser_in(folder) / 'config.json').exists():
             raise no_layout(spec.repo)
     elif commit_or_branch:
         raise UsageError(f'{model} is a folder, which has no revisions; got revision {commit_or_branch}')
-    source = Source(read_row(spec, folder), model, folder, commit)
+    elif not any((folder / part).is_dir() for part in denoisers()):
+        raise no_layout(model)
+    source = Source(spec, model, folder, commit)
+    source = source._replace(spec=read_row(source))
     check_files(source, LAYOUTS[source.spec.family].main)
     return source
 
 
-def locate_vae(name: str, family: str, *, fetch: bool = True) -> Source:
-    """The files of a small VAE that comes by itself: `tiny`, a hub id or a folder. Raises UsageError, ModelUnavailable."""
-    repo = LAYOUTS[family].small_vae if name == SMALL_VAE else name
+def locate_vae(name: str, source: Source, *, fetch: bool = True) -> Source:
+    """The files of a small VAE that comes by itself: `tiny`, a hub id or a folder. Raises UsageError, ModelUnavailable.
+
+    source: the model whose latents it makes.
+    """
+    repo = small_vae(source) if name == SMALL_VAE else name
     folder, commit = pathlib.Path(repo), None
     if not folder.is_dir():
         if not HUB_ID.fullmatch(repo):
@@ -77,6 +98,13 @@ def locate_vae(name: str, family: str, *, fetch: bool = True) -> Source:
     source = Source(Spec(repo=repo), name, folder, commit)
     check_files(source, ('.',))
     return source
+
+
+def small_vae(source: Source) -> str:
+    """Hub id of the small VAE for a model's latents: those of families that share VAEs are told apart by their scale."""
+    layout = LAYOUTS[source.spec.family]
+    large = layout.large_vae and read_json(source.folder / 'vae' / config_name('vae')).get('scaling_factor') == LARGE_SCALE
+    return layout.large_vae if large else layout.small_vae
 
 
 def named_row(model: str, revision: str | None = None) -> tuple[Spec, str | None]:
@@ -102,12 +130,44 @@ def no_layout(name: str) -> ModelUnavailable:
 
 def main_files() -> tuple[str, ...]:
     """Glob patterns of the files that a model of any family needs besides its text encoders."""
-    return ('model_index.json', 'padseg.json', *(f'{part}/*' for part in all_main()))
+    return ('model_index.json', 'padseg.json', *globs_of(all_main()))
+
+
+def globs_of(parts: Iterable[str]) -> list[str]:
+    """Glob patterns of the files of these parts on the hub, of weights only those of the whole precision: many have each in five forms."""
+    globs = []
+    for part in parts:
+        own = weights_name(part)
+        weights = (f'{own}.safetensors', f'{own}-?????-of-?????.safetensors') if own else ()
+        globs += [f'{part}/{name}' for name in ('*.json', '*.txt', '*.model', *weights)]
+    return globs
+
+
+def fetch_other_forms(repo: str, folder: pathlib.Path, parts: Iterable[str]) -> None:
+    """Download all that the hub has of the parts whose weights did not come with `globs_of`, such as those of half precision only."""
+    for part in parts:
+        if (folder / part / config_name(part)).is_file() and not all(path.is_file() for path in weight_files(folder, (part,))):
+            with contextlib.suppress(ModelUnavailable):  # who looks for the files says what is missing
+                snapshot(repo, folder.name, [f'{part}/*'])
+
+
+def text_encoders(source: Source) -> dict[str, str]:
+    """The classes of a model's text encoders, by folder."""
+    layout = LAYOUTS[source.spec.family]
+    return {**layout.text_encoders, **(layout.second_encoders if has_second(source) else {})}
 
 
 def text_parts(source: Source) -> tuple[str, ...]:
     """Folders of the text encoders and tokenizers."""
-    return LAYOUTS[source.spec.family].text
+    layout = LAYOUTS[source.spec.family]
+    return (*text_encoders(source), *layout.tokenizers, *(layout.second_tokenizers if has_second(source) else ()))
+
+
+def has_second(source: Source) -> bool:
+    """Whether a model has the family's second text encoder, whose pooled text its network takes."""
+    layout = LAYOUTS[source.spec.family]
+    config = source.folder / layout.denoiser / config_name(layout.denoiser)
+    return bool(layout.second_encoders) and read_json(config).get('addition_embed_type') is not None
 
 
 def snapshot(repo: str, revision: str | None, patterns: Sequence[str], *, fetch: bool = True) -> pathlib.Path:
@@ -209,9 +269,8 @@ def needed(folder: pathlib.Path, part: str) -> list[str]:
     weights = [path.name for path in weight_files(folder, (part,))]
     vocabulary: list[str] = []
     if part.startswith('tokenizer'):
-        split = ['vocab.json', 'merges.txt']
-        is_split = not (folder / part / 'tokenizer.json').is_file() and any((folder / part / name).is_file() for name in split)
-        vocabulary = split if is_split else ['tokenizer.json']
+        forms = (['tokenizer.json'], ['vocab.json', 'merges.txt'], ['spiece.model'])
+        vocabulary = next((form for form in forms if any((folder / part / name).is_file() for name in form)), forms[0])
     return [config_name(part), *weights, *vocabulary]
 
 
@@ -261,19 +320,64 @@ def tensor_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
 
 
-def read_row(spec: Spec, folder: pathlib.Path) -> Spec:
+def read_row(source: Source) -> Spec:
     """Complete a model's facts with the family and block count of the transformer in the folder, then with its `padseg.json`."""
-    config = folder / denoiser_in(folder) / 'config.json'
+    spec, _, folder, _ = source
+    part = denoiser_in(folder)
+    config = folder / part / 'config.json'
     values = read_json(config)
-    kind = str(values.get('_class_name', 'SD3Transformer2DModel'))
+    kind = network_class(values, next(layout.network for layout in LAYOUTS.values() if layout.denoiser == part))
     if kind not in FAMILIES:
         raise ModelUnavailable(f'{config} describes a {kind[:100]}; known: {", ".join(FAMILIES)}')
     if FAMILIES[kind] != spec.family:
-        spec = BACKBONES[FAMILIES[kind]]._replace(repo=spec.repo)
-    layers = sum(block_count(values, name, config) for name in DEPTHS[spec.family])
+        spec = family_row(FAMILIES[kind], folder, values)._replace(repo=spec.repo)
+    if spec.family == 'unet':
+        layers = cross_attentions(source, part, values)
+    else:
+        layers = sum(block_count(values, name, config) for name in DEPTHS[spec.family])
     spec = spec._replace(layers=layers, layer=min(spec.layer, layers - 1))
     own = folder / 'padseg.json'
     return own_row(spec, own) if own.exists() else spec
+
+
+def family_row(family: str, folder: pathlib.Path, values: Mapping[str, Any]) -> Spec:
+    """Facts of a model that has no name here: those of a named one of its kind, with the side that its network was trained on."""
+    if family not in ('unet', 'pixart'):
+        return BACKBONES[family]
+    spec = BACKBONES['pixart-sigma' if family == 'pixart' else 'sdxl' if values.get('addition_embed_type') else 'sd1.5']
+    index = folder / 'model_index.json'
+    if family == 'pixart' and index.is_file() and read_json(index).get('_class_name') == 'PixArtAlphaPipeline':
+        spec = spec._replace(sequence=120)
+    cells = values.get('sample_size')
+    if isinstance(cells, int) and not isinstance(cells, bool) and 0 < CELL * cells <= MOST_PIXELS:
+        spec = spec._replace(side=CELL * cells)
+    return spec
+
+
+def cross_attentions(source: Source, part: str, values: Mapping[str, Any]) -> int:
+    """The number of transformer blocks in a UNet's weights. ModelUnavailable for one that takes what padseg does not give."""
+    config = source.folder / part / 'config.json'
+    for name, known in UNET_INPUTS.items():
+        if values.get(name) not in known:
+            raise ModelUnavailable(f'{config}: {name} is {str(values[name])[:100]}, an input that padseg does not give')
+    check_files(source, (part,))
+    count = sum(name.endswith(CROSS) for path in weight_files(source.folder, (part,)) for name in tensor_shapes(path))
+    if not count:
+        raise ModelUnavailable(f'{part} of {source.model} attends to no text: no tensor in {source.folder / part} is named *{CROSS}')
+    if blocks_asked(values) > max(LOOSE * count, MOST_BLOCKS):
+        raise ModelUnavailable(f'{config} describes more transformer blocks than the {count} that the weights beside it have')
+    return count
+
+
+def blocks_asked(values: Mapping[str, Any]) -> int:
+    """More than the blocks of a UNet with this configuration: the most of a layer, times the most layers of a level, times levels."""
+    levels = [values.get(name) for name in ('down_block_types', 'up_block_types')]
+    counts = [len(names) if isinstance(names, list) else 4 for names in levels]
+    layers, depth, reverse = (
+        max((int(number) for _, number in numbers_in({name: values.get(name)})), default=2)
+        for name in ('layers_per_block', 'transformer_layers_per_block', 'reverse_transformer_layers_per_block')
+    )
+    return sum(counts) * (layers + 1) * max(depth, reverse)
 
 
 def block_count(values: dict[str, Any], name: str, config: pathlib.Path) -> int:
@@ -314,7 +418,8 @@ def own_row(spec: Spec, path: pathlib.Path) -> Spec:
 def text_files(source: Source) -> list[pathlib.Path]:
     """Return the files of the text encoders and tokenizers, downloading them from the hub if needed."""
     if source.commit:
-        snapshot(source.spec.repo, source.commit, [f'{part}/*' for part in text_parts(source)])
+        snapshot(source.spec.repo, source.commit, globs_of(text_parts(source)))
+        fetch_other_forms(source.spec.repo, source.folder, text_encoders(source))
     return part_files(source.folder, text_parts(source))
 
 

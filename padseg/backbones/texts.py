@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from padseg.backbones import Backbone, Identity, flux_text, sd3_text
+from padseg.backbones import Backbone, Identity, flux_text, pixart_text, sd3_text, unet_text
 from padseg.backbones.source import Source
 from padseg.types import Tokens
 
@@ -27,8 +27,16 @@ class Texts(Protocol):
     def encode(self, text: str, encoders: str, unused: str) -> tuple[Tensor, Tensor]:
         """Embeddings (1, L, D) and pooled vector (1, E) of a text that fits, in the transformer's dtype and on its device."""
 
+    def mask(self, text: str) -> Tensor | None:
+        """A prompt's mask for this text, (1, L); None for models that attend to pads."""
 
-READERS: dict[str, Callable[[Source, Any, bool, str], Texts]] = {'sd3': sd3_text.SD3Texts, 'flux': flux_text.FluxTexts}
+
+READERS: dict[str, Callable[[Source, Any, bool, str], Texts]] = {
+    'sd3': sd3_text.SD3Texts,
+    'flux': flux_text.FluxTexts,
+    'unet': unet_text.UNetTexts,
+    'pixart': pixart_text.PixArtTexts,
+}
 
 
 def texts_of(backbone: Backbone, keep: bool = True) -> Texts:

@@ -7,12 +7,16 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
+from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from padseg.errors import ModelUnavailable
 
 AnyModule = TypeVar('AnyModule', bound=nn.Module)
+AT_ONCE = 1 << 24  # bytes read from an open file of weights
+# names of attention's tensors in VAEs that were published before diffusers renamed them, such as Stable Diffusion's
+FORMER = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}
 
 
 def build_empty(kind: Any, config: dict[str, Any]) -> Any:
@@ -26,22 +30,50 @@ def shapes_of_model(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def fill_weights(model: AnyModule, paths: Sequence[pathlib.Path], place: torch.device, dtype: torch.dtype, label: str) -> AnyModule:
-    """Load a model's tensors one at a time. `refuse_misfits` must have compared files and model before.
+    """Load a model's tensors, a few at a time. `refuse_misfits` must have compared files and model before.
 
     Raises ModelUnavailable, with `label` for the model, for values that are not finite.
     """
     wanted = model.state_dict().keys()
     state: dict[str, Tensor] = {}
     for path in paths:
-        for name in sorted(names_in(path) & wanted):
-            # reopened for every tensor, because an open file keeps all that was read in memory; copied even if the dtype is right,
-            # because tensors in a file have any alignment, which affects the rounding of matrix products
+        names = [stored for stored in sorted(names_in(path), reverse=True) if present_name(stored) in wanted]
+        while names:
+            # reopened after every few tensors, because an open file keeps all that was read in memory
             with safe_open(path, 'pt') as file:
-                state[name] = file.get_tensor(name).to(place, dtype, copy=True)
-            if not all_finite(state[name]):
-                raise ModelUnavailable(f'{label} cannot be used: {name} in {path} has values that are not finite in {dtype}')
+                read = 0
+                while names and read < AT_ONCE:
+                    stored = names.pop()
+                    tensor = file.get_tensor(stored)
+                    read += tensor.nbytes
+                    # copied even if the dtype is right: tensors in a file have any alignment, which affects the rounding of matrix products
+                    state[present_name(stored)] = kept = tensor.to(place, dtype, copy=True)
+                    if not all_finite(kept):
+                        raise ModelUnavailable(f'{label} cannot be used: {stored} in {path} has values that are not finite in {dtype}')
     model.load_state_dict(state, assign=True)
+    compute_places(model, place)
     return model.eval().requires_grad_(False)
+
+
+def present_name(name: str) -> str:
+    """Today's name of a tensor."""
+    front, _, kind = name.rpartition('.')
+    attention, _, layer = front.rpartition('.')
+    return f'{attention}.{FORMER[layer]}.{kind}' if layer in FORMER else name
+
+
+def compute_places(model: nn.Module, place: torch.device) -> None:
+    """Fill in the embedding of image tokens' places where weights do not hold it (PixArt's), in float32."""
+    for module in model.modules():
+        if isinstance(module, PatchEmbed) and module.pos_embed is not None and module.pos_embed.is_meta:
+            places = get_2d_sincos_pos_embed(
+                module.proj.out_channels,
+                module.base_size,
+                base_size=module.base_size,
+                interpolation_scale=module.interpolation_scale,
+                output_type='pt',
+            )
+            module.pos_embed = places.float()[None].to(place)
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from padseg.commands.label import names_of
-from padseg.methods.seg4diff import Options
+from padseg.methods.options import require_family
+from padseg.methods.seg4diff import FAMILIES, Options
 from padseg.system.progress import shown
 from padseg.system.text import say
 
@@ -57,6 +58,7 @@ def command(
     pairs = labelled_pictures(images, labels, count)
     given: dict[str, Any] = {'normalisation': normalisation}
     backbone, options = load(model, revision=revision, device=device, dtype=dtype, whole=True), Options(**given)
+    require_family('analyze', FAMILIES, backbone)
     analysis = analyze(pairs, backbone, options, classes, shown(quiet))
     write_analysis(analysis, map_sheet(pairs[0][0], backbone, options), out)
     say(*[json.dumps(as_object(analysis))] if as_json else '\n'.join(tables(analysis)).split('\n'))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from padseg.errors import ModelUnavailable, UsageError
 from padseg.methods import classical, open_vocabulary, seg4diff
+from padseg.methods.options import refuse_family
 
 if TYPE_CHECKING:
     from padseg.backbones import Backbone, Identity
@@ -76,8 +77,13 @@ def open_backbone(method: Method, options: Any, model: str, revision: str | None
         return None
     from padseg.backbones import load
     from padseg.backbones.source import locate
+    from padseg.backbones.spec import BACKBONES
 
+    name = next((key for key, known in METHODS.items() if known is method), 'the method')
+    if model in BACKBONES:  # before gigabytes are downloaded for nothing
+        refuse_family(name, method.FAMILIES, model, BACKBONES[model].family)
     spec = locate(model, revision).spec
+    refuse_family(name, method.FAMILIES, model, spec.family)
     check_settings(spec)
     layer = method.deepest(options, spec)
     backbone = load(model, revision=revision, layer=layer, whole=layer is None, **how)

@@ -186,9 +186,13 @@ def in_list(values: Iterable[object]) -> str:
 
 def require_family(method: str, families: Collection[str], backbone: Backbone) -> None:
     """Raise UsageError if a method does not support a model's family."""
-    family = backbone.spec.family
+    refuse_family(method, families, backbone.identity.model, backbone.spec.family)
+
+
+def refuse_family(method: str, families: Collection[str], model: str, family: str) -> None:
+    """As `require_family`, for a model that is not loaded."""
     known = ', '.join(sorted(families))
-    require(family in families, f'{method} does not support {backbone.identity.model} of the family {family}; supported: {known}')
+    require(family in families, f'{method} does not support {model} of the family {family}; supported: {known}')
 
 
 def require(holds: bool, message: str) -> None:

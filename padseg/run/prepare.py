@@ -155,7 +155,7 @@ def located(job: Job) -> tuple[Source, Source | None] | None:
 
     try:
         source = locate(job.model, job.revision, fetch=False)
-        vae = locate_vae(job.vae, source.spec.family, fetch=False) if job.vae else None
+        vae = locate_vae(job.vae, source, fetch=False) if job.vae else None
     except UsageError:  # no such folder
         return None
     except ModelUnavailable as error:

@@ -1,135 +1,40 @@
-"""A family of another kind, written here: a UNet with one text encoder, DDPM noise and no way to read it in part."""
+"""What is the same for all families: where their files are, what is loaded of them, and what methods' stages do with them."""
 
 from __future__ import annotations
 
 import pathlib
-from types import ModuleType
-from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, PNDMScheduler
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel
 
-from padseg.backbones import flux, sd3
-from padseg.backbones.family import Dimensions, Family
-from padseg.backbones.layout import LAYOUTS, FamilyLayout, all_main, denoiser_in
+from padseg.backbones import family_of, unet
+from padseg.backbones.family import Family
+from padseg.backbones.layout import FAMILIES, LAYOUTS, all_main, denoiser_in
 from padseg.backbones.loading import check_loadable, load_family
-from padseg.backbones.noise import ddpm_level, scheduled
-from padseg.backbones.parts import clip_tokenizer, read_text_encoders, tensors_needed
-from padseg.backbones.recorder import requests_of, watch
-from padseg.backbones.source import Source, check_files, no_layout, text_files, text_parts
-from padseg.backbones.spec import Spec
+from padseg.backbones.parts import tensors_needed
+from padseg.backbones.recorder import Request, requests_of, watch
+from padseg.backbones.source import Source, locate, no_layout
+from padseg.backbones.spec import BACKBONES, CARDS, Spec
 from padseg.errors import ModelUnavailable, UsageError
 from padseg.methods.seg4diff import Options
 from padseg.methods.stages.latents import content_noise, encode, encode_pixels
 from padseg.methods.stages.token_maps import latent_token_maps
-from padseg.train import tiny_model as tiny
 
-WORDS = ['a', 'cat', 'dog']
-SLOTS, WIDTH, LAYERS = 77, 16, 5  # blocks of transformers: two going down, one in the middle, two going up at full size
-LAYOUT = FamilyLayout(
-    denoiser='unet',
-    network='UNet2DConditionModel',
-    vae='AutoencoderKL',
-    schedulers=('PNDMScheduler', 'EulerDiscreteScheduler'),
-    text_encoders={'text_encoder': 'CLIPTextModel'},
-    tokenizers=('tokenizer',),
-    small_vae='madebyollin/taesd',
-)
-
-
-def blocks(unet: Any) -> list[Any]:
-    """In the order in which they run, unlike that of the module's children."""
-    levels = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
-    attentions = [attention for level in levels for attention in getattr(level, 'attentions', ())]
-    return [block for attention in attentions for block in attention.transformer_blocks]
-
-
-def compute_null_prompt(source: Source, unet: Any, slots: int) -> dict[str, torch.Tensor]:
-    text_files(source)
-    check_files(source, text_parts(source))
-    parts = tokenizers(source) | read_text_encoders(source, torch.float32)
-    tokens = parts['tokenizer']('', padding='max_length', max_length=slots, return_tensors='pt').input_ids
-    with torch.no_grad():
-        return {'embeds': parts['text_encoder'](tokens)[0].contiguous(), 'pooled': torch.zeros(1, 1)}
-
-
-def tokenizers(source: Source) -> dict[str, Any]:
-    return {'tokenizer': clip_tokenizer(source, 'tokenizer', source.spec.sequence)}
-
-
-def denoise(unet: Any, z: torch.Tensor, timestep: float, prompt: Any) -> torch.Tensor:
-    return unet(z.to(unet.dtype), timestep, prompt.embeds.expand(len(z), -1, -1), return_dict=False)[0]
+LAYERS = 16
 
 
 @pytest.fixture(scope='module')
 def family() -> Family:
-    module: Any = ModuleType('unet')
-    module.LAYOUT, module.TEXT_DTYPE, module.cut = LAYOUT, torch.float32, None
-    module.size = lambda config: Dimensions(config.in_channels, 1, 64)
-    module.blocks, module.tokenizers, module.denoise = blocks, tokenizers, denoise
-    module.noise_level = lambda scheduler, steps, step, _: ddpm_level(scheduled(scheduler, num_inference_steps=steps), step)
-    module.prompt_shapes = lambda slots, config: {'embeds': (1, slots, config.cross_attention_dim), 'pooled': (1, 1)}
-    module.compute_null_prompt = compute_null_prompt
-    module.null_names = lambda slots: [f'<pad {number}>' for number in range(slots)]
-    module.attention_module = lambda unet, layer: blocks(unet)[layer].attn2
-    module.text_columns = lambda picked, _: list(picked)
-    module.first_image_token = lambda _: 0
-    return module
+    return unet
 
 
 @pytest.fixture(scope='module')
-def source(tmp_path_factory) -> Source:
-    """A model of this family as diffusers' own pipeline writes it."""
-    torch.manual_seed(0)
-    tokenizer = tiny.make_tokenizers(WORDS)[0]
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(16, 16),
-        norm_num_groups=4,
-        layers_per_block=1,
-        down_block_types=('CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
-        up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'),
-        cross_attention_dim=WIDTH,
-        attention_head_dim=2,
-    )
-    vae = AutoencoderKL(
-        down_block_types=('DownEncoderBlock2D',) * 2,
-        up_block_types=('UpDecoderBlock2D',) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=4,
-    )
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    folder = tmp_path_factory.mktemp('unet') / 'model'
-    StableDiffusionPipeline(
-        unet=unet,
-        vae=vae,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        scheduler=PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear', skip_prk_steps=True, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder, safe_serialization=True)
-    return Source(Spec(repo=str(folder), family='unet', layers=LAYERS, layer=0, steps=50, side=32), str(folder), folder, None)
-
-
-@pytest.fixture(autouse=True)
-def known(monkeypatch):
-    monkeypatch.setitem(LAYOUTS, 'unet', LAYOUT)
+def source(unet_folders) -> Source:
+    return locate(str(unet_folders['sd15']))
 
 
 def test_the_files_of_all_families_are_looked_for(source, sd3_folder, tmp_path):
@@ -139,9 +44,18 @@ def test_the_files_of_all_families_are_looked_for(source, sd3_folder, tmp_path):
 
 
 def test_classes_are_those_that_the_models_say():
-    """The table of names, which imports nothing, against what the families' modules work with."""
-    for module in (sd3, flux):
-        assert module.LAYOUT.network in dir(module)
+    """The tables of names, which import nothing, against the libraries and what the families' modules work with."""
+    import transformers
+
+    for name, layout in LAYOUTS.items():
+        module = family_of(Spec(repo='', family=name))
+        assert module.LAYOUT is layout and FAMILIES[layout.network] == name
+        assert layout.network in dir(module)
+        for kind in (layout.network, layout.vae, *layout.schedulers):
+            assert hasattr(diffusers, kind)
+        for kind in (*layout.text_encoders.values(), *layout.second_encoders.values()):
+            assert hasattr(transformers, kind)
+    assert BACKBONES.keys() == CARDS.keys() and {spec.family for spec in BACKBONES.values()} == LAYOUTS.keys()
 
 
 @pytest.mark.parametrize('whole', [False, True])
@@ -149,7 +63,7 @@ def test_it_is_loaded_whole_without_a_cut_of_its_own(family, source, whole):
     """Every tensor of the denoising network; of the VAE the encoder, unless all is wanted."""
     check_loadable(family, source, whole)
     backbone = load_family(family, source, 'cpu', whole=whole)
-    names = {part: set(load_file(source.folder / part / 'diffusion_pytorch_model.safetensors')) for part in LAYOUT.networks}
+    names = {part: set(load_file(source.folder / part / 'diffusion_pytorch_model.safetensors')) for part in ('unet', 'vae')}
     encoder = {name for name in names['vae'] if not name.startswith(('decoder', 'post_quant'))}
     assert set(backbone.transformer.state_dict()) == names['unet']
     assert set(backbone.vae.state_dict()) == (names['vae'] if whole else encoder)
@@ -157,7 +71,7 @@ def test_it_is_loaded_whole_without_a_cut_of_its_own(family, source, whole):
     assert (backbone.layers, backbone.whole, backbone.multiple) == (LAYERS, True, 2)
     assert isinstance(backbone.scheduler, PNDMScheduler)
     backbone.attention_module(LAYERS - 1, ('values', 'output'))
-    with pytest.raises(UsageError, match=r'layer is one of 0\.\.4; got 5'):
+    with pytest.raises(UsageError, match=r'layer is one of 0\.\.15; got 16'):
         load_family(family, source, 'cpu', layer=LAYERS, whole=whole)
 
 
@@ -175,9 +89,9 @@ def test_what_is_wrong_is_told_for_parts_and_wholes_alike(family, source, sd3_fo
             with pytest.raises(ModelUnavailable, match=r'unet of .* is incomplete: .* lack 1 tensors, conv_out\.bias first'):
                 check(family, other, whole)
     save_file(load_file(source.folder / path.relative_to(folder)), path, {'format': 'pt'})
-    DDIMScheduler().save_pretrained(folder / 'scheduler')
+    DDPMScheduler().save_pretrained(folder / 'scheduler')
     for check in (check_loadable, load_family):
-        with pytest.raises(ModelUnavailable, match='is a DDIMScheduler; known: PNDMScheduler, EulerDiscreteScheduler'):
+        with pytest.raises(ModelUnavailable, match='is a DDPMScheduler; known: PNDMScheduler, DDIMScheduler, Euler'):
             check(family, other)
 
 
@@ -209,7 +123,7 @@ def test_stages_of_methods_work_with_it(family, source, picture):
     pixels = torch.nn.functional.interpolate(torch.zeros(1, 3, 4, 4), (32, 32))
     shape = encode_pixels(pixels, backbone).shape
     level = backbone.noise_level(8, 256)
-    assert (latent.sigma, latent.timestep) == (level.sigma, 141.0)  # 1, 21, 41, ... of 50 steps
+    assert (latent.sigma, latent.timestep) == (level.sigma, 8.0)
     quiet = encode(picture, backbone, Options(geometry='stretch', side=32, step=1, layer=0).resolve(backbone.spec))
     noise, low = content_noise(picture, 0, shape), backbone.noise_level(1, 256)
     clean = (quiet.z - low.sigma * noise) / low.signal
@@ -217,7 +131,7 @@ def test_stages_of_methods_work_with_it(family, source, picture):
 
     (maps,) = latent_token_maps([latent], backbone, options)
     noted: dict[str, torch.Tensor] = {}
-    attention = blocks(backbone.transformer)[0].attn2
+    attention = unet.blocks(backbone.transformer)[0].attn2
     handles = [
         getattr(attention, name).register_forward_hook(lambda _, __, out, name=name: noted.update({name: out})) for name in ('to_q', 'to_k')
     ]
@@ -227,7 +141,7 @@ def test_stages_of_methods_work_with_it(family, source, picture):
         handle.remove()
     query, key = (noted[name][0].unflatten(-1, (attention.heads, -1)).transpose(0, 1) for name in ('to_q', 'to_k'))
     expected = (query @ key.transpose(1, 2) / query.shape[-1] ** 0.5).softmax(-1).mean(0)  # (256, 77)
-    assert expected.shape == (256, SLOTS)
+    assert expected.shape == (256, 77)
     torch.testing.assert_close(maps.maps, expected.T.unflatten(1, (16, 16)), atol=1e-6, rtol=1e-4)
     assert np.ptp(maps.maps.numpy(), axis=(1, 2)).max() > 1e-6 and maps.names == backbone.null_prompt.names
 
@@ -238,7 +152,83 @@ def test_layers_are_watched_in_any_order(family, source):
     z = torch.randn((2, 4, 16, 24), generator=torch.Generator().manual_seed(0))
     after = []
     handle = backbone.transformer.up_blocks[0].register_forward_hook(lambda *_: after.append(1))
-    with torch.no_grad(), watch(requests_of(backbone, [2, 0, 1], lambda seen: seen.query.shape, ('output',))) as kept:
+    with torch.no_grad(), watch(requests_of(backbone, [6, 0, 2], lambda seen: seen.query.shape, ('output',))) as kept:
         backbone.denoise(z, 100.0, backbone.null_prompt)
     handle.remove()
-    assert [kept[layer][2] for layer in range(3)] == [16 * 24, 8 * 12, 8 * 12] and not after
+    assert [kept[layer][2] for layer in (0, 2, 6)] == [16 * 24, 8 * 12, 2 * 3] and not after
+
+
+MODELS = ['sd3', 'flux', 'sd15', 'sd21', 'sdxl', 'ssd', 'sigma', 'alpha']
+
+
+@pytest.fixture(scope='module')
+def backbones(backbone, flux, unets, pixarts):
+    return {'sd3': backbone, 'flux': flux, **unets, **pixarts}
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_every_layer_has_a_name_a_grid_and_a_projection(backbones, name):
+    """For pictures that are wider than high: tokens of a grid, queries of images by keys of text and of images, output by projection."""
+    backbone = backbones[name]
+    channels = backbone.family.size(backbone.transformer.config).channels
+    z = torch.randn((1, channels, 10, 14), generator=torch.Generator().manual_seed(0))
+    names = backbone.layer_names()
+    assert len(names) == len(set(names)) == backbone.layers == backbone.spec.layers
+    prompt = backbone.null_prompt
+    text = prompt.embeds.shape[1]
+    modules = [(backbone.attention_module(layer), backbone.self_attention_module(layer)) for layer in range(len(names))]
+    projected: dict[int, torch.Tensor] = {}
+    handles = []
+    for layer, (attention, _) in enumerate(modules):
+        if getattr(attention, 'to_out', None) is not None:
+            hook = attention.to_out[0].register_forward_hook(lambda _, __, out, layer=layer: projected.update({layer: out}))
+            handles.append(hook)
+    requests = requests_of(backbone, range(len(names)), lambda seen: seen, ('queries', 'keys', 'output'))
+    with torch.no_grad(), watch(requests, stop=False) as kept:
+        backbone.denoise(z, 100.0, prompt)
+    for handle in handles:
+        handle.remove()
+    for layer, (attention, inner) in enumerate(modules):
+        h, w = backbone.grid(layer, z.shape)
+        seen, joint = kept[layer], attention is inner
+        first = backbone.first_image_token(prompt)
+        assert seen.query.shape[2] == h * w + (text if joint else 0) and seen.key.shape[2] == text + (h * w if joint else 0)
+        assert backbone.text_columns(prompt, h * w)[0] == (h * w if name == 'sd3' else 0)
+        weight, bias = backbone.output_projection(layer)
+        mixed = seen.output.transpose(1, 2).flatten(2)[:, first : first + h * w]
+        assert weight.shape == (mixed.shape[2], mixed.shape[2])
+        if layer in projected:
+            torch.testing.assert_close(mixed @ weight.T + bias, projected[layer][:, -h * w :], atol=1e-5, rtol=1e-5)
+        else:  # a single block of Flux, whose attention shares a projection with its MLP
+            assert name == 'flux' and layer >= 2 and bias is None
+            block = backbone.family.blocks(backbone.transformer)[layer]
+            assert torch.equal(weight, block.proj_out.weight[:, : mixed.shape[2]])
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_recording_changes_no_bit(backbones, name):
+    """Both attentions of every layer are recorded, once each; a picture of a batch gets what it gets alone."""
+    backbone = backbones[name]
+    channels = backbone.family.size(backbone.transformer.config).channels
+    z = torch.randn((2, channels, 8, 12), generator=torch.Generator().manual_seed(1))
+    modules = dict.fromkeys(
+        module for layer in range(backbone.layers) for module in (backbone.attention_module(layer), backbone.self_attention_module(layer))
+    )
+    calls = []
+    requests = {number: Request(module, lambda seen, number=number: calls.append(number)) for number, module in enumerate(modules)}
+    with torch.no_grad():
+        plain = backbone.denoise(z, 100.0, backbone.null_prompt)
+        with watch(requests, stop=False):
+            recorded = backbone.denoise(z, 100.0, backbone.null_prompt)
+        alone = backbone.denoise(z[1:], 100.0, backbone.null_prompt)
+    assert plain.shape == z.shape and torch.equal(plain, recorded) and plain.isfinite().all()
+    assert sorted(calls) == list(range(len(modules)))
+    torch.testing.assert_close(alone, plain[1:], atol=1e-4, rtol=1e-4)
+
+
+def test_only_a_distilled_model_minds_guidance(backbones):
+    for name, backbone in backbones.items():
+        z = torch.randn((1, backbone.family.size(backbone.transformer.config).channels, 8, 8), generator=torch.Generator().manual_seed(2))
+        with torch.no_grad():
+            plain, own, other = (backbone.denoise(z, 100.0, backbone.null_prompt, guidance) for guidance in (None, 3.5, 1.0))
+        assert torch.equal(plain, own) and torch.equal(plain, other) == (name != 'flux')

@@ -420,7 +420,7 @@ def test_a_t5_tokenizer_of_too_few_places(folder, empty_cache):
         ('num_single_layers', None, 'must say num_single_layers, a number >= 1; got None'),
         ('num_single_layers', 0, 'must say num_single_layers, a number >= 1; got 0'),
         ('num_layers', '2', 'must say num_layers, a number >= 1; got 2'),
-        ('_class_name', 'PixArtTransformer2DModel', 'describes a PixArtTransformer2DModel; known: SD3Transformer2DModel, Flux'),
+        ('_class_name', 'HunyuanDiT2DModel', 'describes a HunyuanDiT2DModel; known: SD3Transformer2DModel, Flux'),
         ('_class_name', ['Flux'], r"describes a \['Flux'\]; known"),
         ('_class_name', 'SD3Transformer2DModel', 'transformer of .* cannot be read|does not fit its configuration|is incomplete'),
     ],

@@ -307,7 +307,7 @@ def test_text_encoders_that_do_not_fit_the_transformer(folder, empty_cache):
 
 def test_a_folder_of_something_else(tmp_path):
     (tmp_path / 'notes.txt').write_text('no model')
-    assert refusal(tmp_path) == f'{tmp_path} is not a model in diffusers layout: transformer/config.json is missing'
+    assert refusal(tmp_path) == f'{tmp_path} is not a model in diffusers layout: transformer/config.json or unet/config.json is missing'
 
 
 def test_what_is_not_read_takes_no_memory(sd3_folder, make_model, tmp_path):
@@ -513,6 +513,11 @@ def test_half_precision(family, dtype, bound, picture, request):
 
 @pytest.fixture
 def hub(folder):
+    """A hub on this machine that holds a model with T5, and with weights in other forms, which nobody should ask for."""
+    for part, name in (('vae', 'diffusion_pytorch_model.fp16.safetensors'), ('text_encoder', 'pytorch_model.bin'), ('vae', 'model.onnx')):
+        (folder / part / name).write_bytes(bytes(1000))
+    (folder / 'text_encoder_3').mkdir()
+    (folder / 'text_encoder_3' / 'model.safetensors').write_bytes(bytes(1000))
     with serve(folder) as running:
         yield running
 
@@ -538,6 +543,7 @@ def test_a_hub_model_is_downloaded_and_loads_offline_afterwards(hub, tmp_path, b
     assert 'org/cut is not in the cache and the hub cannot be reached' in online[4][1] and '--model tiny' in online[4][1]
     fetched = {path.split(COMMIT + '/')[1] for path in hub.asked if f'/org/model/resolve/{COMMIT}/' in path}
     assert {name.split('/')[0] for name in fetched} == {'model_index.json', 'padseg.json', *PARTS}
+    assert not any(form in name for name in fetched for form in ('fp16', '.bin', '.onnx'))
 
     snapshot = tmp_path / 'hub' / 'hub' / 'models--org--model' / 'snapshots' / COMMIT
     link = snapshot / 'transformer' / WEIGHTS['transformer']

@@ -203,7 +203,7 @@ def test_what_the_hub_grants_is_not_downloaded(hub, tmp_path):
     assert (report['downloaded'], loaded) == (0, COMMIT)
     assert len([path for path in home.rglob('*') if path.is_symlink()]) == len(files)
     assert (other[0], other[1]['state']['state'], other[1]['state']['message']) == (4, 'incomplete', other[2])
-    assert other[2] == 'org/other is not a model in diffusers layout: transformer/config.json is missing'
+    assert other[2] == 'org/other is not a model in diffusers layout: transformer/config.json or unet/config.json is missing'
 
 
 def test_the_remedy_for_a_damaged_file_mends_it(hub, tmp_path):
@@ -328,6 +328,9 @@ def test_sizes_for_people(size, text):
 # the list of models
 
 
+OPEN = ('sd1.5', 'sd2.1', 'sdxl', 'ssd-1b', 'pixart-sigma')  # models on the hub that anybody may download
+
+
 def test_models_say_what_is_cached(tmp_path, sd3_folder):
     assert list(CARDS) == list(BACKBONES)
     home = tmp_path / 'home'
@@ -343,6 +346,7 @@ def test_models_say_what_is_cached(tmp_path, sd3_folder):
         'sd3': ('here', True, True),
         'sd3.5': ('incomplete', False, True),
         'flux': ('not here', False, True),
+        **dict.fromkeys(OPEN, ('not here', False, False)),
     }
     assert rows['sd3']['folder'] == str(snapshot)
     assert rows['sd3']['bytes'] == sum(path.stat().st_size for path in sd3_folder.rglob('*') if path.is_file())
@@ -357,6 +361,7 @@ def test_models_say_what_is_cached(tmp_path, sd3_folder):
         ('sd3', 'here', 'yes'),
         ('sd3.5', 'incomplete', 'yes'),
         ('flux', 'not here', 'yes'),
+        *((name, 'not here', 'no') for name in OPEN),
     ]
     assert table[1][2:4] == [human(rows['sd3']['bytes']), rows['sd3']['licence']] and table[3][5] == BACKBONES['flux'].repo
     verbose = start(main, ['models', '--verbose'], **environment).wait().stdout.splitlines()

@@ -115,7 +115,7 @@ def prompt_of(wording: Wording, texts: Texts, options: PromptOptions) -> Prompt:
             names += [name] * len(columns)
             weights += [1 / (len(columns) * len(read))] * len(columns)
     embeds, pooled = texts.encode(wording.text, options.encoders, options.unused)
-    return Prompt(embeds, pooled, tuple(picked), tuple(names), tuple(weights))
+    return Prompt(embeds, pooled, tuple(picked), tuple(names), tuple(weights), texts.mask(wording.text))
 
 
 def columns_of(name: str, span: tuple[int, int], tokens: Tokens, blanks: bool = False) -> list[int]:
