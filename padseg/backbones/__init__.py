@@ -70,7 +70,30 @@ class Backbone:
         return self.transformer.dtype
 
     def attention_module(self, layer: int, what: Sequence[What] = ('queries', 'keys')) -> nn.Module:
-        """Return the joint image-text attention of a block. Raises UsageError if `what` was not loaded or the block is compiled."""
+        """Return the attention from image to text of a block. Raises UsageError if `what` was not loaded or the block is compiled."""
+        self.check_layer(layer, what)
+        return self.family.attention_module(self.transformer, layer)
+
+    def self_attention_module(self, layer: int, what: Sequence[What] = ('queries', 'keys')) -> nn.Module:
+        """Return the attention from image to image of a block, with joint attention the same module. UsageError as above."""
+        self.check_layer(layer, what)
+        return self.family.self_attention_module(self.transformer, layer)
+
+    def output_projection(self, layer: int) -> tuple[Tensor, Tensor | None] | None:
+        """Weight (C, C), output channels first, and bias (C,) that follow `attention_module` for image tokens. UsageError as above."""
+        self.check_layer(layer, ('output',))
+        return self.family.output_projection(self.transformer, layer)
+
+    def layer_names(self) -> list[str]:
+        """Names of all loaded blocks in layer order, such as `up-level2-repeat1-vit-block0` or `vit-block13`."""
+        return self.family.layer_names(self.transformer)
+
+    def grid(self, layer: int, latent_shape: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of a block's image tokens for latents of this shape, (..., H', W')."""
+        return self.family.grid(self.transformer, layer, latent_shape)
+
+    def check_layer(self, layer: int, what: Sequence[What] = ('queries', 'keys')) -> None:
+        """Raise UsageError if `what` of a block was not loaded, or the block is compiled."""
         if layer >= self.layers:
             raise UsageError(f'{self.identity.model} was loaded up to block {self.layers - 1}: load(layer={layer}) loads block {layer} too')
         if layer < self.compiled:
@@ -81,7 +104,6 @@ class Backbone:
             raise UsageError(
                 f'only queries and keys of block {layer} of {self.identity.model} were loaded: load(whole=True) loads all of it'
             )
-        return self.family.attention_module(self.transformer, layer)
 
     def text_columns(self, prompt: Prompt, image_tokens: int) -> list[int]:
         """Positions of the prompt's picked tokens among the keys."""
@@ -91,9 +113,12 @@ class Backbone:
         """Position of the first image token among the queries."""
         return self.family.first_image_token(prompt)
 
-    def noise_level(self, step: int, image_tokens: int) -> NoiseLevel:
-        """Noise level of the step-th step from the end of the model's schedule; step 1 has the least noise. ValueError if there is none."""
-        return self.family.noise_level(self.scheduler, self.spec.steps, step, image_tokens)
+    def noise_level(self, step: int, image_tokens: int, steps: int | None = None) -> NoiseLevel:
+        """Noise level of the step-th step from the end of the model's schedule; step 1 has the least noise. ValueError if there is none.
+
+        steps: length of the schedule, by default the model's own.
+        """
+        return self.family.noise_level(self.scheduler, steps or self.spec.steps, step, image_tokens)
 
     def denoise(self, z: Tensor, timestep: float, prompt: Prompt) -> Tensor:
         """Run the model on noised latents with a prompt: (B, C, H', W') -> the same shape."""

@@ -60,7 +60,19 @@ class Family(Protocol):
         """Names for the null prompt's picked tokens, which are the first ones."""
 
     def attention_module(self, transformer: Any, layer: int) -> nn.Module:
-        """Return the joint image-text attention of a block."""
+        """Return the attention of a block in which image queries meet text keys: the joint one, or the cross-attention."""
+
+    def self_attention_module(self, transformer: Any, layer: int) -> nn.Module:
+        """Return the attention of a block in which image queries meet image keys: the joint one again, or the self-attention."""
+
+    def output_projection(self, transformer: Any, layer: int) -> tuple[Tensor, Tensor | None] | None:
+        """Weight (C, C), output channels first, and bias (C,) that follow the text attention for image tokens; None if there are none."""
+
+    def layer_names(self, transformer: Any) -> list[str]:
+        """Names of all blocks as in the GoCA paper's code, in layer order."""
+
+    def grid(self, transformer: Any, layer: int, latent_shape: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of a block's image tokens for latents of this shape, (..., H', W')."""
 
     def text_columns(self, picked: Sequence[int], image_tokens: int) -> list[int]:
         """Positions of text tokens among the keys."""

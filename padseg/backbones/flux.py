@@ -107,6 +107,27 @@ def attention_module(transformer: FluxTransformer2DModel, layer: int) -> nn.Modu
     return blocks(transformer)[layer].attn
 
 
+def self_attention_module(transformer: FluxTransformer2DModel, layer: int) -> nn.Module:
+    """The joint attention, whose keys are those of the text and the image."""
+    return attention_module(transformer, layer)
+
+
+def output_projection(transformer: FluxTransformer2DModel, layer: int) -> tuple[Tensor, Tensor | None]:
+    """In single blocks, attention and MLP share a projection: the attention's part of its weight, without the bias, which is of both."""
+    block = blocks(transformer)[layer]
+    if layer < len(transformer.transformer_blocks):
+        return block.attn.to_out[0].weight, block.attn.to_out[0].bias
+    return block.proj_out.weight[:, : block.proj_out.out_features], None
+
+
+def layer_names(transformer: FluxTransformer2DModel) -> list[str]:
+    return [f'vit-block{number}' for number in range(len(blocks(transformer)))]
+
+
+def grid(transformer: FluxTransformer2DModel, layer: int, latent_shape: Sequence[int]) -> tuple[int, int]:
+    return latent_shape[-2] // PATCH, latent_shape[-1] // PATCH
+
+
 def text_columns(picked: Sequence[int], image_tokens: int) -> list[int]:
     return list(picked)
 

@@ -91,6 +91,25 @@ def attention_module(transformer: SD3Transformer2DModel, layer: int) -> nn.Modul
     return transformer.transformer_blocks[layer].attn
 
 
+def self_attention_module(transformer: SD3Transformer2DModel, layer: int) -> nn.Module:
+    """The joint attention, whose keys are those of the image and the text."""
+    return attention_module(transformer, layer)
+
+
+def output_projection(transformer: SD3Transformer2DModel, layer: int) -> tuple[Tensor, Tensor | None]:
+    projection = transformer.transformer_blocks[layer].attn.to_out[0]
+    return projection.weight, projection.bias
+
+
+def layer_names(transformer: SD3Transformer2DModel) -> list[str]:
+    return [f'vit-block{number}' for number in range(len(transformer.transformer_blocks))]
+
+
+def grid(transformer: SD3Transformer2DModel, layer: int, latent_shape: Sequence[int]) -> tuple[int, int]:
+    patch = transformer.config.patch_size
+    return latent_shape[-2] // patch, latent_shape[-1] // patch
+
+
 def text_columns(picked: Sequence[int], image_tokens: int) -> list[int]:
     return [image_tokens + token for token in picked]
 
