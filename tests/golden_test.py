@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from padseg.methods.stages import aggregation
+from padseg.methods.stages import aggregation, captions
+from padseg.types import Tokens
 
 FOLDER = Path(os.environ.get('PADSEG_GOLDEN') or Path(__file__).parent / 'golden')
 INDEX = json.loads((FOLDER / 'index.json').read_text(encoding='utf-8'))
@@ -246,6 +247,36 @@ def compared(name):
 def test_the_released_figures(name):
     wrong = {key: found for key, found in compared(name).items() if found[0] > found[1]}
     assert not wrong
+
+
+# GoCA: which tokens stand for what
+
+ALIGNMENT = json.loads((FOLDER / LISTED['goca_alignment']['file']).read_text(encoding='utf-8')) if 'goca_alignment' in LISTED else []
+INSERTED = '\u2581'  # T5's mark of a space, which is no content where it stands alone
+
+
+def tokens_in(text, words):
+    """Where the tokens of a vocabulary's spelling lie in a text."""
+    spans, place = [], 0
+    for word in words:
+        letters = word.removesuffix('</w>').removeprefix(INSERTED)
+        found = text.find(letters, place) if letters and not re.fullmatch(r'<.*>', word) else -1
+        spans.append((found, found + len(letters)) if found >= 0 else (0, 0))
+        place = spans[-1][1] or place
+    return Tokens(0, len(words), tuple(spans), tuple(span == (0, 0) for span in spans))
+
+
+@pytest.mark.parametrize('case', ALIGNMENT, ids=lambda case: f'goca_alignment-{case["name"]}')
+def test_words_are_aligned_by_their_places(case):
+    classes = {int(number): captions.with_synonyms(name, case['data_set']) for number, name in case['gt_classes'].items()}
+    entities = captions.caption_entities(case['gpt_caption'], classes, case['add_background'], case['add_missing_class'])
+    scene = captions.scene_of(entities)
+    assert scene.text == case['released']['prompt']
+    roles = captions.roles_of(scene, tokens_in(scene.text, case['released']['tokens']))
+    expected = case['expected_by_offsets']
+    assert list(roles.content) == expected['K']
+    assert roles.classes == {int(number): tuple(columns) for number, columns in expected['T_c'].items() if columns}
+    assert [list(columns) for columns in roles.objects] == expected['T_b']
 
 
 if __name__ == '__main__':
