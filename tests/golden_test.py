@@ -1,7 +1,7 @@
 """Figures of released research code on small made-up inputs: ours have to be the same.
 
-PADSEG_GOLDEN names a folder with index.json, which explains every array, and the files that it lists; without it the folder beside this file
-is read. Sizes, roles and tolerances are those of the index. Run as a program, this file prints the largest difference of every array.
+PADSEG_GOLDEN names a folder with index.json, which explains every array, and the files that it lists; without it the folder beside this
+file is read. Sizes, roles and tolerances are those of the index. Run as a program, this file prints the largest difference of every array.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ def first_image_token(prompt: Prompt) -> int:
     return prompt.embeds.shape[1]
 
 
-def denoise(transformer: FluxTransformer2DModel, z: Tensor, timestep: float, prompt: Prompt) -> Tensor:
+def denoise(transformer: FluxTransformer2DModel, z: Tensor, timestep: float, prompt: Prompt, guidance: float = GUIDANCE) -> Tensor:
     count, _, height, width = z.shape
     h, w = height // PATCH, width // PATCH
     row, column = torch.arange(float(h)), torch.arange(float(w))
@@ -147,7 +147,7 @@ def denoise(transformer: FluxTransformer2DModel, z: Tensor, timestep: float, pro
         encoder_hidden_states=prompt.embeds.expand(count, -1, -1),
         pooled_projections=prompt.pooled.expand(count, -1),
         timestep=time,
-        guidance=torch.full((count,), GUIDANCE, device=z.device) if transformer.config.guidance_embeds else None,
+        guidance=torch.full((count,), guidance, device=z.device) if transformer.config.guidance_embeds else None,
         img_ids=torch.cartesian_prod(torch.zeros(1), row, column).to(z.device),  # (h w, 3)
         txt_ids=torch.zeros(prompt.embeds.shape[1], 3, device=z.device),
         return_dict=False,

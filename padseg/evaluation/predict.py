@@ -125,7 +125,7 @@ def predict_classes(
         numbers = np.zeros(where.size, np.int32)
         if chosen:
             prepared = prepared_for(chosen)
-            labels = method.labels(image, method.maps([image], prepared)[0], prepared).labels
+            labels = method.labels(image, method.maps([image], prepared, (name,))[0], prepared).labels
             numbers = np.array([otherwise(labels, background), *chosen], np.int32)[seen_prediction(labels, where)]
         if out:
             write_label_map(LabelMap(numbers, ()), out / 'labels' / f'{name}.png')

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from padseg.methods.stages.captions import Roles
 from padseg.types import Attention
 
 Grid = tuple[int, int]  # (h, w) in tokens
@@ -222,13 +223,13 @@ def similarity(dense: Tensor, own: Tensor, by: str) -> Tensor:
         distance = squares.sqrt() if by == 'l2' else total(lambda one, other: (one - other).norm(dim=2).sum(1))
         return 1 / distance.clamp_min(torch.finfo(dense.dtype).tiny)
     if by == 'layer-iou':
-        shared, joined = (total(lambda one, other: pick(one, other).sum((1, 2))) for pick in (torch.minimum, torch.maximum))
-        return shared / (joined + ADDED_TO_UNION)
+        shared = total(lambda one, other: torch.minimum(one, other).sum((1, 2)))
+        return shared / (total(lambda one, other: torch.maximum(one, other).sum((1, 2))) + ADDED_TO_UNION)
     products = total(lambda one, other: (one * other).sum((1, 2)))
     if by == 'dot':
         return products
-    lengths = [total(lambda one, other: pick(one, other).square().sum((1, 2))).sqrt() for pick in (lambda p, _: p, lambda _, s: s)]
-    return quotient(products, lengths[0] * lengths[1])
+    squares = total(lambda one, _: one.square().sum((1, 2))) * total(lambda _, other: other.square().sum((1, 2)))
+    return quotient(products, squares.sqrt())
 
 
 def enlarged(maps: Tensor, to: Grid) -> Tensor:
@@ -310,11 +311,30 @@ def with_background(maps: Tensor, classes: int) -> Tensor:
     return torch.cat((maps[:classes], background))
 
 
+def class_maps(maps: Tensor, roles: Sequence[Roles], rescale: bool = True) -> tuple[tuple[int, ...], Tensor]:
+    """Numbers of the classes that have tokens, and Sec. 3.3 for a prompt: (n, h, w) -> (K + 1, h, w), background last.
+
+    roles: of the columns of each tokenizer, over whose scores those of an object are averaged.
+    """
+    numbers = tuple(dict.fromkeys(number for own in roles for number in own.classes))
+    classes = [[own.classes[number] for own in roles if number in own.classes] for number in numbers]
+    counts = {len(own.objects) for own in roles}
+    objects = [list(same) for same in zip(*(own.objects for own in roles), strict=False)] if len(counts) == 1 else []
+    if len(counts) > 1:  # one of the tokenizers does not know a word
+        objects = [[columns] for own in roles for columns in own.objects]
+    if not classes and not objects:
+        return numbers, torch.zeros_like(maps[:1])
+    scores = torch.stack([object_scores(maps, columns).mean(0) for columns in (*classes, *objects)])
+    if rescale:
+        scores = rescaled(scores, maps, [column for own in roles for column in own.content])
+    return numbers, with_background(renormalised(scores), len(classes))
+
+
 # Section 3.4: refinement and decision
 
 
 def propagated(maps: Tensor, self_map: Tensor) -> Tensor:
-    """Eq. 13 once, without its normalisation: each pixel becomes the mean that its self-attention weighs, (C, h, w), (N, N) -> (C, h, w)."""
+    """Eq. 13 once, not normalised: each pixel becomes the mean that its self-attention weighs, (C, h, w), (N, N) -> (C, h, w)."""
     return (maps.flatten(1) @ self_map.T).unflatten(1, maps.shape[1:])
 
 
@@ -335,6 +355,21 @@ def background_score(background: Tensor, tau: float, rule: str) -> Tensor:
     if rule == 'vanilla':
         return torch.full_like(background, tau)
     return (background + tau) / (2 if rule == 'avg' else 1)
+
+
+def orders_of(maps: Tensor, self_map: Tensor, orders: int) -> Tensor:
+    """Maps refined 0 .. orders - 1 times: (K, h, w), (N, N) -> (orders, K, h, w)."""
+    steps = [maps]
+    while len(steps) < orders:
+        steps.append(propagated(steps[-1], self_map))
+    return torch.stack([from_0_to_1(step) for step in steps])
+
+
+def background_maps(background: Tensor, tau: float, rule: str) -> Tensor:
+    """The maps of which the greatest is the score of background, once they are enlarged: (h, w) -> (1 or 2, h, w)."""
+    if rule == 'max':
+        return torch.stack((background, torch.full_like(background, tau)))
+    return background_score(background, tau, rule)[None]
 
 
 def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -61,9 +61,7 @@ def named_entities(names: Sequence[str], numbers: Sequence[int], background: Seq
     return [*map(Entity, names, numbers), *(Entity(word, None) for word in background)]
 
 
-def caption_entities(
-    caption: str, classes: Mapping[int, Sequence[str]], background: bool = False, complete: bool = False
-) -> list[Entity]:
+def caption_entities(caption: str, classes: Mapping[int, Sequence[str]], background: bool = False, complete: bool = False) -> list[Entity]:
     """The entities of a caption, its classes known by their names. classes: names of those that may be in the picture, by number.
 
     Words in parentheses are parts of one thing: an entity together if they name one class or none; if they name several, only these are
@@ -134,9 +132,7 @@ def roles_of(scene: Scene, tokens: Tokens, slots: int | None = None) -> Roles:
     for entity, (start, end) in zip(scene.entities, scene.spans, strict=True):
         words = [match.span() for match in WORD.finditer(scene.text, start, end) if match[0] not in STOP_WORDS]
         columns = tuple(
-            tokens.first + place
-            for place, span in enumerate(tokens.spans[:room])
-            if not tokens.strange[place] and overlaps(span, words)
+            tokens.first + place for place, span in enumerate(tokens.spans[:room]) if not tokens.strange[place] and overlaps(span, words)
         )
         content += columns
         if entity.number is not None and columns:
