@@ -66,6 +66,7 @@ class Pieces:
         self.dense = arrays['in.dense'].double()[None]
         self.dense_grid = tuple(self.dense.shape[2:])
         self.layers = []
+        self.sizes = {}
         for number, side in enumerate(self.hyper['sides']):
             q, k, v, w, q_self, k_self = (
                 arrays[f'in.L{number}.{name}'].double() for name in ('q_cross', 'k_cross', 'v_cross', 'w_out', 'q_self', 'k_self')
@@ -89,7 +90,9 @@ class Pieces:
         return [maps.transpose(1, 2).unflatten(2, layer[0]) for maps, layer in zip(found, self.layers, strict=True)]
 
     def own(self, number, to):
-        return aggregation.resized(self.layers[number][4], self.layers[number][0], to)
+        if (number, to) not in self.sizes:
+            self.sizes[number, to] = aggregation.resized(self.layers[number][4], self.layers[number][0], to)
+        return self.sizes[number, to]
 
     def weights(self, channels, by):
         dense = aggregation.affinity(self.dense, channels)

@@ -103,7 +103,8 @@ def naive(backbone, latent, prompt, plan):
     maps = sum(share * cross[layer] for share, layer in zip(weights, plan.cross, strict=True)) / sum(weights)
     maps = maps.clamp_min(0) / maps.clamp_min(0).sum(2, keepdim=True)
     self_map = torch.stack([own[layer] for layer in plan.refine]).mean(0)
-    return maps.transpose(1, 2).unflatten(2, (h, w)), self_map, torch.tensor(weights)
+    in_order = [share for _, share in sorted(zip(plan.cross, weights, strict=True))]
+    return maps.transpose(1, 2).unflatten(2, (h, w)), self_map, torch.tensor(in_order)
 
 
 SETTINGS = [
@@ -251,21 +252,19 @@ def test_missing_classes_and_background_are_added():
     assert [entity.text for entity in found] == ['tree', 'background', 'person', 'car', 'pottedplant']
 
 
-@pytest.mark.parametrize('words', [(), ('sky',)])
-def test_a_hundred_and_fifty_classes(speller, picture, words):
+def test_a_hundred_and_fifty_classes(speller, picture):
     names = [f'thing{number}' for number in range(150)]
-    prepared = prepared_with(speller, names, background_words=words)
-    scores = goca.score_maps(picture, speller, names, prepared.options)
-    assert len(prepared.prompts) > 1 and scores.names == (*names, BACKGROUND)
-    assert torch.isfinite(scores.maps).all() and 0 <= scores.maps.min() and scores.maps.max() <= 1
-    assert bool(scores.maps[-1].any()) == bool(words)
-    found = padseg.label(picture, speller, names, prepared.options, method='goca')
+    prepared = prepared_with(speller, names, background_words=('sky',))
+    (maps,) = goca.maps([picture], prepared)
+    assert len(prepared.prompts) > 1 and maps.names == (*names, BACKGROUND) * 6
+    assert torch.isfinite(maps.maps).all() and 0 <= maps.maps.min() and maps.maps.max() <= 1 and maps.maps[150].any()
+    found = goca.labels(picture, maps, prepared)
     assert found.names == tuple(names) and found.labels.max() <= 150
 
 
 def test_a_class_without_tokens_is_left_out(flux, picture, caplog):
     found = padseg.label(picture, flux, ['🐱', 'cat', 'the'], method='goca')
-    assert set(np.unique(found.labels)) == {0, 2} or set(np.unique(found.labels)) == {2}
+    assert 2 in found.labels and set(np.unique(found.labels)) <= {0, 2}
     assert [record.getMessage().partition('has')[2] for record in caplog.records] == [
         f' no tokens for the name {name!r}: it is left out' for name in ('🐱', 'the')
     ]
@@ -325,7 +324,7 @@ def test_wrong_options(speller, options, words):
 # whole pictures
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family', ['speller', 'flux'])
 def test_neither_a_batch_nor_its_order_changes_anything(family, picture, request):
     backbone = request.getfixturevalue(family)
     images = [picture, picture[:, ::-1].copy(), picture[:40, :40].copy()]
@@ -390,7 +389,7 @@ def test_captions_by_picture(folder, texts_folder, speller, picture):
     file = folder / 'captions.json'
     file.write_text(json.dumps({'one.png': 'kitten, (tree, leaf), sky.'}))
     code, out = labelled(folder, texts_folder, '--classes', 'grass, cat', '--captions', str(file), '--synonyms', 'voc')
-    assert code == 1  # two.png has no caption
+    assert code == 3  # two.png has no caption
     failed = [json.loads(line) for line in (out / 'failures.jsonl').read_text().splitlines()]
     assert [(each['input'], each['reason']) for each in failed] == [('two.png', f'{file} has no caption for two.png')]
     found = read_label_map(out / 'labels' / 'one.png.png', picture.shape[:2])

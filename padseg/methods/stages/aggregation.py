@@ -314,7 +314,8 @@ def with_background(maps: Tensor, classes: int) -> Tensor:
 def class_maps(maps: Tensor, roles: Sequence[Roles], rescale: bool = True) -> tuple[tuple[int, ...], Tensor]:
     """Numbers of the classes that have tokens, and Sec. 3.3 for a prompt: (n, h, w) -> (K + 1, h, w), background last.
 
-    roles: of the columns of each tokenizer, over whose scores those of an object are averaged.
+    roles: of the columns of each tokenizer, over whose scores those of an object are averaged. An object that stands alone is not rescaled:
+    its share would be the same everywhere.
     """
     numbers = tuple(dict.fromkeys(number for own in roles for number in own.classes))
     classes = [[own.classes[number] for own in roles if number in own.classes] for number in numbers]
@@ -325,7 +326,7 @@ def class_maps(maps: Tensor, roles: Sequence[Roles], rescale: bool = True) -> tu
     if not classes and not objects:
         return numbers, torch.zeros_like(maps[:1])
     scores = torch.stack([object_scores(maps, columns).mean(0) for columns in (*classes, *objects)])
-    if rescale:
+    if rescale and len(scores) > 1:
         scores = rescaled(scores, maps, [column for own in roles for column in own.content])
     return numbers, with_background(renormalised(scores), len(classes))
 
