@@ -66,6 +66,7 @@ class EvalCommand(MethodCommand):
 @click.option('--resize', is_flag=True, help="bring predictions of another size to the ground truth's by nearest neighbour")
 @click.option('--allow-missing', is_flag=True, help='score the other pictures when some are missing')
 @click.option('--sweep', help='partitions: thresholds to try, as 0.01,0.02,0.05; the token maps are kept in OUT/maps')
+@click.option('--tau-sweep', is_flag=True, help='GoCA: score thresholds of the background from -0.4 to 0.4, too, as released')
 @click.option('--workers', type=click.IntRange(min=1), default=1, show_default=True, help='processes that score stored label maps')
 @click.option('--out', type=FOLDER, help='folder for scores.json, tables, charts, and records from which the same command continues')
 @click.option('--overwrite', is_flag=True, help='score everything again')

@@ -108,6 +108,7 @@ class GocaOptions:
         'JSON file with a text for each picture by its name, which lists what it shows: the prompt in place of the classes',
         default='none',
     )
+    complete: bool = option(False, "with captions, look for the classes that a picture's text does not name, too")
     synonyms: str = option('none', 'data set whose list of other words for classes is used with captions', choices=SYNONYMS)
     step: int = own('noise level: the n-th step from the end of the schedule, from 1', range=Range('a number from 1', 1))
     schedule: int = own('steps of the schedule', range=Range('a number of steps in 1..1000', 1, 1001))
@@ -362,7 +363,8 @@ def captioned(prepared: Prepared, name: str) -> list[Asked]:
     if caption is None:
         raise UsageError(f'{options.captions} has no caption for {name or "this picture"}')
     known = {number: with_synonyms(own_name, options.synonyms) for number, own_name in enumerate(prepared.classes)}
-    scene = scene_of(caption_entities(', '.join((caption.strip().removesuffix('.'), *options.background_words)), known))
+    listed = ', '.join((caption.strip().removesuffix('.'), *options.background_words))
+    scene = scene_of(caption_entities(listed, known, complete=options.complete))
     wanted = [entity.number for entity in scene.entities if entity.number is not None]
     return prompts_of(prepared, [scene], wanted) if scene.text else []
 
