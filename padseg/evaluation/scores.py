@@ -146,7 +146,7 @@ def counts_from(rows: Mapping[int, tuple[int, int, int, int]], classes: int) -> 
     """Undo `rows_of`. The pixels are those of the true classes."""
     table = np.zeros((classes, 4), np.int64)
     table[list(rows)] = list(rows.values())
-    return ClassCounts(*table.T, int(table[:, [0, 2]].sum()))
+    return ClassCounts(table[:, 0], table[:, 1], table[:, 2], table[:, 3], int(table[:, [0, 2]].sum()))
 
 
 def score_regions(name: str, preds: Sequence[Array], truths: Sequence[Array]) -> PictureScores:
@@ -204,11 +204,10 @@ class ScoreTotals:
         if not self.variants:
             return None
         settings = [(void, threshold) for void in voids for threshold in thresholds]
-        rows = []
+        rows: list[dict[str, Any]] = []
         for (void, threshold), counts in zip(settings, self.variants, strict=True):
             count = named if void == 'ignored' else len(self.classes.names)
-            kept = ClassCounts(*(part[:count] for part in counts[:4]), counts.total)
-            scores = class_scores(kept, self.rules.absent)
+            scores = class_scores(counts.first(count), self.rules.absent)
             rows.append({'threshold': threshold, 'void': void, 'accuracy': scores.accuracy, 'miou': scores.miou})
         best = {void: max((row for row in rows if row['void'] == void), key=lambda row: row['miou']) for void in voids}
         return {'rows': rows, 'best': best}

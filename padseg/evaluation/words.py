@@ -99,10 +99,11 @@ def scores_in_words(report: ScoresRecord) -> str:
 def sweep_table(sweep: Mapping[str, Any]) -> str:
     """Scores at each threshold, then at the best threshold for the data set (ODS) and for each picture (OIS)."""
     if 'best' in sweep:
-        heads = ('threshold', 'void', 'accuracy', 'miou')
+        measures = ('accuracy', 'miou')
         chosen = [(f'{CHOSEN}, at {best["threshold"]}', best) for best in sweep['best'].values()]
         named = [*((row['threshold'], row) for row in sweep['rows']), *chosen]
-        return listing(heads, ((name, row['void'], *(four_decimals(row[measure]) for measure in heads[2:])) for name, row in named))
+        lines = ((name, row['void'], *(four_decimals(row[measure]) for measure in measures)) for name, row in named)
+        return listing(('threshold', 'void', *measures), lines)
     heads = ('threshold', *OF_PARTITIONS)
     ends = [(f'ODS, F at {sweep["ods"]["threshold"]}', sweep['ods']), ('OIS', sweep['ois'])]
     rows = [*((row['threshold'], row) for row in sweep['rows']), *ends]

@@ -121,7 +121,7 @@ def aggregated(latents: Sequence[Latent], backbone: Backbone, prompt: Prompt, pl
     grids = {layer: backbone.grid(layer, tuple(z.shape)) for layer in range(backbone.layers)}
     everything = prompt._replace(picked=tuple(range(prompt.embeds.shape[1])))
     running = Running(plan, grids, max(grids.values(), key=math.prod))
-    requests = {}
+    requests: dict[tuple[int, str], Request[None]] = {}
     for layer in sorted({*plan.cross, *plan.refine, *([plan.dense] if plan.by != 'uniform' else [])}):
         requests |= requests_of_layer(layer, backbone, everything, running)
     with by_rows(), watch(requests):
