@@ -121,12 +121,8 @@ class Backbone:
         return self.family.noise_level(self.scheduler, steps or self.spec.steps, step, image_tokens)
 
     def denoise(self, z: Tensor, timestep: float, prompt: Prompt, guidance: float | None = None) -> Tensor:
-        """Run the model on noised latents with a prompt: (B, C, H', W') -> the same shape.
-
-        guidance: the strength that Flux is told, by default its pipeline's; other models take none.
-        """
-        told: dict[str, Any] = {} if guidance is None else {'guidance': guidance}
-        return self.family.denoise(self.transformer, z, timestep, prompt, **told)
+        """Run the model on noised latents with a prompt: (B, C, H', W') -> the same shape. guidance: as in `Family.denoise`."""
+        return self.family.denoise(self.transformer, z, timestep, prompt, guidance)
 
 
 def load(

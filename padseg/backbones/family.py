@@ -80,5 +80,8 @@ class Family(Protocol):
     def first_image_token(self, prompt: Prompt) -> int:
         """Position of the first image token among the queries."""
 
-    def denoise(self, transformer: Any, z: Tensor, timestep: float, prompt: Prompt) -> Tensor:
-        """Run one forward pass: (B, C, H', W') -> the same shape."""
+    def denoise(self, transformer: Any, z: Tensor, timestep: float, prompt: Prompt, guidance: float | None = None) -> Tensor:
+        """Run one forward pass: (B, C, H', W') -> the same shape.
+
+        guidance: strength that a model which was distilled for one is told, by default its pipeline's; of no effect on others.
+        """

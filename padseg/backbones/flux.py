@@ -136,10 +136,11 @@ def first_image_token(prompt: Prompt) -> int:
     return prompt.embeds.shape[1]
 
 
-def denoise(transformer: FluxTransformer2DModel, z: Tensor, timestep: float, prompt: Prompt, guidance: float = GUIDANCE) -> Tensor:
+def denoise(transformer: FluxTransformer2DModel, z: Tensor, timestep: float, prompt: Prompt, guidance: float | None = None) -> Tensor:
     count, _, height, width = z.shape
     h, w = height // PATCH, width // PATCH
     row, column = torch.arange(float(h)), torch.arange(float(w))
+    strength = GUIDANCE if guidance is None else guidance
     # cast to the transformer's dtype before dividing, as the pipeline does: in 16 bits the order matters
     time = torch.full((count,), timestep, device=z.device, dtype=transformer.dtype) / 1000
     velocity = transformer(
@@ -147,7 +148,7 @@ def denoise(transformer: FluxTransformer2DModel, z: Tensor, timestep: float, pro
         encoder_hidden_states=prompt.embeds.expand(count, -1, -1),
         pooled_projections=prompt.pooled.expand(count, -1),
         timestep=time,
-        guidance=torch.full((count,), guidance, device=z.device) if transformer.config.guidance_embeds else None,
+        guidance=torch.full((count,), strength, device=z.device) if transformer.config.guidance_embeds else None,
         img_ids=torch.cartesian_prod(torch.zeros(1), row, column).to(z.device),  # (h w, 3)
         txt_ids=torch.zeros(prompt.embeds.shape[1], 3, device=z.device),
         return_dict=False,

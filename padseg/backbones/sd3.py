@@ -118,7 +118,7 @@ def first_image_token(prompt: Prompt) -> int:
     return 0
 
 
-def denoise(transformer: SD3Transformer2DModel, z: Tensor, timestep: float, prompt: Prompt) -> Tensor:
+def denoise(transformer: SD3Transformer2DModel, z: Tensor, timestep: float, prompt: Prompt, guidance: float | None = None) -> Tensor:
     count = len(z)
     return transformer(
         hidden_states=z.to(transformer.dtype),
