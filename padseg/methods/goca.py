@@ -162,7 +162,7 @@ def model_row(spec: Spec) -> dict[str, Any]:
             'schedule': 28,
             'guidance': 1.0,
         }
-    queries = {'heads': 'dot', 'dense_layer': str(spec.layer), 'dense_feature': 'cross-q'}
+    queries = {'heads': 'dot', 'dense_layer': dense_layer(spec), 'dense_feature': 'cross-q'}
     if spec.family == 'sd3':
         released = seg4diff.settings_of(spec)
         return {**queries, 'refine_layers': (str(spec.layer),), 'order': 2, 'step': released['step'], 'schedule': spec.steps}
@@ -171,6 +171,12 @@ def model_row(spec: Spec) -> dict[str, Any]:
         return {**queries, 'refine_layers': tuple(map(str, middle)), 'order': 5, 'step': 100, 'schedule': 1000}
     # PNDM, of the models with 16 blocks, has one timestep twice
     return {**queries, 'refine_layers': unet_layers(spec), 'order': 2, 'step': 101 if blocks == 16 else 100, 'schedule': 1000}
+
+
+def dense_layer(spec: Spec) -> str:
+    """The layer whose queries are the dense feature; of other models the expert block, or where the paper's lie among the layers."""
+    known = {('unet', 16): 'up-level2-repeat1-vit-block0', ('unet', 70): 'up-level1-repeat0-vit-block0', ('pixart', 28): 'vit-block13'}
+    return known.get((spec.family, spec.layers), str(min(spec.layer, spec.layers - 1)))
 
 
 def unet_layers(spec: Spec) -> tuple[str, ...]:

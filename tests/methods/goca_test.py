@@ -297,10 +297,11 @@ def test_the_settings_of_the_paper():
     baseline = GocaOptions(preset='baseline').resolve(sd15)
     assert baseline.layers == tuple('4 5 6 7 8 9 10 11'.split()) and (baseline.heads, baseline.rescale) == ('average', False)
     assert (baseline.step, baseline.schedule, baseline.order, baseline.refine_layers[0]) == (101, 1000, 2, 'up-level3-repeat0-vit-block0')
+    assert baseline.dense_layer == 'up-level2-repeat1-vit-block0'
     sdxl = GocaOptions().resolve(sd15._replace(layers=70, layer=64))
-    assert (sdxl.step, len(sdxl.refine_layers), sdxl.dense_layer, sdxl.heads) == (100, 7, '64', 'dot')
+    assert (sdxl.step, len(sdxl.refine_layers), sdxl.dense_layer, sdxl.heads) == (100, 7, 'up-level1-repeat0-vit-block0', 'dot')
     sigma = GocaOptions().resolve(sd15._replace(family='pixart', layers=28, layer=13))
-    assert (sigma.order, sigma.refine_layers) == (5, tuple(map(str, range(10, 18))))
+    assert sigma.dense_layer == 'vit-block13' and (sigma.order, sigma.refine_layers) == (5, tuple(map(str, range(10, 18))))
 
 
 @pytest.mark.parametrize(
