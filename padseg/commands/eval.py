@@ -12,6 +12,7 @@ import click
 from padseg.commands.flags import METHOD, MethodCommand, compile_flag, named_in, option_flags, options_given
 from padseg.commands.run import SOME_FAILED
 from padseg.methods import DEFAULTS, METHODS
+from padseg.methods.options import kind_of
 from padseg.methods.seg4diff import Options
 from padseg.system.progress import shown
 from padseg.system.text import say, warn
@@ -157,6 +158,7 @@ def contender_of(given: dict[str, Any]) -> Contender:
         if several in given and given[one] is not None:
             if given[several] is not None:
                 raise click.UsageError(f'Give either --{one} or --{several}.')
-            given[several] = (given[one],)
+            kind, _ = kind_of(METHODS[given['method']].Options, several)
+            given[several] = (kind(given[one]),)
     options = options_given(given['method'], given)
     return Contender(options=options, **{name: given[name] for name in Contender._fields if name != 'options'})
