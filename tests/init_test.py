@@ -11,7 +11,20 @@ import pytest
 import padseg
 
 ROOT = Path(__file__).parent.parent
-NAMES = ['LabelOptions', 'Options', 'evaluate', 'export', 'label', 'label_map', 'load', 'merge', 'regions', 'segment', 'token_maps']
+NAMES = [
+    'GocaOptions',
+    'LabelOptions',
+    'Options',
+    'evaluate',
+    'export',
+    'label',
+    'label_map',
+    'load',
+    'merge',
+    'regions',
+    'segment',
+    'token_maps',
+]
 
 
 def python(program: str) -> str:

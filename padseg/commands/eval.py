@@ -12,6 +12,7 @@ import click
 from padseg.commands.flags import METHOD, MethodCommand, compile_flag, named_in, option_flags, options_given
 from padseg.commands.run import SOME_FAILED
 from padseg.methods import DEFAULTS, METHODS
+from padseg.methods.options import kind_of
 from padseg.methods.seg4diff import Options
 from padseg.system.progress import shown
 from padseg.system.text import say, warn
@@ -66,6 +67,7 @@ class EvalCommand(MethodCommand):
 @click.option('--resize', is_flag=True, help="bring predictions of another size to the ground truth's by nearest neighbour")
 @click.option('--allow-missing', is_flag=True, help='score the other pictures when some are missing')
 @click.option('--sweep', help='partitions: thresholds to try, as 0.01,0.02,0.05; the token maps are kept in OUT/maps')
+@click.option('--tau-sweep', is_flag=True, help='GoCA: score thresholds of the background from -0.4 to 0.4, too, as released')
 @click.option('--workers', type=click.IntRange(min=1), default=1, show_default=True, help='processes that score stored label maps')
 @click.option('--out', type=FOLDER, help='folder for scores.json, tables, charts, and records from which the same command continues')
 @click.option('--overwrite', is_flag=True, help='score everything again')
@@ -156,6 +158,7 @@ def contender_of(given: dict[str, Any]) -> Contender:
         if several in given and given[one] is not None:
             if given[several] is not None:
                 raise click.UsageError(f'Give either --{one} or --{several}.')
-            given[several] = (given[one],)
+            kind, _ = kind_of(METHODS[given['method']].Options, several)
+            given[several] = (kind(given[one]),)
     options = options_given(given['method'], given)
     return Contender(options=options, **{name: given[name] for name in Contender._fields if name != 'options'})

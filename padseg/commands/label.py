@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,26 @@ def command(classes: str | None, classes_file: Path | None, log_json: bool, meth
         raise click.UsageError('name the folder of pictures with --dir FOLDER')
     with as_events() if log_json else contextlib.nullcontext():
         names = names_of(classes, classes_file)
+        if method == 'goca':
+            settings |= words_behind(settings)
         return start_run(log_json, method=method, options=options_given(method, settings), classes=names, **settings)
+
+
+def words_behind(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """--background as --background-words, where it lists names and is no colour."""
+    given = settings['background']
+    if not settings['background_words'] and not is_colour(given):
+        return {'background_words': tuple(part.strip() for part in given.split(',') if part.strip()), 'background': 'white'}
+    return {}
+
+
+def is_colour(text: str) -> bool:
+    from padseg.run.job import rgb
+
+    try:
+        return bool(rgb(text))
+    except UsageError:
+        return False
 
 
 def names_of(classes: str | None, file: Path | None) -> tuple[str, ...]:

@@ -181,6 +181,9 @@ def holds(job: Evaluation, sample: Sample, picture: PictureScores) -> bool:
     """Return whether a record still matches the picture's files, the number of classes and the number of thresholds."""
     classes = len(job.task.classes.names)
     thresholds = 0 if classes else max(1, len(job.thresholds))
+    tried = (1 + len(job.thresholds)) * max(1, len(job.task.beside)) if classes and (job.thresholds or job.task.beside) else 0
+    if picture.status == 'done' and len(picture.tried) != tried:
+        return False
     if picture.status == 'failed' or any(not 0 <= number < classes for number in picture.counts) or len(picture.regions) != thresholds:
         return False
     return picture.stamp == stamp_of(*sample.truths, sample.image if job.predictor else job.task.preds[sample.name])
@@ -189,6 +192,15 @@ def holds(job: Evaluation, sample: Sample, picture: PictureScores) -> bool:
 def line_of(picture: PictureScores) -> str:
     """Format a picture's record as a line of pictures.jsonl."""
     return line(picture, exclude_defaults=True)
+
+
+def sweep_of(job: Evaluation, totals: ScoreTotals) -> dict[str, Any] | None:
+    """Scores at several thresholds, and of GoCA by several rules."""
+    if job.task.dataset.classes:
+        own = job.source.get('tau', 0.0)
+        voids = job.task.beside or (job.task.rules.void,)
+        return totals.variants_scored((own, *job.thresholds), voids, len(job.task.dataset.classes))
+    return totals.sweep(job.thresholds) if len(job.thresholds) > 1 else None
 
 
 def finished(job: Evaluation, report: ScoresRecord, totals: ScoreTotals, failed: dict[str, str]) -> ScoresRecord:
@@ -202,7 +214,7 @@ def finished(job: Evaluation, report: ScoresRecord, totals: ScoreTotals, failed:
             'counts': {**counts, 'missing': job.missing},
             'scores': finite(values),
             'iou': finite(iou),
-            'sweep': totals.sweep(job.thresholds) if len(job.thresholds) > 1 else None,
+            'sweep': sweep_of(job, totals),
             'failed': failed,
         }
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -22,6 +23,7 @@ from padseg.evaluation.protocols import (
     Classes,
     Protocol,
     View,
+    class_counts,
     compared_view,
     nearest,
     protocol,
@@ -29,7 +31,7 @@ from padseg.evaluation.protocols import (
     seen,
     seen_prediction,
 )
-from padseg.evaluation.scores import PictureScores, Result, ScoreTotals, score_classes, score_regions
+from padseg.evaluation.scores import PictureScores, Result, ScoreTotals, rows_of, score_classes, score_regions
 from padseg.exports.png import read_label_map
 from padseg.images import ImageError, Reading, decode_apart
 
@@ -43,7 +45,8 @@ CHUNK = 8  # pictures sent to a worker at once
 class Task(NamedTuple):
     """What is scored. preds: stored label maps by picture name; resize: bring those of another size to the ground truth's.
 
-    lenient: a picture whose files do not fit together fails alone, instead of ending the evaluation.
+    lenient: a picture whose files do not fit together fails alone, instead of ending the evaluation. beside: rules for unlabelled pixels by
+    which every prediction is scored, too.
     """
 
     dataset: Dataset
@@ -51,6 +54,7 @@ class Task(NamedTuple):
     preds: Mapping[str, Path] = {}
     resize: bool = False
     lenient: bool = False
+    beside: tuple[str, ...] = ()
 
     @property
     def classes(self) -> Classes:
@@ -135,7 +139,12 @@ def scored(task: Task, sample: Sample, preds: Sequence[Array], truths: Sequence[
     if not task.dataset.classes:
         return score_regions(sample.name, preds, [seen(truth, where) for truth in truths])
     truth = seen(classes_of(task, sample, truths[0]), where)
-    return score_classes(sample.name, preds[0], truth, task.classes, task.rules)
+    record = score_classes(sample.name, preds[0], truth, task.classes, task.rules)
+    if not task.beside and len(preds) == 1:
+        return record
+    rules = [dataclasses.replace(task.rules, void=void) for void in task.beside or (task.rules.void,)]
+    tried = tuple(rows_of(class_counts(pred, truth, task.classes, by)) for by in rules for pred in preds)
+    return record.model_copy(update={'tried': tried})
 
 
 def failed(sample: Sample, stamp: str, error: Exception) -> PictureScores:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,8 +13,8 @@ from padseg.datasets import FOLDER, Dataset, FolderSettings, Sample, label_folde
 from padseg.datasets.check import Check, check_dataset
 from padseg.errors import UsageError
 from padseg.evaluation.evaluate import Task, paired, stored
-from padseg.evaluation.protocols import CONTEXT, DEFAULT, WARNINGS, Protocol, protocol
-from padseg.methods import DEFAULTS, METHODS, Method, method_named, open_backbone
+from padseg.evaluation.protocols import CONTEXT, DEFAULT, WARNINGS, Protocol, protocol, scored_classes
+from padseg.methods import DEFAULTS, METHODS, Method, goca, method_named, open_backbone
 from padseg.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 
 PRESENT = 'present'
+TAUS = tuple(tenths / 10 for tenths in range(-4, 5))  # of GoCA's released settings
+WITH_WORD = ('voc21', 'voc20', 'ade150', 'coco-object', 'coco-object80')  # data sets for which these add the word background
 
 
 class Asked(NamedTuple):
@@ -30,6 +33,7 @@ class Asked(NamedTuple):
 
     dataset, root, split: a data set below a folder; or labels: a folder of label maps. num_classes, ignore, background: for ground truth
     that does not define them itself; regions: it has no classes. pred: label maps to score instead of a model's. sweep: thresholds as text.
+    tau_sweep: try TAUS.
     """
 
     dataset: str | None
@@ -47,6 +51,7 @@ class Asked(NamedTuple):
     resize: bool
     allow_missing: bool
     sweep: str | None
+    tau_sweep: bool
     workers: int
     out: Path | None
     overwrite: bool
@@ -115,7 +120,9 @@ def ground_of(asked: Asked) -> Ground:
     thresholds = numbers(asked.sweep)
     if thresholds and (dataset.classes or asked.pred):
         raise UsageError('--sweep is for a model on a data set without classes, such as bsds500')
-    return Ground(dataset, name, rules, preds, thresholds, warning_of(dataset, rules))
+    if asked.tau_sweep and (asked.pred or not dataset.classes):
+        raise UsageError('--tau-sweep is for GoCA on a data set with classes')
+    return Ground(dataset, name, rules, preds, TAUS if asked.tau_sweep else thresholds, warning_of(dataset, rules))
 
 
 def warning_of(dataset: Dataset, rules: Protocol) -> str | None:
@@ -152,10 +159,11 @@ def of_method(asked: Asked, ground: Ground, contender: Contender) -> Evaluation:
     """Set up the evaluation of a method. UsageError if the ground truth or rules do not suit its output."""
     method = method_named(contender.method)
     check_task(ground, contender, method)
+    contender = contender._replace(options=as_released(contender.options, ground))
     how = {name: getattr(contender, name) for name in ('revision', 'device', 'dtype', 'vae', 'compile')}
     backbone = open_backbone(method, contender.options, contender.model, **how)
     return Evaluation(
-        Task(ground.dataset, ground.rules, lenient=asked.allow_missing),
+        Task(ground.dataset, ground.rules, lenient=asked.allow_missing, beside=beside(ground, method)),
         ground.protocol,
         {**source_of(contender, method, backbone), **numbers_of(ground, method)},
         predictor_of(asked, ground, contender, method, backbone),
@@ -176,8 +184,25 @@ def check_task(ground: Ground, contender: Contender, method: Method) -> None:
         raise UsageError(f'{ground.protocol} scores named regions, but {contender.model} alone gives no names: use --pred')
     if not classes and contender.names:
         raise UsageError(f'--names is for methods that take class names; {contender.method} takes none')
-    if ground.thresholds and not hasattr(contender.options, 'threshold'):
-        raise UsageError(f'{contender.method} has no threshold for --sweep')
+    if ground.thresholds and not hasattr(contender.options, 'tau' if ground.dataset.classes else 'threshold'):
+        raise UsageError(f'{contender.method} has no threshold for {"--tau-sweep" if ground.dataset.classes else "--sweep"}')
+
+
+def as_released(options: MethodOptions, ground: Ground) -> Any:
+    """GoCA's options by its own protocol: background is a word of the prompt where the released code puts it there."""
+    if (
+        isinstance(options, goca.Options)
+        and ground.protocol == 'goca'
+        and not options.background_words
+        and ground.dataset.name in WITH_WORD
+    ):
+        return dataclasses.replace(options, background_words=('background',))
+    return options
+
+
+def beside(ground: Ground, method: Method) -> tuple[str, ...]:
+    """Rules for unlabelled pixels by which a method's predictions are scored, too."""
+    return ('class', 'ignored') if method is goca and ground.rules.void == 'class' else ()
 
 
 def predictor_of(asked: Asked, ground: Ground, contender: Contender, method: Method, backbone: Backbone | None) -> Predict:
@@ -185,8 +210,11 @@ def predictor_of(asked: Asked, ground: Ground, contender: Contender, method: Met
 
     if method.TASK == 'classes':
         names = contender.names or PRESENT
-        dataset = ground.dataset
-        return predict_classes(method, backbone, contender.options, dataset.classes, dataset.background, names, asked.out)
+        classes = ground.dataset.classes
+        if method is not goca:
+            return predict_classes(method, backbone, contender.options, classes, ground.dataset.background, names, asked.out)
+        background = scored_classes(classes, ground.dataset.background, ground.rules).background
+        return predict_classes(method, backbone, contender.options, classes, background, names, asked.out, ground.thresholds)
     prepared = method.prepare(backbone, contender.options)
     return predict_regions(method, prepared, ground.thresholds, asked.out, bool(ground.thresholds), ground.rules)
 

@@ -43,6 +43,11 @@ class ClassCounts(NamedTuple):
         zero = np.zeros(num_classes, np.int64)
         return cls(zero, zero, zero, zero, 0)
 
+    def first(self, classes: int) -> ClassCounts:
+        """Those of the first classes alone."""
+        positive, wrong, missed, spilled = (part[:classes] for part in self[:4])
+        return ClassCounts(positive, wrong, missed, spilled, self.total)
+
     def plus(self, other: ClassCounts) -> ClassCounts:
         return ClassCounts(
             self.true_positive + other.true_positive,

@@ -14,7 +14,7 @@ from padseg.backbones import Backbone
 from padseg.errors import UsageError
 from padseg.evaluation.protocols import RELEASED_CUT, Protocol, View, seen_prediction
 from padseg.exports.png import write_label_map
-from padseg.methods import Method, seg4diff
+from padseg.methods import Method, goca, seg4diff
 from padseg.methods.stages.enlarging import upsample
 from padseg.methods.stages.labels import argmax
 from padseg.methods.stages.proposals import merge
@@ -114,11 +114,14 @@ def predict_classes(
     background: int | None,
     names: str = 'present',
     out: Path | None = None,
+    taus: Sequence[float] = (),
 ) -> Predict:
     """Predict the class of every compared pixel, as a number from 0. classes: of the data set; background: number of that class.
 
-    names: 'present' looks only for classes in the picture's ground truth, as Seg4Diff does; 'all' looks for all of them.
+    names: 'present' looks only for classes in the picture's ground truth, as Seg4Diff does; 'all' looks for all of them. GoCA looks for no
+    background among them: it is what its rule leaves. taus: thresholds of that rule to predict with, too, after the method's own.
     """
+    unnamed = {background} if method is goca else set()
     keep = names == 'all'  # prompts for single pictures would fill the cache
 
     @lru_cache(PROMPTS_KEPT)
@@ -126,15 +129,18 @@ def predict_classes(
         return method.prepare(backbone, options, [classes[number] for number in chosen], keep)
 
     def predict(name: str, image: Image, where: View, present: Sequence[int] = ()) -> list[Array]:
-        chosen = tuple(present) if names == 'present' else tuple(range(len(classes)))
-        numbers = np.zeros(where.size, np.int32)
+        wanted = present if names == 'present' else range(len(classes))
+        chosen = tuple(number for number in wanted if number not in unnamed)
+        predictions = [np.full(where.size, background if unnamed else 0, np.int32)] * (1 + len(taus))
         if chosen:
             prepared = prepared_for(chosen)
-            labels = method.labels(image, method.maps([image], prepared)[0], prepared).labels
-            numbers = np.array([otherwise(labels, background), *chosen], np.int32)[seen_prediction(labels, where)]
+            maps = method.maps([image], prepared, (name,))[0]
+            settings = [prepared, *(prepared._replace(options=dataclasses.replace(prepared.options, tau=tau)) for tau in taus)]
+            found = [method.labels(image, maps, setting).labels for setting in settings]
+            predictions = [np.array([otherwise(labels, background), *chosen], np.int32)[seen_prediction(labels, where)] for labels in found]
         if out:
-            write_label_map(LabelMap(numbers, ()), inside(out, f'labels/{name}.png', linked=True))
-        return [numbers]
+            write_label_map(LabelMap(predictions[0], ()), inside(out, f'labels/{name}.png', linked=True))
+        return predictions
 
     return predict
 

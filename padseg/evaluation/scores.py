@@ -44,7 +44,7 @@ class PictureScores(BaseModel):
     """One picture's scores. stamp: state of its files, so that a later run knows whether they changed.
 
     counts: true positives, false positives, false negatives and spilled pixels of each class that has any; regions: one per threshold,
-    without classes.
+    without classes. tried: counts of every threshold and every rule for unlabelled pixels, if there are several.
     """
 
     name: Name
@@ -57,6 +57,7 @@ class PictureScores(BaseModel):
     accuracy: float | None = None
     miou: float | None = None
     regions: tuple[Regions, ...] = ()
+    tried: tuple[dict[int, tuple[Count, Count, Count, Count]], ...] = ()
 
     @field_validator('name', 'stamp', 'reason')
     @classmethod
@@ -124,16 +125,28 @@ def score_classes(name: str, pred: Array, truth: Array, classes: Classes, rules:
     if not counts.total:
         return PictureScores(name=name, status='ignored', found=count_ids(pred))
     scores = class_scores(counts, rules.absent)
-    rows = np.stack(counts[:4], 1)  # (classes, 4)
-    some = np.flatnonzero(rows.any(1))
     return PictureScores(
         name=name,
         pixels=counts.total,
         found=count_ids(pred),
-        counts=dict(zip(some.tolist(), map(tuple, rows[some].tolist()), strict=True)),
+        counts=rows_of(counts),
         accuracy=scores.accuracy,
         miou=scores.miou,
     )
+
+
+def rows_of(counts: ClassCounts) -> dict[int, tuple[int, int, int, int]]:
+    """The counts of each class that has any."""
+    rows = np.stack(counts[:4], 1)  # (classes, 4)
+    some = np.flatnonzero(rows.any(1))
+    return dict(zip(some.tolist(), map(tuple, rows[some].tolist()), strict=True))
+
+
+def counts_from(rows: Mapping[int, tuple[int, int, int, int]], classes: int) -> ClassCounts:
+    """Undo `rows_of`. The pixels are those of the true classes."""
+    table = np.zeros((classes, 4), np.int64)
+    table[list(rows)] = list(rows.values())
+    return ClassCounts(table[:, 0], table[:, 1], table[:, 2], table[:, 3], int(table[:, [0, 2]].sum()))
 
 
 def score_regions(name: str, preds: Sequence[Array], truths: Sequence[Array]) -> PictureScores:
@@ -152,6 +165,7 @@ class ScoreTotals:
         self.classes = classes
         self.rules = rules
         self.counts = ClassCounts.none(len(classes.names))
+        self.variants: list[ClassCounts] = []  # of `tried`, summed
         self.tried: list[list[Regions]] = []  # for each picture without classes, one per threshold
         self.found = 0
         self.number = {'done': 0, 'ignored': 0, 'failed': 0}
@@ -167,6 +181,9 @@ class ScoreTotals:
             rows = np.zeros((len(self.classes.names), 4), np.int64)
             rows[list(picture.counts)] = list(picture.counts.values())
             self.counts = self.counts.plus(ClassCounts(rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3], picture.pixels))
+        if picture.tried:
+            counts = [counts_from(rows, len(self.classes.names)) for rows in picture.tried]
+            self.variants = [one.plus(other) for one, other in zip(self.variants, counts, strict=True)] if self.variants else counts
 
     def result(self) -> Result:
         """Scores over all pictures so far, at the first threshold if there are several."""
@@ -178,6 +195,22 @@ class ScoreTotals:
         covering, pri, vi = np.mean([(row.covering, row.pri, row.vi) for row in first], axis=0).tolist() if first else [float('nan')] * 3
         boundary = total_counts([row.boundary for row in first]) if first else BoundaryCounts(0, 0, 0, 0)
         return RegionResult(*numbers, covering, pri, vi, *precision_recall_f(boundary), self.found / max(1, numbers[0]))
+
+    def variants_scored(self, thresholds: Sequence[float], voids: Sequence[str], named: int) -> dict[str, Any] | None:
+        """Scores at each threshold by each rule for unlabelled pixels, and where mIoU is highest by each.
+
+        thresholds: the method's own first. named: the number of the data set's own classes; only these count if unlabelled pixels do not.
+        """
+        if not self.variants:
+            return None
+        settings = [(void, threshold) for void in voids for threshold in thresholds]
+        rows: list[dict[str, Any]] = []
+        for (void, threshold), counts in zip(settings, self.variants, strict=True):
+            count = named if void == 'ignored' else len(self.classes.names)
+            scores = class_scores(counts.first(count), self.rules.absent)
+            rows.append({'threshold': threshold, 'void': void, 'accuracy': scores.accuracy, 'miou': scores.miou})
+        best = {void: max((row for row in rows if row['void'] == void), key=lambda row: row['miou']) for void in voids}
+        return {'rows': rows, 'best': best}
 
     def sweep(self, thresholds: Sequence[float]) -> dict[str, Any]:
         """Scores at each threshold, at the best one for the data set (ODS), and at each picture's best one (OIS)."""

@@ -26,6 +26,7 @@ MEASURES = {
 COUNTS = {'pictures': 'scored', 'ignored': 'without a pixel that counts', 'failed': 'failed', 'missing': 'left out'}
 OF_PARTITIONS = ('covering', 'pri', 'vi', 'precision', 'recall', 'f')
 NONE = '–'
+CHOSEN = 'best, chosen on these very pictures'
 
 
 def score_lines(report: ScoresRecord) -> list[str]:
@@ -38,12 +39,13 @@ def score_lines(report: ScoresRecord) -> list[str]:
     lines += [f'  {name:{width}} {four_decimals(score)}' for name, score in iou.items()]
     if report.sweep:
         lines += [in_a_row(row) for row in report.sweep['rows']]
-        lines += [f'{kind.upper():16} {in_a_row(report.sweep[kind])}' for kind in ('ods', 'ois')]
+        lines += [f'{kind.upper():16} {in_a_row(report.sweep[kind])}' for kind in ('ods', 'ois') if kind in report.sweep]
+        lines += [f'{CHOSEN}: {in_a_row(best)}' for best in report.sweep.get('best', {}).values()]
     return lines
 
 
-def in_a_row(values: Mapping[str, float]) -> str:
-    return '  '.join(f'{name} {value:.4f}' for name, value in values.items())
+def in_a_row(values: Mapping[str, Any]) -> str:
+    return '  '.join(f'{name} {value if isinstance(value, str) else four_decimals(value)}' for name, value in values.items())
 
 
 def check_lines(checked: Check) -> list[str]:
@@ -96,6 +98,12 @@ def scores_in_words(report: ScoresRecord) -> str:
 
 def sweep_table(sweep: Mapping[str, Any]) -> str:
     """Scores at each threshold, then at the best threshold for the data set (ODS) and for each picture (OIS)."""
+    if 'best' in sweep:
+        measures = ('accuracy', 'miou')
+        chosen = [(f'{CHOSEN}, at {best["threshold"]}', best) for best in sweep['best'].values()]
+        named = [*((row['threshold'], row) for row in sweep['rows']), *chosen]
+        lines = ((name, row['void'], *(four_decimals(row[measure]) for measure in measures)) for name, row in named)
+        return listing(('threshold', 'void', *measures), lines)
     heads = ('threshold', *OF_PARTITIONS)
     ends = [(f'ODS, F at {sweep["ods"]["threshold"]}', sweep['ods']), ('OIS', sweep['ois'])]
     rows = [*((row['threshold'], row) for row in sweep['rows']), *ends]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from padseg.errors import ModelUnavailable, UsageError
-from padseg.methods import classical, open_vocabulary, seg4diff
+from padseg.methods import classical, goca, open_vocabulary, seg4diff
 from padseg.methods.options import refuse_family
 
 if TYPE_CHECKING:
@@ -43,8 +43,11 @@ class Method(Protocol):
         The result has `options` and `backbone`. UsageError for options or classes that the model does not support.
         """
 
-    def maps(self, images: Sequence[Image], prepared: Any) -> Sequence[Any]:
-        """Run the forward passes: TokenMaps of each picture, or None for a method without a model."""
+    def maps(self, images: Sequence[Image], prepared: Any, names: Sequence[str] = ()) -> Sequence[Any]:
+        """Run the forward passes: TokenMaps of each picture, or None for a method without a model.
+
+        names: of the pictures, for options that depend on them.
+        """
 
     def labels(self, image: Image, maps: Any, prepared: Any) -> LabelMap:
         """Compute a picture's label map, without a forward pass."""
@@ -56,6 +59,7 @@ class Method(Protocol):
 METHODS: dict[str, Method] = {
     'seg4diff': seg4diff,
     'open-vocabulary': open_vocabulary,
+    'goca': goca,
     'felzenszwalb': classical.FELZENSZWALB,
     'slic-rag': classical.SLIC_RAG,
     'kmeans': classical.KMEANS,

@@ -150,7 +150,7 @@ class Classical(NamedTuple):
     def prepare(self, backbone: Any, options: MethodOptions, classes: Sequence[str] = (), keep: bool = True) -> Prepared:
         return Prepared(options)
 
-    def maps(self, images: Sequence[Image], prepared: Prepared) -> list[None]:
+    def maps(self, images: Sequence[Image], prepared: Prepared, names: Sequence[str] = ()) -> list[None]:
         return [None] * len(images)
 
     def labels(self, image: Image, maps: None, prepared: Prepared) -> LabelMap:

@@ -195,7 +195,7 @@ def proposal_options(options: LabelOptions) -> seg4diff.Options:
     return seg4diff.Options(**{name: getattr(options, name) for name in ('geometry', 'side', 'refine', 'superpixels', 'min_area', 'seed')})
 
 
-def maps(images: Sequence[Image], prepared: Prepared) -> list[TokenMaps]:
+def maps(images: Sequence[Image], prepared: Prepared, names: Sequence[str] = ()) -> list[TokenMaps]:
     """Compute the class scores of several pictures, (C, h, w) each.
 
     The map of the background words follows, if there are any, and for proposals the token maps of the empty prompt.
@@ -278,19 +278,28 @@ def as_classes(labels: Array, numbers: Sequence[int], classes: tuple[str, ...]) 
 
 
 @overload
-def label(image: Readable, backbone: Backbone | str, classes: Sequence[str], options: LabelOptions = ...) -> LabelMap: ...
+def label(image: Readable, backbone: Backbone | str, classes: Sequence[str], options: Any = ..., *, method: str = ...) -> LabelMap: ...
 @overload
-def label(image: list[Any], backbone: Backbone | str, classes: Sequence[str], options: LabelOptions = ...) -> list[LabelMap]: ...
 def label(
-    image: Any, backbone: Backbone | str, classes: Sequence[str], options: LabelOptions = LabelOptions()
+    image: list[Any], backbone: Backbone | str, classes: Sequence[str], options: Any = ..., *, method: str = ...
+) -> list[LabelMap]: ...
+def label(
+    image: Any, backbone: Backbone | str, classes: Sequence[str], options: Any = None, *, method: str = 'open-vocabulary'
 ) -> LabelMap | list[LabelMap]:
     """Classify every pixel of a picture: 1..C in the order of classes, 0 = background or not seen. Several pictures give a list.
 
-    image, backbone: as for `padseg.segment`. classes: a list or tuple of names.
+    image, backbone: as for `padseg.segment`. classes: a list or tuple of names. method: one of `padseg label --method`. options: the
+    method's, by default as they are.
     """
+    from padseg.methods import method_named  # which imports this module
+
+    chosen = method_named(method, TASK)
+    options = chosen.Options() if options is None else options
+    require(isinstance(options, chosen.Options), f'options of {method} are {chosen.Options.__name__}; got {type(options).__name__}')
     pictures = as_images(image)
-    prepared = prepare(opened(backbone, partial(deepest, options)), options, classes)
-    results = [labels(picture, token_maps, prepared) for picture, token_maps in zip(pictures, maps(pictures, prepared), strict=True)]
+    prepared = chosen.prepare(opened(backbone, partial(chosen.deepest, options)), options, classes)
+    found = chosen.maps(pictures, prepared)
+    results = [chosen.labels(picture, token_maps, prepared) for picture, token_maps in zip(pictures, found, strict=True)]
     return results if isinstance(image, (list, tuple)) else results[0]
 
 

@@ -113,7 +113,7 @@ def prepare(backbone: Backbone, options: Options, classes: Sequence[str] = (), k
     return Prepared(resolved, settings_of(backbone.spec), backbone)
 
 
-def maps(images: Sequence[Image], prepared: Prepared) -> list[TokenMaps]:
+def maps(images: Sequence[Image], prepared: Prepared, names: Sequence[str] = ()) -> list[TokenMaps]:
     """Token maps of the empty prompt in the expert block, (T, h, w) for each picture (Seg4Diff, Eq. 10)."""
     options, settings, backbone = prepared
     assert backbone is not None

@@ -108,11 +108,12 @@ def labelled(stages: Stages, taken: Taken) -> Taken:
     return taken._replace(labels=labels)
 
 
-def by_method(forward: Callable[[Sequence[Image]], Sequence[Any]], taken: list[Taken]) -> list[Taken]:
+def by_method(forward: Callable[..., Sequence[Any]], taken: list[Taken]) -> list[Taken]:
     """Compute the token maps of a batch. If that raises an error, halve the batch and retry, so that only the picture at fault fails."""
     images = [picture.image for picture in taken if picture.image is not None]
+    names = [picture.entry.input for picture in taken if picture.image is not None]
     try:
-        maps = forward(images)
+        maps = forward(images, names=names)
     except Exception as error:
         if len(taken) == 1:
             alone = OutOfMemory('out of memory with this picture alone: try a smaller --side') if of_memory(error) else error

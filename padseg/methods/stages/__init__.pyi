@@ -1,3 +1,4 @@
+from .aggregation import background_maps as background_maps, class_maps as class_maps, orders_of as orders_of
 from .enlarging import upsample as upsample
 from .forwards import batched as batched
 from .labels import as_regions as as_regions, label_map as label_map

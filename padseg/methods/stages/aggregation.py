@@ -1,0 +1,378 @@
+"""GoCA's aggregation of all cross-attention maps of one forward pass to maps of classes, Sec. 3.1 to 3.4, on plain tensors.
+
+Axes: B pictures, H heads of width d, C = H d channels, n text tokens, (h, w) the grid of a layer, N = h w its pixels in row-major order.
+Results have the dtype of their inputs. Where nothing can be divided, shares are equal and maps are 0, never NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from padseg.methods.stages.captions import Roles
+from padseg.types import Attention
+
+Grid = tuple[int, int]  # (h, w) in tokens
+CELLS_CPU, CELLS_GPU = 2**21, 2**26  # attention weights that exist at any time: 8 MB, which a processor's cache nearly holds, and 256 MB
+ROWS = 512  # of two affinities, compared at a time
+ADDED_TO_UNION = 1e-4  # by the released code
+BLUR_TAPS, BLUR_SIGMA = 5, 1.1  # torchvision's sigma for this many taps
+
+
+# Section 3.1: the maps of one layer
+
+
+class Heads(NamedTuple):
+    """How the maps of a layer's heads are weighted. by: a key of the options; weight: (C, C) of the output projection, as (out, in).
+
+    spectral: also weigh a head by the spectral norm of V W^T (VW). text_only: z is the attention to the text alone, not the layer's output.
+    """
+
+    by: str
+    weight: Tensor | None = None
+    spectral: bool = False
+    text_only: bool = False
+
+
+def cross_map(seen: Attention, columns: Sequence[int], heads: Heads, first: int = 0, count: int | None = None) -> Tensor:
+    """The attention of `count` image tokens, from query `first` on, to the text at `columns`, aggregated over heads: (B, N, n) float32."""
+    return layer_maps(seen, columns, heads, first, count)[0]
+
+
+def self_map(seen: Attention, grid: Grid, to: Grid, first: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The mean over heads of the attention among image tokens, which lie from `first` on, with pixels left out as in `smaller`."""
+    return layer_maps(seen, (), None, first, math.prod(grid), (grid, to, dtype))[1]
+
+
+def layer_maps(
+    seen: Attention,
+    columns: Sequence[int],
+    heads: Heads | None,
+    first: int = 0,
+    count: int | None = None,
+    among: tuple[Grid, Grid, torch.dtype] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Both maps of a layer whose queries meet text and image keys in one softmax, from a single pass: those of `cross_map` and `self_map`.
+
+    Either is empty if it is not asked for. Weights of some queries exist at any time, of all heads; everything is float32.
+    """
+    query, key = seen.query, seen.key
+    count = query.shape[2] - first if count is None else count
+    keys = key.float().transpose(2, 3)  # (B, H, d, L)
+    gram = gram_of(heads.weight) if heads and heads.weight is not None and heads.by != 'average' else None
+    picked = torch.as_tensor(columns, device=key.device, dtype=torch.long)
+    own = source_pixels(among[0], smaller_grid(*among[:2])).to(key.device) if among else None
+    together = own is None or len(own) == count  # the same queries are read for both
+    queries = torch.arange(count, device=key.device) if heads or own is None else own
+    if heads and not together:
+        return layer_maps(seen, columns, heads, first, count)[0], layer_maps(seen, (), None, first, count, among)[1]
+    values = seen.value[:, :, picked].float() if heads and seen.value is not None else None  # (B, H, n, d)
+    spectral = spectral_norms(values, gram) if heads and heads.spectral and values is not None and gram is not None else None
+    cross, among_image = [], []
+    for rows in queries.split(chunk_of(query, key)):
+        shares = softmax_rows(seen, keys, first + rows)  # (B, H, rows, L)
+        if heads:
+            text = shares[..., picked]  # (B, H, rows, n)
+            z = (text @ values) if heads.text_only and values is not None else None
+            if z is None and seen.output is not None:
+                z = seen.output[:, :, first + rows].float()
+            cross.append(aggregate_heads(text, head_weights(z, gram, heads.by, spectral) if gram is not None and z is not None else None))
+        if among:
+            mean = shares[..., first : first + math.prod(among[0])].mean(1)  # (B, rows, N)
+            among_image.append(resized_keys(mean, among[0], smaller_grid(*among[:2])).to(among[2]))
+    empty = keys.new_empty(0)
+    return torch.cat(cross, 1) if cross else empty, torch.cat(among_image, 1) if among_image else empty
+
+
+def chunk_of(query: Tensor, key: Tensor) -> int:
+    """How many queries are read at a time."""
+    cells = CELLS_CPU if key.device.type == 'cpu' else CELLS_GPU
+    return max(1, cells // (query.shape[0] * query.shape[1] * key.shape[2]))
+
+
+def softmax_rows(seen: Attention, keys: Tensor, rows: Tensor) -> Tensor:
+    """The attention weights of some queries over all keys: (B, H, rows, L) float32. keys: (B, H, d, L) float32."""
+    query = seen.query[:, :, rows].float() * seen.query.shape[-1] ** -0.5
+    scores = query @ keys  # (B, H, rows, L)
+    if seen.mask is not None:
+        mask = seen.mask[(None,) * (4 - seen.mask.ndim)]
+        scores += mask[:, :, rows] if mask.shape[2] > 1 else mask
+    return scores.softmax(-1)
+
+
+def gram_of(weight: Tensor) -> Tensor:
+    """M = W^T W of an output projection (C, C), by which vectors W z are compared without forming them."""
+    weight = weight.float() if weight.dtype != torch.float64 else weight
+    return weight.T @ weight
+
+
+def head_products(z: Tensor, gram: Tensor) -> Tensor:
+    """Eq. 6: <o_h, o> with o_h = W_h z_h and o their sum, for each pixel: (B, H, N, d), (C, C) -> (B, H, N).
+
+    It is z_h . (M z)_h, so that no (N, H, C) tensor is needed. The sum over heads is |o|^2; single products can be negative.
+    """
+    mixed = z.transpose(1, 2).flatten(2) @ gram  # (B, N, C)
+    return (z * mixed.unflatten(2, (z.shape[1], -1)).transpose(1, 2)).sum(-1)
+
+
+def head_norms(z: Tensor, gram: Tensor) -> Tensor:
+    """|o_h| for each pixel: (B, H, N, d), (C, C) -> (B, H, N)."""
+    return ((z @ head_blocks(gram, z.shape[1])) * z).sum(-1).clamp_min(0).sqrt()
+
+
+def head_blocks(gram: Tensor, heads: int) -> Tensor:
+    """W_h^T W_h of each head: (C, C) -> (H, d, d)."""
+    return gram.unflatten(1, (heads, -1)).unflatten(0, (heads, -1)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def spectral_norms(values: Tensor, gram: Tensor) -> Tensor:
+    """The spectral norm of V_h W_h^T of each head: (B, H, n, d), (C, C) -> (B, H)."""
+    root = torch.linalg.qr(values, mode='r').R  # (B, H, min(n, d), d)
+    square = root @ head_blocks(gram, values.shape[1]) @ root.transpose(2, 3)
+    return torch.linalg.eigvalsh(square)[..., -1].clamp_min(0).sqrt()
+
+
+def head_weights(z: Tensor, gram: Tensor, by: str, spectral: Tensor | None = None) -> Tensor:
+    """Weight of each head at each pixel, summing to 1 over heads: (B, H, N, d), (C, C) -> (B, H, N).
+
+    by: average; dot, Eq. 6 as it is, whose weights can be negative; dot-clamped, without its negative part; l2, |o_h|; cosine, of the angle
+    between o_h and o. spectral: (B, H), a factor of each head. Where o is 0 heads weigh the same (the released clamped variant: 1 each).
+    """
+    if by == 'average':
+        return z.new_full(z.shape[:3], 1 / z.shape[1])
+    if by == 'l2':
+        raw = head_norms(z, gram)
+    else:
+        raw = head_products(z, gram)
+        if by == 'dot-clamped':
+            raw = raw.clamp_min(0)
+        if by == 'cosine':
+            length = raw.sum(1, keepdim=True).clamp_min(0).sqrt()
+            raw = quotient(raw, head_norms(z, gram) * length)
+    if spectral is not None:
+        raw = raw * spectral[..., None]
+    total = raw.sum(1, keepdim=True)
+    return torch.where(total == 0, 1 / z.shape[1], quotient(raw, total))
+
+
+def aggregate_heads(attention: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Eq. 7: the weighted sum of the maps of all heads; without weights their mean: (B, H, N, n), (B, H, N) -> (B, N, n)."""
+    return attention.mean(1) if weights is None else torch.einsum('bhnt,bhn->bnt', attention, weights)
+
+
+# Section 3.2: the map of all layers
+
+
+def affinity(dense: Tensor, channels: str = 'all') -> Tensor:
+    """Eq. 8: softmax over rows of D D^T / sqrt(C) of a dense feature: (B, C, h, w) -> (B, N, N).
+
+    channels: 'first' reads the first channel alone, as the released code does.
+    """
+    pixels = (dense[:, :1] if channels == 'first' else dense).flatten(2).transpose(1, 2)  # (B, N, C)
+    return (pixels * pixels.shape[2] ** -0.5 @ pixels.transpose(1, 2)).softmax(-1)
+
+
+def resized(maps: Tensor, grid: Grid, to: Grid, renormalise: bool = False) -> Tensor:
+    """Resize an affinity from one grid to another, queries by nearest neighbour and keys bilinearly: (B, N, N) -> (B, N', N').
+
+    Rows then sum to N'/N of what they did, unless they are renormalised.
+    """
+    if grid != to:
+        maps = resized_keys(maps[:, source_pixels(grid, to).to(maps.device)], grid, to)
+    return quotient(maps, maps.sum(2, keepdim=True)) if renormalise else maps
+
+
+def resized_keys(maps: Tensor, grid: Grid, to: Grid) -> Tensor:
+    """(B, Q, N) -> (B, Q, N')."""
+    if grid == to:
+        return maps
+    return interpolate(maps.unflatten(2, grid), to, mode='bilinear', align_corners=False).flatten(2)
+
+
+def source_pixels(grid: Grid, to: Grid) -> Tensor:
+    """The pixel of a grid that is nearest to each pixel of another one, as torch's `nearest` has it: (N',)."""
+    row, column = (torch.arange(wanted) * length // wanted for length, wanted in zip(grid, to, strict=True))
+    return (row[:, None] * grid[1] + column).flatten()
+
+
+def smaller_grid(grid: Grid, to: Grid) -> Grid:
+    """The grid that an affinity is kept in if it is wanted in another: the wanted one if it has fewer rows and columns."""
+    return to if to[0] <= grid[0] and to[1] <= grid[1] else grid
+
+
+def similarity(dense: Tensor, own: Tensor, by: str) -> Tensor:
+    """Eq. 9: the weight of a layer, from the affinity of the dense feature and its own, (B, N, N) each: (B,) float64.
+
+    by: dot, the sum of products; cosine, that of the matrices' angle; l2, 1 / their distance; layer-mse, 1 / the summed distance of rows;
+    layer-iou, the sum of minima by that of maxima; uniform, 1. layer-mse and layer-iou are the released variants, l2 and cosine ours.
+    """
+
+    def total(of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        pairs = zip(dense.split(ROWS, 1), own.split(ROWS, 1), strict=True)
+        return torch.stack([of(one, other.to(one.dtype)).double() for one, other in pairs]).sum(0)  # (B,)
+
+    if by == 'uniform':
+        return torch.ones(len(dense), dtype=torch.float64, device=dense.device)
+    if by in ('l2', 'layer-mse'):
+        squares = total(lambda one, other: (one - other).square().sum((1, 2)))
+        distance = squares.sqrt() if by == 'l2' else total(lambda one, other: (one - other).norm(dim=2).sum(1))
+        return 1 / distance.clamp_min(torch.finfo(dense.dtype).tiny)
+    if by == 'layer-iou':
+        shared = total(lambda one, other: torch.minimum(one, other).sum((1, 2)))
+        return shared / (total(lambda one, other: torch.maximum(one, other).sum((1, 2))) + ADDED_TO_UNION)
+    products = total(lambda one, other: (one * other).sum((1, 2)))
+    if by == 'dot':
+        return products
+    squares = total(lambda one, _: one.square().sum((1, 2))) * total(lambda _, other: other.square().sum((1, 2)))
+    return quotient(products, squares.sqrt())
+
+
+def enlarged(maps: Tensor, to: Grid) -> Tensor:
+    """Resize maps bilinearly with half-pixel centres: (..., h, w) -> (..., h', w')."""
+    if maps.shape[-2:] == to:
+        return maps
+    flat = maps.reshape(-1, 1, *maps.shape[-2:])
+    return interpolate(flat, to, mode='bilinear', align_corners=False).reshape(*maps.shape[:-2], *to)
+
+
+def aggregate_layers(maps: Sequence[Tensor], weights: Tensor, to: Grid) -> Tensor:
+    """Eq. 10: the weighted mean of the maps of all layers, of any grids, then shares: L times (B, n, h, w), (L, B) -> (B, n, h', w')."""
+    shares = layer_shares(weights)
+    total = sum(share[:, None, None, None].to(own.dtype) * enlarged(own, to) for share, own in zip(shares, maps, strict=True))
+    assert isinstance(total, Tensor)
+    return token_shares(total)
+
+
+def layer_shares(weights: Tensor) -> Tensor:
+    """Layer weights above 0, summing to 1 over layers: (L, B) -> (L, B)."""
+    above = weights.clamp_min(0)
+    total = above.sum(0, keepdim=True)
+    return torch.where(total == 0, 1 / len(weights), quotient(above, total))
+
+
+def token_shares(maps: Tensor) -> Tensor:
+    """What is above 0 of each pixel's values as shares over all tokens, as the released code does: (B, n, h, w) -> (B, n, h, w)."""
+    above = maps.clamp_min(0)
+    return quotient(above, above.sum(1, keepdim=True))
+
+
+# Section 3.3: the maps of classes
+
+
+def object_scores(maps: Tensor, objects: Sequence[Sequence[int]]) -> Tensor:
+    """The mean over the tokens of each class or background object: (n, h, w) -> (C, h, w)."""
+    return torch.stack([maps[list(tokens)].mean(0) for tokens in objects])
+
+
+def rescaled(scores: Tensor, maps: Tensor, content: Sequence[int]) -> Tensor:
+    """Eq. 11: scores by the sum over all content tokens, pixel by pixel: (C, h, w), (n, h, w) -> (C, h, w)."""
+    return quotient(scores, maps[list(content)].sum(0))
+
+
+def renormalised(maps: Tensor) -> Tensor:
+    """Eq. 12: each map from 0 to 1, after the blur of the released code: (C, h, w) -> (C, h, w)."""
+    return from_0_to_1(blurred(maps))
+
+
+def blurred(maps: Tensor) -> Tensor:
+    """Gaussian blur of 5 x 5 taps, maps mirrored at their borders: (C, h, w) -> (C, h, w)."""
+    offsets = torch.arange(BLUR_TAPS, dtype=maps.dtype, device=maps.device) - BLUR_TAPS // 2
+    taps = (-0.5 * (offsets / BLUR_SIGMA).square()).exp()
+    taps = taps / taps.sum()
+    for axis in (1, 2):
+        places = mirrored(maps.shape[axis]).to(maps.device)
+        beside = maps.index_select(axis, places).unfold(axis, BLUR_TAPS, 1)  # (C, h, w, taps)
+        maps = beside @ taps
+    return maps
+
+
+def mirrored(length: int) -> Tensor:
+    """Places along an axis with as many before and behind as the blur reaches, mirrored without repeating the border."""
+    reach, period = BLUR_TAPS // 2, max(1, 2 * (length - 1))
+    places = torch.arange(-reach, length + reach) % period
+    return torch.minimum(places, period - places).clamp_max(length - 1)
+
+
+def from_0_to_1(maps: Tensor) -> Tensor:
+    """Each map from 0 to 1 over its pixels; a flat one is 0: (C, h, w) -> (C, h, w)."""
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    return quotient(maps - low, high - low)
+
+
+def with_background(maps: Tensor, classes: int) -> Tensor:
+    """The maps of classes, then the maximum of those of background objects, 0 if there are none: (C + O, h, w) -> (C + 1, h, w)."""
+    objects = maps[classes:]
+    background = objects.amax(0, keepdim=True) if len(objects) else torch.zeros_like(maps[:1])
+    return torch.cat((maps[:classes], background))
+
+
+def class_maps(maps: Tensor, roles: Sequence[Roles], rescale: bool = True) -> tuple[tuple[int, ...], Tensor]:
+    """Numbers of the classes that have tokens, and Sec. 3.3 for a prompt: (n, h, w) -> (K + 1, h, w), background last.
+
+    roles: of the columns of each tokenizer, over whose scores those of an object are averaged. An object that stands alone is not rescaled:
+    its share would be the same everywhere.
+    """
+    numbers = tuple(dict.fromkeys(number for own in roles for number in own.classes))
+    classes = [[own.classes[number] for own in roles if number in own.classes] for number in numbers]
+    counts = {len(own.objects) for own in roles}
+    objects = [list(same) for same in zip(*(own.objects for own in roles), strict=False)] if len(counts) == 1 else []
+    if len(counts) > 1:  # one of the tokenizers does not know a word
+        objects = [[columns] for own in roles for columns in own.objects]
+    if not classes and not objects:
+        return numbers, torch.zeros_like(maps[:1])
+    scores = torch.stack([object_scores(maps, columns).mean(0) for columns in (*classes, *objects)])
+    if rescale and len(scores) > 1:
+        scores = rescaled(scores, maps, [column for own in roles for column in own.content])
+    return numbers, with_background(renormalised(scores), len(classes))
+
+
+# Section 3.4: refinement and decision
+
+
+def propagated(maps: Tensor, self_map: Tensor) -> Tensor:
+    """Eq. 13 once, not normalised: each pixel becomes the mean that its self-attention weighs, (C, h, w), (N, N) -> (C, h, w)."""
+    return (maps.flatten(1) @ self_map.T).unflatten(1, maps.shape[1:])
+
+
+def refined(maps: Tensor, self_map: Tensor, order: int) -> Tensor:
+    """Eq. 13: maps propagated by the self-attention `order` times, then each from 0 to 1: (C, h, w), (N, N) -> (C, h, w)."""
+    for _ in range(order):
+        maps = propagated(maps, self_map)
+    return from_0_to_1(maps)
+
+
+def background_score(background: Tensor, tau: float, rule: str) -> Tensor:
+    """The score of background from its map (h, w): offset, tau + B, as released; max of both, as in the paper; exact, B; avg, their mean;
+    vanilla, tau."""
+    if rule == 'exact':
+        return background
+    if rule == 'max':
+        return background.clamp_min(tau)
+    if rule == 'vanilla':
+        return torch.full_like(background, tau)
+    return (background + tau) / (2 if rule == 'avg' else 1)
+
+
+def orders_of(maps: Tensor, self_map: Tensor, orders: int) -> Tensor:
+    """Maps refined 0 .. orders - 1 times: (K, h, w), (N, N) -> (orders, K, h, w)."""
+    steps = [maps]
+    while len(steps) < orders:
+        steps.append(propagated(steps[-1], self_map))
+    return torch.stack([from_0_to_1(step) for step in steps])
+
+
+def background_maps(background: Tensor, tau: float, rule: str) -> Tensor:
+    """The maps of which the greatest is the score of background, once they are enlarged: (h, w) -> (1 or 2, h, w)."""
+    if rule == 'max':
+        return torch.stack((background, torch.full_like(background, tau)))
+    return background_score(background, tau, rule)[None]
+
+
+def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """One by the other; 0 where the other is 0."""
+    return torch.where(denominator == 0, 0, numerator / torch.where(denominator == 0, 1, denominator))

@@ -1,0 +1,188 @@
+"""Noised latents -> GoCA's aggregated map and mean self-attention: one forward pass, every layer reduced while it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from padseg.backbones import Backbone
+from padseg.backbones.cpu_attention import by_rows
+from padseg.backbones.recorder import Request, What, watch
+from padseg.errors import NotFinite
+from padseg.methods.stages.aggregation import (
+    Grid,
+    Heads,
+    affinity,
+    enlarged,
+    layer_maps,
+    quotient,
+    resized,
+    similarity,
+    smaller_grid,
+    token_shares,
+)
+from padseg.types import Attention, Latent, Prompt
+
+
+class Plan(NamedTuple):
+    """What to read, by layer numbers. cross: layers whose maps are aggregated; refine: whose self-attention is averaged.
+
+    heads, spectral, text_only, single: how heads are weighted, see `Heads`; single: whether blocks without a projection of their own
+    take their part of the one that they share. by: how layers are, a key of `similarity`, by the feature of the layer `dense`: its
+    queries (cross-q, self-q) or its output (attn-out). half: keep self-attention in 16 bits. guidance: as for `Backbone.denoise`.
+    """
+
+    cross: tuple[int, ...]
+    heads: str
+    spectral: bool
+    text_only: bool
+    single: bool
+    by: str
+    dense: int
+    feature: str
+    channels: str
+    renormalise: bool
+    refine: tuple[int, ...]
+    half: bool
+    guidance: float | None = None
+
+
+class Aggregated(NamedTuple):
+    """maps: (B, n, h, w) shares over all n tokens; self_map: (B, N, N), of the same grid; weights: (L, B) of the layers, as they ran."""
+
+    maps: Tensor
+    self_map: Tensor
+    weights: Tensor
+
+
+@dataclasses.dataclass
+class Running:
+    """What is kept of the layers that have run. grids: of all layers; to: of the result.
+
+    cross, own: maps of layers that wait for the dense feature, by layer; dense: its affinity.
+    """
+
+    plan: Plan
+    grids: dict[int, Grid]
+    to: Grid
+    cross: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    own: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    dense: Tensor | None = None
+    maps: Tensor | None = None
+    self_map: Tensor | None = None
+    weights: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+
+    def add(self, layer: int, cross: Tensor | None, own: Tensor | None) -> None:
+        """Take in maps of a layer, (B, N, n) and (B, N, N); whatever is weighted already is added up."""
+        plan = self.plan
+        if own is not None and layer in plan.refine:
+            share = resized(own.float(), self.grids[layer], self.to) / len(plan.refine)
+            self.self_map = share if self.self_map is None else self.self_map + share
+        if own is not None and layer in plan.cross and plan.by != 'uniform':
+            self.own[layer] = own if layer not in plan.refine else reduced(own, self.grids[layer], self.grids[plan.dense])
+        if cross is not None:
+            self.cross[layer] = cross.transpose(1, 2).unflatten(2, self.grids[layer])  # (B, n, h, w)
+        ready = plan.by == 'uniform' or self.dense is not None
+        for number in sorted(self.cross) if ready else ():
+            if plan.by == 'uniform' or number in self.own:
+                self.settle(number)
+
+    def settle(self, layer: int) -> None:
+        """Eq. 9 and 10 for one layer, whose maps are then forgotten."""
+        plan, cross, own = self.plan, self.cross.pop(layer), self.own.pop(layer, None)
+        if own is None or self.dense is None:
+            weight = torch.ones(len(cross), dtype=torch.float64, device=cross.device)
+        else:
+            to = self.grids[plan.dense]
+            own = resized(own.to(self.dense.dtype), smaller_grid(self.grids[layer], to), to, plan.renormalise)
+            weight = similarity(self.dense, own, plan.by).clamp_min(0)  # (B,)
+        self.weights[layer] = weight
+        maps = weight.to(cross.dtype)[:, None, None, None] * enlarged(cross, self.to)
+        self.maps = maps if self.maps is None else self.maps + maps
+
+
+def reduced(own: Tensor, grid: Grid, to: Grid) -> Tensor:
+    return resized(own, grid, smaller_grid(grid, to))
+
+
+@torch.no_grad()
+def aggregated(latents: Sequence[Latent], backbone: Backbone, prompt: Prompt, plan: Plan) -> Aggregated:
+    """Aggregate latents with the same shape and noise level over heads and layers, from one forward pass (GoCA, Sec. 3.1 and 3.2).
+
+    Maps have the finest grid of the model's layers.
+    """
+    z, timestep = torch.cat([latent.z for latent in latents]), latents[0].timestep
+    grids = {layer: backbone.grid(layer, tuple(z.shape)) for layer in range(backbone.layers)}
+    everything = prompt._replace(picked=tuple(range(prompt.embeds.shape[1])))
+    running = Running(plan, grids, max(grids.values(), key=math.prod))
+    requests: dict[tuple[int, str], Request[None]] = {}
+    for layer in sorted({*plan.cross, *plan.refine, *([plan.dense] if plan.by != 'uniform' else [])}):
+        requests |= requests_of_layer(layer, backbone, everything, running)
+    with by_rows(), watch(requests):
+        backbone.denoise(z, timestep, prompt, plan.guidance)
+    assert running.maps is not None and running.self_map is not None
+    weights = torch.stack([running.weights[layer] for layer in sorted(running.weights)])  # (L, B)
+    maps = token_shares(quotient(running.maps, weights.sum(0).to(running.maps.dtype)[:, None, None, None]))
+    if not (torch.isfinite(maps).all() and torch.isfinite(running.self_map).all()):
+        raise NotFinite(f'attention is not finite with {backbone.dtype}: try another --dtype')
+    return Aggregated(maps, running.self_map, weights)
+
+
+def requests_of_layer(layer: int, backbone: Backbone, prompt: Prompt, running: Running) -> dict[tuple[int, str], Request[None]]:
+    """What to record of a layer: one request if the same softmax gives both maps, else one of the cross- and one of the self-attention."""
+    plan, grid = running.plan, running.grids[layer]
+    cross, own = layer in plan.cross, layer in plan.refine or (layer in plan.cross and plan.by != 'uniform')
+    dense = plan.by != 'uniform' and layer == plan.dense
+    what: tuple[What, ...] = ('queries', 'keys')
+    if cross and plan.heads != 'average':
+        what += ('values', 'output')
+    if dense and plan.feature == 'attn-out' and 'output' not in what:
+        what += ('output',)
+    text, image = backbone.attention_module(layer, what), backbone.self_attention_module(layer)
+    columns = backbone.text_columns(prompt, math.prod(grid)) if cross else ()
+    projection = backbone.output_projection(layer) if 'output' in what else None
+    heads = heads_of(plan, projection) if cross else None
+    wanted = running.to if layer in plan.refine else running.grids[plan.dense]
+    among = (grid, wanted, torch.float16 if plan.half else torch.float32) if own else None
+    joint = text is image
+
+    def read(seen: Attention, text_part: bool, image_part: bool) -> None:
+        first = backbone.first_image_token(prompt)
+        if dense and (image_part if plan.feature == 'self-q' else text_part):
+            running.dense = affinity(feature_of(seen, plan.feature, projection, first, grid), plan.channels)
+        by, among_image = heads if text_part else None, among if image_part else None
+        if by or among_image:
+            found = layer_maps(seen, columns, by, first, math.prod(grid), among_image)
+            running.add(layer, found[0] if by else None, found[1] if among_image else None)
+
+    if joint:
+        return {(layer, 'joint'): Request(text, partial(read, text_part=True, image_part=True), what)}
+    requests: dict[tuple[int, str], Request[None]] = {}
+    if own or (dense and plan.feature == 'self-q'):
+        requests[layer, 'self'] = Request(image, partial(read, text_part=False, image_part=True))
+    if cross or (dense and plan.feature != 'self-q'):
+        requests[layer, 'cross'] = Request(text, partial(read, text_part=True, image_part=False), what)
+    return requests
+
+
+def heads_of(plan: Plan, projection: tuple[Tensor, Tensor | None] | None) -> Heads:
+    """How a layer weighs its heads: by their mean where it has no projection of its own, unless the part of a shared one may do."""
+    if projection is None or (projection[1] is None and not plan.single):
+        return Heads('average')
+    return Heads(plan.heads, projection[0].detach(), plan.spectral, plan.text_only)
+
+
+def feature_of(seen: Attention, feature: str, projection: tuple[Tensor, Tensor | None] | None, first: int, grid: Grid) -> Tensor:
+    """A dense feature of image tokens, heads side by side: (B, C, h, w) float32. An output is projected if the block does this at once."""
+    source = seen.output if feature == 'attn-out' else seen.query
+    assert source is not None
+    pixels = source[:, :, first : first + math.prod(grid)].transpose(1, 2).flatten(2).float()  # (B, N, C)
+    if feature == 'attn-out' and projection is not None and projection[1] is not None:
+        pixels = torch.nn.functional.linear(pixels, projection[0].float(), projection[1].float())
+    return pixels.transpose(1, 2).unflatten(2, grid)
