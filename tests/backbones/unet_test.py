@@ -383,7 +383,7 @@ def test_a_schedule_without_a_limit(copied):
     path.write_text(json.dumps({**values, 'beta_start': float('-inf')}))
     assert 'scheduler' in refusals(copied)
     path.write_text(json.dumps({**values, 'beta_start': float('inf')}))
-    assert 'Infinity is no number of JSON' in refusals(copied)
+    assert 'Infinity is not a JSON number' in refusals(copied)
 
 
 def test_identity_covers_all_files(copied):
