@@ -74,6 +74,6 @@ CARDS: dict[str, Card] = {
     'sd1.5': Card('CreativeML Open RAIL-M License', False),
     'sd2.1': Card('CreativeML Open RAIL++-M License', False),
     'sdxl': Card('CreativeML Open RAIL++-M License', False),
-    'ssd-1b': Card('Apache-2.0', False),
+    'ssd-1b': Card('see its card', False),
     'pixart-sigma': Card('CreativeML Open RAIL++-M License', False),
 }

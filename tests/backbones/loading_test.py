@@ -513,11 +513,9 @@ def test_half_precision(family, dtype, bound, picture, request):
 
 @pytest.fixture
 def hub(folder):
-    """A hub on this machine that holds a model with T5, and with weights in other forms, which nobody should ask for."""
+    """A hub on this machine, whose model also has weights in other forms, which nobody should ask for."""
     for part, name in (('vae', 'diffusion_pytorch_model.fp16.safetensors'), ('text_encoder', 'pytorch_model.bin'), ('vae', 'model.onnx')):
         (folder / part / name).write_bytes(bytes(1000))
-    (folder / 'text_encoder_3').mkdir(exist_ok=True)
-    (folder / 'text_encoder_3' / 'model.safetensors').write_bytes(bytes(1000))
     with serve(folder) as running:
         yield running
 
