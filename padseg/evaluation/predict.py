@@ -121,7 +121,7 @@ def predict_classes(
     names: 'present' looks only for classes in the picture's ground truth, as Seg4Diff does; 'all' looks for all of them. GoCA looks for no
     background among them: it is what its rule leaves. taus: thresholds of that rule to predict with, too, after the method's own.
     """
-    unnamed = {background} if method is goca else set()
+    unnamed = background if method is goca else None  # a class that is not looked for
     keep = names == 'all'  # prompts for single pictures would fill the cache
 
     @lru_cache(PROMPTS_KEPT)
@@ -130,8 +130,8 @@ def predict_classes(
 
     def predict(name: str, image: Image, where: View, present: Sequence[int] = ()) -> list[Array]:
         wanted = present if names == 'present' else range(len(classes))
-        chosen = tuple(number for number in wanted if number not in unnamed)
-        predictions = [np.full(where.size, background if unnamed else 0, np.int32)] * (1 + len(taus))
+        chosen = tuple(number for number in wanted if number != unnamed)
+        predictions = [np.full(where.size, unnamed or 0, np.int32)] * (1 + len(taus))
         if chosen:
             prepared = prepared_for(chosen)
             maps = method.maps([image], prepared, (name,))[0]
@@ -148,5 +148,5 @@ def predict_classes(
 def otherwise(labels: Array, background: int | None) -> int:
     """Class of unlabelled pixels. UsageError if there are any and the data set has no class for them."""
     if background is None and not labels.all():
-        raise UsageError('the data set has no class for unlabelled pixels, which --background-below and some geometries leave')
+        raise UsageError('the data set has no class for unlabelled pixels, which --background-below, --tau and some geometries leave')
     return background or 0

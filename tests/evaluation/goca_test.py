@@ -71,3 +71,18 @@ def test_thresholds_are_tried_where_there_are_some(root, texts_folder, capsys):
     command = ['eval', 'voc21', '--root', str(root), '--split', 'train', '--method', 'open-vocabulary', '--protocol', 'goca', '--tau-sweep']
     assert main([*command, '--model', str(texts_folder)]) == 2
     assert 'open-vocabulary has no threshold for --tau-sweep' in capsys.readouterr().err
+
+
+def test_a_data_set_without_background_takes_a_threshold_below_all_scores(texts_folder, picture, tmp_path, capsys):
+    truth = np.zeros(SIZE, np.uint8)
+    truth[:, 30:] = 1
+    for folder, values in (('images', picture), ('labels', truth)):
+        (tmp_path / folder).mkdir()
+        PIL.Image.fromarray(values).save(tmp_path / folder / 'a.png')
+    (tmp_path / 'padseg.toml').write_text('classes = ["cat", "photo"]\n')
+    command = ['eval', 'folder', '--root', str(tmp_path), '--method', 'goca', '--protocol', 'seg4diff-ovss', '--geometry', 'whole']
+    command += ['--model', str(texts_folder), '--device', 'cpu', '--quiet', '--json']
+    assert main([*command, '--tau', '2']) == 2
+    assert 'the data set has no class for unlabelled pixels, which --background-below, --tau and' in capsys.readouterr().err
+    assert main([*command, '--tau', '-1000']) == 0
+    assert json.loads(capsys.readouterr().out)['counts']['pictures'] == 1
