@@ -236,8 +236,8 @@ def content(path: Path) -> bytes:
 
 def test_a_run_without_address_brings_its_own_ray_and_takes_it_away(quick, cluster, tmp_path):
     """Stopped after its first picture; then continued on a cluster, with the results of a run without Ray."""
-    events, code = stopped(quick, signal.SIGTERM)
-    assert (code, events[-1]['signal']) == (143, 15)
+    events, code = stopped(quick, signal.SIGINT)  # as Ctrl-C sends it to the whole group; Ray's own processes would not survive SIGTERM
+    assert (code, events[-1].get('signal')) == (130, 2), events[-1]
     done = [event['input'] for event in events if event['event'] == 'picture']
     assert 0 < len(done) < PICTURES
     assert all(has_ended(path) for path in started_by(quick))
