@@ -1,4 +1,4 @@
-"""The embedding of the empty prompt: a constant of each model, computed once and kept in padseg's cache."""
+"""The embeddings of texts, above all of the empty prompt, a constant of each model: computed once and kept in padseg's cache."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import logging
 import pathlib
 import tempfile
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +38,20 @@ def null_prompt(family: Family, source: Source, transformer: Any, device: torch.
     names = tuple(family.null_names(slots))
     values = {name: tensors[name].to(device, dtype) for name in shapes}
     return Prompt(values['embeds'], values['pooled'], tuple(range(len(names))), names, mask=values.get('mask')), encoders
+
+
+def cached_embedding(
+    source: Source, text: str, shapes: Mapping[str, tuple[int, ...]], encode: Callable[[], dict[str, Tensor]], keep: bool
+) -> dict[str, Tensor]:
+    """The tensors of an encoded text from the cache, or from `encode`, and then cached if `keep`. shapes: of these tensors, by name."""
+    path = cache_path(source, text)
+    tensors, _ = read_cache(path)
+    if shapes_of(tensors) != shapes:
+        tensors = encode()
+        refuse_not_finite(source, tensors)
+        if keep:
+            write_cache(tensors, path, 'a prompt')
+    return tensors
 
 
 def refuse_not_finite(source: Source, tensors: dict[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from padseg.backbones.null_prompt import cache_path, read_cache, refuse_not_finite, shapes_of, write_cache
+from padseg.backbones.null_prompt import cached_embedding
 from padseg.backbones.parts import tokens_of
 from padseg.backbones.pixart import encode_text, prompt_shapes, text_pipeline, tokenizers
 from padseg.backbones.source import Source, text_files
@@ -56,13 +56,8 @@ class PixArtTexts:
     def encode(self, text: str, encoders: str, unused: str) -> tuple[Tensor, Tensor]:
         """Encode with T5, or read the cache; the empty text is the null prompt."""
         slots = self.source.spec.sequence
-        path = cache_path(self.source, text)
-        tensors, _ = read_cache(path)
-        if shapes_of(tensors) != prompt_shapes(slots, self.transformer.config):
-            tensors = encode_text(self.pipeline, slots, text)
-            refuse_not_finite(self.source, tensors)
-            if self.keep:
-                write_cache(tensors, path, 'a prompt')
+        shapes = prompt_shapes(slots, self.transformer.config)
+        tensors = cached_embedding(self.source, text, shapes, lambda: encode_text(self.pipeline, slots, text), self.keep)
         place, kind = self.transformer.device, self.transformer.dtype
         return tensors['embeds'].to(place, kind), tensors['pooled'].to(place, kind)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from padseg.backbones.null_prompt import cache_path, read_cache, refuse_not_finite, shapes_of, write_cache
+from padseg.backbones.null_prompt import cached_embedding
 from padseg.backbones.sd3_text import PAD, clip_tokens
 from padseg.backbones.source import Source, text_files
 from padseg.backbones.unet import encode_text, prompt_shapes, text_pipeline, tokenizers
@@ -52,12 +52,7 @@ class UNetTexts:
 
     def encode(self, text: str, encoders: str, unused: str) -> tuple[Tensor, Tensor]:
         """Encode with CLIP, or read the cache; the empty text is the null prompt."""
-        path = cache_path(self.source, text)
-        tensors, _ = read_cache(path)
-        if shapes_of(tensors) != prompt_shapes(self.source.spec.sequence, self.transformer.config):
-            tensors = encode_text(self.pipeline, text)
-            refuse_not_finite(self.source, tensors)
-            if self.keep:
-                write_cache(tensors, path, 'a prompt')
+        shapes = prompt_shapes(self.source.spec.sequence, self.transformer.config)
+        tensors = cached_embedding(self.source, text, shapes, lambda: encode_text(self.pipeline, text), self.keep)
         place, kind = self.transformer.device, self.transformer.dtype
         return tensors['embeds'].to(place, kind), tensors['pooled'].to(place, kind)

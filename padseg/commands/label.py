@@ -12,6 +12,7 @@ import click
 from padseg.commands.flags import MethodCommand, job_flags, options_given, reading_flags
 from padseg.commands.run import as_events, start_run
 from padseg.errors import UsageError
+from padseg.methods import METHODS
 
 
 class ClassesCommand(MethodCommand):
@@ -33,7 +34,7 @@ def command(classes: str | None, classes_file: Path | None, log_json: bool, meth
         raise click.UsageError('name the folder of pictures with --dir FOLDER')
     with as_events() if log_json else contextlib.nullcontext():
         names = names_of(classes, classes_file)
-        if method == 'goca':
+        if METHODS[method].BACKGROUND_BY_RULE:
             settings |= words_behind(settings)
         return start_run(log_json, method=method, options=options_given(method, settings), classes=names, **settings)
 

@@ -14,7 +14,7 @@ from padseg.datasets.check import Check, check_dataset
 from padseg.errors import UsageError
 from padseg.evaluation.evaluate import Task, paired, stored
 from padseg.evaluation.protocols import CONTEXT, DEFAULT, WARNINGS, Protocol, protocol, scored_classes
-from padseg.methods import DEFAULTS, METHODS, Method, goca, method_named, open_backbone
+from padseg.methods import DEFAULTS, METHODS, Method, method_named, open_backbone
 from padseg.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def of_method(asked: Asked, ground: Ground, contender: Contender) -> Evaluation:
     """Set up the evaluation of a method. UsageError if the ground truth or rules do not suit its output."""
     method = method_named(contender.method)
     check_task(ground, contender, method)
-    contender = contender._replace(options=as_released(contender.options, ground))
+    contender = contender._replace(options=as_released(contender.options, ground, method))
     how = {name: getattr(contender, name) for name in ('revision', 'device', 'dtype', 'vae', 'compile')}
     backbone = open_backbone(method, contender.options, contender.model, **how)
     return Evaluation(
@@ -188,21 +188,17 @@ def check_task(ground: Ground, contender: Contender, method: Method) -> None:
         raise UsageError(f'{contender.method} has no threshold for {"--tau-sweep" if ground.dataset.classes else "--sweep"}')
 
 
-def as_released(options: MethodOptions, ground: Ground) -> Any:
-    """GoCA's options by its own protocol: background is a word of the prompt where the released code puts it there."""
-    if (
-        isinstance(options, goca.Options)
-        and ground.protocol == 'goca'
-        and not options.background_words
-        and ground.dataset.name in WITH_WORD
-    ):
+def as_released(options: Any, ground: Ground, method: Method) -> Any:
+    """Options of a method by GoCA's protocol: background is a word of the prompt where the released code puts it there."""
+    by_rule = method.BACKGROUND_BY_RULE and ground.protocol == 'goca' and ground.dataset.name in WITH_WORD
+    if by_rule and not getattr(options, 'background_words', ()):
         return dataclasses.replace(options, background_words=('background',))
     return options
 
 
 def beside(ground: Ground, method: Method) -> tuple[str, ...]:
     """Rules for unlabelled pixels by which a method's predictions are scored, too."""
-    return ('class', 'ignored') if method is goca and ground.rules.void == 'class' else ()
+    return ('class', 'ignored') if method.BACKGROUND_BY_RULE and ground.rules.void == 'class' else ()
 
 
 def predictor_of(asked: Asked, ground: Ground, contender: Contender, method: Method, backbone: Backbone | None) -> Predict:
@@ -211,7 +207,7 @@ def predictor_of(asked: Asked, ground: Ground, contender: Contender, method: Met
     if method.TASK == 'classes':
         names = contender.names or PRESENT
         classes = ground.dataset.classes
-        if method is not goca:
+        if not method.BACKGROUND_BY_RULE:
             return predict_classes(method, backbone, contender.options, classes, ground.dataset.background, names, asked.out)
         background = scored_classes(classes, ground.dataset.background, ground.rules).background
         return predict_classes(method, backbone, contender.options, classes, background, names, asked.out, ground.thresholds)

@@ -14,7 +14,7 @@ from padseg.backbones import Backbone
 from padseg.errors import UsageError
 from padseg.evaluation.protocols import RELEASED_CUT, Protocol, View, seen_prediction
 from padseg.exports.png import write_label_map
-from padseg.methods import Method, goca, seg4diff
+from padseg.methods import Method, seg4diff
 from padseg.methods.stages.enlarging import upsample
 from padseg.methods.stages.labels import argmax
 from padseg.methods.stages.proposals import merge
@@ -118,10 +118,10 @@ def predict_classes(
 ) -> Predict:
     """Predict the class of every compared pixel, as a number from 0. classes: of the data set; background: number of that class.
 
-    names: 'present' looks only for classes in the picture's ground truth, as Seg4Diff does; 'all' looks for all of them. GoCA looks for no
-    background among them: it is what its rule leaves. taus: thresholds of that rule to predict with, too, after the method's own.
+    names: 'present' looks only for classes in the picture's ground truth, as Seg4Diff does; 'all' looks for all of them, but not for
+    background if the method leaves it to a rule. taus: thresholds of that rule to predict with, too, after the method's own.
     """
-    unnamed = background if method is goca else None  # a class that is not looked for
+    unnamed = background if method.BACKGROUND_BY_RULE else None  # a class that is not looked for
     keep = names == 'all'  # prompts for single pictures would fill the cache
 
     @lru_cache(PROMPTS_KEPT)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import PIL.Image
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from padseg.images.pixels import to_bytes
 
@@ -26,6 +27,8 @@ MAX_SCANS = 500  # as TurboJPEG's own limit; encoders make a dozen
 MAX_SEGMENTS = 20_000
 FILLER = bytes(range(1, 251)) * 4  # entropy-coded data that do not decode as zeros
 MIDDLE = (126, 129)  # samples that missing data decode to, allowing for the rounding of colour conversions
+COMPRESSION, AS_JPEG, JPEG_TABLES = 259, 7, 347  # TIFF tags, and a value of the first
+PLACES = ((273, 324), (279, 325))  # tags of where data begin and how long they are, of strips and of tiles
 CHUNK = 2**20
 TEXTS = (b'tEXt', b'zTXt', b'iTXt')
 NEEDED = (b'XML:com.adobe.xmp\0', b'Raw profile type exif\0')  # texts that may hold the orientation
@@ -149,6 +152,27 @@ def is_short_jpeg(data: bytes, picture: JpegImageFile) -> bool:
     return filled.size != picture.size or any(
         not np.array_equal(np.asarray(picture.crop(strip)), np.asarray(filled.crop(strip))) for strip in strips_of(picture)
     )
+
+
+def is_short_tiff(data: bytes, picture: TiffImageFile) -> bool:
+    """Whether a strip or tile of a loaded TIFF with JPEG compression ends before its last row."""
+    tags = picture.tag_v2
+    if tags.get(COMPRESSION) != AS_JPEG:
+        return False
+    starts, sizes = (as_tuple(tags.get(strip, tags.get(tile, ()))) for strip, tile in PLACES)
+    tables = bytes(tags.get(JPEG_TABLES, b''))
+    for start, size in zip(starts, sizes, strict=False):
+        part = data[start : start + size]
+        whole = tables[:-2] + part[2:] if tables else part
+        jpeg = JpegImageFile(io.BytesIO(whole))
+        jpeg.load()
+        if jpeg_fault(whole) or is_short_jpeg(whole, jpeg):
+            return True
+    return False
+
+
+def as_tuple(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def strips_of(picture: PIL.Image.Image) -> Iterator[tuple[int, int, int, int]]:

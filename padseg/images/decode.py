@@ -26,7 +26,17 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from padseg.errors import PadsegError
-from padseg.images.complete import SHORT, gif_frames, is_short_jpeg, is_short_png, jpeg_fault, lacks_scans, lean_png, with_key_colour
+from padseg.images.complete import (
+    SHORT,
+    gif_frames,
+    is_short_jpeg,
+    is_short_png,
+    is_short_tiff,
+    jpeg_fault,
+    lacks_scans,
+    lean_png,
+    with_key_colour,
+)
 from padseg.images.finding import AVIF, HEIC, SUFFIXES
 from padseg.images.pixels import (
     CONVENTIONS,
@@ -288,6 +298,8 @@ def is_short(picture: PIL.Image.Image, data: bytes) -> bool:
         return False
     if isinstance(picture, JpegImageFile):
         return is_short_jpeg(data, picture)
+    if isinstance(picture, TiffImageFile):
+        return is_short_tiff(data, picture)
     return isinstance(picture, PngImageFile) and not getattr(picture, 'is_animated', False) and is_short_png(data, picture)
 
 

@@ -31,6 +31,10 @@ class Method(Protocol):
         """Model families that the method supports; empty if it needs no model."""
 
     @property
+    def BACKGROUND_BY_RULE(self) -> bool:
+        """Whether background is no class to look for, but what a rule leaves, whose threshold is `tau` of the options."""
+
+    @property
     def Options(self) -> type[MethodOptions]:
         """A frozen dataclass whose fields carry help and range."""
 

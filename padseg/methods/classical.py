@@ -143,6 +143,7 @@ class Classical(NamedTuple):
     regions: Callable[[Image, Any], Array]
     TASK: str = 'regions'
     FAMILIES: frozenset[str] = frozenset()
+    BACKGROUND_BY_RULE: bool = False
 
     def deepest(self, options: MethodOptions, spec: Spec) -> int | None:
         return 0

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 TASK = 'classes'
 FAMILIES = frozenset({'sd3', 'flux', 'unet', 'pixart'})
+BACKGROUND_BY_RULE = True
 PRESETS = ('goca', 'baseline', 'vanilla')
 HEADS = ('dot', 'dot-clamped', 'l2', 'cosine', 'average')
 SIMILARITIES = ('dot', 'l2', 'cosine', 'layer-mse', 'layer-iou', 'uniform')

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 TASK = 'classes'
 FAMILIES = frozenset({'sd3', 'flux'})
+BACKGROUND_BY_RULE = False
 PROMPTS = ('joined', 'template', 'per-class')
 ENCODERS = ('l', 'g', 'l+g', 't5', 'l+g+t5')
 COLUMNS = ('clip', 't5', 'both')

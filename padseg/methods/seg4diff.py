@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 TASK = 'regions'
 FAMILIES = frozenset({'sd3', 'flux'})
+BACKGROUND_BY_RULE = False
 LATER = ('normalisation', 'threshold', 'refine', 'superpixels', 'join', 'components', 'min_area')  # options that come after the token maps
 UNREFINED = {'refine': 'none', 'superpixels': 0.0, 'join': 0.0, 'components': False, 'min_area': 0.0}  # the papers end with the argmax
 RELEASED = {'step': 8, 'normalisation': 'released', 'threshold': 0.1, **UNREFINED}  # of the released code, for SD3-medium

@@ -233,6 +233,24 @@ def test_a_jpeg_with_more_behind_it():
 
 
 @pytest.mark.parametrize('mode', ['L', 'RGB', 'CMYK'])
+@pytest.mark.parametrize('height', [16, 200])
+def test_a_jpeg_in_a_tiff_that_ends_early(mode, height):
+    """In its last strip, and with the shared tables beside it; whole, it is read, whatever its colour."""
+    grey = PIL.Image.new(mode, (64, height), (128,) * len(mode) if len(mode) > 1 else 128)
+    assert decode(encoded(grey, 'TIFF', compression='jpeg')).shape == (height, 64, 3)
+    noise = np.random.default_rng(0).integers(0, 255, (height, 64, 3), np.uint8)
+    data = encoded(PIL.Image.fromarray(noise).convert(mode), 'TIFF', compression='jpeg')
+    assert decode(data).shape == (height, 64, 3)
+    with PIL.Image.open(io.BytesIO(data)) as opened:
+        start, size = opened.tag_v2[273][-1], opened.tag_v2[279][-1]
+    short = bytearray(data)
+    half = size // 2
+    short[start + half : start + size] = b'\xff\xd9' + bytes(size - half - 2)
+    with pytest.raises(ImageError, match=SHORT):
+        decode(bytes(short))
+
+
+@pytest.mark.parametrize('mode', ['L', 'RGB', 'CMYK'])
 def test_a_progressive_jpeg_without_its_last_scans_is_noted(mode):
     """Legal, and less than was encoded: at every number of scans but the last, and never for a whole file of either kind."""
     picture = PIL.Image.fromarray(NOISE).convert(mode)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from padseg.backbones import identity
 
 WORDS = ['a', 'cat', 'dog', 'on', 'grass']
 STABLE = {'beta_start': 0.00085, 'beta_end': 0.012, 'beta_schedule': 'scaled_linear', 'num_train_timesteps': 1000, 'steps_offset': 1}
@@ -192,3 +197,21 @@ def write_spiece(pieces: list[tuple[str, float]], path: Path) -> None:
         model.pieces.add(piece=piece, score=score, type=kinds.get(piece, 1))
     model.trainer_spec.model_type, model.trainer_spec.unk_id = 1, 2
     path.write_bytes(model.SerializeToString())
+
+
+def changed_by_files(folder: Path) -> Iterator[tuple[Path, set[str]]]:
+    """Change every file of a model's parts in turn: the file, and the fields of the model's identity that change with it."""
+    before = identity(str(folder))
+    for path in sorted(folder.rglob('*.*')):
+        if len(path.relative_to(folder).parts) != 2:
+            continue
+        kept = path.read_bytes()
+        if path.suffix == '.safetensors':
+            tensors = load_file(path)
+            first = min(tensors)
+            save_file({**tensors, first: 2 * tensors[first] + 1}, path, {'format': 'pt'})
+        else:
+            path.write_bytes(kept + b'\n')
+        yield path, {name for name, value in identity(str(folder))._asdict().items() if value != getattr(before, name)}
+        path.write_bytes(kept)
+    assert identity(str(folder)) == before
