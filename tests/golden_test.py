@@ -73,7 +73,7 @@ class Pieces:
             )
             attention = (q @ k.transpose(1, 2) / q.shape[2] ** 0.5).softmax(2)[None]  # (1, H, N, n)
             own = (q_self @ k_self.transpose(1, 2) / q_self.shape[2] ** 0.5).softmax(2).mean(0)[None]
-            self.layers.append(((side, side), attention, v[None], aggregation.gram_of(w), own))
+            self.layers.append(((side, side), attention, v[None], aggregation.projection_of(w, side * side), own))
         roles = self.hyper['roles']
         self.content = roles['K (all content tokens)']
         self.classes = {int(number): tokens for number, tokens in roles['T_c (class id -> tokens)'].items()}
@@ -81,8 +81,8 @@ class Pieces:
 
     def heads(self, number, method):
         by, vw = HEADS[method]
-        _, attention, values, gram, _ = self.layers[number]
-        return aggregation.head_weights(attention @ values, gram, by, aggregation.spectral_norms(values, gram) if vw else None)
+        _, attention, values, projection, _ = self.layers[number]
+        return aggregation.head_weights(attention @ values, projection, by, aggregation.spectral_norms(values, projection) if vw else None)
 
     def cross(self, method):
         """The maps of all layers after aggregation over heads, (1, n, h, w) each."""

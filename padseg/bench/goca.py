@@ -23,7 +23,7 @@ from padseg.bench.model import SHARPER
 from padseg.bench.setting import QUIET
 from padseg.methods.goca import GocaOptions, plan_of
 from padseg.methods.stages.aggregation import Grid, propagated
-from padseg.methods.stages.cross_maps import Plan, aggregated
+from padseg.methods.stages.cross_maps import MOST_PIXELS, Plan, aggregated, result_grid
 from padseg.types import Array, Attention, Frame, Latent, Prompt
 
 # configurations as published, where they differ from the class's own
@@ -191,8 +191,8 @@ def kept_by_obvious(layers: Sequence[Layer]) -> int:
 
 def kept_by_ours(layers: Sequence[Layer], dense: int) -> int:
     """Bytes when the layer `dense` has run: (N, n) and (N, N) of the layers up to there, each (N, N) in the smaller of its grid and that of
-    the dense feature; the dense feature's (N, N); and of the finest grid, both results."""
-    finest, own = max(one.pixels for one in layers), layers[dense].pixels
+    the dense feature; the dense feature's (N, N); and of the result's grid, both maps."""
+    finest, own = max(one.pixels for one in layers if one.pixels <= MOST_PIXELS), layers[dense].pixels
     waiting = sum(one.pixels * one.text + min(one.pixels, own) ** 2 for one in layers[: dense + 1])
     return BYTES * (waiting + own**2 + finest * (finest + layers[dense].text))
 
@@ -258,7 +258,7 @@ def all_heads(seen: Attention) -> AllHeads:
 def obvious(latent: Latent, backbone: Backbone, prompt: Prompt, plan: Plan) -> Found:
     """The obvious way, for models with cross-attention and the rule `dot`: keep everything, then aggregate."""
     grids = {layer: backbone.grid(layer, tuple(latent.z.shape)) for layer in range(backbone.layers)}
-    finest = max(grids.values(), key=math.prod)
+    finest = result_grid(grids.values())
     requests = {}
     for layer in {*plan.cross, *plan.refine, plan.dense}:
         requests[layer, 'cross'] = Request(backbone.attention_module(layer, EVERY), all_heads, EVERY)

@@ -24,7 +24,7 @@ from padseg.methods import goca, method_named
 from padseg.methods.goca import BACKGROUND, GocaOptions
 from padseg.methods.stages import aggregation
 from padseg.methods.stages.captions import caption_entities, named_entities, roles_of, scene_of, with_synonyms
-from padseg.methods.stages.cross_maps import aggregated
+from padseg.methods.stages.cross_maps import aggregated, result_grid
 from padseg.methods.stages.latents import encode
 from padseg.methods.stages.saved_maps import read_maps, unpacked
 from padseg.methods.stages.token_maps import attention_maps
@@ -156,7 +156,7 @@ def test_heads_add_up_to_the_layer_and_their_products_to_its_square(family, pict
     vectors = torch.einsum('chd,bhnd->bnhc', parts, z)
     whole = torch.nn.functional.linear(z.transpose(1, 2).flatten(2), weight.double(), bias.double()) - bias.double()
     assert torch.allclose(vectors.sum(2), whole, atol=1e-9)
-    products = aggregation.head_products(z, aggregation.gram_of(weight.detach().double()))
+    products = aggregation.head_products(z, aggregation.projection_of(weight.detach().double(), 1))
     assert torch.allclose(products.transpose(1, 2), (vectors * whole[:, :, None]).sum(3), rtol=1e-9, atol=1e-9)
     assert torch.allclose(products.sum(1), whole.square().sum(2), rtol=1e-9)
 
@@ -190,10 +190,54 @@ def test_a_layer_is_read_in_parts_and_only_where_it_is_wanted(monkeypatch):
     assert torch.allclose(small, pixels.flatten(2).transpose(1, 2), atol=1e-6)
 
 
+@pytest.mark.parametrize('scale', [0.01, 1, 12, 40, 3000])
+def test_the_mean_over_heads_is_that_of_the_softmax_for_scores_of_any_size(scale):
+    """Small scores, scores above the bound of the quick way, and such that its exponentials vanish."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn((2, 3, 20, 8), generator=generator) * scale for _ in range(2))
+    query[0, 1, 4], key[1, 2, 5] = -1.5 * key[0, 1, 2], 0  # one far from all others
+    seen, keys = Attention(query, key, None, None), key.transpose(2, 3)
+    found = aggregation.head_mean(seen, keys, torch.arange(3, 20), keys.norm(dim=2).amax(2)[..., None, None], torch.empty(0))
+    exact = (query.double()[:, :, 3:] @ keys.double() / 8**0.5).softmax(3).mean(1)
+    assert found.dtype == torch.float32 and torch.allclose(found.double(), exact, atol=1e-6 * max(1, scale**2))
+
+
+def test_what_is_not_finite_stays_so():
+    query, key = torch.ones((1, 2, 3, 4)), torch.ones((1, 2, 3, 4))
+    key[0, 1, 2, 0] = torch.nan
+    keys = key.transpose(2, 3)
+    found = aggregation.head_mean(
+        Attention(query, key, None, None), keys, torch.arange(3), keys.norm(dim=2).amax(2)[..., None, None], torch.empty(0)
+    )
+    assert found.isnan().all()
+
+
+def test_few_pixels_are_projected_without_the_product_of_the_weights():
+    generator = torch.Generator().manual_seed(0)
+    z, weight = torch.randn((1, 4, 6, 5), generator=generator).double(), torch.randn((20, 20), generator=generator).double()
+    few, many = (aggregation.projection_of(weight, pixels) for pixels in (20, 21))
+    assert few.gram is None and many.gram is not None
+    assert torch.allclose(aggregation.head_products(z, few), aggregation.head_products(z, many), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ('grids', 'expected'),
+    [
+        ([(64, 64), (32, 32), (8, 8)], (64, 64)),
+        ([(48, 84), (24, 42)], (48, 84)),
+        ([(128, 128), (64, 64), (16, 16)], (64, 64)),
+        ([(96, 64), (48, 32)], (96, 64)),
+        ([(128, 128)], (128, 128)),
+    ],
+)
+def test_maps_have_the_finest_grid_near_that_of_the_paper(grids, expected):
+    assert result_grid(grids) == expected
+
+
 def test_nothing_to_divide_gives_equal_shares_and_zeros():
     nothing = torch.zeros(1, 2, 4, 3)
     for by in ('dot', 'dot-clamped', 'l2', 'cosine'):
-        assert (aggregation.head_weights(nothing, torch.eye(6), by) == 0.5).all()
+        assert (aggregation.head_weights(nothing, aggregation.projection_of(torch.eye(6), 4), by) == 0.5).all()
     assert (aggregation.layer_shares(torch.zeros(4, 1)) == 0.25).all()
     flat = torch.ones(2, 1, 5)
     assert (aggregation.renormalised(flat) == 0).all()

@@ -19,6 +19,7 @@ from padseg.types import Attention
 
 Grid = tuple[int, int]  # (h, w) in tokens
 CELLS_CPU, CELLS_GPU = 2**21, 2**26  # attention weights that exist at any time: 8 MB, which a processor's cache nearly holds, and 256 MB
+SAFE, TINY = 64.0, 1e-30  # exp(SAFE) is far from overflow; sums of exponentials above TINY are as exact as others
 ROWS = 512  # of two affinities, compared at a time
 ADDED_TO_UNION = 1e-4  # by the released code
 BLUR_TAPS, BLUR_SIGMA = 5, 1.1  # torchvision's sigma for this many taps
@@ -63,30 +64,39 @@ def layer_maps(
     """
     query, key = seen.query, seen.key
     count = query.shape[2] - first if count is None else count
+    empty = key.new_empty(0, dtype=torch.float32)
+    if not heads:
+        return empty, image_map(seen, first, *among) if among else empty
+    if among and smaller_grid(*among[:2]) != among[0]:  # other queries are read for one than for the other
+        return layer_maps(seen, columns, heads, first, count)[0], image_map(seen, first, *among)
     keys = key.float().transpose(2, 3)  # (B, H, d, L)
-    gram = gram_of(heads.weight) if heads and heads.weight is not None and heads.by != 'average' else None
+    projection = projection_of(heads.weight, count) if heads.weight is not None and heads.by != 'average' else None
     picked = torch.as_tensor(columns, device=key.device, dtype=torch.long)
-    own = source_pixels(among[0], smaller_grid(*among[:2])).to(key.device) if among else None
-    together = own is None or len(own) == count  # the same queries are read for both
-    queries = torch.arange(count, device=key.device) if heads or own is None else own
-    if heads and not together:
-        return layer_maps(seen, columns, heads, first, count)[0], layer_maps(seen, (), None, first, count, among)[1]
-    values = seen.value[:, :, picked].float() if heads and seen.value is not None else None  # (B, H, n, d)
-    spectral = spectral_norms(values, gram) if heads and heads.spectral and values is not None and gram is not None else None
+    values = seen.value[:, :, picked].float() if seen.value is not None else None  # (B, H, n, d)
+    spectral = spectral_norms(values, projection) if heads.spectral and values is not None and projection else None
     cross, among_image = [], []
-    for rows in queries.split(chunk_of(query, key)):
-        shares = softmax_rows(seen, keys, first + rows)  # (B, H, rows, L)
-        if heads:
-            text = shares[..., picked]  # (B, H, rows, n)
-            z = (text @ values) if heads.text_only and values is not None else None
-            if z is None and seen.output is not None:
-                z = seen.output[:, :, first + rows].float()
-            cross.append(aggregate_heads(text, head_weights(z, gram, heads.by, spectral) if gram is not None and z is not None else None))
+    for rows in torch.arange(first, first + count, device=key.device).split(chunk_of(query, key)):
+        shares = softmax_rows(seen, keys, rows)  # (B, H, rows, L)
+        text = shares[..., picked]  # (B, H, rows, n)
+        z = (text @ values) if heads.text_only and values is not None else None
+        if z is None and seen.output is not None:
+            z = seen.output[:, :, rows].float()
+        weights = head_weights(z, projection, heads.by, spectral) if projection and z is not None else None
+        cross.append(aggregate_heads(text, weights))
         if among:
-            mean = shares[..., first : first + math.prod(among[0])].mean(1)  # (B, rows, N)
-            among_image.append(resized_keys(mean, among[0], smaller_grid(*among[:2])).to(among[2]))
-    empty = keys.new_empty(0)
-    return torch.cat(cross, 1) if cross else empty, torch.cat(among_image, 1) if among_image else empty
+            among_image.append(shares[..., first : first + count].mean(1).to(among[2]))  # (B, rows, N)
+    return torch.cat(cross, 1), torch.cat(among_image, 1) if among else empty
+
+
+def image_map(seen: Attention, first: int, grid: Grid, to: Grid, dtype: torch.dtype) -> Tensor:
+    """See `self_map`."""
+    keys, kept = seen.key.float().transpose(2, 3), smaller_grid(grid, to)
+    longest = keys.norm(dim=2).amax(2)[..., None, None]  # (B, H, 1, 1)
+    found, buffer = [], keys.new_empty(0)
+    for rows in (first + source_pixels(grid, kept).to(keys.device)).split(chunk_of(seen.query, seen.key)):
+        mean = head_mean(seen, keys, rows, longest, buffer)[..., first : first + math.prod(grid)]  # (B, rows, N)
+        found.append(resized_keys(mean, grid, kept).to(dtype))
+    return torch.cat(found, 1)
 
 
 def chunk_of(query: Tensor, key: Tensor) -> int:
@@ -105,40 +115,73 @@ def softmax_rows(seen: Attention, keys: Tensor, rows: Tensor) -> Tensor:
     return scores.softmax(-1)
 
 
-def gram_of(weight: Tensor) -> Tensor:
-    """M = W^T W of an output projection (C, C), by which vectors W z are compared without forming them."""
-    weight = weight.float() if weight.dtype != torch.float64 else weight
-    return weight.T @ weight
+def head_mean(seen: Attention, keys: Tensor, rows: Tensor, longest: Tensor, buffer: Tensor) -> Tensor:
+    """The mean over heads of `softmax_rows`, on a CPU in two thirds of its time: (B, rows, L) float32.
 
-
-def head_products(z: Tensor, gram: Tensor) -> Tensor:
-    """Eq. 6: <o_h, o> with o_h = W_h z_h and o their sum, for each pixel: (B, H, N, d), (C, C) -> (B, H, N).
-
-    It is z_h . (M z)_h, so that no (N, H, C) tensor is needed. The sum over heads is |o|^2; single products can be negative.
+    Heads come one after another, which the cache holds, and the largest score of a row is not searched: it is at most |q| |k|. What this
+    exceeds SAFE by is taken off the scores. longest: (B, H, 1, 1), the largest |k|; buffer: overwritten, as new memory would take time.
     """
-    mixed = z.transpose(1, 2).flatten(2) @ gram  # (B, N, C)
+    if seen.mask is not None or keys.device.type != 'cpu':
+        return softmax_rows(seen, keys, rows).mean(1)
+    query = seen.query[:, :, rows].float() * seen.query.shape[-1] ** -0.5
+    excess = (query.norm(dim=3, keepdim=True) * longest - SAFE).clamp_min(0)  # (B, H, rows, 1)
+    total = keys.new_zeros(len(query), len(rows), keys.shape[3])
+    powers = buffer.resize_(total.shape)
+    for head in range(query.shape[1]):
+        torch.bmm(query[:, head], keys[:, head], out=powers)
+        if excess[:, head].any():
+            powers -= excess[:, head]
+        sums = powers.exp_().sum(2, keepdim=True)  # (B, rows, 1)
+        if not (sums > TINY).all():  # the largest score is far smaller, or something is not finite
+            return softmax_rows(seen, keys, rows).mean(1)
+        total.addcmul_(powers, 1 / (query.shape[1] * sums))
+    return total
+
+
+class Projection(NamedTuple):
+    """An output projection W, (C, C) as (out, in), by which heads are compared. gram: M = W^T W, if there are more pixels than channels."""
+
+    weight: Tensor
+    gram: Tensor | None = None
+
+
+def projection_of(weight: Tensor, pixels: int) -> Projection:
+    """Prepare a projection for so many pixels: whichever of W^T (W z) and M z takes less work."""
+    weight = weight.float() if weight.dtype != torch.float64 else weight
+    return Projection(weight, weight.T @ weight if pixels > len(weight) else None)
+
+
+def head_products(z: Tensor, projection: Projection) -> Tensor:
+    """Eq. 6: <o_h, o> with o_h = W_h z_h and o their sum, for each pixel: (B, H, N, d) -> (B, H, N).
+
+    It is z_h . (W^T W z)_h, so that no (N, H, C) tensor is needed. The sum over heads is |o|^2; single products can be negative.
+    """
+    weight, gram = projection
+    pixels = z.transpose(1, 2).flatten(2)  # (B, N, C)
+    mixed = pixels @ weight.T @ weight if gram is None else pixels @ gram
     return (z * mixed.unflatten(2, (z.shape[1], -1)).transpose(1, 2)).sum(-1)
 
 
-def head_norms(z: Tensor, gram: Tensor) -> Tensor:
-    """|o_h| for each pixel: (B, H, N, d), (C, C) -> (B, H, N)."""
-    return ((z @ head_blocks(gram, z.shape[1])) * z).sum(-1).clamp_min(0).sqrt()
+def head_norms(z: Tensor, projection: Projection) -> Tensor:
+    """|o_h| for each pixel: (B, H, N, d) -> (B, H, N)."""
+    return ((z @ head_blocks(projection, z.shape[1])) * z).sum(-1).clamp_min(0).sqrt()
 
 
-def head_blocks(gram: Tensor, heads: int) -> Tensor:
-    """W_h^T W_h of each head: (C, C) -> (H, d, d)."""
-    return gram.unflatten(1, (heads, -1)).unflatten(0, (heads, -1)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+def head_blocks(projection: Projection, heads: int) -> Tensor:
+    """W_h^T W_h of each head: (H, d, d)."""
+    of_heads = projection.weight.unflatten(1, (heads, -1)).transpose(0, 1)  # (H, C, d)
+    return of_heads.transpose(1, 2) @ of_heads
 
 
-def spectral_norms(values: Tensor, gram: Tensor) -> Tensor:
-    """The spectral norm of V_h W_h^T of each head: (B, H, n, d), (C, C) -> (B, H)."""
+def spectral_norms(values: Tensor, projection: Projection) -> Tensor:
+    """The spectral norm of V_h W_h^T of each head: (B, H, n, d) -> (B, H)."""
     root = torch.linalg.qr(values, mode='r').R  # (B, H, min(n, d), d)
-    square = root @ head_blocks(gram, values.shape[1]) @ root.transpose(2, 3)
+    square = root @ head_blocks(projection, values.shape[1]) @ root.transpose(2, 3)
     return torch.linalg.eigvalsh(square)[..., -1].clamp_min(0).sqrt()
 
 
-def head_weights(z: Tensor, gram: Tensor, by: str, spectral: Tensor | None = None) -> Tensor:
-    """Weight of each head at each pixel, summing to 1 over heads: (B, H, N, d), (C, C) -> (B, H, N).
+def head_weights(z: Tensor, projection: Projection, by: str, spectral: Tensor | None = None) -> Tensor:
+    """Weight of each head at each pixel, summing to 1 over heads: (B, H, N, d) -> (B, H, N).
 
     by: average; dot, Eq. 6 as it is, whose weights can be negative; dot-clamped, without its negative part; l2, |o_h|; cosine, of the angle
     between o_h and o. spectral: (B, H), a factor of each head. Where o is 0 heads weigh the same (the released clamped variant: 1 each).
@@ -146,14 +189,14 @@ def head_weights(z: Tensor, gram: Tensor, by: str, spectral: Tensor | None = Non
     if by == 'average':
         return z.new_full(z.shape[:3], 1 / z.shape[1])
     if by == 'l2':
-        raw = head_norms(z, gram)
+        raw = head_norms(z, projection)
     else:
-        raw = head_products(z, gram)
+        raw = head_products(z, projection)
         if by == 'dot-clamped':
             raw = raw.clamp_min(0)
         if by == 'cosine':
             length = raw.sum(1, keepdim=True).clamp_min(0).sqrt()
-            raw = quotient(raw, head_norms(z, gram) * length)
+            raw = quotient(raw, head_norms(z, projection) * length)
     if spectral is not None:
         raw = raw * spectral[..., None]
     total = raw.sum(1, keepdim=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -28,6 +28,8 @@ from padseg.methods.stages.aggregation import (
     token_shares,
 )
 from padseg.types import Attention, Latent, Prompt
+
+MOST_PIXELS = 6144  # of the result: the paper's 64 x 64, with room for pictures of other shapes
 
 
 class Plan(NamedTuple):
@@ -115,12 +117,12 @@ def reduced(own: Tensor, grid: Grid, to: Grid) -> Tensor:
 def aggregated(latents: Sequence[Latent], backbone: Backbone, prompt: Prompt, plan: Plan) -> Aggregated:
     """Aggregate latents with the same shape and noise level over heads and layers, from one forward pass (GoCA, Sec. 3.1 and 3.2).
 
-    Maps have the finest grid of the model's layers.
+    Maps have the grid of `result_grid`.
     """
     z, timestep = torch.cat([latent.z for latent in latents]), latents[0].timestep
     grids = {layer: backbone.grid(layer, tuple(z.shape)) for layer in range(backbone.layers)}
     everything = prompt._replace(picked=tuple(range(prompt.embeds.shape[1])))
-    running = Running(plan, grids, max(grids.values(), key=math.prod))
+    running = Running(plan, grids, result_grid(grids.values()))
     requests: dict[tuple[int, str], Request[None]] = {}
     for layer in sorted({*plan.cross, *plan.refine, *([plan.dense] if plan.by != 'uniform' else [])}):
         requests |= requests_of_layer(layer, backbone, everything, running)
@@ -132,6 +134,12 @@ def aggregated(latents: Sequence[Latent], backbone: Backbone, prompt: Prompt, pl
     if not (torch.isfinite(maps).all() and torch.isfinite(running.self_map).all()):
         raise NotFinite(f'attention is not finite with {backbone.dtype}: try another --dtype')
     return Aggregated(maps, running.self_map, weights)
+
+
+def result_grid(grids: Iterable[Grid]) -> Grid:
+    """The finest of the layers' grids that has at most MOST_PIXELS, as the mean self-attention takes their square; or the coarsest."""
+    by_size = sorted(grids, key=math.prod)
+    return ([grid for grid in by_size if math.prod(grid) <= MOST_PIXELS] or by_size[:1])[-1]
 
 
 def requests_of_layer(layer: int, backbone: Backbone, prompt: Prompt, running: Running) -> dict[tuple[int, str], Request[None]]:
