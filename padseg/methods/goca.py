@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from padseg.backbones import opened
 from padseg.errors import UsageError
 from padseg.images import Readable, as_image
-from padseg.methods import seg4diff, stages
+from padseg.methods import stages
+from padseg.methods.goca_rows import ALL, preset_settings
 from padseg.methods.open_vocabulary import ENCODERS, UNUSED, as_classes, warn_of_untrained
 from padseg.methods.options import (
     Range,
@@ -58,7 +59,6 @@ FEATURES = ('cross-q', 'self-q', 'attn-out')
 RULES = ('offset', 'max', 'exact', 'avg', 'vanilla')
 BACKGROUND = '(background)'  # the name of the map of all background objects
 ORDERS = 6  # kept with saved maps, from 0 on: 5 is the most in the paper
-ALL = 'all'
 log = logging.getLogger(__name__)
 
 
@@ -90,7 +90,7 @@ class GocaOptions:
     dense_layer: str = own('layer of the dense feature, by number or name')
     dense_feature: str = own('what the dense feature is: queries of the cross- or self-attention, or its output', choices=FEATURES)
     dense_channels: str = option(
-        'all', 'channels of the dense feature: all, as in the paper, or the first, as released', choices=(ALL, 'first')
+        'all', 'channels of the dense feature: all, as in the paper, or the first, as released', choices=('all', 'first')
     )
     renorm_after_resize: bool = option(False, 'give layers of all sizes the same say; else small layers count more, as in the paper')
     rescale: bool = own('divide the scores of each pixel by their sum over all words that stand for something')
@@ -142,67 +142,9 @@ Options = GocaOptions
 
 
 def settings_of(spec: Spec, preset: str = 'goca') -> dict[str, Any]:
-    """A preset's settings for a model, those of the paper where it has them, overridden by the model folder's `padseg.json`."""
-    row = model_row(spec) | preset_row(spec, preset)
-    common = {'side': spec.side, 'encoders': spec.encoders, 'rescale': True, 'similarity': 'dot', 'layers': (ALL,)}
-    return model_settings(GocaOptions, 'goca', spec, common | row)
-
-
-def model_row(spec: Spec) -> dict[str, Any]:
-    """What the paper and its code set for a model (App. E); for others, and for SD3, settings of our own, made like them."""
-    blocks = spec.layers
-    if spec.family == 'flux':
-        known = blocks == 57
-        return {
-            'heads': 'average',  # as released: most blocks have no projection of their own
-            'dense_layer': '27' if known else str(blocks // 2),
-            'dense_feature': 'attn-out',
-            'refine_layers': ('12', '18') if known else (str(blocks // 5), str(blocks // 3)),
-            'order': 2,
-            'step': 5,  # strength 0.15 of 28 steps
-            'schedule': 28,
-            'guidance': 1.0,
-        }
-    queries = {'heads': 'dot', 'dense_layer': dense_layer(spec), 'dense_feature': 'cross-q'}
-    if spec.family == 'sd3':
-        released = seg4diff.settings_of(spec)
-        return {**queries, 'refine_layers': (str(spec.layer),), 'order': 2, 'step': released['step'], 'schedule': spec.steps}
-    if spec.family == 'pixart':
-        middle = range(10, 18) if blocks == 28 else range(blocks * 10 // 28, max(blocks * 18 // 28, blocks * 10 // 28 + 1))
-        return {**queries, 'refine_layers': tuple(map(str, middle)), 'order': 5, 'step': 100, 'schedule': 1000}
-    # PNDM, of the models with 16 blocks, has one timestep twice
-    return {**queries, 'refine_layers': unet_layers(spec), 'order': 2, 'step': 101 if blocks == 16 else 100, 'schedule': 1000}
-
-
-def dense_layer(spec: Spec) -> str:
-    """The layer whose queries are the dense feature; of other models the expert block, or where the paper's lie among the layers."""
-    known = {('unet', 16): 'up-level2-repeat1-vit-block0', ('unet', 70): 'up-level1-repeat0-vit-block0', ('pixart', 28): 'vit-block13'}
-    return known.get((spec.family, spec.layers), str(min(spec.layer, spec.layers - 1)))
-
-
-def unet_layers(spec: Spec) -> tuple[str, ...]:
-    """The layers whose self-attention refines maps of a UNet: of its finest grid, most of them on the way up."""
-    if spec.layers == 16:
-        return 'up-level3-repeat0-vit-block0', 'up-level3-repeat1-vit-block0', 'down-level0-repeat1-vit-block0'
-    if spec.layers == 70:
-        up = [f'up-level1-repeat{repeat}-vit-block{block}' for repeat, block in ((0, 0), (0, 1), (1, 0), (1, 1), (2, 0))]
-        return (*up, 'down-level1-repeat0-vit-block0', 'down-level1-repeat0-vit-block1')
-    return tuple(str(layer) for layer in range(max(0, spec.layers - 3), max(1, spec.layers - 1)))
-
-
-def preset_row(spec: Spec, preset: str) -> dict[str, Any]:
-    """What Baseline and Vanilla change: heads and layers count the same, and pixels are not rescaled; Baseline reads the middle layers."""
-    if preset == 'goca':
-        return {}
-    plain = {'heads': 'average', 'similarity': 'uniform', 'rescale': False}
-    if preset == 'baseline':
-        middle = range(spec.layers // 4, max(spec.layers * 3 // 4, spec.layers // 4 + 1))
-        return plain | {'layers': tuple(map(str, middle))}
-    if spec.family == 'flux' and spec.layers == 57:
-        return plain | {'layers': ('8', '28', '47'), 'refine_layers': ('8', '28', '47')}
-    if spec.family == 'pixart' and spec.layers == 28:
-        return plain | {'layers': tuple(map(str, range(10, 18)))}
-    return plain
+    """A preset's settings for a model, overridden by the model folder's `padseg.json`."""
+    common = {'side': spec.side, 'encoders': spec.encoders, 'rescale': True, 'similarity': 'dot', 'layers': ALL}
+    return model_settings(GocaOptions, 'goca', spec, common | preset_settings(spec, preset))
 
 
 class Asked(NamedTuple):
@@ -255,7 +197,7 @@ def plan_of(backbone: Backbone, options: GocaOptions) -> Plan:
     names = backbone.layer_names()
 
     def numbers(wanted: Sequence[str]) -> tuple[int, ...]:
-        if ALL in wanted:
+        if 'all' in wanted:
             return tuple(range(len(names)))
         strange = [name for name in wanted if name not in names and not (name.isdecimal() and int(name) < len(names))]
         require(not strange, f'{backbone.identity.model} has no layer {in_list(strange)}; it has 0..{len(names) - 1}, such as {names[-1]}')
