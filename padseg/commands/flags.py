@@ -26,7 +26,9 @@ JOB = (
     click.option('--revision', help='branch, tag or commit on the hub'),
     click.option('--device', help='cpu, cuda, cuda:1, mps, … (default: the best available)'),
     click.option('--dtype', help='float32, bfloat16 or float16 (default: depends on the device)'),
-    click.option('--vae', help="a faster VAE for SD3's latents: tiny (TAESD3), a hub id, or a folder with an AutoencoderTiny"),
+    click.option(
+        '--vae', help="a faster VAE: tiny (TAESD3, or the one for the model's family), a hub id, or a folder with an AutoencoderTiny"
+    ),
     compile_flag,
     click.option(
         '--batch', type=click.IntRange(min=1), default=1, show_default=True, help='pictures per forward pass; does not change results'

@@ -190,26 +190,28 @@ def test_a_layer_is_read_in_parts_and_only_where_it_is_wanted(monkeypatch):
     assert torch.allclose(small, pixels.flatten(2).transpose(1, 2), atol=1e-6)
 
 
+def mean_of(query, key, rows):
+    keys = key.transpose(2, 3)
+    powers, mean = torch.empty((2, len(query), len(rows), key.shape[2]))
+    aggregation.head_mean(Attention(query, key, None, None), keys, rows, keys.norm(dim=2).amax(2)[..., None, None], powers, mean)
+    return mean
+
+
 @pytest.mark.parametrize('scale', [0.01, 1, 12, 40, 3000])
 def test_the_mean_over_heads_is_that_of_the_softmax_for_scores_of_any_size(scale):
     """Small scores, scores above the bound of the quick way, and such that its exponentials vanish."""
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn((2, 3, 20, 8), generator=generator) * scale for _ in range(2))
     query[0, 1, 4], key[1, 2, 5] = -1.5 * key[0, 1, 2], 0  # one far from all others
-    seen, keys = Attention(query, key, None, None), key.transpose(2, 3)
-    found = aggregation.head_mean(seen, keys, torch.arange(3, 20), keys.norm(dim=2).amax(2)[..., None, None], torch.empty(0))
-    exact = (query.double()[:, :, 3:] @ keys.double() / 8**0.5).softmax(3).mean(1)
+    found = mean_of(query, key, torch.arange(3, 20))
+    exact = (query.double()[:, :, 3:] @ key.double().transpose(2, 3) / 8**0.5).softmax(3).mean(1)
     assert found.dtype == torch.float32 and torch.allclose(found.double(), exact, atol=1e-6 * max(1, scale**2))
 
 
 def test_what_is_not_finite_stays_so():
     query, key = torch.ones((1, 2, 3, 4)), torch.ones((1, 2, 3, 4))
     key[0, 1, 2, 0] = torch.nan
-    keys = key.transpose(2, 3)
-    found = aggregation.head_mean(
-        Attention(query, key, None, None), keys, torch.arange(3), keys.norm(dim=2).amax(2)[..., None, None], torch.empty(0)
-    )
-    assert found.isnan().all()
+    assert mean_of(query, key, torch.arange(3)).isnan().all()
 
 
 def test_few_pixels_are_projected_without_the_product_of_the_weights():

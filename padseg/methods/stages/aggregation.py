@@ -92,11 +92,16 @@ def image_map(seen: Attention, first: int, grid: Grid, to: Grid, dtype: torch.dt
     """See `self_map`."""
     keys, kept = seen.key.float().transpose(2, 3), smaller_grid(grid, to)
     longest = keys.norm(dim=2).amax(2)[..., None, None]  # (B, H, 1, 1)
-    found, buffer = [], keys.new_empty(0)
-    for rows in (first + source_pixels(grid, kept).to(keys.device)).split(chunk_of(seen.query, seen.key)):
-        mean = head_mean(seen, keys, rows, longest, buffer)[..., first : first + math.prod(grid)]  # (B, rows, N)
-        found.append(resized_keys(mean, grid, kept).to(dtype))
-    return torch.cat(found, 1)
+    queries = first + source_pixels(grid, kept).to(keys.device)
+    result = torch.empty((len(keys), len(queries), math.prod(kept)), dtype=dtype, device=keys.device)
+    chunk = min(chunk_of(seen.query, seen.key), len(queries))
+    powers, mean = (keys.new_empty(len(keys), chunk, keys.shape[3]) for _ in range(2))
+    for rows, part in zip(queries.split(chunk), result.split(chunk, 1), strict=True):
+        whole = part if part.shape[2] == keys.shape[3] and dtype == keys.dtype else mean[:, : len(rows)]  # (B, rows, L)
+        head_mean(seen, keys, rows, longest, powers[:, : len(rows)], whole)
+        if whole is not part:
+            part.copy_(resized_keys(whole[..., first : first + math.prod(grid)], grid, kept))
+    return result
 
 
 def chunk_of(query: Tensor, key: Tensor) -> int:
@@ -115,27 +120,27 @@ def softmax_rows(seen: Attention, keys: Tensor, rows: Tensor) -> Tensor:
     return scores.softmax(-1)
 
 
-def head_mean(seen: Attention, keys: Tensor, rows: Tensor, longest: Tensor, buffer: Tensor) -> Tensor:
-    """The mean over heads of `softmax_rows`, on a CPU in two thirds of its time: (B, rows, L) float32.
+def head_mean(seen: Attention, keys: Tensor, rows: Tensor, longest: Tensor, powers: Tensor, mean: Tensor) -> None:
+    """Write to `mean` the mean over heads of `softmax_rows`, (B, rows, L) float32: on a CPU in two thirds of its time.
 
     Heads come one after another, which the cache holds, and the largest score of a row is not searched: it is at most |q| |k|. What this
-    exceeds SAFE by is taken off the scores. longest: (B, H, 1, 1), the largest |k|; buffer: overwritten, as new memory would take time.
+    exceeds SAFE by is taken off the scores. longest: (B, H, 1, 1), the largest |k|; powers: (B, rows, L), overwritten.
     """
     if seen.mask is not None or keys.device.type != 'cpu':
-        return softmax_rows(seen, keys, rows).mean(1)
+        mean.copy_(softmax_rows(seen, keys, rows).mean(1))
+        return
     query = seen.query[:, :, rows].float() * seen.query.shape[-1] ** -0.5
     excess = (query.norm(dim=3, keepdim=True) * longest - SAFE).clamp_min(0)  # (B, H, rows, 1)
-    total = keys.new_zeros(len(query), len(rows), keys.shape[3])
-    powers = buffer.resize_(total.shape)
     for head in range(query.shape[1]):
         torch.bmm(query[:, head], keys[:, head], out=powers)
         if excess[:, head].any():
             powers -= excess[:, head]
         sums = powers.exp_().sum(2, keepdim=True)  # (B, rows, 1)
         if not (sums > TINY).all():  # the largest score is far smaller, or something is not finite
-            return softmax_rows(seen, keys, rows).mean(1)
-        total.addcmul_(powers, 1 / (query.shape[1] * sums))
-    return total
+            mean.copy_(softmax_rows(seen, keys, rows).mean(1))
+            return
+        share = 1 / (query.shape[1] * sums)
+        torch.mul(powers, share, out=mean) if head == 0 else mean.addcmul_(powers, share)
 
 
 class Projection(NamedTuple):

@@ -84,8 +84,8 @@ class Running:
         """Take in maps of a layer, (B, N, n) and (B, N, N); whatever is weighted already is added up."""
         plan = self.plan
         if own is not None and layer in plan.refine:
-            share = resized(own.float(), self.grids[layer], self.to) / len(plan.refine)
-            self.self_map = share if self.self_map is None else self.self_map + share
+            mine, share = resized(own.float(), self.grids[layer], self.to), 1 / len(plan.refine)
+            self.self_map = mine * share if self.self_map is None else self.self_map.add_(mine, alpha=share)
         if own is not None and layer in plan.cross and plan.by != 'uniform':
             self.own[layer] = own if layer not in plan.refine else reduced(own, self.grids[layer], self.grids[plan.dense])
         if cross is not None:
