@@ -190,11 +190,11 @@ def kept_by_obvious(layers: Sequence[Layer]) -> int:
 
 
 def kept_by_ours(layers: Sequence[Layer], dense: int) -> int:
-    """Bytes when the layer `dense` has run: (N, n) and (N, N) of the layers up to there, each (N, N) in the smaller of its grid and that of
-    the dense feature; the dense feature's (N, N); and of the result's grid, both maps."""
+    """Bytes when the layer `dense` has run: (N, n) and (N, N) of the layers up to there, none larger than the result's grid, each (N, N) in
+    the smaller of its grid and that of the dense feature; the dense feature's (N, N); and the result's (N, N), if it is of another grid."""
     finest, own = max(one.pixels for one in layers if one.pixels <= MOST_PIXELS), layers[dense].pixels
-    waiting = sum(one.pixels * one.text + min(one.pixels, own) ** 2 for one in layers[: dense + 1])
-    return BYTES * (waiting + own**2 + finest * (finest + layers[dense].text))
+    waiting = sum(min(one.pixels, finest) * one.text + min(one.pixels, own) ** 2 for one in layers[: dense + 1])
+    return BYTES * (waiting + own**2 + (finest**2 if finest != own else 0))
 
 
 def around(dense: int, layers: Sequence[Layer], count: int | None) -> tuple[int, ...]:

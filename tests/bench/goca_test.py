@@ -76,9 +76,10 @@ def test_what_is_kept_by_hand():
     layers = [goca.Layer(16, 3, 2, 8), goca.Layer(4, 3, 4, 16), goca.Layer(16, 3, 2, 8)]
     # heads x pixels x (text + pixels) + pixels x channels: 2*16*19 + 128, 4*4*7 + 64, the first again; and 16 pixels x 2 heads x 8
     assert goca.kept_by_obvious(layers) == 4 * (736 + 176 + 736 + 256)
-    # up to the second layer, in its grid: 16*3 + 4*4, 4*3 + 4*4; its feature 4*4; results of 16 pixels: 16*16 + 16*3
-    assert goca.kept_by_ours(layers, 1) == 4 * (64 + 28 + 16 + 304)
-    assert goca.kept_by_ours(layers, 0) == 4 * (16 * 3 + 256 + 256 + 304)
+    # up to the second layer, in its grid: 16*3 + 4*4, 4*3 + 4*4; its feature 4*4; the result of 16 pixels: 16*16
+    assert goca.kept_by_ours(layers, 1) == 4 * (64 + 28 + 16 + 256)
+    # up to the first, in whose grid the result is: 16*3 + 16*16; its feature 16*16
+    assert goca.kept_by_ours(layers, 0) == 4 * (16 * 3 + 256 + 256)
     assert goca.around(1, layers, None) == (0, 1, 2) and goca.around(1, layers, 2) == (0, 1)
 
 

@@ -83,13 +83,14 @@ class Running:
     def add(self, layer: int, cross: Tensor | None, own: Tensor | None) -> None:
         """Take in maps of a layer, (B, N, n) and (B, N, N); whatever is weighted already is added up."""
         plan = self.plan
-        if own is not None and layer in plan.refine:
-            mine, share = resized(own.float(), self.grids[layer], self.to), 1 / len(plan.refine)
-            self.self_map = mine * share if self.self_map is None else self.self_map.add_(mine, alpha=share)
-        if own is not None and layer in plan.cross and plan.by != 'uniform':
+        waits = layer in plan.cross and plan.by != 'uniform'
+        if own is not None and layer in plan.refine and not (waits and self.same_grid()):
+            self.refine(resized(own.float(), self.grids[layer], self.to))
+        if own is not None and waits:
             self.own[layer] = own if layer not in plan.refine else reduced(own, self.grids[layer], self.grids[plan.dense])
         if cross is not None:
-            self.cross[layer] = cross.transpose(1, 2).unflatten(2, self.grids[layer])  # (B, n, h, w)
+            grid = self.grids[layer]
+            self.cross[layer] = enlarged(cross.transpose(1, 2).unflatten(2, grid), smaller_grid(grid, self.to))  # (B, n, h, w)
         ready = plan.by == 'uniform' or self.dense is not None
         for number in sorted(self.cross) if ready else ():
             if plan.by == 'uniform' or number in self.own:
@@ -102,11 +103,23 @@ class Running:
             weight = torch.ones(len(cross), dtype=torch.float64, device=cross.device)
         else:
             to = self.grids[plan.dense]
-            own = resized(own.to(self.dense.dtype), smaller_grid(self.grids[layer], to), to, plan.renormalise)
-            weight = similarity(self.dense, own, plan.by).clamp_min(0)  # (B,)
+            own = resized(own.to(self.dense.dtype), smaller_grid(self.grids[layer], to), to)
+            scaled = quotient(own, own.sum(2, keepdim=True)) if plan.renormalise else own
+            weight = similarity(self.dense, scaled, plan.by).clamp_min(0)  # (B,)
+            if layer in plan.refine and self.same_grid():
+                self.refine(own)
         self.weights[layer] = weight
         maps = weight.to(cross.dtype)[:, None, None, None] * enlarged(cross, self.to)
         self.maps = maps if self.maps is None else self.maps + maps
+
+    def refine(self, own: Tensor) -> None:
+        """Add a layer's share to the mean self-attention, (B, N, N)."""
+        share = 1 / len(self.plan.refine)
+        self.self_map = own * share if self.self_map is None else self.self_map.add_(own, alpha=share)
+
+    def same_grid(self) -> bool:
+        """Whether a layer that refines need not be kept apart while it waits: in the grid of the dense feature it is as it is wanted."""
+        return self.to == self.grids[self.plan.dense]
 
 
 def reduced(own: Tensor, grid: Grid, to: Grid) -> Tensor:
