@@ -74,8 +74,6 @@ def test_what_is_written(trained):
     rows = list(csv.DictReader((trained / 'together.csv').open(newline='')))
     assert [row['step'] for row in rows] == ['0', '1']
     assert all(0 < float(row['mask']) < 10 for row in rows)
-    size = sum(path.stat().st_size for path in (trained / 'model').rglob('*') if path.is_file())
-    assert size < 32e6
 
 
 def test_a_stopped_run_goes_on_exactly(trained, tmp_path):
