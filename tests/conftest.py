@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import filelock
 import hypothesis
@@ -42,6 +43,20 @@ LONGEST = (
     *('run/cluster_test', 'train/tiny_test', 'run/faults_test', 'bench/bench_test', 'notebook_test', 'backbones/loading_test'),
     *('commands/doctor_test', 'run/engine_test', 'train/tiny_model_test', 'evaluation/faults_test', 'main_job_test'),
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    from support import forks
+
+    forks.use(getattr(config, 'workerinput', {}).get('forks'))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a worker of pytest-xdist where the fork server is."""
+    from support import forks
+
+    node.workerinput['forks'] = forks.serve()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -363,7 +363,8 @@ def test_other_maps_are_refused(difference):
     sd3.require_same_maps({'dtype': 'float32', 'alike': None})
 
 
-def test_a_small_run_of_scale(bench, tmp_path):
+def test_a_small_run_of_scale(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(scale, 'PICTURE', (40, 60))
     small = ('--size', 'small', '--dtype', 'float32', '--repeats', '1', '--pictures', '6', '--no-compile')
     sizes = ('--quarters', '1', '--quarters', '4', '--batches', '2')
     measured, seconds = bench('scale', *small, *sizes, '--folder', str(tmp_path))

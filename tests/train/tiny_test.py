@@ -82,7 +82,7 @@ def test_a_stopped_run_goes_on_exactly(trained, tmp_path):
         shutil.copy(path, tmp_path)
     run = start(train_small, tmp_path)
     while not (tmp_path / 'together.pt').exists() and run.process.is_alive():
-        pass
+        run.process.join(0.02)
     run.process.kill()
     run.process.join()
     ended(start(train_small, tmp_path).wait())
