@@ -8,12 +8,15 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import filelock
 import hypothesis
 import numpy as np
 import pytest
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # sums of another number of threads are rounded otherwise
+os.environ.setdefault('TORCHINDUCTOR_COMPILE_THREADS', '1')  # or what compiles would start processes that import torch
 hypothesis.settings.register_profile('padseg', deadline=None)  # how long an example takes is the machine's business
 hypothesis.settings.load_profile('padseg')
 
@@ -33,12 +36,27 @@ SMALL_FLUX = {
     'guidance_embeds': True,
 }
 ROW = {'layer': 2, 'side': 32}
+SD35 = {'qk_norm': 'rms_norm', 'dual_attention_layers': (0, 1, 2)}
 
 # The files that take longest, which start first, so that no worker is left alone with one at the end.
 LONGEST = (
     *('run/cluster_test', 'train/tiny_test', 'run/faults_test', 'bench/bench_test', 'notebook_test', 'backbones/loading_test'),
     *('commands/doctor_test', 'run/engine_test', 'train/tiny_model_test', 'evaluation/faults_test', 'main_job_test'),
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    from support import forks
+
+    forks.use(getattr(config, 'workerinput', {}).get('forks'))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a worker of pytest-xdist where the fork server is."""
+    from support import forks
+
+    node.workerinput['forks'] = forks.serve()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -89,6 +107,25 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
         folder = tmp_path_factory.mktemp('cache')
         patch.setenv('PADSEG_CACHE', str(folder))
         yield folder
+
+
+@pytest.fixture(scope='session')
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., pathlib.Path]:
+    """Make a folder that no test changes: once for all workers. Its function gets the folder first, then what else is given."""
+    place = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        place = place.parent
+
+    def make(name: str, function: Callable[..., pathlib.Path], *arguments: object, **options: object) -> pathlib.Path:
+        folder, unfinished = place / 'made' / name / 'model', place / 'made' / name / 'unfinished'
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder.with_name('lock')):
+            if not folder.is_dir():
+                function(unfinished, *arguments, **options)
+                unfinished.rename(folder)
+        return folder
+
+    return make
 
 
 def random_model(folder: pathlib.Path, **transformer: object) -> pathlib.Path:
@@ -159,36 +196,36 @@ def make_model() -> Callable[..., pathlib.Path]:
 
 
 @pytest.fixture(scope='session')
-def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def sd3_folder(made_once: Callable[..., pathlib.Path]) -> pathlib.Path:
     """SD3-medium in small: no normalisation of queries and keys."""
-    return random_model(tmp_path_factory.mktemp('sd3') / 'model', qk_norm=None)
+    return made_once('sd3', random_model, qk_norm=None)
 
 
 @pytest.fixture(scope='session')
-def sd35_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def sd35_folder(made_once: Callable[..., pathlib.Path]) -> pathlib.Path:
     """SD3.5-medium in small: dual attention in the first blocks, normalised queries and keys."""
-    return random_model(tmp_path_factory.mktemp('sd35') / 'model', qk_norm='rms_norm', dual_attention_layers=(0, 1, 2))
+    return made_once('sd35', random_model, **SD35)
 
 
 @pytest.fixture(scope='session')
-def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return random_flux(tmp_path_factory.mktemp('flux') / 'model')
+def flux_folder(made_once: Callable[..., pathlib.Path]) -> pathlib.Path:
+    return made_once('flux', random_flux)
 
 
 @pytest.fixture(scope='session')
-def unet_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
+def unet_folders(made_once: Callable[..., pathlib.Path]) -> dict[str, pathlib.Path]:
     """Stable Diffusion 1.5, 2.1, SDXL and SSD-1B in small."""
     from support.crossing import UNETS, random_unet
 
-    return {kind: random_unet(tmp_path_factory.mktemp(kind) / 'model', kind) for kind in UNETS}
+    return {kind: made_once(kind, random_unet, kind) for kind in UNETS}
 
 
 @pytest.fixture(scope='session')
-def pixart_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
+def pixart_folders(made_once: Callable[..., pathlib.Path]) -> dict[str, pathlib.Path]:
     """PixArt-Sigma and PixArt-alpha in small."""
     from support.crossing import random_pixart
 
-    return {kind: random_pixart(tmp_path_factory.mktemp(kind) / 'model', kind == 'alpha') for kind in ('sigma', 'alpha')}
+    return {kind: made_once(kind, random_pixart, kind == 'alpha') for kind in ('sigma', 'alpha')}
 
 
 @pytest.fixture(scope='session')
@@ -269,16 +306,20 @@ def with_texts(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
+def random_speller(folder: pathlib.Path, **transformer: object) -> pathlib.Path:
+    return with_texts(random_model(folder, **transformer))
+
+
 @pytest.fixture(scope='session')
-def texts_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def texts_folder(made_once: Callable[..., pathlib.Path]) -> pathlib.Path:
     """SD3-medium in small with all three text encoders."""
-    return with_texts(random_model(tmp_path_factory.mktemp('texts') / 'model', qk_norm=None))
+    return made_once('texts', random_speller, qk_norm=None)
 
 
 @pytest.fixture(scope='session')
-def texts35_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def texts35_folder(made_once: Callable[..., pathlib.Path]) -> pathlib.Path:
     """SD3.5-medium in small with all three text encoders."""
-    return with_texts(random_model(tmp_path_factory.mktemp('texts35') / 'model', qk_norm='rms_norm', dual_attention_layers=(0, 1, 2)))
+    return made_once('texts35', random_speller, **SD35)
 
 
 @pytest.fixture(scope='session')

@@ -6,11 +6,15 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
 from ipykernel.kernelspec import write_kernel_spec
+from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
+from support.kernels import run_kernel
+from support.processes import Started, start
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / 'notebooks').glob('*.ipynb'))
@@ -22,6 +26,34 @@ def read(path: Path) -> nbformat.NotebookNode:
 
 def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == 'code']
+
+
+class ForkedKernel(AsyncKernelManager):
+    """A kernel in a process that has the libraries already."""
+
+    started: Started | None = None
+
+    async def _async_start_kernel(self, cwd: str, **_: Any) -> None:
+        self.write_connection_file()
+        self.started = start(run_kernel, self.connection_file, folder=Path(cwd))
+
+    start_kernel = _async_start_kernel
+
+    @property
+    def has_kernel(self) -> bool:
+        return self.started is not None and self.started.process.is_alive()
+
+    async def _async_is_alive(self) -> bool:
+        return self.has_kernel
+
+    is_alive = _async_is_alive
+
+    async def _async_shutdown_kernel(self, now: bool = False, restart: bool = False) -> None:
+        if self.started:
+            self.started.process.kill()
+            self.started.process.join()
+
+    shutdown_kernel = _async_shutdown_kernel
 
 
 @pytest.fixture(scope='module', params=NOTEBOOKS, ids=lambda path: path.name)
@@ -39,6 +71,7 @@ def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         patch.setenv('PYTHONPATH', os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH')))))
         notebook = read(checkout / 'notebooks' / request.param.name)
         client = NotebookClient(notebook, timeout=240, kernel_name='padseg', resources={'metadata': {'path': str(checkout / 'notebooks')}})
+        client.kernel_manager_class = ForkedKernel
         client.execute()
     return notebook
 

@@ -27,6 +27,7 @@ from padseg.run.job import Job
 TIMES = ('vae', 'transformer')
 LATER = 3  # pictures after the first, whose median is reported
 PATCH = 16  # side of an image token in pixels
+PICTURE = (321, 481)  # height and width of those in a folder
 
 
 class Sized(NamedTuple):
@@ -91,7 +92,7 @@ def command(
     by_side = {side: [fresh(at_side, setting._replace(side=side)) for _ in range(repeats)] for side in sides}
     with tempfile.TemporaryDirectory(prefix='padseg-bench-') as name:
         place = Path(name)
-        photographs = make_pictures(place / 'pictures', (321, 481), pictures)
+        photographs = make_pictures(place / 'pictures', PICTURE, pictures)
 
         def runs(count: int, batch: int) -> list[Ran]:
             return [fresh(run_over, photographs, place / f'{count}-{batch}-{turn}', count, batch, device) for turn in range(repeats)]

@@ -202,11 +202,12 @@ class Actor:
 
         Not in the constructor, because Ray keeps only the text of errors raised there.
         """
-        import torch
-
         job, record = self.job, self.record
-        torch.set_num_threads(record.threads)  # another number of threads may change the rounding of sums
         method = method_named(job.method)
+        if method.FAMILIES:
+            import torch  # not for methods without a model: it takes seconds
+
+            torch.set_num_threads(record.threads)  # another number of threads may change the rounding of sums
         revision = record.model.revision if record.model else None
         prepared = prepared_for(job, method, revision, device=self.device, dtype=record.dtype)
         here = {**record.settings, **settings_of_model(job, prepared.backbone)}
@@ -218,10 +219,13 @@ class Actor:
         import pyarrow
 
         batch = [pickle.loads(row) for row in rows['taken'].to_pylist()]
-        done = [pickle.dumps(on_cpu(labelled(self.stages, taken))) for taken in mapped(self.stages, batch)]
+        done = [pickle.dumps(without_torch(labelled(self.stages, taken))) for taken in mapped(self.stages, batch)]
         return pyarrow.table({'taken': pyarrow.array(done, pyarrow.large_binary())})  # large_binary, because large pictures may exceed 2 GB
 
 
-def on_cpu(taken: Taken) -> Taken:
-    """Move token maps to the CPU, so that other processes can read them."""
-    return taken._replace(maps=taken.maps._replace(maps=taken.maps.maps.cpu())) if taken.maps else taken
+def without_torch(taken: Taken) -> Taken:
+    """Turn token maps into arrays, so that the processes that write them need not import torch."""
+    if taken.maps is None:
+        return taken
+    values: Any = taken.maps.maps.cpu().numpy()
+    return taken._replace(maps=taken.maps._replace(maps=values))

@@ -178,7 +178,7 @@ def write_results(job: Job, entry: Entry, image: Image, maps: TokenMaps | None, 
         if name != 'maps':
             FORMATS[name].write(image, labels, job.out / path)
         elif maps is not None:
-            from padseg.methods.stages.saved_maps import write_maps  # not for methods without a model: it imports torch
+            from padseg.methods.stages.saved_maps import write_maps
 
             write_maps(maps, job.out / path)
     entry.regions = count_regions(labels)

@@ -64,12 +64,14 @@ def train_tiny(
     workers: int = 1,
     save_every: int = 250,
     shown: int = 8,
+    transformer: dict[str, Any] = tiny.TRANSFORMER,
+    vae: dict[str, Any] = tiny.VAE,
 ) -> pathlib.Path:
     """Train all stages, or with `start` only the last one from that model, and return the model's folder.
 
     An interrupted training resumes. data: folders of annotated photographs, see `photographs`; workers: processes that make examples;
-    save_every: steps between checkpoints; shown: held-out scenes on the sheet that is drawn at each. Raises UsageError if `out` has a
-    checkpoint made with other settings.
+    save_every: steps between checkpoints; shown: held-out scenes on the sheet that is drawn at each; transformer, vae: sizes of the
+    networks, see `build_tiny`. Raises UsageError if `out` has a checkpoint made with other settings.
     """
     out.mkdir(parents=True, exist_ok=True)
     leave_cores(0)  # here too: a worker forked from a process with OpenCV threads hangs when it shuts them down
@@ -78,7 +80,7 @@ def train_tiny(
     if start:
         learner = make_learner(tiny.read_tiny(start, WORDS), run)
     else:
-        parts = tiny.build_tiny(WORDS)
+        parts = tiny.build_tiny(WORDS, transformer, vae)
         train_autoencoder(parts, run)
         learner = make_learner(parts, run)
         train(learner, run, 'together')
@@ -309,7 +311,7 @@ def write_model(learner: nn.Module, run: Training) -> None:
     mean, deviation = kept.get_buffer('statistics').tolist()
     parts.vae.register_to_config(shift_factor=mean, scaling_factor=1 / deviation)
     words = sorted({word for name in CLASSES for word in name.split()})
-    row = {'layers': tiny.TRANSFORMER['num_layers'], 'layer': run.settings.layer, 'words': words, **ROW}
+    row = {'layers': parts.transformer.config.num_layers, 'layer': run.settings.layer, 'words': words, **ROW}
     tiny.save_tiny(parts, WORDS, run.model, row)
 
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_small_run(bench):
-    measured, seconds = bench('merge', '--maps', '30', '--size', '600', '500', '--seconds', '0.1')
+    measured, seconds = bench('merge', '--maps', '30', '--size', '600', '500', '--seconds', '0.001')
     assert measured['maps'] == 30 and list(measured['pictures']) == ['481 x 321', '600 x 500']
     for taken in measured['pictures'].values():
         assert set(taken) == set(steps.STEPS)

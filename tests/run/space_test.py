@@ -71,7 +71,7 @@ def small_disk(tmp_path):
     """A file system of its own with room for some of the results."""
     folder = tmp_path / 'disk'
     folder.mkdir()
-    mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=400k', 'tmpfs', folder], capture_output=True)
+    mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=200k', 'tmpfs', folder], capture_output=True)
     if mounted.returncode:
         pytest.skip('file systems can be mounted only by root')
     yield folder
@@ -80,10 +80,10 @@ def small_disk(tmp_path):
 
 def test_a_small_disk(pictures, tmp_path, small_disk, capsys, caplog):
     """Warned of before, stopped when it is full, continued when there is room again: all label maps as if nothing had been."""
-    arguments = ['run', '--dir', str(pictures), '--overlay', '--device', 'cpu', '--out']
+    arguments = ['run', '--dir', str(pictures), '--overlay', '--method', 'grid', '--out']
     assert main([*arguments, str(small_disk / 'out')]) == 7
     assert 'finished results are kept, and the same command continues' in capsys.readouterr().err
-    assert 'has 4' in caplog.text and 'the results of 4 pictures take about' in caplog.text
+    assert 'has 20' in caplog.text and 'the results of 4 pictures take about' in caplog.text
     assert not list(small_disk.rglob('.padseg-*'))
     shutil.copytree(small_disk / 'out', tmp_path / 'out')
     for name in ('out', 'whole'):

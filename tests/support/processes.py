@@ -1,4 +1,4 @@
-"""Real processes at the cost of a fork: a fork server imports the libraries once, which takes seconds.
+"""Real processes at the cost of a fork: a fork server has the libraries, see forks.py.
 
 Exit codes, signals, kills and output are those of `python -m padseg`. Only the effects of the imports themselves go untested.
 """
@@ -22,22 +22,7 @@ from padseg.commands import main
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 240  # time limit of a process
-IMPORTED = (
-    'pytest',
-    'padseg.backbones.loading',
-    'padseg.backbones.sd3',
-    'padseg.commands.export',
-    'padseg.commands.run',
-    'padseg.exports.coco',
-    'padseg.methods.seg4diff',
-    'padseg.run.engine',
-    'padseg.run.collect',
-)
-
 FORKS = multiprocessing.get_context('forkserver')
-FORKS.set_forkserver_preload(list(IMPORTED))
-for library in ('TRANSFORMERS', 'DIFFUSERS'):  # silences them while the server imports them
-    os.environ.setdefault(f'{library}_VERBOSITY', 'error')
 
 
 class Ran(NamedTuple):

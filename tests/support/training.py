@@ -1,10 +1,11 @@
-"""A training of a few small steps: what a test starts in a process of its own."""
+"""A training of a few small steps of small networks: what a test starts in a process of its own."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
 
+from padseg.train import tiny_model
 from padseg.train.settings import TrainingSettings, without_masks
 
 SMALL = dataclasses.replace(
@@ -16,6 +17,9 @@ SMALL = dataclasses.replace(
     together=dataclasses.replace(TrainingSettings.together, steps=2),
     transformer=dataclasses.replace(TrainingSettings.transformer, steps=1),
 )
+# as many parts and blocks as the embedded model has, but narrow ones
+TRANSFORMER = {**tiny_model.TRANSFORMER, 'num_attention_heads': 2, 'attention_head_dim': 16}
+VAE = {**tiny_model.VAE, 'block_out_channels': (8, 8, 8, 8)}
 
 
 def train_small(out: Path, start: Path | None = None, workers: int = 0) -> None:
@@ -25,4 +29,5 @@ def train_small(out: Path, start: Path | None = None, workers: int = 0) -> None:
     from padseg.train.tiny import train_tiny
 
     torch.set_num_threads(1)
-    train_tiny(out, without_masks(SMALL) if start else SMALL, start=start, device='cpu', workers=workers, save_every=1, shown=1)
+    settings = without_masks(SMALL) if start else SMALL
+    train_tiny(out, settings, (), start, 'cpu', workers, save_every=1, shown=1, transformer=TRANSFORMER, vae=VAE)

@@ -68,6 +68,12 @@ def shipped() -> pathlib.Path:
     return TINY
 
 
+def test_a_newly_trained_model_would_be_as_small():
+    with torch.device('meta'):
+        parts = tiny.build_tiny(TRAINED)
+    assert sum(2 * weight.numel() for part in parts for weight in part.parameters()) < 31_000_000  # two bytes, and tokenizers beside them
+
+
 def test_the_shipped_model_is_small_and_complete(shipped):
     files = [path for path in shipped.rglob('*') if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 32_000_000

@@ -74,8 +74,6 @@ def test_what_is_written(trained):
     rows = list(csv.DictReader((trained / 'together.csv').open(newline='')))
     assert [row['step'] for row in rows] == ['0', '1']
     assert all(0 < float(row['mask']) < 10 for row in rows)
-    size = sum(path.stat().st_size for path in (trained / 'model').rglob('*') if path.is_file())
-    assert size < 32e6
 
 
 def test_a_stopped_run_goes_on_exactly(trained, tmp_path):
@@ -84,7 +82,7 @@ def test_a_stopped_run_goes_on_exactly(trained, tmp_path):
         shutil.copy(path, tmp_path)
     run = start(train_small, tmp_path)
     while not (tmp_path / 'together.pt').exists() and run.process.is_alive():
-        pass
+        run.process.join(0.02)
     run.process.kill()
     run.process.join()
     ended(start(train_small, tmp_path).wait())

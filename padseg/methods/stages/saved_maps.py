@@ -10,18 +10,19 @@ import warnings
 import zipfile
 import zlib
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-import torch
 from numpy.lib import format as npy
 
-from padseg.backbones import Backbone
 from padseg.images import ImageError
 from padseg.methods.options import ForwardOptions, ViewOptions
 from padseg.methods.stages.geometry import seen_box
 from padseg.system.files import atomic, opened
 from padseg.types import Array, Frame, TokenMaps
+
+if TYPE_CHECKING:
+    from padseg.backbones import Backbone
 
 SUFFIX = '.npz'
 # The arrays in a file: kind of their values, and number of dimensions.
@@ -61,11 +62,15 @@ def forward_settings(backbone: Backbone, options: ForwardOptions) -> str:
 
 
 def write_maps(maps: TokenMaps, path: Path, made_by: str = '') -> None:
-    """Write token maps (T, h, w) float32 with their tokens' words, their frame and the settings that made them."""
+    """Write token maps (T, h, w) float32 with their tokens' words, their frame and the settings that made them.
+
+    The maps may be an array too, which is written without torch.
+    """
+    values: Any = maps.maps
     with atomic(path) as temporary, temporary.open('wb') as file:
         np.savez_compressed(
             file,
-            maps=maps.maps.cpu().numpy(),
+            maps=values if isinstance(values, np.ndarray) else values.cpu().numpy(),
             names=np.array(maps.names),
             size=np.array(maps.frame.size),
             box=np.array(maps.frame.box),
@@ -124,6 +129,8 @@ def unpacked(path: Path, made_by: str = '') -> TokenMaps | None:
         raise ImageError(f'its token maps are damaged: {type(error).__name__}: {error}') from error
     if str(arrays['made_by']) != made_by:
         return None
+    import torch  # here, because writing needs none
+
     size, box = tuple(arrays['size'].tolist()), tuple(arrays['box'].tolist())
     return TokenMaps(torch.from_numpy(arrays['maps']), tuple(arrays['names'].tolist()), Frame(size, box))
 

@@ -15,6 +15,7 @@ from skimage.measure import label as connected_components
 from torch.nn import functional as F
 
 from padseg.images import read
+from padseg.methods.stages import superpixels
 from padseg.methods.stages.enlarging import upsample
 from padseg.methods.stages.labels import absorb, common_borders, component_runs, label_map, relabel, scaled_proposals, unassign
 from padseg.methods.stages.runs import mean_inside, painted, parts, runs_of, totals
@@ -288,10 +289,11 @@ def test_a_large_picture_takes_few_bytes_a_pixel(options):
     assert peak - fixed < 7 * height * width
 
 
-def test_superpixels_follow_colours_and_large_pictures_are_reduced():
+def test_superpixels_follow_colours_and_large_pictures_are_reduced(monkeypatch):
     image = np.zeros((40, 60, 3), np.uint8)
     image[:, 30:] = 200
     found = superpixels_of(image, 100.0)
     assert found.shape == (40, 60) and (found[:, :28] == found[0, 0]).all() and found[0, 0] != found[0, 59]
-    large = superpixels_of(np.repeat(np.repeat(image, 40, 0), 40, 1), 100.0)
-    assert large.shape == (1600, 2400) and (large[:, :1150] == large[0, 0]).all() and large[0, 0] != large[0, 2399]
+    monkeypatch.setattr(superpixels, 'SUPERPIXEL_AREA', 62_500)
+    large = superpixels_of(np.repeat(np.repeat(image, 10, 0), 10, 1), 100.0)
+    assert large.shape == (400, 600) and (large[:, :287] == large[0, 0]).all() and large[0, 0] != large[0, 599]

@@ -1,0 +1,50 @@
+"""One fork server for all workers of pytest-xdist: it imports the libraries once, which takes seconds.
+
+Python's own is one for each process that asks for it, and the addresses of others are not public; newer versions of Python also want a key.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from multiprocessing import forkserver
+from typing import Any
+
+IMPORTED = (
+    'pytest',
+    'padseg.backbones.loading',
+    'padseg.backbones.sd3',
+    'padseg.commands.export',
+    'padseg.commands.run',
+    'padseg.exports.coco',
+    'padseg.methods.seg4diff',
+    'padseg.run.engine',
+    'padseg.run.collect',
+)
+SHARED = sys.version_info < (3, 14)
+
+
+def prepare() -> Any:
+    """Python's fork server, which starts when it is first used."""
+    for library in ('TRANSFORMERS', 'DIFFUSERS'):  # silences them while the server imports them
+        os.environ.setdefault(f'{library}_VERBOSITY', 'error')
+    forkserver.set_forkserver_preload(list(IMPORTED))
+    return forkserver._forkserver
+
+
+def serve() -> str | None:
+    """Start the server in the process that starts the workers, and return its address; None where it cannot be shared."""
+    if not SHARED:
+        return None
+    server = prepare()
+    server.ensure_running()
+    return str(server._forkserver_address)
+
+
+def use(address: str | None) -> None:
+    """Let processes that are started from now on be forked by the server there."""
+    server = prepare()
+    if address:
+        server._forkserver_address = address
+        server._forkserver_alive_fd = os.open(os.devnull, os.O_WRONLY)  # it ends with the process that started it
+        server.ensure_running = lambda: None
