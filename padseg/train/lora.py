@@ -79,7 +79,9 @@ def train_lora(run: LoraRun, data: Annotated, validate: Validate | None = None) 
     accelerator = accelerator_of(run)
     device = accelerator.device if accelerator.num_processes > 1 else choose_device(run.device)
     on_gpu = device.type != 'cpu'
-    backbone = load(run.model, revision=run.revision, device=str(device), dtype=run.dtype or ('bfloat16' if on_gpu else 'float32'), whole=True)
+    backbone = load(
+        run.model, revision=run.revision, device=str(device), dtype=run.dtype or ('bfloat16' if on_gpu else 'float32'), whole=True
+    )
     require_family('train', FAMILIES, backbone)
     layer = layer_of(settings, backbone)
     learner = make_learner(backbone, settings)
@@ -88,7 +90,9 @@ def train_lora(run: LoraRun, data: Annotated, validate: Validate | None = None) 
     teacher = Teacher(data, backbone, texts_of(backbone, run.keep_texts), settings, out / 'latents')
     share, rest = divmod(settings.batch, accelerator.num_processes)
     if rest or share % run.at_once:
-        raise UsageError(f'{accelerator.num_processes} processes of {run.at_once} pictures at once cannot share a batch of {settings.batch}')
+        raise UsageError(
+            f'{accelerator.num_processes} processes of {run.at_once} pictures at once cannot share a batch of {settings.batch}'
+        )
 
     optimiser = make_optimiser(learner, settings)
     kept = [optimiser, accelerator.scaler] if accelerator.scaler else [optimiser]
@@ -105,6 +109,7 @@ def train_lora(run: LoraRun, data: Annotated, validate: Validate | None = None) 
     first = accelerator.process_index * share
     numbers = [[step * settings.batch + first + place for place in range(share)] for step in range(start, stop)]
     bar = tqdm(total=settings.steps, initial=start, unit=' steps', dynamic_ncols=True, disable=None if main and not run.quiet else True)
+    looped = time.monotonic()
     with bar, contextlib.closing(ahead(teacher, numbers)) as batches:
         for step, lessons in enumerate(batches, start):
             with_flow = settings.flow_every > 0 and step % settings.flow_every == 0
@@ -138,7 +143,10 @@ def train_lora(run: LoraRun, data: Annotated, validate: Validate | None = None) 
             *values, ended = summed(accelerator, torch.stack([*losses.values(), torch.tensor(float(main and late), device=device)]))
             losses, last = dict(zip(COLUMNS, values, strict=True)), bool(ended) or step + 1 == stop
             bar.update()
-            bar.set_postfix({name: f'{value:.4f}' for name, value in losses.items() if value} | pace(bar, settings.batch), refresh=False)
+            speed = (step + 1 - start) * settings.batch / (time.monotonic() - looped)
+            bar.set_postfix(
+                {name: f'{value:.4f}' for name, value in losses.items() if value} | {'pictures/s': f'{speed:.2f}'}, refresh=False
+            )
             if main:
                 if last or stage.saves_after(step) or (validate and (step + 1) % run.check_every == 0):
                     output.write(step + 1, losses)
@@ -324,12 +332,6 @@ def summed(accelerator: Any, values: Tensor) -> Tensor:
     return accelerator.reduce(values.to(accelerator.device), 'sum') if accelerator.num_processes > 1 else values
 
 
-def pace(bar: Any, batch: int) -> dict[str, str]:
-    """Pictures per second, for the bar."""
-    speed = bar.format_dict['rate'] or (bar.format_dict['n'] - bar.format_dict['initial']) / max(bar.format_dict['elapsed'], 1e-9)
-    return {'pictures/s': f'{speed * batch:.1f}'}
-
-
 # output
 
 
@@ -351,7 +353,9 @@ class Output(NamedTuple):
         if self.validate and (done % run.check_every == 0 or done == run.settings.steps):
             record_scores(out, done, self.validate(self.backbone, out / 'validation', done))
         if done:
-            learned = Learned(run.model, self.backbone.identity, run.settings, summary(self.data), done, {n: float(v) for n, v in losses.items()})
+            learned = Learned(
+                run.model, self.backbone.identity, run.settings, summary(self.data), done, {n: float(v) for n, v in losses.items()}
+            )
             write = functools.partial(write_learned, save=save_lora, matrices=matrices_of(self.backbone), learned=learned, out=out)
             write(out / 'lora')
             if best_step(out) == done:

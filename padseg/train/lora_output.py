@@ -170,7 +170,9 @@ def maps_of(lesson: Lesson, teacher: Teacher, layer: int) -> list[Array]:
     with watch({layer: Request(backbone.attention_module(layer), reduce)}) as seen:
         backbone.denoise(mixed, timestep, prompt)
     maps = seen[layer][0].T.unflatten(1, (height, width)).cpu()  # (T, h, w)
-    masks = torch.nn.functional.interpolate(lesson.masks[None, :MAPS].float(), (height, width), mode='area')[0] if len(lesson.masks) else None
+    masks = (
+        torch.nn.functional.interpolate(lesson.masks[None, :MAPS].float(), (height, width), mode='area')[0] if len(lesson.masks) else None
+    )
     if masks is None:
         chosen = list(maps[:MAPS])
     elif lesson.columns:

@@ -48,7 +48,9 @@ class LoraSettings:
         choices=('random', 'released', 'whole'),
     )
     flip: bool = option(True, 'mirror half of the pictures')
-    least_area: float = option(0.005, 'masks that cover no more than this share of the view are left out', range=Range('a share in 0..1', 0, 1))
+    least_area: float = option(
+        0.005, 'masks that cover no more than this share of the view are left out', range=Range('a share in 0..1', 0, 1)
+    )
     most: int = option(32, 'masks of a picture, the largest first', range=COUNT)
     prompt: str = option(
         'captions',
@@ -70,7 +72,9 @@ class LoraSettings:
         choices=('exact', 'released'),
     )
     maps: str = option(
-        'scores', 'what candidates are made of: scores before the softmax, or shares after it, which evaluation reads', choices=('scores', 'shares')
+        'scores',
+        'what candidates are made of: scores before the softmax, or shares after it, which evaluation reads',
+        choices=('scores', 'shares'),
     )
     focal: str = option('correct', 'focal loss: as published, or with logits for probabilities (released)', choices=('correct', 'released'))
     count: str = option(
