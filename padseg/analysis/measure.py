@@ -29,6 +29,7 @@ class Analysis(NamedTuple):
     step: where single heads are measured; steps: where the mean of heads is; one_region: covering by a single region for the whole picture;
     coverings: of each cell, in 0..1, at the threshold that is best over all pictures; words: mIoU of each cell with the words of a prompt,
     in 0..1, empty without classes; groups: kinds of tokens; shares: attention (layers, G, G); norms: of values (layers, G).
+    lora, lora_scale: as in `Identity`.
     """
 
     model: str
@@ -43,6 +44,8 @@ class Analysis(NamedTuple):
     groups: list[str]
     shares: Array
     norms: Array
+    lora: str | None = None
+    lora_scale: float | None = None
 
 
 def labelled_pictures(images: Path, labels: Path, count: int) -> list[tuple[Image, Array]]:
@@ -90,6 +93,8 @@ def analyze(
         groups=anatomies[0]['groups'],
         shares=np.mean([measured['shares'] for measured in anatomies], axis=0),
         norms=np.mean([measured['norms'] for measured in anatomies], axis=0),
+        lora=backbone.identity.lora,
+        lora_scale=backbone.identity.lora_scale,
     )
 
 
@@ -98,6 +103,7 @@ def as_object(analysis: Analysis) -> dict[str, Any]:
     return {
         'model': analysis.model,
         'weights': analysis.weights,
+        **({'lora': analysis.lora, 'lora_scale': analysis.lora_scale} if analysis.lora else {}),
         'pictures': analysis.pictures,
         'normalisation': analysis.normalisation,
         'one_region': analysis.one_region,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,7 +28,8 @@ class Identity(NamedTuple):
 
     All that decides its results, as SHA-256 of contents, names included: weights, over the files of transformer and VAE, with their
     configurations; scheduler, over its configuration and the number of steps; text_encoders, over text encoders and tokenizers whose
-    embeddings are used, and the number of slots.
+    embeddings are used, and the number of slots; lora, over the LoRA that was added to the weights with the strength lora_scale; None
+    without one.
     """
 
     model: str
@@ -36,6 +38,13 @@ class Identity(NamedTuple):
     weights: str
     scheduler: str
     text_encoders: str
+    lora: str | None = None
+    lora_scale: float | None = None
+
+    def recorded(self) -> dict[str, Any]:
+        """The fields for a record: those of a LoRA only if there is one."""
+        facts = self._asdict()
+        return facts if self.lora else {name: value for name, value in facts.items() if name not in ('lora', 'lora_scale')}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -135,6 +144,8 @@ def load(
     whole: bool = False,
     vae: str | None = None,
     compile: bool = False,
+    lora: str | os.PathLike[str] | None = None,
+    lora_scale: float = 1.0,
 ) -> Backbone:
     """Load a model by name (one of `padseg models`), hub id (`org/name` or `org/name@revision`) or folder in diffusers' layout.
 
@@ -142,7 +153,8 @@ def load(
     models of more than a gigabyte float16 on a GPU and bfloat16 on a CPU with native support for it. layer: the last block whose token maps
     are wanted, by default the model's expert block; later blocks and the VAE's decoder are not loaded unless `whole` is true. vae: another
     VAE for the same latents, in AutoencoderTiny's layout, by hub id or folder; 'tiny' is TAESD, TAESDXL, TAESD3 or TAEF1. compile: have
-    torch compile the blocks before that layer at the first picture.
+    torch compile the blocks before that layer at the first picture. lora: a LoRA for the transformer in diffusers' layout, a safetensors
+    file or a folder with one, which is added to the weights; lora_scale: its strength, 1 as it was trained.
 
     Raises UsageError for an unknown name or value, ModelUnavailable when files are missing.
     """
@@ -151,12 +163,20 @@ def load(
     from padseg.backbones.loading import load_family
     from padseg.backbones.source import locate, locate_vae
 
+    added = lora_named(lora, lora_scale)  # before gigabytes are downloaded for nothing
     source = locate(model, revision)
     other = locate_vae(vae, source) if vae else None
-    return load_family(family_of(source.spec), source, device, dtype, layer, whole, other, compile)
+    return load_family(family_of(source.spec), source, device, dtype, layer, whole, other, compile, added, lora_scale)
 
 
-def identity(model: str, *, revision: str | None = None, vae: str | None = None) -> Identity:
+def identity(
+    model: str,
+    *,
+    revision: str | None = None,
+    vae: str | None = None,
+    lora: str | os.PathLike[str] | None = None,
+    lora_scale: float = 1.0,
+) -> Identity:
     """Which model `load` would load with the same arguments: its files are read, but nothing is loaded. Nothing is downloaded.
 
     Raises UsageError for an unknown name or value, ModelUnavailable when files are missing.
@@ -164,8 +184,21 @@ def identity(model: str, *, revision: str | None = None, vae: str | None = None)
     from padseg.backbones.loading import identify
     from padseg.backbones.source import locate, locate_vae
 
+    added = lora_named(lora, lora_scale)
     source = locate(model, revision, fetch=False)
-    return identify(family_of(source.spec), source, locate_vae(vae, source, fetch=False) if vae else None)
+    other = locate_vae(vae, source, fetch=False) if vae else None
+    return identify(family_of(source.spec), source, other, added, lora_scale)
+
+
+def lora_named(lora: str | os.PathLike[str] | None, scale: float) -> str | None:
+    """The path of a LoRA. Raises UsageError for a path without one, and for a scale without a LoRA."""
+    from padseg.backbones.lora_file import locate_lora
+
+    if lora is not None:
+        locate_lora(lora)
+    elif scale != 1:
+        raise UsageError(f'lora_scale is the strength of a LoRA, and there is none; got {scale}')
+    return None if lora is None else os.fspath(lora)
 
 
 def family_of(spec: Spec) -> Family:

@@ -10,12 +10,15 @@ import torch
 from padseg.backbones import Backbone, Identity
 from padseg.backbones.compiled import compile_blocks
 from padseg.backbones.family import Family
+from padseg.backbones.lora import Lora, checked_scale, merge_lora, read_lora
+from padseg.backbones.lora_file import locate_lora, lora_hash
 from padseg.backbones.null_prompt import encoders_hash, null_prompt, prompt_is_cached
 from padseg.backbones.parts import (
     choose_device,
     choose_dtype,
     encoder_values,
     filled_part,
+    linear_layers,
     outlined,
     read_scheduler,
     vae_dtype,
@@ -34,23 +37,28 @@ def load_family(
     whole: bool = False,
     vae: Source | None = None,
     compile: bool = False,
+    lora: str | None = None,
+    lora_scale: float = 1.0,
 ) -> Backbone:
     """Load the parts of transformer and VAE that token maps up to `layer` need (by default the expert block), or all of both if `whole`.
 
     Also loads the null prompt; text encoders are read only if it is not cached. vae: a standalone VAE to use instead. compile: compile the
-    blocks before `layer`.
+    blocks before `layer`. lora, lora_scale: path and strength of a LoRA that is added to the transformer's weights.
     """
     layer = source.spec.layer if layer is None else layer
     if not 0 <= layer < source.spec.layers:
         raise UsageError(f'layer is one of 0..{source.spec.layers - 1}; got {layer}')
     last = None if whole else layer
     place = choose_device(device)
+    added = lora_for(family, source, lora, lora_scale) if lora else None
     size = sum(path.stat().st_size for path in weight_files(source.folder, family.LAYOUT.networks))
     kind = getattr(torch, dtype) if dtype else choose_dtype(place, size)
     owner, part = (vae, '.') if vae else (source, 'vae')
     with ThreadPoolExecutor(1) as beside:  # hashing four gigabytes takes as long as loading the tensors needed from them
         hashed = beside.submit(weights_hash, family, source, vae)
         transformer = filled_part(family, source, family.LAYOUT.denoiser, last, place, kind)
+        if added:
+            merge_lora(transformer, *added)
         exact = vae_dtype(family, source, owner, part, kind)
         encoder = filled_part(family, owner, part, last, place, exact).to(memory_format=torch.channels_last)  # faster for convolutions
     taken = family.size(transformer.config)
@@ -65,7 +73,7 @@ def load_family(
     multiple = taken.patch * 2 ** (len(encoder.config.block_out_channels) - 1)
     return Backbone(
         spec=source.spec,
-        identity=identity_of(source, hashed.result(), encoders),
+        identity=identity_of(source, hashed.result(), encoders, (added[0].hash, added[0].scale) if added else None),
         family=family,
         transformer=transformer,
         vae=encoder,
@@ -80,15 +88,22 @@ def load_family(
     )
 
 
-def identify(family: Family, source: Source, vae: Source | None = None) -> Identity:
+def lora_for(family: Family, source: Source, path: str, scale: float) -> tuple[Lora, set[str]]:
+    """A LoRA that fits a model, and the names of the weights that one can change."""
+    layers = linear_layers(family, source)
+    return read_lora(path, scale, layers), {f'{name}.weight' for name in layers}
+
+
+def identify(family: Family, source: Source, vae: Source | None = None, lora: str | None = None, lora_scale: float = 1.0) -> Identity:
     """Which model `load` would load, without loading it. ModelUnavailable if text encoders are missing that it would need."""
     encoders = encoders_hash(source)
     if encoders is None:
         check_files(source, text_parts(source))
-    return identity_of(source, weights_hash(family, source, vae), encoders or '')
+    added = (lora_hash(locate_lora(lora)), checked_scale(lora_scale)) if lora else None
+    return identity_of(source, weights_hash(family, source, vae), encoders or '', added)
 
 
-def identity_of(source: Source, weights: str, encoders: str) -> Identity:
+def identity_of(source: Source, weights: str, encoders: str, lora: tuple[str, float] | None = None) -> Identity:
     schedule = content_hash(source.folder, part_files(source.folder, ('scheduler',)))
     return Identity(
         source.model,
@@ -97,6 +112,8 @@ def identity_of(source: Source, weights: str, encoders: str) -> Identity:
         weights,
         scheduler=joint_hash(schedule, source.spec.steps),
         text_encoders=joint_hash(encoders, source.spec.sequence),
+        lora=lora[0] if lora else None,
+        lora_scale=lora[1] if lora else None,
     )
 
 

@@ -99,10 +99,22 @@ def built(family: Family, source: Source, part: str, held: Mapping[str, tuple[in
         raise unreadable(source, part, error) from error
 
 
+def held_shapes(source: Source, part: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a part's weight files, by today's names."""
+    return {present_name(name): shape for path in weight_files(source.folder, (part,)) for name, shape in tensor_shapes(path).items()}
+
+
+def linear_layers(family: Family, source: Source) -> dict[str, tuple[int, ...]]:
+    """Shapes (out, in) of the weights of all linear layers of the whole transformer, by the layer's name. Builds it without weights."""
+    part = family.LAYOUT.denoiser
+    network = built(family, source, part, held_shapes(source, part))
+    return {name: tuple(module.weight.shape) for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
 def outlined(family: Family, source: Source, part: str, layer: int | None) -> Any:
     """Build a transformer or VAE without weights, cut as by `cut_model`, and check it against the headers of the weight files."""
     files, label = weight_files(source.folder, (part,)), part_name(source, part)
-    held = {present_name(name): shape for path in files for name, shape in tensor_shapes(path).items()}
+    held = held_shapes(source, part)
     model = built(family, source, part, held)
     known = set(model.state_dict())
     cut_model(family, model, part, layer)

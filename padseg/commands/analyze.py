@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from padseg.commands.flags import lora_flags, refuse_lone_scale
 from padseg.commands.label import names_of
 from padseg.methods.options import require_family
 from padseg.methods.seg4diff import FAMILIES, Options
@@ -25,6 +26,7 @@ FOLDER = click.Path(path_type=Path)
 @click.option('--revision', help='branch, tag or commit on the hub')
 @click.option('--device', help='cpu, cuda, cuda:1, mps, … (default: the best available)')
 @click.option('--dtype', help='float32, bfloat16 or float16 (default: depends on the device)')
+@lora_flags
 @click.option('--count', type=click.IntRange(min=1), default=50, show_default=True, help='maximum number of pictures')
 @click.option('--normalisation', help="of token maps, as for `padseg run` (default: the model's own)")
 @click.option('--classes-file', type=FOLDER, help='names of the labels from 0, one per line; also measures how well words find classes')
@@ -38,6 +40,8 @@ def command(
     revision: str | None,
     device: str | None,
     dtype: str | None,
+    lora: str | None,
+    lora_scale: float,
     count: int,
     normalisation: str | None,
     classes_file: Path | None,
@@ -54,10 +58,12 @@ def command(
     from padseg.analysis.measure import analyze, as_object, labelled_pictures
     from padseg.backbones import load
 
+    how: dict[str, Any] = {'revision': revision, 'device': device, 'dtype': dtype, 'lora': lora, 'lora_scale': lora_scale}
+    refuse_lone_scale(how)
     classes = names_of(None, classes_file) if classes_file else ()
     pairs = labelled_pictures(images, labels, count)
     given: dict[str, Any] = {'normalisation': normalisation}
-    backbone, options = load(model, revision=revision, device=device, dtype=dtype, whole=True), Options(**given)
+    backbone, options = load(model, whole=True, **how), Options(**given)
     require_family('analyze', FAMILIES, backbone)
     analysis = analyze(pairs, backbone, options, classes, shown(quiet))
     write_analysis(analysis, map_sheet(pairs[0][0], backbone, options), out)

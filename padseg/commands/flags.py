@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,10 @@ METHOD = 'padseg.method'  # key of the method's name in a context's meta
 compile_flag = click.option(
     '--compile', is_flag=True, help='compile the transformer at the first picture; pays off for many pictures and needs a C++ compiler'
 )
+LORA = (
+    click.option('--lora', metavar='PATH', help="a LoRA for the model in diffusers' layout: a safetensors file, or a folder with one"),
+    click.option('--lora-scale', type=float, default=1.0, show_default=True, help='strength of the LoRA; 1 is as it was trained'),
+)
 JOB = (
     click.option('--dir', 'source', type=click.Path(path_type=Path), help='folder of pictures, or one picture'),
     click.option('--out', type=click.Path(path_type=Path), default='out', show_default=True, help='folder for the results'),
@@ -28,6 +32,7 @@ JOB = (
     click.option('--dtype', help='float32, bfloat16 or float16 (default: depends on the device)'),
     click.option('--vae', help="a faster VAE for SD3's latents: tiny (TAESD3), a hub id, or a folder with an AutoencoderTiny"),
     compile_flag,
+    *LORA,
     click.option(
         '--batch', type=click.IntRange(min=1), default=1, show_default=True, help='pictures per forward pass; does not change results'
     ),
@@ -220,6 +225,19 @@ def options_given(method: str, settings: dict[str, Any]) -> MethodOptions:
     """Pop the method's options from a command's settings."""
     kind = METHODS[method].Options
     return kind(**{field.name: settings.pop(field.name) for field in dataclasses.fields(kind)})
+
+
+def lora_flags(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the flags of a LoRA, for commands without `job_flags`."""
+    for flag in reversed(LORA):
+        function = flag(function)
+    return function
+
+
+def refuse_lone_scale(settings: Mapping[str, Any]) -> None:
+    """Raise click.UsageError for a LoRA's strength without a LoRA."""
+    if settings['lora'] is None and settings['lora_scale'] != 1:
+        raise click.UsageError('--lora-scale is the strength of a LoRA: name one with --lora PATH.')
 
 
 def job_flags(function: Callable[..., Any]) -> Callable[..., Any]:

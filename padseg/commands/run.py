@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from padseg.commands.flags import MethodCommand, job_flags, options_given, reading, reading_flags
+from padseg.commands.flags import MethodCommand, job_flags, options_given, reading, reading_flags, refuse_lone_scale
 from padseg.errors import PadsegError
 from padseg.system.progress import EventHandler, Events, event, shown
 from padseg.system.text import say, warn
@@ -56,6 +56,7 @@ def start_run(log_json: bool, as_json: bool, no_progress: bool, quiet: bool, dry
     from padseg.run.plan import choose, plan
     from padseg.run.selection import Selection, parse_shard
 
+    refuse_lone_scale(settings)
     shard = parse_shard(settings.pop('shard'))
     selection = Selection(settings.pop('include'), settings.pop('exclude'), shard, settings.pop('limit'))
     job = Job(selection=selection, reading=reading(settings), **settings)

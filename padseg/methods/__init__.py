@@ -82,13 +82,16 @@ def method_named(name: str, task: str | None = None) -> Method:
 def open_backbone(method: Method, options: Any, model: str, revision: str | None = None, **how: Any) -> Backbone | None:
     """Load a method's model as far as the method needs it; None for a method without a model. how: as for `padseg.load`."""
     if not method.FAMILIES:
+        if how.get('lora'):
+            raise UsageError('a LoRA changes a model, and this method has none: leave out --lora')
         return None
-    from padseg.backbones import load
+    from padseg.backbones import load, lora_named
     from padseg.backbones.source import locate
     from padseg.backbones.spec import BACKBONES
 
     name = next((key for key, known in METHODS.items() if known is method), 'the method')
-    if model in BACKBONES:  # before gigabytes are downloaded for nothing
+    lora_named(how.get('lora'), how.get('lora_scale', 1.0))  # before gigabytes are downloaded for nothing
+    if model in BACKBONES:
         refuse_family(name, method.FAMILIES, model, BACKBONES[model].family)
     spec = locate(model, revision).spec
     refuse_family(name, method.FAMILIES, model, spec.family)
@@ -103,13 +106,15 @@ def open_backbone(method: Method, options: Any, model: str, revision: str | None
     return with_encoders(backbone, str(encoders))
 
 
-def identity_for(method: Method, options: Any, source: Source, vae: Source | None = None) -> Identity:
+def identity_for(
+    method: Method, options: Any, source: Source, vae: Source | None = None, lora: str | None = None, lora_scale: float = 1.0
+) -> Identity:
     """Which model `open_backbone` would load for the method, without loading it. ModelUnavailable if files of it are missing."""
     from padseg.backbones import family_of
     from padseg.backbones.loading import identify
     from padseg.backbones.texts import identity_with
 
-    identity = identify(family_of(source.spec), source, vae)
+    identity = identify(family_of(source.spec), source, vae, lora, lora_scale)
     encoders = method.recorded(options, source.spec).get('encoders')
     return identity_with(identity, source, str(encoders)) if encoders else identity
 

@@ -59,7 +59,8 @@ def results_on_ray(job: Job, record: Run, pending: list[Found], stop: Stop, addr
     with connected(job, record, address):
         import ray
 
-        job = job._replace(out=job.out.absolute(), model=model_from_anywhere(job.model))
+        lora = job.lora and str(Path(job.lora).absolute())
+        job = job._replace(out=job.out.absolute(), model=model_from_anywhere(job.model), lora=lora)
         try:
             for row in dataset(job, record, pending, cluster_share(job, record, ray.nodes())).iter_rows():
                 yield Entry.model_validate(json.loads(row['entry']))

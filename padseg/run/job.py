@@ -29,7 +29,7 @@ Kind = TypeVar('Kind', bound=MethodOptions)
 class Job(NamedTuple):
     """What `padseg run` or `padseg label` is asked to do. source: a folder or one picture; out: where results go; method: a key of METHODS.
 
-    options: the method's; model … compile as for `load`; classes: names to look for, for methods that take class names. workers: threads
+    options: the method's; model … lora_scale as for `load`; classes: names to look for, for methods that take class names. workers: threads
     that read pictures ahead, and as many that write results behind the model. checksum: compare pictures by content instead of size and
     modification time. retry_failed: whether to retry failed pictures that are unchanged. max_failures: how many pictures may fail before
     the run ends. reading: how files become pictures. maps: output of an earlier run whose token maps replace the model. engine: one of
@@ -46,6 +46,8 @@ class Job(NamedTuple):
     dtype: str | None = None
     vae: str | None = None
     compile: bool = False
+    lora: str | None = None
+    lora_scale: float = 1.0
     batch: int = 1
     overlay: bool = False
     save_maps: bool = False
@@ -83,6 +85,7 @@ def requested(job: Job) -> dict[str, Setting]:
         'dtype': job.dtype,
         'vae': job.vae,
         'compile': job.compile,
+        **({'lora': job.lora, 'lora_scale': job.lora_scale} if job.lora else {}),
         **plain_settings(job.options),
         **naming_settings(job),
         **reading_settings(job.reading),

@@ -25,9 +25,14 @@ from padseg.system.versions import versions
 from padseg.version import __version__
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from padseg.backbones import Backbone
+    from padseg.backbones.lora_file import LoraFile
     from padseg.backbones.source import Source
     from padseg.backbones.spec import Spec
+
+LORA = ('lora', 'lora_scale')  # settings of runs with a LoRA
 
 
 def from_model(job: Job, earlier: Run | None = None) -> tuple[Stages, Run]:
@@ -49,7 +54,8 @@ def from_model(job: Job, earlier: Run | None = None) -> tuple[Stages, Run]:
 
 def prepared_for(job: Job, method: Method, revision: str | None = None, **how: Any) -> Any:
     """Prepare the method, loading its model with the job's settings."""
-    backbone = open_backbone(method, job.options, job.model, revision or job.revision, vae=job.vae, compile=job.compile, **how)
+    how |= {'vae': job.vae, 'compile': job.compile, 'lora': job.lora, 'lora_scale': job.lora_scale}
+    backbone = open_backbone(method, job.options, job.model, revision or job.revision, **how)
     return method.prepare(backbone, job.options, job.classes)
 
 
@@ -103,6 +109,7 @@ def settings_of_model(job: Job, backbone: Backbone | None) -> dict[str, Setting]
         'text_encoders': model.text_encoders,
         'dtype': dtype_of(backbone),
         'compile': job.compile,
+        **({'lora': model.lora, 'lora_scale': model.lora_scale} if model.lora else {}),
     }
 
 
@@ -141,21 +148,23 @@ def settings_now(job: Job, earlier: Run) -> Run | None:
     found = located(job)
     if found is None:
         return earlier
-    source, vae = found
-    if files_stamp(source, vae) != earlier.stamp:
+    if files_stamp(*found) != earlier.stamp:
         return None
-    kept = {name: earlier.settings[name] for name in ('weights', *ADDED) if name in earlier.settings}
+    source = found[0]
+    kept = {name: earlier.settings[name] for name in ('weights', *ADDED, *LORA) if name in earlier.settings}
     of_model = {**kept, 'dtype': job.dtype or earlier.dtype, 'compile': job.compile}
     return earlier.model_copy(update={'settings': all_settings(job, method, source.spec, of_model)})
 
 
-def located(job: Job) -> tuple[Source, Source | None] | None:
-    """Locate the files of the job's model and of its `--vae`; None if any of them is not on this machine."""
+def located(job: Job) -> tuple[Source, Source | None, LoraFile | None] | None:
+    """Locate the files of the job's model, its `--vae` and its `--lora`; None if any of them is not on this machine."""
+    from padseg.backbones.lora_file import locate_lora
     from padseg.backbones.source import locate, locate_vae
 
     try:
         source = locate(job.model, job.revision, fetch=False)
         vae = locate_vae(job.vae, source, fetch=False) if job.vae else None
+        lora = locate_lora(job.lora) if job.lora else None
     except UsageError:  # no such folder
         return None
     except ModelUnavailable as error:
@@ -163,19 +172,25 @@ def located(job: Job) -> tuple[Source, Source | None] | None:
             raise
         return None
     check_settings(source.spec)
-    return source, vae
+    return source, vae, lora
 
 
-def files_stamp(source: Source, vae: Source | None) -> str:
+def files_stamp(source: Source, vae: Source | None, lora: LoraFile | None = None) -> str:
     """A stamp that changes if any file of a model may have changed: SHA-256 over names, sizes, times and inodes. Reads no file."""
     digest = hashlib.sha256()
     for folder in (source.folder, *([vae.folder] if vae else [])):
         for path in sorted((*folder.glob('*'), *folder.glob('*/*'))):
             if path.is_file():
-                status = path.stat()  # ctime is included because users cannot set it
-                kept = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-                digest.update(f'{path.relative_to(folder).as_posix()} {kept}\n'.encode('utf-8', 'surrogateescape'))
+                digest.update(f'{path.relative_to(folder).as_posix()} {file_stamp(path)}\n'.encode('utf-8', 'surrogateescape'))
+    for file in lora or ():
+        if file:
+            digest.update(f'{file.name} {file_stamp(file)}\n'.encode('utf-8', 'surrogateescape'))
     return digest.hexdigest()
+
+
+def file_stamp(path: Path) -> tuple[int, int, int, int]:
+    status = path.stat()  # ctime is included because users cannot set it
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def dtype_of(backbone: Backbone) -> str:
