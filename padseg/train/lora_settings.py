@@ -44,7 +44,7 @@ class LoraSettings:
     )
     crop: str = option(
         'random',
-        'part of a picture that is seen: a random square of its short side, the top-left 640 of 1024 pixels of that (released), or all of it',
+        'what is seen of a picture: a random square of its short side, the top-left 640 of 1024 pixels of that (released), or all',
         choices=('random', 'released', 'whole'),
     )
     flip: bool = option(True, 'mirror half of the pictures')
@@ -123,7 +123,7 @@ def preset(name: str, **changed: Any) -> LoraSettings:
 
 
 def rate_factor(step: int, settings: LoraSettings) -> float:
-    """Learning rate at a step, from 0, over its peak: half a cosine over all steps, which a line from 1 % meets at the end of the warm-up."""
+    """Learning rate at a step, from 0, over its peak: half a cosine, which a line from 1 % meets at the end of the warm-up."""
 
     def cosine(at: int) -> float:
         return (1 + math.cos(math.pi * at / settings.steps)) / 2

@@ -24,7 +24,7 @@ def validation(name: str, root: Path, split: str | None, protocol: str | None, p
     NoImages for a data set that cannot be used.
     """
     fields: dict[str, Any] = dict.fromkeys(Asked._fields)
-    fields |= {name: False for name in ('regions', 'raw_ids', 'resize', 'allow_missing', 'tau_sweep')}
+    fields |= dict.fromkeys(('regions', 'raw_ids', 'resize', 'allow_missing', 'tau_sweep'), False)
     asked = Asked(
         **{**fields, 'dataset': name, 'root': root, 'split': split, 'protocol': protocol, 'ignore': 255, 'workers': 1, 'overwrite': True}
     )
