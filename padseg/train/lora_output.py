@@ -64,11 +64,11 @@ def card(learned: Learned, out: Path) -> list[str]:
     nearest = min(changed, key=lambda name: len(changed[name]))
     lines = ['---', f'base_model: {printable(base)}', 'library_name: diffusers', 'tags: [lora, padseg, segmentation]', '---', '']
     lines += [f'# A LoRA for {printable(learned.model)} that aligns its token maps with masks', '']
+    terms = f' ({known.licence})' if known else ''
     lines += [
         f'Made by `padseg train`: mask-alignment fine-tuning (MAGNET; Seg4Diff, Kim et al. 2025), {learned.done} of {settings.steps} steps '
         f'of {settings.batch} pictures, the preset `{nearest}`' + (f' but for {", ".join(changed[nearest])}.' if changed[nearest] else '.'),
-        f'Terms of the base model{f" ({known.licence})" if known else ""} hold for what is made with it. The score layer of the training is not '
-        'needed and not here.',
+        f'The terms of the base model{terms} hold for what is made with it. The score layer of the training is not needed and not here.',
         '',
         '## Use',
         '',
