@@ -143,7 +143,7 @@ def draw_sheet(path: Path, teacher: Teacher, layer: int, count: int) -> None:
         lesson = teacher.lesson(number)
         image = (lesson.image * 255).round().byte().permute(1, 2, 0).numpy()
         masks = lesson.masks.numpy()
-        labels = np.zeros(lesson.masks.shape[1:], np.int32)
+        labels: Array = np.zeros(lesson.masks.shape[1:], np.int32)
         for place in range(len(masks))[::-1]:
             labels[masks[place]] = place + 1
         labels = cv2.resize(labels, image.shape[1::-1], interpolation=cv2.INTER_NEAREST)

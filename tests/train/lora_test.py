@@ -15,14 +15,14 @@ import torch
 from accelerate import Accelerator
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file
-from support.fine_tuning import NAMES, SMALL, fine_tune, in_process, put_annotated
+from support.fine_tuning import NAMES, SMALL, fine_tune, fine_tune_and_die, in_process, put_annotated
 from support.processes import start
 
 from padseg.backbones import load
 from padseg.backbones.texts import texts_of
 from padseg.commands import main
 from padseg.errors import UsageError
-from padseg.train.annotated import open_annotated
+from padseg.train.annotated import View, open_annotated
 from padseg.train.lessons import Teacher
 from padseg.train.lora import COLUMNS, losses_of, make_learner
 from padseg.train.lora_settings import LoraSettings
@@ -40,7 +40,7 @@ def source(tmp_path_factory):
 def straight(tmp_path_factory, sd3_folder, source):
     """Four steps without a break, a picture at a time."""
     out = tmp_path_factory.mktemp('straight')
-    fine_tune(out, sd3_folder, source)
+    fine_tune(out, sd3_folder, source, save_every=2, shown=1)
     return out
 
 
@@ -59,6 +59,12 @@ def same(out, other, exact=True):
     assert states[0].keys() == states[1].keys()
     for name, weight in states[0].items():
         torch.testing.assert_close(weight, states[1][name], **({'rtol': 0, 'atol': 0} if exact else {'rtol': 1e-2, 'atol': 1e-3}))
+
+
+def near(found, expected):
+    """Whether rows of losses are the same but for the order of sums."""
+    for one, two in zip(found, expected, strict=True):
+        assert [float(value) for value in one] == pytest.approx([float(value) for value in two], rel=1e-3, abs=3e-5)
 
 
 def lessons_and_losses(folder, source, settings, numbers, captions=None, with_flow=False, checkpointing=False):
@@ -136,14 +142,18 @@ def test_a_batch_in_four_parts_is_one_of_four_pictures(straight, sd3_folder, sou
     same(tmp_path, straight, exact=False)
 
 
-def test_recomputed_blocks_change_nothing(straight, sd3_folder, source, tmp_path):
-    fine_tune(tmp_path, sd3_folder, source, checkpointing=True)
-    same(tmp_path, straight)
+def test_recomputed_blocks_change_nothing(sd3_folder, source):
+    kept, recomputed = (lessons_and_losses(sd3_folder, source, SMALL, [0, 1], with_flow=True, checkpointing=on) for on in (False, True))
+    assert kept[1] == recomputed[1]
+    gradients = [
+        [weight.grad for weight in backbone.transformer.parameters() if weight.requires_grad] for *_, backbone in (kept, recomputed)
+    ]
+    assert all(one.equal(two) for one, two in zip(*gradients, strict=True))
 
 
 def test_a_killed_training_goes_on_exactly(straight, sd3_folder, source, tmp_path):
     """Killed by itself after the losses of the third step, which the checkpoint after the second does not know of."""
-    assert start(fine_tune, tmp_path, sd3_folder, source, SMALL, 2).wait().returncode == -signal.SIGKILL
+    assert start(fine_tune_and_die, tmp_path, sd3_folder, source).wait().returncode == -signal.SIGKILL
     assert [row[0] for row in rows(tmp_path)] == ['0', '1', '2'] and (tmp_path / 'train.pt').is_file()
     fine_tune(tmp_path, sd3_folder, source)
     same(tmp_path, straight)
@@ -157,8 +167,7 @@ def test_a_stopped_training_goes_on_exactly(straight, sd3_folder, source, tmp_pa
     assert len(rows(tmp_path)) == 1
     fine_tune(tmp_path, sd3_folder, source, time_limit=0.0)
     assert len(rows(tmp_path)) == 2
-    fine_tune(tmp_path, sd3_folder, source, save_every=100)
-    same(tmp_path, straight)
+    assert rows(tmp_path) == rows(straight)[:2]
 
 
 def test_two_processes_are_one(straight, sd3_folder, source, tmp_path):
@@ -169,7 +178,7 @@ def test_two_processes_are_one(straight, sd3_folder, source, tmp_path):
     for process in started:
         ran = process.wait()
         assert ran.returncode == 0, ran.stderr
-    same(tmp_path, straight, exact=False)
+    near(rows(tmp_path), rows(straight)[:2])
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(sd3_folder, source, tmp_path):
@@ -243,7 +252,7 @@ def test_captions_are_dropped_and_a_small_vocabulary_gets_names_that_it_knows(so
     backbone = load(str(sd3_folder), device='cpu', whole=True)
     knows_two = dataclasses.replace(backbone, spec=backbone.spec._replace(words=('cat', 'grass')))
     data = open_annotated([source])
-    example = data.example(1, np.random.default_rng(0), Teacher(data, backbone, texts_of(backbone, False), NAMED, sd3_folder).view)
+    example = data.example(1, np.random.default_rng(0), View(64, 'whole', flip=False))
     assert set(example.names) == set(NAMES)
     for model, text in ((backbone, 'cat dog grass'), (knows_two, 'cat grass')):
         worded = Teacher(data, model, texts_of(model, False), NAMED, sd3_folder).worded(example)
@@ -278,7 +287,7 @@ def test_the_lora_merged_is_the_one_trained(straight, sd3_folder):
 def test_it_loads_into_a_pipeline_of_diffusers(straight, sd3_folder):
     from diffusers import StableDiffusion3Pipeline
 
-    pipeline = StableDiffusion3Pipeline.from_pretrained(sd3_folder, local_files_only=True)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(sd3_folder, text_encoder_3=None, tokenizer_3=None)
     pipeline.load_lora_weights(straight / 'lora')
     held = {name: weight for name, weight in pipeline.transformer.state_dict().items() if 'lora_' in name}
     stored = load_file(straight / WEIGHTS)
