@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from padseg.datasets.base import VOID, Layout, LayoutError, LayoutShown, Split
-from padseg.datasets.layouts import FoundLayout, files_below, find_place, samples, unique
+from padseg.datasets.layouts import ALLOW, FoundLayout, files_below, find_place, samples, unique
 from padseg.datasets.own import FILE, FolderSettings, open_folder, read_settings
 from padseg.datasets.readers import NO_RECORD, number, read_annotations, refuse_labels, segment_places, whole_counts
 from padseg.datasets.rows import COCO_HOMES, COCO_IMAGES, COCO_LAYOUTS, COCO_OBJECT_LAYOUTS
@@ -129,6 +129,8 @@ def open_source(title: str) -> Source:
         source = OPENERS[kind](title, folder, options)
     except LayoutShown as error:  # which shows all layouts, on many lines
         raise LayoutError(f'{folder} has no images/ with labels/ of the same names in it') from error
+    except LayoutError as error:
+        raise LayoutError(str(error).removesuffix(f' ({ALLOW})')) from error
     if 'pictures' in options:
         source = source._replace(pictures=spread_over(source.pictures, whole(title, 'pictures', options['pictures'], 1)))
     return source

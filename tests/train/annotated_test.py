@@ -432,7 +432,10 @@ BAD = {
     ),
     'labels in colours': (lambda root: broken_folder(root, lambda root: put_picture(root / 'labels' / 'a.png')), 'one channel'),
     'damaged labels': (lambda root: broken_folder(root, lambda root: put_text(root / 'labels' / 'a.png', '\x89PNG')), 'not a PNG'),
-    'no labels': (lambda root: broken_folder(root, lambda root: (root / 'labels' / 'a.png').rename(root / 'labels' / 'b.png')), 'a'),
+    'no labels': (
+        lambda root: broken_folder(root, lambda root: (root / 'labels' / 'a.png').rename(root / 'labels' / 'b.png')),
+        r'of the split: b$',
+    ),
     'coco without pictures': (lambda root: panoptic(root) or f'coco:{root}', 'lacks the pictures of COCO: train2017/'),
     'coco without labels': (lambda root: coco(root), 'stuffthingmaps/train2017/, or annotations/panoptic_train2017.json'),
     'coco of another form': (lambda root: panoptic(root) or coco(root) + ',labels=instances', 'lacks .*: annotations/instances_train2017'),
