@@ -21,6 +21,7 @@ from padseg.errors import ModelUnavailable, UsageError
 from padseg.system.files import atomic
 
 DOWN, UP, ALPHA = '.lora_A.weight', '.lora_B.weight', '.alpha'
+FORMER = {'.lora.down.weight': DOWN, '.lora.up.weight': UP}  # how diffusers wrote them before, and its scripts for UNets still do
 DENOISER = 'transformer'
 PREFIXES = (f'{DENOISER}.', 'unet.', 'base_model.model.')  # diffusers' and peft's, before the name of a layer; there may be none
 ENCODERS = ('text_encoder', 'lora_te', 'te1.', 'te2.')  # how names of text encoders' tensors begin, in several layouts
@@ -113,8 +114,8 @@ def parts_of(path: pathlib.Path, stored: Mapping[str, Stored]) -> dict[str, Part
     for name, (dtype, shape) in sorted(stored.items()):
         if name.startswith(ENCODERS):
             raise ModelUnavailable(f'{path} has a LoRA of text encoders ({name[:100]}), which padseg does not merge: save it without them')
-        end = next((end for end in (DOWN, UP, ALPHA) if name.endswith(end)), None)
-        if end is None:
+        layer, end = split(name)
+        if not end:
             raise ModelUnavailable(
                 f"{path} is not a LoRA in diffusers' layout: {name[:100]} is no lora_A.weight, lora_B.weight or alpha; if diffusers "
                 'loads it, save it again with save_lora_weights'
@@ -122,7 +123,7 @@ def parts_of(path: pathlib.Path, stored: Mapping[str, Stored]) -> dict[str, Part
         if dtype not in TYPES:
             raise ModelUnavailable(f'{path} cannot be used: {name[:100]} has the type {dtype}; padseg reads {", ".join(TYPES)}')
         size += TYPES[dtype] * math.prod(shape)
-        of_layer = found.setdefault(without_prefix(name).removesuffix(end), {})
+        of_layer = found.setdefault(layer, {})
         if end in of_layer:
             raise ModelUnavailable(f'{path} has two tensors for one layer: {of_layer[end][:100]} and {name[:100]}')
         of_layer[end] = name
@@ -135,6 +136,14 @@ def parts_of(path: pathlib.Path, stored: Mapping[str, Stored]) -> dict[str, Part
             if end not in names:
                 raise ModelUnavailable(f'{path} is incomplete: {layer[:100]} has no {(end if other in names else DOWN)[1:]}')
     return {layer: Parts(names[DOWN], names[UP], names.get(ALPHA)) for layer, names in found.items()}
+
+
+def split(name: str) -> tuple[str, str]:
+    """The layer that a tensor belongs to, and which of DOWN, UP and ALPHA it is; nothing if it is none."""
+    short = without_prefix(name)
+    ends = {**dict.fromkeys((DOWN, UP, ALPHA)), **FORMER}
+    end = next((end for end in ends if short.endswith(end)), '')
+    return short.removesuffix(end), ends.get(end) or end
 
 
 def without_prefix(name: str) -> str:

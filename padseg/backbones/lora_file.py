@@ -59,12 +59,10 @@ def lora_header(path: pathlib.Path) -> tuple[dict[str, Stored], dict[str, str]]:
     try:
         with path.open('rb') as file:
             start = file.read(8)
-        if start.startswith(PICKLED):
-            raise ModelUnavailable(
-                f'{path} is a pickle of torch, which padseg does not read as a LoRA: `padseg convert-lora` converts released ones'
-            )
         refuse_pointer(path)
         if int.from_bytes(start, 'little') > MOST_HEADER:
+            if start.startswith(PICKLED):
+                raise ModelUnavailable(f'{path} is a pickle of torch, which is not read: `padseg convert-lora` converts released LoRAs')
             raise ModelUnavailable(f'{path} is not a LoRA: it is no safetensors file, or its header is too large')
         with safe_open(path, 'np') as file:  # compares the sizes in the header with that of the file
             slices = {name: file.get_slice(name) for name in file.keys()}

@@ -103,7 +103,7 @@ def divided(path: pathlib.Path, state: Mapping[str, Any]) -> tuple[dict[str, Ten
     model = state.get(MODEL)
     if not isinstance(model, dict):
         raise ModelUnavailable(f"{path} is not a released checkpoint: it has no tensors under '{MODEL}'")
-    others = collections.Counter(str(name)[:LONGEST] for name in state if name != MODEL)
+    others = collections.Counter(start_of(name) for name in state if name != MODEL)
     kept: dict[str, Tensor] = {}
     size = 0
     for name, tensor in model.items():
@@ -146,7 +146,7 @@ def is_matrix(value: object) -> bool:
 
 def start_of(name: object) -> str:
     """The module that a tensor belongs to, in words for a report: the first part of its name, the second too below `backbone`."""
-    parts = str(name)[:LONGEST].split('.')
+    parts = name[:LONGEST].split('.') if isinstance(name, str) else [type(name).__name__]
     return '.'.join(parts[: 2 if parts[0] == PREFIX.split('.')[0] else 1])
 
 

@@ -6,10 +6,10 @@ Pictures are numbered over the whole training, so that a step is the same howeve
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from padseg.backbones import Backbone
-from padseg.backbones.texts import Texts
 from padseg.errors import UnreadableLabels, UsageError
 from padseg.images import ImageError
 from padseg.methods.stages.latents import encode_pixels
@@ -27,6 +26,7 @@ from padseg.system.text import warn
 from padseg.train.alignment import columns_by_ids, columns_by_span
 from padseg.train.annotated import Annotated, Example, View
 from padseg.train.lora_settings import LoraSettings
+from padseg.types import Array
 
 ORDER, VIEW, CHANCE = range(3)  # kinds of random numbers, apart from each other
 TRIES = 20  # pictures in a row that cannot be read before the training ends
@@ -64,9 +64,9 @@ class Encoder(Protocol):
 
 
 class Teacher:
-    """Makes lessons from annotated pictures, by number."""
+    """Makes lessons from annotated pictures, by number. texts: the model's reader of texts, SD3's."""
 
-    def __init__(self, data: Annotated, backbone: Backbone, texts: Texts, settings: LoraSettings, latents: Path) -> None:
+    def __init__(self, data: Annotated, backbone: Backbone, texts: Any, settings: LoraSettings, latents: Path) -> None:
         self.data, self.backbone, self.texts, self.settings, self.latents = data, backbone, texts, settings, latents
         self.side = settings.side or backbone.spec.side
         self.view = View(self.side, settings.crop, settings.flip, settings.least_area, settings.most)
@@ -136,18 +136,18 @@ class Teacher:
         """The text columns of the words at these places."""
         if self.settings.columns == 'exact':
             return columns_by_span(self.texts.tokens(text, 'l')['clip'], spans)
-        tokenizer = self.texts.clip_tokenizers['tokenizer']  # type: ignore[attr-defined]  # of SD3's texts, the only ones here
+        tokenizer = self.texts.clip_tokenizers['tokenizer']  # of SD3's texts, the only ones here
         ids = [tokenizer(part, verbose=False).input_ids for part in (text, *(text[start:end] for start, end in spans))]
         return columns_by_ids(ids[0], [numbers[1:-1] for numbers in ids[1:]], self.backbone.spec.sequence)
 
 
 @functools.lru_cache(2)
-def order_of(seed: int, epoch: int, count: int) -> np.ndarray:  # type: ignore[type-arg]
+def order_of(seed: int, epoch: int, count: int) -> Array:
     """The order of all pictures in an epoch."""
     return np.random.default_rng((seed, ORDER, epoch)).permutation(count)
 
 
-def ahead(teacher: Teacher, steps: Sequence[Sequence[int]]) -> Iterator[list[Lesson]]:
+def ahead(teacher: Teacher, steps: Sequence[Sequence[int]]) -> Generator[list[Lesson], None, None]:
     """Yield the lessons of each step, made in a thread while the one before is learned from."""
     with ThreadPoolExecutor(1, 'lessons') as thread:
         try:

@@ -84,7 +84,7 @@ def train_lora(run: LoraRun, data: Annotated, validate: Validate | None = None) 
     )
     require_family('train', FAMILIES, backbone)
     layer = layer_of(settings, backbone)
-    learner = make_learner(backbone, settings)
+    learner = make_learner(backbone.transformer, settings)
     if run.checkpointing:
         backbone.transformer.enable_gradient_checkpointing()
     teacher = Teacher(data, backbone, texts_of(backbone, run.keep_texts), settings, out / 'latents')
@@ -279,24 +279,24 @@ def flow_loss(velocity: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
 # what is trained
 
 
-def make_learner(backbone: Backbone, settings: LoraSettings) -> nn.ModuleDict:
-    """Add a LoRA to a frozen model, and make the score layer: one module with all that is trained, in float32, from the seed.
+def make_learner(transformer: Any, settings: LoraSettings) -> nn.ModuleDict:
+    """Add a LoRA to a frozen transformer, and make the score layer: one module with all that is trained, in float32, from the seed.
 
     Raises UsageError for targets that the model does not have.
     """
     import peft
 
-    transformer: Any = backbone.transformer
+    place = transformer.device
     config = peft.LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, target_modules=list(settings.targets), init_lora_weights='gaussian'
     )
-    with torch.random.fork_rng(devices=[backbone.device] if backbone.device.type == 'cuda' else []):
+    with torch.random.fork_rng(devices=[place] if place.type == 'cuda' else []):
         torch.manual_seed(settings.seed)
         try:
             transformer.add_adapter(config)
         except ValueError as error:
             raise UsageError(f'targets {", ".join(settings.targets)}: {str(error).splitlines()[0][:200]}') from error
-        score = ScoreLayer().to(backbone.device)
+        score = ScoreLayer().to(place)
     matrices = [weight for weight in transformer.parameters() if weight.requires_grad]
     for weight in matrices:
         weight.data = weight.data.float()  # peft makes them in the type of the base, in which small steps would be lost

@@ -64,11 +64,11 @@ def card(learned: Learned, out: Path) -> list[str]:
     nearest = min(changed, key=lambda name: len(changed[name]))
     lines = ['---', f'base_model: {printable(base)}', 'library_name: diffusers', 'tags: [lora, padseg, segmentation]', '---', '']
     lines += [f'# A LoRA for {printable(learned.model)} that aligns its token maps with masks', '']
+    terms = f' ({known.licence})' if known else ''
     lines += [
-        f'Made by `padseg train`: mask-alignment fine-tuning (MAGNET; Seg4Diff, Kim et al. 2025), {learned.done} of {settings.steps} steps of '
-        f'{settings.batch} pictures, the preset `{nearest}`' + (f' but for {", ".join(changed[nearest])}.' if changed[nearest] else '.'),
-        f'Terms of the base model{f" ({known.licence})" if known else ""} hold for what is made with it. The score layer of the training is '
-        'not needed and not here.',
+        f'Made by `padseg train`: mask-alignment fine-tuning (MAGNET; Seg4Diff, Kim et al. 2025), {learned.done} of {settings.steps} steps '
+        f'of {settings.batch} pictures, the preset `{nearest}`' + (f' but for {", ".join(changed[nearest])}.' if changed[nearest] else '.'),
+        f'The terms of the base model{terms} hold for what is made with it. The score layer of the training is not needed and not here.',
         '',
         '## Use',
         '',
@@ -143,7 +143,7 @@ def draw_sheet(path: Path, teacher: Teacher, layer: int, count: int) -> None:
         lesson = teacher.lesson(number)
         image = (lesson.image * 255).round().byte().permute(1, 2, 0).numpy()
         masks = lesson.masks.numpy()
-        labels = np.zeros(lesson.masks.shape[1:], np.int32)
+        labels: Array = np.zeros(lesson.masks.shape[1:], np.int32)
         for place in range(len(masks))[::-1]:
             labels[masks[place]] = place + 1
         labels = cv2.resize(labels, image.shape[1::-1], interpolation=cv2.INTER_NEAREST)

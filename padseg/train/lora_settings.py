@@ -17,6 +17,7 @@ from padseg.methods.options import Range, check_options, option, require
 TARGETS = ('attn.to_q', 'attn.to_k', 'attn.to_v', 'attn.to_out.0')
 COUNT = Range('a number >= 0', 0)
 SOME = Range('a number >= 1', 1)
+SHARE = Range('a share in 0..1', 0, math.nextafter(1, 2))
 WEIGHT = Range('a finite number >= 0', 0, float('inf'))
 
 
@@ -34,7 +35,7 @@ class LoraSettings:
     weight_decay: float = option(1e-4, 'weight decay of AdamW', range=WEIGHT)
     clip: float = option(0.01, 'largest norm of the gradient of all that is trained', range=WEIGHT)
     rank: int = option(16, 'rank of the LoRA', range=SOME)
-    alpha: float = option(16.0, 'scale of the LoRA times its rank', range=WEIGHT)
+    alpha: int = option(16, 'scale of the LoRA times its rank', range=SOME)
     targets: tuple[str, ...] = option(TARGETS, 'linear layers that get a LoRA, in all blocks, by the end of their names')
     layer: int | None = option(
         None, "expert block whose scores are trained, from 0 (default: the model's own)", range=COUNT, default="the model's own"
@@ -44,20 +45,18 @@ class LoraSettings:
     )
     crop: str = option(
         'random',
-        'part of a picture that is seen: a random square of its short side, the top-left 640 of 1024 pixels of that (released), or all of it',
+        'what is seen of a picture: a random square of its short side, the top-left 640 of 1024 pixels of that (released), or all',
         choices=('random', 'released', 'whole'),
     )
     flip: bool = option(True, 'mirror half of the pictures')
-    least_area: float = option(
-        0.005, 'masks that cover no more than this share of the view are left out', range=Range('a share in 0..1', 0, 1)
-    )
+    least_area: float = option(0.005, 'masks that cover no more than this share of the view are left out', range=SHARE)
     most: int = option(32, 'masks of a picture, the largest first', range=COUNT)
     prompt: str = option(
         'captions',
         'text that goes with a picture: its caption, its class names in a row (released-coco), or none; without a caption its class names',
         choices=('captions', 'classes', 'none'),
     )
-    caption_dropout: float = option(0.0, 'share of the pictures that get the empty prompt instead', range=Range('a share in 0..1', 0, 1))
+    caption_dropout: float = option(0.0, 'share of the pictures that get the empty prompt instead', range=SHARE)
     candidates: str = option(
         'heads', 'maps that may become a mask: of tokens, the mean over heads (released-coco), or of all heads', choices=('tokens', 'heads')
     )
@@ -123,7 +122,7 @@ def preset(name: str, **changed: Any) -> LoraSettings:
 
 
 def rate_factor(step: int, settings: LoraSettings) -> float:
-    """Learning rate at a step, from 0, over its peak: half a cosine over all steps, which a line from 1 % meets at the end of the warm-up."""
+    """Learning rate at a step, from 0, over its peak: half a cosine, which a line from 1 % meets at the end of the warm-up."""
 
     def cosine(at: int) -> float:
         return (1 + math.cos(math.pi * at / settings.steps)) / 2

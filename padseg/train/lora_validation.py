@@ -24,7 +24,7 @@ def validation(name: str, root: Path, split: str | None, protocol: str | None, p
     NoImages for a data set that cannot be used.
     """
     fields: dict[str, Any] = dict.fromkeys(Asked._fields)
-    fields |= {name: False for name in ('regions', 'raw_ids', 'resize', 'allow_missing', 'tau_sweep')}
+    fields |= dict.fromkeys(('regions', 'raw_ids', 'resize', 'allow_missing', 'tau_sweep'), False)
     asked = Asked(
         **{**fields, 'dataset': name, 'root': root, 'split': split, 'protocol': protocol, 'ignore': 255, 'workers': 1, 'overwrite': True}
     )
@@ -50,7 +50,8 @@ def fewer(dataset: Dataset, pictures: int | None) -> Dataset:
 def contender_of(ground: Ground, plain: bool) -> Contender:
     """The usual method for the ground truth, with its usual options."""
     name = DEFAULTS['classes' if ground.rules.matching == 'none' and ground.dataset.classes else 'regions']
-    options: Any = METHODS[name].Options(geometry=ground.rules.geometry)
+    kind: Any = METHODS[name].Options
+    options = kind(geometry=ground.rules.geometry)
     if plain:
         known = {field.name for field in dataclasses.fields(options)}
         options = dataclasses.replace(options, **{field: value for field, value in UNREFINED.items() if field in known})

@@ -21,8 +21,8 @@ SMALL = dataclasses.replace(
     score_rate=1e-3,
     warmup=1,
     rank=2,
-    alpha=2.0,
-    side=64,
+    alpha=2,
+    side=32,
     clip=1.0,
     prompt='classes',
     focal_weight=1.0,
@@ -46,29 +46,34 @@ def put_annotated(root: Path, count: int = 3, side: int = 64) -> str:
     return str(root)
 
 
-def fine_tune(out: Path, model: Path, source: str, settings: LoraSettings = SMALL, killed: int | None = None, **given: Any) -> None:
-    """Fine-tune with a checkpoint after every second step. killed: end the process after the losses of this step are written."""
+def fine_tune(out: Path, model: Path, source: str, settings: LoraSettings = SMALL, **given: Any) -> None:
+    """Fine-tune on one thread."""
     import torch
 
-    torch.set_num_threads(1)
-    from padseg.train import lora
     from padseg.train.annotated import open_annotated
+    from padseg.train.lora import LoraRun, train_lora
 
-    if killed is not None:
-        finish = lora.finish_step
-
-        def finish_and_die(stage: Any, step: int, *rest: Any, **named: Any) -> None:
-            finish(stage, step, *rest, **named)
-            if step == killed:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        lora.finish_step = finish_and_die
-    run = lora.LoraRun(out, settings, str(model), device='cpu', **{'save_every': 2, 'shown': 1, 'quiet': True, **given})
-    lora.train_lora(run, open_annotated([source]))
+    torch.set_num_threads(1)
+    train_lora(LoraRun(out, settings, str(model), device='cpu', **{'shown': 0, 'quiet': True, **given}), open_annotated([source]))
 
 
-def in_process(rank: int, count: int, port: int, out: Path, model: Path, source: str, settings: LoraSettings = SMALL) -> None:
-    """One of several processes of a training, as torchrun starts them."""
+def fine_tune_and_die(out: Path, model: Path, source: str) -> None:
+    """Fine-tune with a checkpoint after the second step, and kill the process after the losses of the third are written."""
+    from padseg.train import lora
+
+    finish = lora.finish_step
+
+    def finish_and_die(stage: Any, step: int, *rest: Any, **named: Any) -> None:
+        finish(stage, step, *rest, **named)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    lora.finish_step = finish_and_die
+    fine_tune(out, model, source, save_every=2)
+
+
+def in_process(rank: int, count: int, port: int, out: Path, model: Path, source: str) -> None:
+    """One of several processes that train for two steps, as torchrun starts them."""
     os.environ |= {
         'RANK': str(rank),
         'LOCAL_RANK': str(rank),
@@ -77,4 +82,4 @@ def in_process(rank: int, count: int, port: int, out: Path, model: Path, source:
         'MASTER_ADDR': '127.0.0.1',
         'MASTER_PORT': str(port),
     }
-    fine_tune(out, model, source, settings)
+    fine_tune(out, model, source, max_steps=2)
