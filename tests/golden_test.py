@@ -17,6 +17,8 @@ import pytest
 import torch
 
 from padseg.methods.stages import aggregation, captions
+from padseg.train import alignment
+from padseg.train.lora import flow_loss
 from padseg.types import Tokens
 
 FOLDER = Path(os.environ.get('PADSEG_GOLDEN') or Path(__file__).parent / 'golden')
@@ -209,12 +211,107 @@ def goca_rules(case, arrays):
     yield f'out.no_background.refined{hyper["order"]}', aggregation.refined(stacked, self_map, hyper['order'])
 
 
+# MAGNET: mask alignment, in 32 bits
+
+
+def layer_of(arrays, prefix):
+    layer = alignment.ScoreLayer()
+    names = {name: name.replace(f'{prefix}attn_score_layer', 'layers') for name in arrays if 'attn_score_layer' in name}
+    layer.load_state_dict({new: arrays[name] for name, new in names.items()})
+    return layer
+
+
+def magnet_losses(case, arrays):
+    masks = arrays['in.masks']
+    for focal in ('released', 'correct'):
+        logits = arrays['in.logits'].clone().requires_grad_()
+        loss, dice = alignment.focal_loss(logits, masks, focal), alignment.dice_loss(logits, masks)
+        for count in (5, 3):
+            yield f'out.focal_{focal}_N{count}', (loss / count).detach()
+            yield f'out.dice_N{count}', (dice / count).detach()
+        yield 'out.grad_dice', torch.autograd.grad(dice / 5, logits)[0]
+        yield f'out.grad_focal_{focal}', torch.autograd.grad(loss / 5, logits)[0]
+    inside, outside = alignment.focal_parts(arrays['in.points'], 'released')
+    yield 'out.points_released_t1', inside
+    yield 'out.points_released_t0', outside
+
+
+def magnet_matching(case, arrays):
+    logits, masks = arrays['in.logits'], arrays['in.masks'].bool()
+    small = alignment.smaller(masks, logits.shape[1:])
+    yield 'out.small_masks', small.byte()
+    yield 'out.cost_focal', (focal := alignment.focal_cost(logits, small, 'released'))
+    yield 'out.cost_dice', (dice := alignment.dice_cost(logits, small))
+    yield 'out.cost', alignment.FOCAL_COST * focal + alignment.DICE_COST * dice
+    yield 'out.candidate', (found := alignment.match(logits, masks, 'released'))[0].int()
+    yield 'out.mask', found[1].int()
+    losses = alignment.mask_losses(alignment.Pairs(logits[found[0]], masks[found[1]]), 'released')
+    yield 'out.loss_mask', losses[0] / len(masks)
+    yield 'out.loss_dice', losses[1] / len(masks)
+
+
+def magnet_score_layer(case, arrays):
+    layer, maps = layer_of(arrays, 'in.'), arrays['in.maps']
+    assert sum(weight.numel() for weight in layer.parameters()) == case['hyper']['parameters']
+    yield 'out.residual', layer.layers(maps).detach()
+    yield 'out.logits', layer(maps[:, 0])[:, None].detach()
+
+
+def magnet_coco(case, arrays):
+    hyper, layer = case['hyper'], layer_of(arrays, 'in.mlp.')
+    slots, ids = hyper['tokenizer_max_length'], hyper['class_ids']
+    maps = alignment.scores(arrays['in.q'], arrays['in.k'], heads=False).unflatten(2, (64, 64))
+    prompts, pairs = [], []
+    for number, classes in enumerate(hyper['ground_truth']):
+        prompt = [0, *(token for each in classes for token in ids[each]), 1]
+        prompts.append((prompt + [-1] * slots)[:slots])
+        columns = alignment.columns_by_ids(prompt, [ids[each] for each in classes], slots)
+        assert columns == hyper['columns_per_class_by_isin'][number]
+        masks = arrays['in.sem_seg'][number][None] == torch.tensor(classes)[:, None, None]
+        pairs.append(alignment.named_pairs(maps[number], columns, masks, layer))
+    yield 'out.prompt_ids', torch.tensor(prompts, dtype=torch.int32)
+    yield 'out.pairs', torch.cat([pair.logits for pair in pairs]).detach()
+    yield 'out.targets', torch.cat([pair.masks for pair in pairs]).byte()
+    count = sum(len(pair.logits) for pair in pairs)
+    assert count == hyper['N']
+    yield from magnet_totals(case, arrays, pairs, count)
+
+
+def magnet_sa1b(case, arrays):
+    hyper, layer = case['hyper'], layer_of(arrays, 'in.mlp.')
+    maps = alignment.scores(arrays['in.q'], arrays['in.k'], heads=True).unflatten(2, (64, 64))
+    least = float(hyper['min_area'].removeprefix('> '))
+    kept = [alignment.largest(arrays[f'in.masks{number}'].bool(), least, hyper['max_mask']) for number in range(2)]
+    pairs = []
+    for number, masks in enumerate(kept):
+        yield f'out.kept_area{number}', masks.flatten(1).sum(1).float()
+        found = alignment.match(alignment.every_logit(maps[number], layer), masks, 'released')
+        yield f'out.candidate{number}', found[0].int()
+        yield f'out.mask{number}', found[1].int()
+        pairs.append(alignment.matched_pairs(maps[number], masks, layer, 'released'))
+    yield from magnet_totals(case, arrays, pairs, sum(map(len, kept)))
+
+
+def magnet_totals(case, arrays, pairs, count):
+    weights = case['hyper']['weights']
+    losses = [alignment.mask_losses(pair, 'released') for pair in pairs]
+    focal, dice = (weights[name] * sum(part) / count for name, part in zip(('focal', 'dice'), zip(*losses, strict=True), strict=True))
+    flow = weights['fm'] * flow_loss(arrays['in.model_pred'], arrays['in.model_input'], arrays['in.noise']).mean()
+    for name, value in (('loss_mask', focal), ('loss_dice', dice), ('loss_fm', flow), ('total', focal + dice + flow)):
+        yield f'out.{name}', value.detach()
+
+
 CASES = {
     'goca_heads': goca_heads,
     'goca_layers': goca_layers,
     'goca_grid32': goca_grid,
     'goca_grid64': goca_grid,
     'goca_rules': goca_rules,
+    'magnet_losses': magnet_losses,
+    'magnet_matching': magnet_matching,
+    'magnet_score_layer': magnet_score_layer,
+    'magnet_coco': magnet_coco,
+    'magnet_sa1b': magnet_sa1b,
 }
 FAULTS = {'goca_rules': {'out.empty_class.labels'}}  # of released code, which ours does not imitate
 
@@ -222,6 +319,9 @@ FAULTS = {'goca_rules': {'out.empty_class.labels'}}  # of released code, which o
 def allowed(case, name, arrays):
     """The tolerance for an array: by the index, or one of those above."""
     expected, last = arrays[name], name.removeprefix('out.')
+    if case['name'].startswith('magnet'):  # one figure for all, relative or not; indices and masks are exact
+        stated = max(value for value in case['tolerance'].values() if isinstance(value, float))
+        return stated * max(1.0, float(expected.abs().max())) if expected.is_floating_point() else 0.0
     if expected.dtype == torch.uint8:
         return TIES
     if last.endswith(('intersections', 'unions', 'miou')):  # of label maps

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 NO_RECORD = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # what JSON of another form raises
 COLOURS = 1 << 24
 LONGEST = 1 << 33  # bytes of annotations; those of PASCAL in Detail take much of one gigabyte
-FIRST, LAST, MORE = 48, 48 + 63, 0x20  # bytes of run lengths in COCO's form, and the bit that says that another one follows
+FIRST, LAST, MORE, SIGN = 48, 48 + 63, 0x20, 0x10  # bytes of run lengths in COCO's form; the bits for `another one follows` and for minus
+LETTERS = 6  # of a number after its first: more than any picture needs
 
 
 class Reader(Protocol):
@@ -58,14 +59,23 @@ def panoptic_labels(sample: Sample, annotations: Path) -> tuple[Array, ...]:
     segments = panoptic_segments(annotations).get(path.name)
     if segments is None:
         refuse_labels(path, f'not among the annotations of {annotations}')
-    colours, _ = png_pixels(path, ('RGB',), 'a panoptic PNG is RGB')  # (H, W, 3)
-    numbers = colours.astype(np.int32) @ np.array([1, 256, 256 * 256], np.int32)  # (H, W)
     known = np.array(sorted({0: 0, **segments}.items()), np.int64)  # (segments, 2): number, category
-    places = np.searchsorted(known[:, 0], numbers).clip(max=len(known) - 1)
-    strange = numbers[known[places, 0] != numbers]
+    places = segment_places(path, known[:, 0], annotations)
+    return (known[places, 1],)
+
+
+def segment_places(path: Path, numbers: Array, annotations: Path, size: tuple[int, int] | None = None) -> Array:
+    """For each pixel of a panoptic PNG, where its segment's number stands in the sorted `numbers`: (H, W).
+
+    size: (H, W) that the PNG has to have. Raises UnreadableLabels for a number that is not among them.
+    """
+    colours, _ = png_pixels(path, ('RGB',), 'a panoptic PNG is RGB', size)  # (H, W, 3)
+    seen = colours.astype(np.int32) @ np.array([1, 256, 256 * 256], np.int32)  # (H, W)
+    places = np.searchsorted(numbers, seen).clip(max=len(numbers) - 1)
+    strange = seen[numbers[places] != seen]
     if strange.size:
         refuse_labels(path, f'segment {strange[0]} is not in {annotations}')
-    return (known[places, 1],)
+    return places
 
 
 @functools.lru_cache(maxsize=2)
@@ -108,7 +118,7 @@ def detail_labels(sample: Sample, annotations: Path) -> tuple[Array, ...]:
     for category, runs in painting.regions:
         try:
             own = tuple(runs['size'])
-            region = mask.decode({'size': size, 'counts': whole_counts(runs['counts'])}) if own == size else None
+            region = mask.decode({'size': size, 'counts': whole_counts(runs['counts'], size[0] * size[1])}) if own == size else None
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             refuse_labels(annotations, f'damaged region in {sample.name}: {error!r}')
         if region is None:
@@ -117,12 +127,30 @@ def detail_labels(sample: Sample, annotations: Path) -> tuple[Array, ...]:
     return (labels,)
 
 
-def whole_counts(counts: str) -> bytes:
-    """Run lengths that end where they say so: pycocotools would read on behind them. ValueError for others."""
-    letters = counts.encode('ascii')
-    if not letters or min(letters) < FIRST or max(letters) > LAST or (letters[-1] - FIRST) & MORE:
+def whole_counts(counts: str, pixels: int) -> bytes:
+    """Run lengths in COCO's form of a mask of so many pixels. ValueError for others: pycocotools would read memory that is not theirs."""
+    letters = np.frombuffer(counts.encode('ascii'), np.uint8)
+    if not len(letters) or letters.min() < FIRST or letters.max() > LAST or (letters[-1] - FIRST) & MORE:
         raise ValueError('no run lengths')
-    return letters
+    lengths = run_lengths(letters)
+    if lengths.min() < 0 or lengths.sum() != pixels:
+        raise ValueError(f'run lengths of {lengths.sum()} pixels in all for a mask of {pixels}')
+    return letters.tobytes()
+
+
+def run_lengths(letters: Array) -> Array:
+    """Unpack run lengths: five bits a letter, lowest first and signed; from the fourth number on, what it exceeds the last but one by."""
+    bits = letters.astype(np.int64) - FIRST
+    last = bits & MORE == 0
+    starts = np.flatnonzero(np.concatenate(([True], last[:-1])))
+    shifts = 5 * (np.arange(len(bits)) - np.repeat(starts, np.diff(starts, append=len(bits))))
+    if shifts.max() > 5 * LETTERS:
+        raise ValueError('no run lengths')
+    numbers = np.add.reduceat((bits & MORE - 1) << shifts, starts)
+    numbers -= np.where(bits[last] & SIGN, 1 << shifts[last] + 5, 0)
+    for first in (1, 2):
+        numbers[first::2] = numbers[first::2].cumsum()
+    return numbers
 
 
 @functools.lru_cache(maxsize=1)
@@ -141,9 +169,10 @@ def detail_paintings(annotations: Path) -> dict[str, Painting]:
     return dict(paintings.values())
 
 
-def read_annotations(path: Path) -> Any:
+def read_annotations(path: Path, longest: int = LONGEST) -> Any:
+    """Parse a JSON file of at most so many bytes. Raises UnreadableLabels."""
     try:
-        return json.loads(contents(path, Reading(max_bytes=LONGEST)))
+        return json.loads(contents(path, Reading(max_bytes=longest)))
     except (ImageError, OSError, ValueError, RecursionError) as error:
         refuse_labels(path, f'not valid JSON: {error}')
 

@@ -9,6 +9,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +22,14 @@ from padseg.errors import UsageError
 from padseg.system.files import atomic
 
 WINDOW = 20  # steps averaged in each printed line and each point of a curve
+
+
+class Stateful(Protocol):
+    """An optimiser, or a scaler of gradients: what goes on as it was after a restart."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +55,7 @@ class Stage:
         return (step + 1) % self.save_every == 0 or step + 1 == self.steps
 
 
-def resume(stage: Stage, model: nn.Module, optimisers: Sequence[torch.optim.Optimizer], averaged: AveragedModel | None = None) -> int:
+def resume(stage: Stage, model: nn.Module, optimisers: Sequence[Stateful], averaged: AveragedModel | None = None) -> int:
     """Load the stage's checkpoint, if any, and return the next step. Raises UsageError for a checkpoint made with other settings."""
     path = stage.file('.pt')
     if not path.exists():
@@ -69,16 +78,21 @@ def finish_step(
     step: int,
     losses: Mapping[str, Tensor],
     model: nn.Module,
-    optimisers: Sequence[torch.optim.Optimizer],
+    optimisers: Sequence[Stateful],
     averaged: AveragedModel | None = None,
+    last: bool = False,
+    said: bool = True,
 ) -> None:
-    """Record the losses of a step. At intervals also print them to stderr, save a checkpoint and draw the curves."""
+    """Record the losses of a step. At intervals also print them to stderr, save a checkpoint and draw the curves.
+
+    last: whether training stops here for now, which needs a checkpoint; said: whether anything is printed.
+    """
     row = {'step': step, 'time': round(time.time(), 1), **{name: round(value.item(), 5) for name, value in losses.items()}}
     with stage.file('.csv').open('a', newline='') as file:
         csv.DictWriter(file, ('step', 'time', *stage.columns)).writerow(row)
-    if (step + 1) % WINDOW == 0:
+    if said and (step + 1) % WINDOW == 0:
         print(training_summary(stage, read_rows(stage)[-WINDOW:]), file=sys.stderr, flush=True)
-    if stage.saves_after(step):
+    if last or stage.saves_after(step):
         state = {
             'step': step + 1,
             'model': model.state_dict(),

@@ -37,6 +37,7 @@ from padseg.datasets.base import Layout
 from padseg.datasets.check import Problem, check_dataset
 from padseg.datasets.dataset import Dataset
 from padseg.datasets.layouts import homes, picture_name
+from padseg.datasets.readers import run_lengths, whole_counts
 from padseg.errors import UsageError
 from padseg.exports.colours import voc_colours
 from padseg.exports.png import read_label_map
@@ -208,6 +209,18 @@ def test_the_171_classes_are_the_used_values_in_order(name):
     plain = table(name, 'index')
     assert table(name, 'train ids')[:171] == [plain[value] for value in used]
     assert table(name, 'train ids')[171:] == [*[NONE] * 84, plain[255]]
+
+
+def test_the_171_classes_by_name():
+    content = tables.facts('coco_stuff171')
+    found = tables.expanded(content['values']['index'], 0, None)
+    things = tables.facts('coco_object')['names']
+    assert [content['names'][found[value]] for value in THINGS] == things
+    assert [value for value in range(182) if found[value] == VOID] == [value for value in range(91) if value not in THINGS]
+    stuff = content['names'][80:]
+    assert stuff == sorted(stuff) and len(stuff) == 91 and found[91:182] == tuple(range(80, 171)) and found[255] == VOID
+    named = {91: 'banner', 105: 'clouds', 123: 'grass', 148: 'road', 154: 'sea', 156: 'sky-other', 168: 'tree', 181: 'wood'}
+    assert {value: content['names'][found[value]] for value in named} == named
 
 
 @pytest.mark.parametrize('name', FACTS)
@@ -784,6 +797,9 @@ def test_annotations_of_another_form(tmp_path, content):
         (runs([[1, 1, 1]]), r'has size \(1, 3\), the picture \(2, 2\)'),
         ([[0, 0, 1, 1]], 'damaged region'),
         ({'size': [2, 2]}, 'damaged region'),
+        ({'size': [2, 2], 'counts': runs([[1, 1, 1]])['counts']}, 'run lengths of 3 pixels in all for a mask of 4'),
+        ({'size': [2, 2], 'counts': 'o' * 99 + '4'}, 'damaged region'),
+        ({'size': [2, 2], 'counts': '2N'}, 'damaged region'),
     ],
 )
 def test_a_damaged_region(tmp_path, segmentation, reason):
@@ -794,6 +810,18 @@ def test_a_damaged_region(tmp_path, segmentation, reason):
     dataset = open_dataset('context60', tmp_path)
     with pytest.raises(UnreadableLabels, match=reason):
         dataset.read(dataset.samples[0])
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from((0, 0.02, 0.5, 1)), st.integers(0, 99))
+def test_run_lengths_are_those_of_the_mask(height, width, share, seed):
+    mask = np.random.default_rng(seed).random((height, width)) < share
+    mask[height // 2 :, width // 3 :] ^= True
+    counts = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))['counts']
+    assert whole_counts(counts.decode(), mask.size) == counts
+    lengths = run_lengths(np.frombuffer(counts, np.uint8))
+    np.testing.assert_array_equal(np.repeat(np.arange(len(lengths)) % 2, lengths), mask.T.ravel())
+    with pytest.raises(ValueError, match='in all for a mask of'):
+        whole_counts(counts.decode(), mask.size + 1)
 
 
 def test_a_data_set_and_its_errors_reach_worker_processes(tmp_path):
