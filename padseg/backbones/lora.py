@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from padseg.backbones.configuration import read_json, refuse_constant
@@ -28,6 +28,7 @@ ENCODERS = ('text_encoder', 'lora_te', 'te1.', 'te2.')  # how names of text enco
 STATED = 'lora_adapter_metadata'  # diffusers' key in the header: settings of peft as JSON
 MOST_STATED = 1 << 20  # letters of these settings
 MOST_BYTES = 1 << 32  # of tensors; a LoRA of rank 128 for all layers of Flux.1 has 1.4 GB
+REBASED = ('pissa', 'olora', 'corda', 'loftq')  # ways of peft to begin that also change the weights of the model
 TYPES = {'F32': 4, 'F16': 2, 'BF16': 2}  # bytes of the types that are read
 log = logging.getLogger(__name__)
 
@@ -196,11 +197,16 @@ def stated_of(file: LoraFile, metadata: Mapping[str, str]) -> Stated:
 
 def checked_settings(path: pathlib.Path, values: Mapping[str, Any]) -> Stated:
     """Pick what matters from settings of peft. Raises ModelUnavailable for values that it would not have written."""
-    rank, own = values.get('r'), values.get('alpha_pattern') or {}
+    rank, own, start = values.get('r'), values.get('alpha_pattern') or {}, values.get('init_lora_weights')
+    if isinstance(start, str) and start.startswith(REBASED):
+        raise ModelUnavailable(
+            f'{path} is for changed weights, which {start[:100]} made before training: convert it to a plain LoRA with peft'
+        )
     if rank is not None and not (isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1):
         raise ModelUnavailable(f'{path}: the rank is a number >= 1; got {str(rank)[:100]}')
     if not isinstance(own, dict):
         raise ModelUnavailable(f'{path}: alpha_pattern is not an object')
+    own = {name.removeprefix('^'): value for name, value in own.items()}  # diffusers writes it before whole names
     strange = next((name for name in own if not name.replace('.', '').replace('_', '').isalnum()), None)
     if strange is not None:
         raise ModelUnavailable(f'{path}: alpha_pattern has {strange[:100]}; padseg reads names of layers, not regular expressions')
@@ -284,5 +290,6 @@ def save_lora(path: pathlib.Path, matrices: Mapping[str, Tensor], rank: int, alp
     settings = {'r': rank, 'lora_alpha': int(alpha) if alpha == int(alpha) else alpha, 'target_modules': sorted(targets)}
     stated = json.dumps({f'{DENOISER}.{name}': value for name, value in settings.items()}, indent=2, sort_keys=True)
     tensors = {f'{DENOISER}.{name}': tensor.detach().cpu().contiguous() for name, tensor in sorted(matrices.items())}
+    content = save(tensors, {STATED: stated})  # one key, because safetensors writes several in any order
     with atomic(path) as temporary:
-        save_file(tensors, temporary, {STATED: stated})  # safetensors writes several keys in any order
+        temporary.write_bytes(content)

@@ -34,21 +34,24 @@ class Stored(NamedTuple):
 def locate_lora(path: os.PathLike[str] | str) -> LoraFile:
     """Find a LoRA by the path of its safetensors file or of a folder with it. Raises UsageError if there is none."""
     place = pathlib.Path(path)
-    if place.is_dir():
+    if os.path.isdir(place):  # of os.path, because a name can be too long to ask for
         known = [place / name for name in (WEIGHTS, PEFT_WEIGHTS)]
-        held = [file for file in known if file.is_file()]
+        held = [file for file in known if os.path.isfile(file)]
         if not held:
             raise UsageError(f'there is no LoRA in {place}: it has neither {WEIGHTS} nor {PEFT_WEIGHTS}; name the file itself')
         place = held[0]
-    if not place.is_file():  # reading anything but a file could block
+    if not os.path.isfile(place):  # reading anything but a file could block
         raise UsageError(f'{place} is not the file of a LoRA or a folder with one')
     config = place.parent / PEFT_CONFIG
-    return LoraFile(place, config if place.name == PEFT_WEIGHTS and config.is_file() else None)
+    return LoraFile(place, config if place.name == PEFT_WEIGHTS and os.path.isfile(config) else None)
 
 
 def lora_hash(file: LoraFile) -> str:
-    """SHA-256 of a LoRA's content, whatever its name."""
-    hashes = [file_hash(path) for path in file if path is not None]
+    """SHA-256 of a LoRA's content, whatever its name. Raises ModelUnavailable if it cannot be read."""
+    try:
+        hashes = [file_hash(path) for path in file if path is not None]
+    except OSError as error:
+        raise ModelUnavailable(f'{file.weights} cannot be read: {error.strerror}') from error
     return hashes[0] if len(hashes) == 1 else hashlib.sha256(' '.join(hashes).encode()).hexdigest()
 
 

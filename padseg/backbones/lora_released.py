@@ -152,7 +152,7 @@ def start_of(name: object) -> str:
 
 def in_words(entries: Mapping[str, int]) -> str:
     """A few of these names, with their numbers."""
-    shown = [f'{name} ({count})' for name, count in list(entries.items())[:8]]
+    shown = [f'{name[:60]} ({count})' for name, count in list(entries.items())[:8]]
     return ', '.join(shown) + (f' and {len(entries) - len(shown)} more' if len(entries) > len(shown) else '')
 
 

@@ -254,7 +254,7 @@ def test_alpha(tmp_path, caplog):
     caplog.clear()
     assert factors(two_layers(), path, {'transformer.r': 4, 'transformer.lora_alpha': 2}) == {first: 0.5, second: 0.5}
     assert factors(two_layers(), path, {'r': 4, 'lora_alpha': 2.0, 'use_rslora': True}) == {first: 1, second: 1}
-    pattern = {'transformer.lora_alpha': 2, 'transformer.alpha_pattern': {'attn.to_q': 8, 'to_out': 3}}
+    pattern = {'transformer.lora_alpha': 2, 'transformer.alpha_pattern': {f'^{first}': 8, 'to_out': 3}}
     assert factors(two_layers(), path, pattern) == {first: 2, second: 0.5}
     alphas = {f'transformer.{first}.alpha': torch.tensor(1.0), f'transformer.{second}.alpha': torch.tensor([6.0], dtype=torch.bfloat16)}
     assert factors(two_layers() | alphas, path) == {first: 0.25, second: 1.5}
@@ -357,6 +357,7 @@ BAD_TENSORS: dict[str, tuple[Tensors, object, str]] = {
     'settings no rank': (two_layers(), {'transformer.r': '4'}, 'the rank is a number >= 1'),
     'settings alpha': (two_layers(), {'transformer.lora_alpha': 1e300}, 'alpha is a number'),
     'settings alpha true': (two_layers(), {'transformer.lora_alpha': True}, 'alpha is a number'),
+    'settings of other weights': (two_layers(), {'transformer.init_lora_weights': 'pissa_niter_4'}, 'for changed weights'),
     'settings pattern': (two_layers(), {'alpha_pattern': {'(a+)+$': 4}}, 'not regular expressions'),
     'settings no pattern': (two_layers(), {'alpha_pattern': [4]}, 'alpha_pattern is not an object'),
 }  # fmt: skip
@@ -439,7 +440,7 @@ def test_scales_that_are_no_numbers(sd3_folder, lora, scale):
 
 
 def test_paths_without_a_lora(sd3_folder, tmp_path):
-    for path in (tmp_path, tmp_path / 'none', tmp_path / 'none.safetensors', ''):
+    for path in (tmp_path, tmp_path / 'none.safetensors', tmp_path / ('a' * 300), ''):
         with pytest.raises(UsageError, match='no LoRA in|not the file of a LoRA'):
             load(str(sd3_folder), device='cpu', lora=path)
     with pytest.raises(UsageError, match='there is none'):
@@ -710,6 +711,14 @@ def test_packed_and_damaged_archives(sd3_folder, tmp_path):
         archive.writestr('a.txt', 'a')
     with pytest.raises(ModelUnavailable, match='cannot be read as a checkpoint'):
         convert_lora(path, tmp_path / 'out.safetensors')
+
+
+def test_a_place_that_cannot_be_written_to(sd3_folder, tmp_path, capsys):
+    path = tmp_path / 'released.pth'
+    torch.save(released(sd3_folder), path)
+    for out in ('/dev/full/a.safetensors', str(path / 'a.safetensors')):
+        assert main(['convert-lora', str(path), out]) == 6
+        assert 'cannot write to' in capsys.readouterr().err
 
 
 def test_conversions_that_cannot_be(tmp_path):
