@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import click
 
-from padseg.bench import engine, eval, goca, label, load, merge, scale, sd3, vae
+from padseg.bench import engine, eval, goca, label, load, merge, scale, sd3, train, vae
 
-COMMANDS = (sd3.command, load.command, scale.command, vae.command, merge.command, engine.command, eval.command, label.command, goca.command)
+COMMANDS = (
+    sd3.command,
+    load.command,
+    scale.command,
+    vae.command,
+    merge.command,
+    engine.command,
+    eval.command,
+    label.command,
+    goca.command,
+    train.command,
+)
 
 
 @click.group(commands=COMMANDS)
