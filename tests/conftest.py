@@ -36,15 +36,8 @@ ROW = {'layer': 2, 'side': 32}
 
 # The files that take longest, which start first, so that no worker is left alone with one at the end.
 LONGEST = (
-    *(
-        'run/cluster_test',
-        'train/lora_test',
-        'train/tiny_test',
-        'run/faults_test',
-        'bench/bench_test',
-        'notebook_test',
-        'backbones/loading_test',
-    ),
+    *('run/cluster_test', 'train/lora_test', 'train/tiny_test', 'run/faults_test', 'bench/bench_test', 'notebook_test'),
+    'backbones/loading_test',
     *('commands/doctor_test', 'run/engine_test', 'train/tiny_model_test', 'evaluation/faults_test', 'main_job_test'),
 )
 
