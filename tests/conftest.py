@@ -40,7 +40,15 @@ SD35 = {'qk_norm': 'rms_norm', 'dual_attention_layers': (0, 1, 2)}
 
 # The files that take longest, which start first, so that no worker is left alone with one at the end.
 LONGEST = (
-    *('run/cluster_test', 'train/tiny_test', 'run/faults_test', 'backbones/compiled_test', 'bench/bench_test', 'commands/doctor_test'),
+    *(
+        'run/cluster_test',
+        'train/lora_test',
+        'train/tiny_test',
+        'run/faults_test',
+        'backbones/compiled_test',
+        'bench/bench_test',
+        'commands/doctor_test',
+    ),
     *('evaluation/faults_test', 'backbones/unet_test', 'run/engine_test', 'notebook_test', 'main_job_test', 'backbones/loading_test'),
     *('evaluation/engine_test', 'backbones/strangers_test', 'docs_test', 'train/tiny_model_test'),
 )

@@ -174,7 +174,7 @@ def random_vae(configuration: dict[str, Any]) -> nn.Module:
 
 def random_learner(backbone: Backbone, settings: LoraSettings) -> nn.ModuleDict:
     """What is trained, as after some steps."""
-    learner = lora.make_learner(backbone, settings)
+    learner = lora.make_learner(backbone.transformer, settings)
     with torch.no_grad():
         for name, weight in backbone.transformer.named_parameters():
             if 'lora_B' in name:
@@ -271,7 +271,7 @@ COMPARED = {'ours and obvious': ('ours', 'obvious'), 'masks-alone and masks-alon
 
 
 def settings_of(way: Way, setting: TrainSetting) -> LoraSettings:
-    weights = {} if way.aligned else {'focal_weight': 0.0, 'dice_weight': 0.0}
+    weights: dict[str, Any] = {} if way.aligned else {'focal_weight': 0.0, 'dice_weight': 0.0}
     return dataclasses.replace(PRESETS[setting.preset], batch=setting.batch, side=setting.side, **weights)
 
 

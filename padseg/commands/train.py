@@ -47,15 +47,7 @@ def in_words(value: Any) -> str:
     return ','.join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-class TrainCommand(click.Command):
-    """A command with a flag for each setting of fine-tuning."""
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        *own, help_flag = super().get_params(ctx)
-        return [*own, *setting_flags(), help_flag]
-
-
-@click.command('train', cls=TrainCommand)
+@click.command('train')
 @click.option(
     '--model', default='tiny', show_default=True, help='a model of the family of SD3: a name of `padseg models`, a hub id, or a folder'
 )
@@ -144,3 +136,6 @@ def command(
     if not given['quiet']:
         warn(f'LoRA in {folder}')
     return 0
+
+
+command.params += setting_flags()

@@ -149,6 +149,7 @@ def draw_sheet(path: Path, teacher: Teacher, layer: int, count: int) -> None:
         labels = cv2.resize(labels, image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
         tiles = [image, overlay(image, labels), *maps_of(lesson, teacher, layer)]
         tiles = [cv2.resize(tile, (WIDTH, WIDTH), interpolation=cv2.INTER_AREA) for tile in tiles]
+        tiles = [cv2.copyMakeBorder(tile, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=(255, 255, 255)) for tile in tiles]
         rows.append(np.concatenate([*tiles, *[np.full_like(tiles[0], 255)] * (MAPS + 2 - len(tiles))], axis=1))
     if not rows:
         return

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import signal
 import socket
+import sys
 
 import numpy as np
 import PIL.Image
@@ -184,6 +185,13 @@ def test_two_processes_are_one(straight, sd3_folder, source, tmp_path):
 def test_a_batch_that_cannot_be_shared_is_refused(sd3_folder, source, tmp_path):
     with pytest.raises(UsageError, match='1 processes of 3 pictures at once cannot share a batch of 4'):
         fine_tune(tmp_path, sd3_folder, source, at_once=3)
+
+
+def test_missing_packages_are_named(sd3_folder, source, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'peft', None)
+    with pytest.raises(UsageError, match=r"training needs peft: pip install 'padseg\[train\]'"):
+        fine_tune(tmp_path / 'out', sd3_folder, source)
+    assert not (tmp_path / 'out').exists()
 
 
 # lessons
