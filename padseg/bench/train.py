@@ -174,7 +174,7 @@ def random_vae(configuration: dict[str, Any]) -> nn.Module:
 
 def random_learner(backbone: Backbone, settings: LoraSettings) -> nn.ModuleDict:
     """What is trained, as after some steps."""
-    learner = lora.make_learner(backbone, settings)
+    learner = lora.make_learner(backbone.transformer, settings)
     with torch.no_grad():
         for name, weight in backbone.transformer.named_parameters():
             if 'lora_B' in name:
