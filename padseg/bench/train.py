@@ -271,7 +271,7 @@ COMPARED = {'ours and obvious': ('ours', 'obvious'), 'masks-alone and masks-alon
 
 
 def settings_of(way: Way, setting: TrainSetting) -> LoraSettings:
-    weights = {} if way.aligned else {'focal_weight': 0.0, 'dice_weight': 0.0}
+    weights: dict[str, Any] = {} if way.aligned else {'focal_weight': 0.0, 'dice_weight': 0.0}
     return dataclasses.replace(PRESETS[setting.preset], batch=setting.batch, side=setting.side, **weights)
 
 
@@ -306,7 +306,7 @@ def measured_step(name: str, setting: TrainSetting) -> Step:
         optimiser.step()
         synchronize(setting.device)
         seconds = time.perf_counter() - start
-        return Step(seconds, memory(setting.device), {one: float(value) for one, value in losses.items()}, np.array(gradients))
+        return Step(seconds, memory(setting.device), {one: float(value.detach()) for one, value in losses.items()}, np.array(gradients))
 
 
 def accelerator_of(setting: TrainSetting, settings: LoraSettings) -> Any:
