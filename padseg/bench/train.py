@@ -306,7 +306,7 @@ def measured_step(name: str, setting: TrainSetting) -> Step:
         optimiser.step()
         synchronize(setting.device)
         seconds = time.perf_counter() - start
-        return Step(seconds, memory(setting.device), {one: float(value) for one, value in losses.items()}, np.array(gradients))
+        return Step(seconds, memory(setting.device), {one: float(value.detach()) for one, value in losses.items()}, np.array(gradients))
 
 
 def accelerator_of(setting: TrainSetting, settings: LoraSettings) -> Any:
