@@ -19,6 +19,7 @@ from padseg.types import Attention, Tokens
 
 ALPHA, GAMMA = 0.25, 2.0  # of the focal loss
 FOCAL_COST, DICE_COST = 0.02, 1.0  # weights of matching, which are not those of the losses
+EPS = 1e-4  # the least share of a token, and of all others
 AT_ONCE = 128  # candidates that the score layer sees in one pass where nothing is learned: a pass of 1848 would take 8 GB
 
 
@@ -43,11 +44,14 @@ def scores(query: Tensor, key: Tensor, heads: bool) -> Tensor:
     return torch.einsum('bhnd,bhtd->btn', query, key) * (scale / query.shape[1])
 
 
-def shares(seen: Attention, image_tokens: int, columns: Sequence[int], heads: bool) -> Tensor:
-    """As `scores`, after the softmax over all keys of the model, from all of the call's queries and keys; the image's come first."""
+def share_logits(seen: Attention, image_tokens: int, columns: Sequence[int], heads: bool) -> Tensor:
+    """As `scores`, but the logit of a text token's share of a pixel's attention to the text, from all of the call's queries and keys.
+
+    The sigmoid of a candidate is then the share that segmentation compares, and what a token gains in its mask the others lose.
+    """
     numbers: Sequence[int | None] = range(seen.query.shape[1]) if heads else [None]
-    parts = [token_attention(seen, image_tokens, columns, head=number).transpose(1, 2) for number in numbers]
-    return torch.cat(parts, 1)
+    parts = [token_attention(seen, image_tokens, columns, head=number).transpose(1, 2) for number in numbers]  # (B, T, N) each
+    return torch.cat([torch.logit(part / part.sum(1, keepdim=True), EPS) for part in parts], 1)
 
 
 class ScoreLayer(nn.Module):
@@ -92,7 +96,7 @@ def columns_by_ids(prompt: Sequence[int], classes: Sequence[Sequence[int]], slot
     return [torch.isin(held, torch.tensor(list(numbers), dtype=held.dtype)).nonzero()[:, 0].tolist() for numbers in classes]
 
 
-def named_pairs(maps: Tensor, columns: Sequence[Sequence[int]], masks: Tensor, layer: ScoreLayer) -> Pairs:
+def named_pairs(maps: Tensor, columns: Sequence[Sequence[int]], masks: Tensor, layer: nn.Module) -> Pairs:
     """The candidate of a class is the mean of the mask logits of its columns, its target the mask of the class; nothing is matched.
 
     maps: (T, h, w) scores; columns: of each mask's class; masks: (M, H, W). A class without columns is left out with its mask.
@@ -106,7 +110,7 @@ def named_pairs(maps: Tensor, columns: Sequence[Sequence[int]], masks: Tensor, l
     return Pairs(torch.stack(means), masks[shown])
 
 
-def matched_pairs(maps: Tensor, masks: Tensor, layer: ScoreLayer, focal: str) -> Pairs:
+def matched_pairs(maps: Tensor, masks: Tensor, layer: nn.Module, focal: str) -> Pairs:
     """Pair every mask with the candidate that the Hungarian method gives it: (C, h, w) scores, (M, H, W) -> at most M pairs.
 
     Candidates are judged without a graph, a few at a time; only the chosen ones pass the score layer again to be learned from.
@@ -118,7 +122,7 @@ def matched_pairs(maps: Tensor, masks: Tensor, layer: ScoreLayer, focal: str) ->
 
 
 @torch.no_grad()
-def every_logit(maps: Tensor, layer: ScoreLayer) -> Tensor:
+def every_logit(maps: Tensor, layer: nn.Module) -> Tensor:
     """The mask logits of all candidates, (C, h, w), of which nothing is learned."""
     return torch.cat([layer(part) for part in maps.split(AT_ONCE)])
 

@@ -69,7 +69,8 @@ class Teacher:
     def __init__(self, data: Annotated, backbone: Backbone, texts: Any, settings: LoraSettings, latents: Path) -> None:
         self.data, self.backbone, self.texts, self.settings, self.latents = data, backbone, texts, settings, latents
         self.side = settings.side or backbone.spec.side
-        self.view = View(self.side, settings.crop, settings.flip, settings.least_area, settings.most)
+        joined = settings.matching == 'names'  # regions of one class
+        self.view = View(self.side, settings.crop, settings.flip, settings.least_area, settings.most, joined)
         self.order = {name: place for place, name in enumerate(data.classes)}
         self.encode: Encoder = functools.lru_cache(KEPT_TEXTS)(functools.partial(texts.encode, encoders='l+g', unused='zeros'))
         self.levels = len(backbone.scheduler.timesteps)  # 1000: the loader sets no schedule of inference

@@ -25,7 +25,7 @@ from padseg.backbones.recorder import Request, watch
 from padseg.backbones.texts import texts_of
 from padseg.errors import UsageError
 from padseg.methods.options import require_family
-from padseg.train.alignment import Pairs, ScoreLayer, mask_losses, matched_pairs, named_pairs, scores, shares
+from padseg.train.alignment import Pairs, ScoreLayer, mask_losses, matched_pairs, named_pairs, scores, share_logits
 from padseg.train.annotated import Annotated, summary
 from padseg.train.lessons import Lesson, Teacher, ahead, latents_of
 from padseg.train.loop import Stage, finish_step, resume
@@ -256,7 +256,7 @@ def candidates(seen: Attention, grid: tuple[int, int], backbone: Backbone, setti
     tokens, heads = grid[0] * grid[1], settings.candidates == 'heads'
     columns = backbone.family.text_columns(range(backbone.spec.sequence), tokens)
     if settings.maps == 'shares':
-        maps = shares(seen, tokens, columns, heads)
+        maps = share_logits(seen, tokens, columns, heads)
     else:
         maps = scores(seen.query[:, :, :tokens], seen.key[:, :, columns[0] : columns[-1] + 1], heads)
     return maps.unflatten(2, grid)
@@ -280,7 +280,7 @@ def flow_loss(velocity: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
 
 
 def make_learner(transformer: Any, settings: LoraSettings) -> nn.ModuleDict:
-    """Add a LoRA to a frozen transformer, and make the score layer: one module with all that is trained, in float32, from the seed.
+    """Add a LoRA to a frozen transformer, and make the score layer, if any: one module with all that is trained, in float32, by the seed.
 
     Raises UsageError for targets that the model does not have.
     """
@@ -296,7 +296,7 @@ def make_learner(transformer: Any, settings: LoraSettings) -> nn.ModuleDict:
             transformer.add_adapter(config)
         except ValueError as error:
             raise UsageError(f'targets {", ".join(settings.targets)}: {str(error).splitlines()[0][:200]}') from error
-        score = ScoreLayer().to(place)
+        score = (ScoreLayer() if settings.score_layer else nn.Identity()).to(place)
     matrices = [weight for weight in transformer.parameters() if weight.requires_grad]
     for weight in matrices:
         weight.data = weight.data.float()  # peft makes them in the type of the base, in which small steps would be lost
@@ -306,7 +306,8 @@ def make_learner(transformer: Any, settings: LoraSettings) -> nn.ModuleDict:
 def make_optimiser(learner: nn.ModuleDict, settings: LoraSettings) -> torch.optim.Optimizer:
     """AdamW with its usual betas. The `initial_lr` of a group is its peak learning rate."""
     rates = {'lora': settings.rate, 'score': settings.score_rate}
-    groups = [{'params': list(learner[name].parameters()), 'lr': rate, 'initial_lr': rate} for name, rate in rates.items()]
+    trained = {name: list(learner[name].parameters()) for name in rates}
+    groups = [{'params': trained[name], 'lr': rate, 'initial_lr': rate} for name, rate in rates.items() if trained[name]]
     return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
 
 

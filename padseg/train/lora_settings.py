@@ -72,9 +72,10 @@ class LoraSettings:
     )
     maps: str = option(
         'scores',
-        'what candidates are made of: scores before the softmax, or shares after it, which evaluation reads',
+        "what candidates are made of: scores before the softmax, or after it a token's share of all text, which evaluation compares",
         choices=('scores', 'shares'),
     )
+    score_layer: bool = option(True, 'add three convolutions to the candidates, which learn too and are left out afterwards')
     focal: str = option('correct', 'focal loss: as published, or with logits for probabilities (released)', choices=('correct', 'released'))
     count: str = option(
         'batch',

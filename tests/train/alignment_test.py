@@ -37,11 +37,18 @@ def test_scores_are_head_major_and_their_mean_is_that_of_heads():
     torch.testing.assert_close(alignment.scores(query, key, heads=False), expected.mean(1))
 
 
-def test_shares_are_of_a_softmax_over_all_keys():
+def test_shares_are_of_a_softmax_over_all_keys_by_their_sum_over_the_text():
     seen = Attention(random(1, 2, 17, 8), random(1, 2, 17, 8))
-    expected = (seen.query[:, :, :12] @ seen.key.transpose(2, 3) / 8**0.5).softmax(-1)[..., 12:17].transpose(2, 3)
-    torch.testing.assert_close(alignment.shares(seen, 12, range(12, 17), heads=True), expected.flatten(1, 2))
-    torch.testing.assert_close(alignment.shares(seen, 12, range(12, 17), heads=False), expected.mean(1))
+    attention = (seen.query[:, :, :12] @ seen.key.transpose(2, 3) / 8**0.5).softmax(-1)[..., 12:17].transpose(2, 3)  # (1, 2, 5, 12)
+    of_heads, mean = attention / attention.sum(2, keepdim=True), attention.mean(1) / attention.mean(1).sum(1, keepdim=True)
+    torch.testing.assert_close(alignment.share_logits(seen, 12, range(12, 17), heads=True).sigmoid(), of_heads.flatten(1, 2))
+    torch.testing.assert_close(alignment.share_logits(seen, 12, range(12, 17), heads=False).sigmoid(), mean)
+
+
+def test_shares_of_nothing_and_of_all_have_finite_logits():
+    seen = Attention(torch.full((1, 1, 3, 4), 50.0), torch.tensor([1.0, 1.0, -1.0, 1.0, -1.0])[:, None].expand(1, 1, 5, 4))
+    logits = alignment.share_logits(seen, 2, range(2, 5), heads=False)
+    assert torch.isfinite(logits).all() and logits[0, :, 0].sigmoid().tolist() == pytest.approx([1e-4, 1 - 1e-4, 1e-4], rel=1e-3)
 
 
 @pytest.mark.parametrize(

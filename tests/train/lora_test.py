@@ -25,7 +25,7 @@ from padseg.commands import main
 from padseg.errors import UsageError
 from padseg.train.annotated import View, open_annotated
 from padseg.train.lessons import Teacher
-from padseg.train.lora import COLUMNS, losses_of, make_learner
+from padseg.train.lora import COLUMNS, losses_of, make_learner, make_optimiser
 from padseg.train.lora_settings import LoraSettings
 
 NAMED = dataclasses.replace(SMALL, candidates='tokens', matching='names')
@@ -127,12 +127,19 @@ def test_the_image_stream_alone_is_trained_also_in_blocks_of_two_attentions(sd35
 @pytest.mark.parametrize('maps', ['scores', 'shares'])
 def test_mask_losses_reach_blocks_before_the_expert_and_its_queries(sd3_folder, source, maps, checkpointing):
     """The expert is block 2. Keys of text are frozen there, so that those of the image count only in the softmax."""
-    settings = dataclasses.replace(SMALL, maps=maps)
+    settings = dataclasses.replace(SMALL, maps=maps, candidates='tokens')
     expected = layers(0, 1) | layers(2, of=('to_q',) if maps == 'scores' else ('to_q', 'to_k'))
     _, _, backbone = lessons_and_losses(sd3_folder, source, settings, [0], checkpointing=checkpointing)
     assert reached(backbone) == expected
     _, _, backbone = lessons_and_losses(sd3_folder, source, settings, [0], with_flow=True, checkpointing=checkpointing)
     assert reached(backbone) == layers(0, 1, 2, 3)
+
+
+def test_without_a_score_layer_the_lora_alone_is_trained(sd3_folder):
+    backbone = load(str(sd3_folder), device='cpu', whole=True)
+    learner = make_learner(backbone.transformer, dataclasses.replace(SMALL, score_layer=False))
+    (group,) = make_optimiser(learner, SMALL).param_groups
+    assert len(group['params']) == len(list(learner['lora'].parameters())) > 0
 
 
 # parts, processes, restarts
