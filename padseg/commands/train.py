@@ -73,9 +73,7 @@ def in_words(value: Any) -> str:
     show_default=True,
     help='pictures per forward pass; a batch is made of as many passes as it takes',
 )
-@click.option(
-    '--checkpointing', is_flag=True, help='recompute blocks in the backward pass: less memory, a third more time, the same result'
-)
+@click.option('--checkpointing', is_flag=True, help='recompute blocks in the backward pass: less memory, more time, the same result')
 @click.option('--precision', type=click.Choice(('no', 'bf16', 'fp16')), help='mixed precision (default: bf16 on CUDA, else no)')
 @click.option('--revision', help='branch, tag or commit on the hub')
 @click.option('--device', help='cpu, cuda, cuda:1, mps, … (default: the best available)')
