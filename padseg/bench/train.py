@@ -394,9 +394,13 @@ def reckoned_table(setting: TrainSetting) -> list[dict[str, Any]]:
         for name in ('ours', 'obvious', 'masks-alone'):
             few, many = (reckoned(name, setting._replace(side=side, batch=count, device='cpu')) for count in (FEW, MANY))
             more = (many - few) / (MANY - FEW)
-            fits = {str(card): max(0, FEW + math.floor((1e9 * card - ASIDE - few) / more)) for card in CARDS}
-            rows.append({'way': name, 'side': side, 'bytes': few, 'bytes_more': more, 'fits': fits})
+            rows.append({'way': name, 'side': side, 'bytes': few, 'bytes_more': more, 'fits': fitting(few, more)})
     return rows
+
+
+def fitting(few: float, more: float) -> dict[str, int]:
+    """Pictures that fit on each card, by gigabytes: FEW take so many bytes, each further one so many more."""
+    return {str(card): max(0, FEW + math.floor((1e9 * card - ASIDE - few) / more)) for card in CARDS}
 
 
 # what is said

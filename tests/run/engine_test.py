@@ -154,7 +154,7 @@ def test_the_run_record_holds_what_is_needed_to_repeat_it(job, backbone):
         'shrink': None,
     }
     assert record['requested']['layer'] is None
-    assert record['model'] == backbone.identity._asdict()
+    assert record['model'] == backbone.identity.recorded()
     assert {'python', 'torch', 'diffusers', 'transformers', 'numpy', 'pillow'} <= set(record['versions'])
     assert (record['device'], record['dtype']) == ('cpu', 'float32')
     assert record['counts'] == {'images': 3, 'done': 3, 'skipped': 0, 'failed': 0, 'regions': 1.0}
