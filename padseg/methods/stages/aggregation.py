@@ -71,7 +71,8 @@ def layer_maps(
         return layer_maps(seen, columns, heads, first, count)[0], image_map(seen, first, *among)
     keys = key.float().transpose(2, 3)  # (B, H, d, L)
     projection = projection_of(heads.weight, count) if heads.weight is not None and heads.by != 'average' else None
-    picked = torch.as_tensor(columns, device=key.device, dtype=torch.long)
+    together = list(columns) == list(range(columns[0], columns[-1] + 1))  # as in all families; a slice needs no copy
+    picked: slice | list[int] = slice(columns[0], columns[-1] + 1) if together else list(columns)
     values = seen.value[:, :, picked].float() if seen.value is not None else None  # (B, H, n, d)
     spectral = spectral_norms(values, projection) if heads.spectral and values is not None and projection else None
     cross, among_image = [], []
@@ -210,7 +211,7 @@ def head_weights(z: Tensor, projection: Projection, by: str, spectral: Tensor | 
 
 def aggregate_heads(attention: Tensor, weights: Tensor | None = None) -> Tensor:
     """Eq. 7: the weighted sum of the maps of all heads; without weights their mean: (B, H, N, n), (B, H, N) -> (B, N, n)."""
-    return attention.mean(1) if weights is None else torch.einsum('bhnt,bhn->bnt', attention, weights)
+    return attention.mean(1) if weights is None else (attention * weights[..., None]).sum(1)
 
 
 # Section 3.2: the map of all layers
