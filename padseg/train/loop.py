@@ -63,7 +63,7 @@ def resume(stage: Stage, model: nn.Module, optimisers: Sequence[Stateful], avera
         return 0
     state = torch.load(path, map_location=stage.device, weights_only=True)
     if state['made_with'] != stage.made_with:
-        raise UsageError(f'{path} was made with {state["made_with"]}, but this run has {stage.made_with}: choose another --out')
+        raise UsageError(f'{path} was made with {other_settings(state["made_with"], stage.made_with)}: choose another --out')
     model.load_state_dict(state['model'])
     for optimiser, saved in zip(optimisers, state['optimisers'], strict=True):
         optimiser.load_state_dict(saved)
@@ -71,6 +71,15 @@ def resume(stage: Stage, model: nn.Module, optimisers: Sequence[Stateful], avera
         averaged.load_state_dict(state['averaged'])
     write_rows(stage, [row for row in read_rows(stage) if int(row['step']) < state['step']])  # later steps are repeated
     return int(state['step'])
+
+
+def other_settings(before: str, now: str) -> str:
+    """What differs between two descriptions of settings, in words: where both are `name=value` between spaces, nothing else."""
+    words = list(zip(before.split(), now.split(), strict=False))
+    differing = [(one, other) for one, other in words if one != other]
+    if differing and len(before.split()) == len(now.split()) and all('=' in one and '=' in other for one, other in differing):
+        before, now = (' '.join(side) for side in zip(*differing, strict=True))
+    return f'{before}, but this run has {now}'
 
 
 def finish_step(

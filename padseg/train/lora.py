@@ -96,7 +96,8 @@ def train_lora(run: LoraRun, data: Annotated, validate: Validate | None = None) 
 
     optimiser = make_optimiser(learner, settings)
     kept = [optimiser, accelerator.scaler] if accelerator.scaler else [optimiser]
-    made_with = f'{made_of(settings)} {backbone.dtype} {accelerator.mixed_precision} {backbone.identity.weights[:12]} {data.digest[:12]}'
+    facts = {'dtype': backbone.dtype, 'precision': accelerator.mixed_precision, 'weights': backbone.identity.weights[:12]}
+    made_with = words_of({**dataclasses.asdict(settings), **facts, 'data': data.digest[:12]})
     stage = Stage(out, 'train', settings.steps, settings.batch, COLUMNS, made_with, run.save_every, device)
     out.mkdir(parents=True, exist_ok=True)
     with accelerator.main_process_first():
@@ -184,8 +185,9 @@ def layer_of(settings: LoraSettings, backbone: Backbone) -> int:
     return layer
 
 
-def made_of(settings: LoraSettings) -> str:
-    return ' '.join(f'{name}={value}' for name, value in dataclasses.asdict(settings).items())
+def words_of(facts: Mapping[str, Any]) -> str:
+    """`name=value` for each fact, without spaces in between."""
+    return ' '.join(f'{name}={value}'.replace(' ', '') for name, value in facts.items())
 
 
 # a step

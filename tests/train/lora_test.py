@@ -327,4 +327,4 @@ def test_the_command_validates_and_keeps_the_best(sd3_folder, source, tmp_path, 
     best = max((2, 3), key=lambda step: found[step])
     assert (tmp_path / 'out/best/README.md').read_text().split(' of 3 steps')[0].endswith(f' {best}')
     assert main(['train', *where, *flags, '--seed', '1']) == 2
-    assert 'choose another --out' in capsys.readouterr().err
+    assert 'was made with seed=0, but this run has seed=1: choose another --out' in capsys.readouterr().err
