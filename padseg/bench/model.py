@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -106,7 +106,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def build_random(architecture: Architecture) -> Parts:
     """Build the networks with their default initialisation, but with sharper attention, which would otherwise be nearly uniform."""
-    from diffusers import AutoencoderKL, SD3Transformer2DModel
+    from diffusers import SD3Transformer2DModel
 
     from padseg.train.tiny_model import Parts
 
@@ -117,8 +117,17 @@ def build_random(architecture: Architecture) -> Parts:
         for block in transformer.transformer_blocks:
             for projection in (block.attn.to_q, block.attn.to_k, block.attn.add_q_proj, block.attn.add_k_proj):
                 projection.weight.mul_(SHARPER)
-    blocks = len(architecture.vae['block_out_channels'])
-    vae = AutoencoderKL(
+    vae = random_vae(architecture.vae)
+    first, second = (random_text_encoder(**settings) for settings in architecture.text)
+    return Parts(transformer, vae, first, second)
+
+
+def random_vae(configuration: Mapping[str, Any]) -> Any:
+    """SD3's VAE in some size, with random weights."""
+    from diffusers import AutoencoderKL
+
+    blocks = len(configuration['block_out_channels'])
+    return AutoencoderKL(
         down_block_types=('DownEncoderBlock2D',) * blocks,
         up_block_types=('UpDecoderBlock2D',) * blocks,
         latent_channels=16,
@@ -126,10 +135,8 @@ def build_random(architecture: Architecture) -> Parts:
         use_post_quant_conv=False,
         scaling_factor=1.5305,
         shift_factor=0.0609,
-        **architecture.vae,
+        **configuration,
     )
-    first, second = (random_text_encoder(**settings) for settings in architecture.text)
-    return Parts(transformer, vae, first, second)
 
 
 def random_text_encoder(**settings: Any) -> CLIPTextModelWithProjection:

@@ -26,11 +26,11 @@ from padseg.backbones import Backbone, Identity, family_of
 from padseg.backbones.recorder import Request, watch
 from padseg.backbones.spec import BACKBONES, CELL
 from padseg.bench.measure import between, finish_bench, fresh, measured_on, output_flags, row_of_numbers, spread, surroundings
-from padseg.bench.model import SHARPER, SIZES, default_dtype
+from padseg.bench.model import SHARPER, SIZES, default_dtype, random_vae
 from padseg.bench.setting import QUIET, memory, own_side, synchronize
 from padseg.train import alignment, lora
 from padseg.train.alignment import Pairs, mask_losses
-from padseg.train.lessons import Lesson, latents_of
+from padseg.train.lessons import Lesson
 from padseg.train.lora_settings import PRESETS, LoraSettings
 from padseg.types import Prompt
 
@@ -127,7 +127,7 @@ def random_backbone(setting: TrainSetting, with_vae: bool = False) -> Backbone:
         for block in transformer.transformer_blocks:
             for projection in (block.attn.to_q, block.attn.to_k, block.attn.add_q_proj, block.attn.add_k_proj):
                 projection.weight.mul_(SHARPER)
-        vae = random_vae(architecture.vae) if with_vae else None
+        vae = random_vae(architecture.vae).requires_grad_(False) if with_vae else None
     transformer.requires_grad_(False)
     layers = len(transformer.transformer_blocks)
     spec = BACKBONES['sd3']._replace(layers=layers, **architecture.row)
@@ -153,23 +153,6 @@ def schedule() -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler(shift=3.0)
-
-
-def random_vae(configuration: dict[str, Any]) -> nn.Module:
-    from diffusers import AutoencoderKL
-
-    blocks = len(configuration['block_out_channels'])
-    vae: nn.Module = AutoencoderKL(
-        down_block_types=('DownEncoderBlock2D',) * blocks,
-        up_block_types=('UpDecoderBlock2D',) * blocks,
-        latent_channels=16,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        **configuration,
-    )
-    return vae.requires_grad_(False)
 
 
 def random_learner(backbone: Backbone, settings: LoraSettings) -> nn.ModuleDict:
@@ -232,20 +215,10 @@ def obvious(
     pairs: float,
 ) -> dict[str, Tensor]:
     """The losses of `padseg.train.lora.losses_of` for matched candidates of all heads, in the obvious way."""
-    clean = latents_of(lessons, backbone)
-    noise = torch.stack([lesson.noise for lesson in lessons]).to(backbone.device)
-    levels = [lesson.level for lesson in lessons]
-    sigma, timestep = (values[levels].to(backbone.device) for values in (backbone.scheduler.sigmas, backbone.scheduler.timesteps))
-    mixed = clean + sigma[:, None, None, None] * (noise - clean)
+    mixed, timestep, clean, noise = lora.noised(lessons, backbone)
     requests = {one: Request(backbone.attention_module(one), lora.image_to_text) for one in range(backbone.layers)}
     with accelerator.autocast(), watch(requests, stop=False) as seen:
-        velocity = backbone.transformer(
-            hidden_states=mixed.to(backbone.dtype),
-            encoder_hidden_states=torch.cat([lesson.embeds for lesson in lessons]),
-            pooled_projections=torch.cat([lesson.pooled for lesson in lessons]),
-            timestep=timestep,
-            return_dict=False,
-        )[0]
+        velocity = lora.velocity_of(lessons, mixed, timestep, backbone)
     kept = [lora.candidates(seen[one], backbone.grid(one, mixed.shape), backbone, settings) for one in range(backbone.layers)]
     zero = torch.zeros((), device=backbone.device)
     losses = {'flow': lora.flow_loss(velocity, clean, noise).sum() / settings.batch if with_flow else zero, 'focal': zero, 'dice': zero}

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from padseg.backbones.source import SMALL_VAE
 from padseg.backbones.spec import BACKBONES
 from padseg.errors import OutputConflict, ResourceExhausted, UsageError
 from padseg.images import Found
@@ -59,8 +60,7 @@ def results_on_ray(job: Job, record: Run, pending: list[Found], stop: Stop, addr
     with connected(job, record, address):
         import ray
 
-        lora = job.lora and str(Path(job.lora).absolute())
-        job = job._replace(out=job.out.absolute(), model=model_from_anywhere(job.model), lora=lora)
+        job = job_from_anywhere(job)
         try:
             for row in dataset(job, record, pending, cluster_share(job, record, ray.nodes())).iter_rows():
                 yield Entry.model_validate(json.loads(row['entry']))
@@ -125,6 +125,16 @@ def hushed() -> Iterator[None]:
         finally:
             os.dup2(kept, 2)
             os.close(kept)
+
+
+def job_from_anywhere(job: Job) -> Job:
+    """Return a job that means the same in any working directory."""
+    return job._replace(
+        out=job.out.absolute(),
+        model=model_from_anywhere(job.model),
+        vae=job.vae and (job.vae if job.vae == SMALL_VAE else model_from_anywhere(job.vae)),
+        lora=job.lora and str(Path(job.lora).absolute()),
+    )
 
 
 def model_from_anywhere(model: str) -> str:

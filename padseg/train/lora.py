@@ -212,28 +212,17 @@ def losses_of(
 
     pairs: of the whole batch. Without flow matching, the forward pass ends in the expert block; without masks either, there is none.
     """
-    device, shown = backbone.device, [place for place, lesson in enumerate(lessons) if settings.aligned and len(lesson.masks)]
-    zero = torch.zeros((), device=device)
-    losses = dict.fromkeys(COLUMNS, zero)
+    shown = [place for place, lesson in enumerate(lessons) if settings.aligned and len(lesson.masks)]
+    losses = dict.fromkeys(COLUMNS, torch.zeros((), device=backbone.device))
     if not with_flow and not shown:
         return losses
-    clean = latents_of(lessons, backbone)  # (B, C, h, w)
-    noise = torch.stack([lesson.noise for lesson in lessons]).to(device)
-    levels = [lesson.level for lesson in lessons]
-    sigma, timestep = (values[levels].to(device) for values in (backbone.scheduler.sigmas, backbone.scheduler.timesteps))
-    mixed = clean + sigma[:, None, None, None] * (noise - clean)
+    mixed, timestep, clean, noise = noised(lessons, backbone)
     grid = backbone.grid(layer, mixed.shape)
     requests = {layer: Request(backbone.attention_module(layer), image_to_text)} if shown else {}
 
     # queries and keys alone are taken out of a block that may be computed a second time; what follows is computed once
     with accelerator.autocast(), watch(requests, stop=not with_flow) as seen:
-        velocity = backbone.transformer(
-            hidden_states=mixed.to(backbone.dtype),
-            encoder_hidden_states=torch.cat([lesson.embeds for lesson in lessons]),
-            pooled_projections=torch.cat([lesson.pooled for lesson in lessons]),
-            timestep=timestep,
-            return_dict=False,
-        )[0]
+        velocity = velocity_of(lessons, mixed, timestep, backbone)
         losses['flow'] = flow_loss(velocity, clean, noise).sum() / settings.batch
     if shown:
         maps = candidates(seen[layer], grid, backbone, settings)  # (B, T or heads x T, h, w)
@@ -246,6 +235,27 @@ def losses_of(
     weights = {'flow': settings.flow_weight, 'focal': settings.focal_weight, 'dice': settings.dice_weight}
     losses['total'] = torch.stack([weight * losses[name] for name, weight in weights.items()]).sum()
     return losses
+
+
+def noised(lessons: Sequence[Lesson], backbone: Backbone) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Noised latents (B, C, h, w), their timesteps (B,), and the clean latents and the noise that they are made of."""
+    clean = latents_of(lessons, backbone)
+    noise = torch.stack([lesson.noise for lesson in lessons]).to(backbone.device)
+    levels = [lesson.level for lesson in lessons]
+    sigma, timestep = (values[levels].to(backbone.device) for values in (backbone.scheduler.sigmas, backbone.scheduler.timesteps))
+    return clean + sigma[:, None, None, None] * (noise - clean), timestep, clean, noise
+
+
+def velocity_of(lessons: Sequence[Lesson], mixed: Tensor, timestep: Tensor, backbone: Backbone) -> Tensor:
+    """What the model predicts from noised latents and the lessons' prompts: (B, C, h, w)."""
+    velocity: Tensor = backbone.transformer(
+        hidden_states=mixed.to(backbone.dtype),
+        encoder_hidden_states=torch.cat([lesson.embeds for lesson in lessons]),
+        pooled_projections=torch.cat([lesson.pooled for lesson in lessons]),
+        timestep=timestep,
+        return_dict=False,
+    )[0]
+    return velocity
 
 
 def image_to_text(seen: Attention) -> Attention:

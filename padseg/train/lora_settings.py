@@ -37,12 +37,8 @@ class LoraSettings:
     rank: int = option(16, 'rank of the LoRA', range=SOME)
     alpha: int = option(16, 'scale of the LoRA times its rank', range=SOME)
     targets: tuple[str, ...] = option(TARGETS, 'linear layers that get a LoRA, in all blocks, by the end of their names')
-    layer: int | None = option(
-        None, "expert block whose scores are trained, from 0 (default: the model's own)", range=COUNT, default="the model's own"
-    )
-    side: int | None = option(
-        None, "side in pixels of the square that the model sees (default: the model's own)", range=SOME, default="the model's own"
-    )
+    layer: int | None = option(None, 'expert block whose scores are trained, from 0', range=COUNT, default="the model's own")
+    side: int | None = option(None, 'side in pixels of the square that the model sees', range=SOME, default="the model's own")
     crop: str = option(
         'random',
         'what is seen of a picture: a random square of its short side, the top-left 640 of 1024 pixels of that (released), or all',

@@ -31,7 +31,7 @@ from padseg.errors import OutputConflict, ResourceExhausted, UsageError
 from padseg.images import Found
 from padseg.methods import METHODS
 from padseg.run import engine, prepare
-from padseg.run.cluster import Actor, Share, cluster_share, knock, model_from_anywhere, without_torch
+from padseg.run.cluster import Actor, Share, cluster_share, job_from_anywhere, knock, model_from_anywhere, without_torch
 from padseg.run.collect import collect
 from padseg.run.job import Job
 from padseg.run.picture import Taken
@@ -324,6 +324,17 @@ def test_a_models_folder_is_found_from_anywhere_and_names_stay(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert model_from_anywhere('mine') == str(tmp_path / 'mine')
     assert [model_from_anywhere(name) for name in ('tiny', 'org/name', 'org/name@main')] == ['tiny', 'org/name', 'org/name@main']
+
+
+def test_a_job_with_relative_paths_is_found_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / 'vae').mkdir()
+    (tmp_path / 'tiny').mkdir()
+    monkeypatch.chdir(tmp_path)
+    found = job_from_anywhere(Job(tmp_path, Path('out'), vae='vae', lora='mine.safetensors'))
+    assert (found.out, found.model) == (tmp_path / 'out', 'tiny')
+    assert (found.vae, found.lora) == (str(tmp_path / 'vae'), str(tmp_path / 'mine.safetensors'))
+    assert job_from_anywhere(Job(tmp_path, Path('out'), vae='tiny')).vae == 'tiny'
+    assert job_from_anywhere(Job(tmp_path, Path('out')))[:2] == (tmp_path, tmp_path / 'out')
 
 
 def test_maps_reach_other_processes_bit_by_bit():
