@@ -108,7 +108,8 @@ def command(
 
     Running the same command again resumes a stopped training exactly. For several GPUs, start it by `accelerate launch -m padseg train …`
     or `torchrun -m padseg train …`. Results: OUT/lora, a folder for --lora and for diffusers, with a model card; OUT/best, the same of the
-    best validation; train.csv and train.png, losses; sheets/, token maps before and during training; train.pt, the checkpoint.
+    best validation; train.csv and train.png, losses; validation.csv and validation.png, scores; sheets/, token maps before and during
+    training; train.pt, the checkpoint.
     """
     if bool(dataset) != bool(eval_root):
         raise click.UsageError('--eval needs --eval-root, the folder with the data set, and the other way round.')

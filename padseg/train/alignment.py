@@ -131,8 +131,22 @@ def every_logit(maps: Tensor, layer: nn.Module) -> Tensor:
 def match(logits: Tensor, masks: Tensor, focal: str) -> tuple[Tensor, Tensor]:
     """Candidates and masks (P,) each of the cheapest assignment, candidates ascending: (C, h, w), (M, H, W) -> P = min(C, M) pairs."""
     cost = FOCAL_COST * focal_cost(logits, small := smaller(masks, logits.shape[1:]), focal) + DICE_COST * dice_cost(logits, small)
+    rows, columns = assignment(cost)
+    return rows, columns
+
+
+@torch.library.custom_op('padseg::assignment', mutates_args=())
+def assignment(cost: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cheapest assignment by the Hungarian method: costs (C, M) -> rows and columns (P,) each, rows ascending, P = min(C, M)."""
     rows, columns = linear_sum_assignment(cost.cpu().numpy())
-    return torch.from_numpy(rows).to(masks.device), torch.from_numpy(columns).to(masks.device)
+    return torch.from_numpy(rows).to(cost.device), torch.from_numpy(columns).to(cost.device)
+
+
+@assignment.register_fake
+def _(cost: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shapes alone, for a step that is reckoned without values."""
+    pairs = min(cost.shape)
+    return cost.new_empty(pairs, dtype=torch.int64), cost.new_empty(pairs, dtype=torch.int64)
 
 
 def smaller(masks: Tensor, size: Sequence[int]) -> Tensor:

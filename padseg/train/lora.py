@@ -96,7 +96,13 @@ def train_lora(run: LoraRun, data: Annotated, validate: Validate | None = None) 
 
     optimiser = make_optimiser(learner, settings)
     kept = [optimiser, accelerator.scaler] if accelerator.scaler else [optimiser]
-    facts = {'dtype': backbone.dtype, 'precision': accelerator.mixed_precision, 'weights': backbone.identity.weights[:12]}
+    known = backbone.identity
+    facts = {
+        'dtype': backbone.dtype,
+        'precision': accelerator.mixed_precision,
+        'weights': known.weights[:12],
+        'texts': known.text_encoders[:12],
+    }
     made_with = words_of({**dataclasses.asdict(settings), **facts, 'data': data.digest[:12]})
     stage = Stage(out, 'train', settings.steps, settings.batch, COLUMNS, made_with, run.save_every, device)
     out.mkdir(parents=True, exist_ok=True)

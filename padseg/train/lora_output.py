@@ -28,7 +28,7 @@ from padseg.train.lora_settings import PRESETS, LoraSettings
 from padseg.types import Array
 
 WEIGHTS = 'pytorch_lora_weights.safetensors'  # the name that diffusers looks for
-SCORES = 'validation.csv'
+SCORES, CURVES = 'validation.csv', 'validation.png'
 MAPS, WIDTH = 7, 128  # maps of a picture on a sheet, and pixels of their side
 QUIET = 0.1  # noise level at which maps are shown
 
@@ -114,13 +114,32 @@ def read_scores(out: Path) -> list[dict[str, str]]:
 
 
 def record_scores(out: Path, done: int, measures: Mapping[str, float]) -> None:
-    """Add the measures after so many steps to OUT/validation.csv, in place of those of this and later steps from before a restart."""
+    """Add the measures after so many steps to OUT/validation.csv, and plot them.
+
+    They replace those of this and later steps from before a restart.
+    """
     rows = [row for row in read_scores(out) if int(row['step']) < done and row.keys() == {'step', *measures}]
     rows.append({'step': str(done), **{name: f'{value:.6f}' for name, value in measures.items()}})
     with atomic(out / SCORES) as temporary, temporary.open('w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, ('step', *measures))
         writer.writeheader()
         writer.writerows(rows)
+    draw_scores(out, rows)
+
+
+def draw_scores(out: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """Plot each measure over the steps to OUT/validation.png."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in rows[0] if name != 'step']
+    figure = Figure((7, 2 * len(names)), layout='constrained')
+    steps = [int(row['step']) for row in rows]
+    for axes, name in zip(figure.subplots(len(names), sharex=True, squeeze=False)[:, 0], names, strict=True):
+        axes.plot(steps, [float(row[name]) for row in rows], marker='.')
+        axes.set_ylabel(name)
+    axes.set_xlabel('step')
+    with atomic(out / CURVES) as temporary:
+        figure.savefig(temporary, format='png', dpi=120)
 
 
 def best_step(out: Path) -> int | None:

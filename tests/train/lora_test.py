@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 
+import cv2
 import numpy as np
 import PIL.Image
 import pytest
@@ -160,7 +161,7 @@ def test_recomputed_blocks_change_nothing(sd3_folder, source):
 
 
 def test_a_killed_training_goes_on_exactly(straight, sd3_folder, source, tmp_path):
-    """Killed by itself after the losses of the third step, which the checkpoint after the second does not know of."""
+    """Killed in its fourth step, after the losses of the third, which the checkpoint after the second does not know of."""
     assert start(fine_tune_and_die, tmp_path, sd3_folder, source).wait().returncode == -signal.SIGKILL
     assert [row[0] for row in rows(tmp_path)] == ['0', '1', '2'] and (tmp_path / 'train.pt').is_file()
     fine_tune(tmp_path, sd3_folder, source)
@@ -324,6 +325,8 @@ def test_the_command_validates_and_keeps_the_best(sd3_folder, source, tmp_path, 
     with (tmp_path / 'out/validation.csv').open(newline='') as file:
         found = {int(row['step']): float(row['miou']) for row in csv.DictReader(file)}
     assert list(found) == [0, 2, 3] and all(0 <= value <= 1 for value in found.values())
+    height, width = cv2.imread(str(tmp_path / 'out/validation.png')).shape[:2]
+    assert width == 840 and height % 240 == 0  # a part for each measure
     best = max((2, 3), key=lambda step: found[step])
     assert (tmp_path / 'out/best/README.md').read_text().split(' of 3 steps')[0].endswith(f' {best}')
     assert main(['train', *where, *flags, '--seed', '1']) == 2
