@@ -84,7 +84,7 @@ class Step(NamedTuple):
 )
 @click.option('--device', default='cpu', show_default=True, help='cpu or cuda')
 @click.option('--checkpointing/--no-checkpointing', default=True, show_default=True, help='recompute blocks, or keep what they computed')
-@click.option('--ways', help='which of these to measure, separated by commas (default: all)')
+@click.option('--ways', help='which of these to measure, separated by commas, or none (default: all)')
 @click.option('--reckon/--no-reckon', default=True, show_default=True, help='also reckon from shapes what fits on a GPU, in some minutes')
 @click.option('--repeats', type=click.IntRange(1), default=3, show_default=True, help='repetitions, each in fresh processes')
 @output_flags
@@ -97,11 +97,11 @@ def command(ways: str | None, reckon: bool, repeats: int, record: bool, as_json:
     """
     os.environ |= QUIET  # inherited by the processes
     setting = TrainSetting(preset='paper', **{**settings, 'side': settings['side'] or own_side(settings['size'])})
-    names = [name.strip() for name in ways.split(',')] if ways else list(WAYS)
+    names = [name.strip() for name in ways.split(',') if name != 'none'] if ways else list(WAYS)
     strange = [name for name in names if name not in WAYS]
     if strange:
         raise click.BadParameter(f'one of {", ".join(WAYS)}; got {strange[0]}', param_hint='--ways')
-    turns = [{name: fresh(measured_step, name, setting) for name in names} for _ in range(repeats)]
+    turns = [{name: fresh(measured_step, name, setting) for name in names} for _ in range(repeats if names else 1)]
     measured = summary(setting, turns, reckoned_table(setting) if reckon else [])
     finish_bench('train', f'{setting.size}-{setting.side}-batch-{setting.batch}-{setting.dtype}', measured, record, as_json, in_words)
     for pair, difference in measured['difference'].items():
@@ -406,9 +406,8 @@ def in_words(measured: dict[str, Any]) -> str:
     lines = [
         f'{measured["size"]} model, {measured["side"]} x {measured["side"]}, {measured["batch"]} at once with {measured["masks"]} masks, '
         f'{measured["dtype"]}, blocks {kept}; {measured_on(measured)}',
-        f'{"":22}' + ''.join(f'{name:>28}' for name in seconds),
-        row_of_numbers('step, s', *seconds.values()),
-        row_of_numbers('peak memory, MiB', *peaks.values(), digits=0),
+        *([f'{"":22}' + ''.join(f'{name:>28}' for name in seconds)] if seconds else []),
+        *([row_of_numbers('step, s', *seconds.values()), row_of_numbers('peak memory, MiB', *peaks.values(), digits=0)] if seconds else []),
         *(f'{pair}: {between(values)} x the time' for pair, values in measured['ratio'].items()),
         *(f'{pair} differ by at most {value:.1e}' for pair, value in measured['difference'].items()),
     ]

@@ -88,6 +88,9 @@ def in_words(value: Any) -> str:
 @click.option('--eval-every', type=POSITIVE, default=250, show_default=True, help='steps between validations')
 @click.option('--eval-limit', type=POSITIVE, help='pictures to validate on, spread evenly')
 @click.option('--eval-plain', is_flag=True, help='of plain token maps, without superpixels and whatever else refines them')
+@click.option(
+    '--held', multiple=True, metavar='SOURCE', help='pictures held out, whose flow-matching loss is validated too; may be repeated'
+)
 @click.option('--quiet', '-q', is_flag=True, help='no progress on stderr')
 def command(
     name: str,
@@ -102,6 +105,7 @@ def command(
     eval_every: int,
     eval_limit: int | None,
     eval_plain: bool,
+    held: tuple[str, ...],
     **given: Any,
 ) -> int:
     """Fine-tune a model by LoRA on annotated pictures, so that its token maps align with masks (MAGNET).
@@ -126,12 +130,16 @@ def command(
 
     if not given['quiet']:
         warn(*summary(annotated))
-    validate: Validate | None = None
+    parts: list[Validate] = []
     if dataset and eval_root:
         from padseg.train.lora_validation import validation
 
-        validate = validation(dataset, eval_root, eval_split, eval_protocol, eval_plain, eval_limit)
-    folder = train_lora(LoraRun(settings=settings, check_every=eval_every, **given), annotated, validate)
+        parts.append(validation(dataset, eval_root, eval_split, eval_protocol, eval_plain, eval_limit))
+    if held:
+        from padseg.train.lora_validation import loss_on
+
+        parts.append(loss_on(open_annotated(held, captions, leave_out=leave_out), settings, given['at_once']))
+    folder = train_lora(LoraRun(settings=settings, check_every=eval_every, **given), annotated, parts)
     if not given['quiet']:
         warn(f'LoRA in {folder}')
     return 0

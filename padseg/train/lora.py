@@ -68,12 +68,12 @@ class LoraRun:
     quiet: bool = False
 
 
-def train_lora(run: LoraRun, data: Annotated, validate: Validate | None = None) -> Path:
+def train_lora(run: LoraRun, data: Annotated, validate: Sequence[Validate] = ()) -> Path:
     """Fine-tune a model on annotated pictures and return the folder of the LoRA, OUT/lora. An interrupted training resumes.
 
-    validate: gets the model as it is, a folder to write to and the number of steps done, and returns measures, of which the first decides
-    what is best. In several processes, started by `accelerate launch` or torchrun, each takes its share of every batch. Raises UsageError
-    if OUT has a checkpoint made with other settings, model or data.
+    validate: each gets the model as it is, a folder to write to and the number of steps done, and returns measures, of which the first
+    decides what is best. In several processes, started by `accelerate launch` or torchrun, each takes its share of every batch. Raises
+    UsageError if OUT has a checkpoint made with other settings, model or data.
     """
     began, settings, out = time.monotonic(), run.settings, run.out
     accelerator = accelerator_of(run)
@@ -362,7 +362,7 @@ class Output(NamedTuple):
     backbone: Backbone
     learner: nn.ModuleDict
     teacher: Teacher
-    validate: Validate | None
+    validate: Sequence[Validate]
 
     @torch.no_grad()
     def write(self, done: int, losses: Mapping[str, Tensor]) -> None:
@@ -370,7 +370,8 @@ class Output(NamedTuple):
         run, out = self.run, self.run.out
         draw_sheet(out / 'sheets' / f'{done:06}.png', self.teacher, layer_of(run.settings, self.backbone), run.shown)
         if self.validate and (done % run.check_every == 0 or done == run.settings.steps):
-            record_scores(out, done, self.validate(self.backbone, out / 'validation', done))
+            measures = [part(self.backbone, out / 'validation', done) for part in self.validate]
+            record_scores(out, done, {name: value for some in measures for name, value in some.items()})
         if done:
             learned = Learned(
                 run.model, self.backbone.identity, run.settings, summary(self.data), done, {n: float(v) for n, v in losses.items()}

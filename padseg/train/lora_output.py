@@ -143,9 +143,16 @@ def draw_scores(out: Path, rows: Sequence[Mapping[str, str]]) -> None:
 
 
 def best_step(out: Path) -> int | None:
-    """The steps after which the first measure was highest, the first time; None without validation. What was not trained is not best."""
+    """The steps after which the first measure was best, the first time; None without validation. What was not trained is not best.
+
+    Scores are best where they are highest, a loss where it is lowest.
+    """
     rows = [row for row in read_scores(out) if int(row['step'])]
-    return int(max(rows, key=lambda row: float(list(row.values())[1]))['step']) if rows else None
+    if not rows:
+        return None
+    name = list(rows[0])[1]
+    pick = min if name == 'flow' else max
+    return int(pick(rows, key=lambda row: float(row[name]))['step'])
 
 
 # sheets

@@ -1,4 +1,4 @@
-"""Validate a model while it is trained: by the code of `padseg eval`, on the model in memory."""
+"""Validate a model while it is trained: by the code of `padseg eval` on the model in memory, and by its loss on pictures held out."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from padseg.backbones import Backbone
+from padseg.backbones.texts import texts_of
 from padseg.datasets import Dataset
 from padseg.evaluation.engine import run_evaluation
 from padseg.evaluation.evaluate import Task
 from padseg.evaluation.job import Asked, Contender, Evaluation, Ground, as_released, check_task, ground_of, predictor_of, source_of
 from padseg.methods import DEFAULTS, METHODS
 from padseg.methods.seg4diff import UNREFINED
-from padseg.train.lora import Validate
+from padseg.train.annotated import Annotated
+from padseg.train.lessons import Teacher
+from padseg.train.lora import Validate, flow_loss, noised, velocity_of
+from padseg.train.lora_settings import LoraSettings
 
 
 def validation(name: str, root: Path, split: str | None, protocol: str | None, plain: bool, pictures: int | None) -> Validate:
@@ -35,6 +41,27 @@ def validation(name: str, root: Path, split: str | None, protocol: str | None, p
 
     def validate(backbone: Backbone, out: Path, done: int) -> Mapping[str, float]:
         return measures(run_evaluation(evaluation_of(asked._replace(out=out), ground, contender, backbone)).report.scores)
+
+    return validate
+
+
+def loss_on(data: Annotated, settings: LoraSettings, at_once: int) -> Validate:
+    """The mean flow-matching loss of these pictures, with the same views and the same noise every time, whatever the seed of the training.
+
+    Noise levels are spread evenly over the schedule, one for each picture.
+    """
+    settings = dataclasses.replace(settings, seed=0, flip=False, views=0)
+
+    @torch.no_grad()
+    def validate(backbone: Backbone, out: Path, done: int) -> Mapping[str, float]:
+        teacher = Teacher(data, backbone, texts_of(backbone, False), settings, out)
+        levels = [int((place + 0.5) / len(data) * teacher.levels) for place in range(len(data))]
+        losses = []
+        for first in range(0, len(data), at_once):
+            lessons = [teacher.lesson(number)._replace(level=levels[number]) for number in range(len(data))[first : first + at_once]]
+            mixed, timestep, clean, noise = noised(lessons, backbone)
+            losses.append(flow_loss(velocity_of(lessons, mixed, timestep, backbone), clean, noise))
+        return {'flow': float(torch.cat(losses).mean())}
 
     return validate
 

@@ -46,7 +46,7 @@ def put_annotated(root: Path, count: int = 3, side: int = 64) -> str:
     return str(root)
 
 
-def fine_tune(out: Path, model: Path, source: str, settings: LoraSettings = SMALL, validate: Any = None, **given: Any) -> None:
+def fine_tune(out: Path, model: Path, source: str, settings: LoraSettings = SMALL, validate: Any = (), **given: Any) -> None:
     """Fine-tune on one thread."""
     import torch
 
@@ -66,7 +66,7 @@ def fine_tune_and_die(out: Path, model: Path, source: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return {'score': 0.0}
 
-    fine_tune(out, model, source, save_every=2, check_every=4, validate=die)
+    fine_tune(out, model, source, save_every=2, check_every=4, validate=[die])
 
 
 def in_process(rank: int, count: int, port: int, out: Path, model: Path, source: str) -> None:

@@ -28,6 +28,7 @@ from padseg.train.annotated import View, open_annotated
 from padseg.train.lessons import Teacher
 from padseg.train.lora import COLUMNS, losses_of, make_learner, make_optimiser
 from padseg.train.lora_settings import LoraSettings
+from padseg.train.lora_validation import loss_on
 
 NAMED = dataclasses.replace(SMALL, candidates='tokens', matching='names')
 WEIGHTS = 'lora/pytorch_lora_weights.safetensors'
@@ -320,10 +321,24 @@ def test_the_command_validates_and_keeps_the_best(sd3_folder, source, tmp_path, 
     toml = tmp_path / 'truth/padseg.toml'
     put_annotated(toml.parent)
     toml.write_text(f'num_classes = {len(NAMES)}\n')
-    checks = ['--eval', 'folder', '--eval-root', str(toml.parent), '--eval-every', '2', '--eval-plain', '--eval-limit', '2']
+    checks = [
+        '--eval',
+        'folder',
+        '--eval-root',
+        str(toml.parent),
+        '--eval-every',
+        '2',
+        '--eval-plain',
+        '--eval-limit',
+        '2',
+        '--held',
+        source,
+    ]
     assert main(['train', *where, *flags, *checks]) == 0
     with (tmp_path / 'out/validation.csv').open(newline='') as file:
-        found = {int(row['step']): float(row['miou']) for row in csv.DictReader(file)}
+        validated = {int(row['step']): row for row in csv.DictReader(file)}
+    found = {step: float(row['miou']) for step, row in validated.items()}
+    assert len({row['flow'] for row in validated.values()}) == 3
     assert list(found) == [0, 2, 3] and all(0 <= value <= 1 for value in found.values())
     height, width = cv2.imread(str(tmp_path / 'out/validation.png')).shape[:2]
     assert width == 840 and height % 240 == 0  # a part for each measure
@@ -331,3 +346,20 @@ def test_the_command_validates_and_keeps_the_best(sd3_folder, source, tmp_path, 
     assert (tmp_path / 'out/best/README.md').read_text().split(' of 3 steps')[0].endswith(f' {best}')
     assert main(['train', *where, *flags, '--seed', '1']) == 2
     assert 'was made with seed=0, but this run has seed=1: choose another --out' in capsys.readouterr().err
+
+
+def test_the_loss_on_held_out_pictures_is_their_mean_over_even_noise(sd3_folder, source, tmp_path):
+    backbone, data = load(str(sd3_folder), device='cpu', whole=True), open_annotated([source])
+    found = loss_on(data, dataclasses.replace(SMALL, seed=5, flip=True), at_once=2)(backbone, tmp_path, 0)
+    teacher = Teacher(data, backbone, texts_of(backbone), dataclasses.replace(SMALL, seed=0, flip=False), tmp_path)
+    losses = []
+    for number, level in enumerate([166, 500, 833]):  # of 1000, in the middle of a third each
+        lesson = teacher.lesson(number)
+        sigma, vae = backbone.scheduler.sigmas[level], backbone.vae
+        with torch.no_grad():
+            mean = vae.encode(lesson.image[None] * 2 - 1).latent_dist.mode()
+            clean = (mean - vae.config.shift_factor) * vae.config.scaling_factor
+            prompt = backbone.null_prompt._replace(embeds=lesson.embeds, pooled=lesson.pooled)
+            seen = backbone.denoise((1 - sigma) * clean + sigma * lesson.noise, float(backbone.scheduler.timesteps[level]), prompt)
+        losses.append((seen - (lesson.noise - clean)).square().mean().item())
+    assert found == {'flow': pytest.approx(np.mean(losses), rel=1e-5)}
