@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from padseg.backbones import Backbone, Identity, family_of
 from padseg.backbones.recorder import Request, watch
@@ -42,6 +43,14 @@ ASIDE = 2e9  # bytes of a card that are not reckoned with: its driver's, and wha
 WARM_UP = 128  # side in pixels
 
 Losses = Callable[..., dict[str, Tensor]]
+
+
+aten = torch.ops.aten
+FLOPS = {
+    **flop_registry,  # which lacks the processor's fused attention
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[aten._scaled_dot_product_flash_attention_backward],
+}
 
 
 class TrainSetting(NamedTuple):
@@ -294,15 +303,17 @@ def prepare(backbone: Backbone, setting: TrainSetting) -> None:
 
 
 class Held(TorchDispatchMode):
-    """Counts the bytes of the tensors that live at one time. most: since the beginning."""
+    """Counts the bytes of the tensors that live at one time. most: since the beginning; flops: of all products and convolutions since."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.most = 0
+        self.now = self.most = self.flops = 0
         self.known: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in FLOPS:
+            self.flops += FLOPS[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.known:
                 self.known.add(storage)
@@ -333,9 +344,16 @@ def take_shapes(network: nn.Module) -> None:
             setattr(part, name, torch.empty(values.shape, dtype=values.dtype))
 
 
+class Need(NamedTuple):
+    """What a step needs. bytes: at its peak, with weights, VAE and the optimiser's moments; flops: two per multiply-add."""
+
+    bytes: int
+    flops: int
+
+
 @cache
-def reckoned(name: str, setting: TrainSetting) -> int:
-    """Bytes that a step needs at its peak, with weights, VAE and the optimiser's moments, from shapes."""
+def reckoned(name: str, setting: TrainSetting) -> Need:
+    """What a step needs, from shapes."""
     way = WAYS[name]
     settings = settings_of(way, setting)
     accelerator = accelerator_of(setting, settings)
@@ -350,18 +368,19 @@ def reckoned(name: str, setting: TrainSetting) -> int:
         prepare(backbone, setting)
         backward(way, random_lessons(backbone, setting, setting.side, None), learner, backbone, settings, accelerator)
         moments = sum(2 * weight.numel() * weight.element_size() for weight in learner.parameters())
-    return held.most + moments
+    return Need(held.most + moments, held.flops)
 
 
 def reckoned_table(setting: TrainSetting) -> list[dict[str, Any]]:
-    """For several sides: bytes of a step of FEW and of MANY pictures, and how many fit on each card."""
+    """For several sides: bytes of a step of FEW and of MANY pictures, how many fit on each card, and operations for one of them."""
     rows = []
     sides = SIDES if setting.size == 'full' else (setting.side,)
     for side in sides:
         for name in ('ours', 'obvious', 'masks-alone'):
             few, many = (reckoned(name, setting._replace(side=side, batch=count, device='cpu')) for count in (FEW, MANY))
-            more = (many - few) / (MANY - FEW)
-            rows.append({'way': name, 'side': side, 'bytes': few, 'bytes_more': more, 'fits': fitting(few, more)})
+            more = (many.bytes - few.bytes) / (MANY - FEW)
+            fits, flops = fitting(few.bytes, more), many.flops / MANY
+            rows.append({'way': name, 'side': side, 'bytes': few.bytes, 'bytes_more': more, 'fits': fits, 'flops': flops})
     return rows
 
 
@@ -413,9 +432,10 @@ def in_words(measured: dict[str, Any]) -> str:
     ]
     if measured['reckoned']:
         lines.append(
-            f'{"from shapes":22}{"side":>6}{"GB for 1":>12}{"GB a picture more":>20}' + ''.join(f'{f"fit {card} GB":>12}' for card in CARDS)
+            f'{"from shapes":22}{"side":>6}{"GB for 1":>12}{"GB a picture more":>20}{"TFLOP a picture":>18}'
+            + ''.join(f'{f"fit {card} GB":>12}' for card in CARDS)
         )
     for row in measured['reckoned']:
-        numbers = f'{row["side"]:6}{row["bytes"] / 1e9:12.2f}{row["bytes_more"] / 1e9:20.2f}'
+        numbers = f'{row["side"]:6}{row["bytes"] / 1e9:12.2f}{row["bytes_more"] / 1e9:20.2f}{row["flops"] / 1e12:18.2f}'
         lines.append(f'{row["way"]:22}{numbers}' + ''.join(f'{row["fits"][str(card)]:12}' for card in CARDS))
     return '\n'.join(lines)

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from padseg.bench import train
+from padseg.bench import flops, train
+from padseg.train import lora
 
 SMALL = train.TrainSetting('small', 128, 1, 3, 'paper', 'float32')
+NEEDS = [('ours', SMALL), ('obvious', SMALL), ('ours', SMALL._replace(checkpointing=False))]
 
 
 def test_a_small_run(bench):
@@ -60,9 +62,18 @@ def test_bytes_are_those_of_living_tensors():
 
 
 def test_the_obvious_way_needs_more_bytes_and_so_does_keeping_what_blocks_computed():
-    ours, obvious = (train.reckoned(way, SMALL) for way in ('ours', 'obvious'))
-    assert 0 < ours < obvious
-    assert ours < train.reckoned('ours', SMALL._replace(checkpointing=False))
+    ours, obvious, kept = (train.reckoned(way, setting) for way, setting in NEEDS)
+    assert 0 < ours.bytes < obvious.bytes and 0 < ours.flops < obvious.flops
+    assert ours.bytes < kept.bytes and ours.flops > kept.flops
+
+
+def test_operations_of_a_forward_pass_are_those_of_the_formula():
+    backbone = train.random_backbone(SMALL)
+    lessons = train.random_lessons(backbone, SMALL, SMALL.side, None)
+    with torch.no_grad(), train.Held() as held:
+        lora.velocity_of(lessons, torch.zeros(1, 16, SMALL.side // 8, SMALL.side // 8), torch.tensor([500.0]), backbone)
+    config, image = backbone.transformer.config, (SMALL.side // 16) ** 2
+    assert held.flops == flops.transformer(config, image, 2 * backbone.spec.sequence)
 
 
 def test_what_fits_by_hand():
