@@ -86,21 +86,17 @@ class _Blurring(TorchFunctionMode):
         self.text = backbone.family.text_columns(range(count), image_tokens)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        plain = func(*args, **(kwargs or {}))
+        compute: Any = func
+        plain = compute(*args, **(kwargs or {}))
         if func is not nn.functional.scaled_dot_product_attention or not self.running:
             return plain
         seen = inputs_of(*args, **(kwargs or {}))
-        some = Attention(*(None if part is None else part[self.rows] for part in seen[:3]), mask=self.mask_of(seen.mask, len(plain)))
-
-        def attend(of: Attention) -> Tensor:
-            return func(of.query, of.key, of.value, of.mask)
-
-        found = blurred_attention(some, self.text, self.blur, attend)
+        query, key, value = (part[self.rows] for part in (seen.query, seen.key, seen.value) if part is not None)
+        mask = None if seen.mask is None else seen.mask.expand(len(plain), -1, -1, -1)[self.rows]
+        some = Attention(query, key, value, mask)
+        found = blurred_attention(some, self.text, self.blur, lambda of: compute(of.query, of.key, of.value, of.mask))
         plain[self.rows, :, self.image] = found[:, :, self.image]
         return plain
-
-    def mask_of(self, mask: Tensor | None, count: int) -> Tensor | None:
-        return None if mask is None else mask.expand(count, -1, -1, -1)[self.rows]
 
 
 def blurred_attention(seen: Attention, text: list[int], blur: Blur, attend: Attend) -> Tensor:
