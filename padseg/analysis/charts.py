@@ -11,13 +11,22 @@ import numpy as np
 from padseg.analysis.grid import Grid
 from padseg.analysis.norms import Norms
 from padseg.analysis.pca import FIGURES, KINDS, Components
+from padseg.analysis.perturb import Perturbed
 from padseg.analysis.shares import Shares
 from padseg.analysis.tokens import TokenSheet
 from padseg.system.text import printable
 from padseg.types import Array
 
 WIDTH, CAPTION, COLUMNS = 104, 26, 11  # of a token's map and its two lines of text in pixels; maps per row
-COLOURS = {'image': '#555555', 'text': '#4477aa', 'clip': '#66ccee', 't5': '#ccbb44', 'empty': '#aa3377', 'prompt': '#228833', 'sos': '#ee6677'}
+COLOURS = {
+    'image': '#555555',
+    'text': '#4477aa',
+    'clip': '#66ccee',
+    't5': '#ccbb44',
+    'empty': '#aa3377',
+    'prompt': '#228833',
+    'sos': '#ee6677',
+}
 SIDE = 3.4  # of a panel, in inches
 
 
@@ -128,7 +137,7 @@ def grid_figure(grid: Grid) -> Any:
     for arm, axis, values in zip(arms, axes[0], scores, strict=True):
         drawn = axis.imshow(values, cmap='viridis', vmin=scores.min(), vmax=scores.max(), aspect='auto', origin='lower')
         axis.set(title=f'encoders {arm}', xlabel='step from the end of the schedule', ylabel='block')
-        axis.set(xticks=range(len(steps)), xticklabels=steps, yticks=ticks(len(layers)), yticklabels=[layers[n] for n in ticks(len(layers))])
+        axis.set(xticks=range(len(steps)), xticklabels=steps, yticks=ticks(len(layers)))
         if arm == grid.best.encoders:
             corner = steps.index(grid.best.step) - 0.5, layers.index(grid.best.layer) - 0.5
             axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor='red', linewidth=2))
@@ -141,12 +150,13 @@ def grid_figure(grid: Grid) -> Any:
 
 
 def tokens_sheet(sheet: TokenSheet) -> Array:
-    """Draw a picture and the maps of all its tokens, each from its minimum to its maximum, with name and mean share: (H, W, 3) uint8 BGR."""
+    """Draw a picture and the maps of all its tokens, each from its minimum to its maximum, with name and mean share: (H, W, 3) BGR."""
     height, width = sheet.maps.shape[1:]
     size = (WIDTH, max(1, round(WIDTH * height / width)))
     tiles = []
     if sheet.image is not None:
-        tiles.append(captioned(cv2.resize(sheet.image[..., ::-1], size, interpolation=cv2.INTER_AREA), (f'step {sheet.step}', f'block {sheet.layer}')))
+        small = cv2.resize(sheet.image[..., ::-1], size, interpolation=cv2.INTER_AREA)
+        tiles.append(captioned(small, (f'step {sheet.step}', f'block {sheet.layer}')))
     for column, name, values in zip(sheet.columns, sheet.names, sheet.maps, strict=True):
         grey = (255 * (values - values.min()) / max(float(np.ptp(values)), 1e-12)).astype(np.uint8)
         coloured = cv2.applyColorMap(cv2.resize(grey, size, interpolation=cv2.INTER_NEAREST), cv2.COLORMAP_MAGMA)
@@ -162,3 +172,33 @@ def captioned(tile: Array, lines: Sequence[str]) -> Array:
         plain = printable(line).encode('ascii', 'backslashreplace').decode()[:18]
         cv2.putText(text, plain, (1, 10 + 12 * number), cv2.FONT_HERSHEY_SIMPLEX, 0.33, (0, 0, 0), 1, cv2.LINE_AA)
     return cv2.copyMakeBorder(np.concatenate((tile, text)), 2, 0, 2, 2, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+
+
+def perturb_figure(perturbed: Perturbed) -> Any:
+    """Likeness to the plain picture, and to the prompt, by block that is blurred; below, the pictures of the first prompts."""
+    from matplotlib.figure import Figure
+
+    layers, shown_rows = perturbed.layers, perturbed.shown
+    tile = min(1.6, 18 / (len(layers) + 1))
+    heights = (SIDE, tile * 1.15 * len(shown_rows) + 0.2)
+    figure = Figure((max(9.0, (len(layers) + 1) * tile), sum(heights)), layout='constrained')
+    above, below = figure.subfigures(2, 1, height_ratios=heights)
+    alike_axis, text_axis = above.subplots(1, 2)
+    for name, colour in (('clip_i', '#4477aa'), ('dino', '#ee6677')):
+        mean, std = perturbed.over(name)
+        alike_axis.errorbar(layers, mean, std, fmt='o-', ms=3, lw=1, color=colour, label=name.upper().replace('_', '-'))
+    alike_axis.set(xlabel='block that is blurred', ylabel='cosine with the plain picture')
+    alike_axis.legend(fontsize=7)
+    mean, std = perturbed.over('clip_t')
+    text_axis.errorbar(layers, mean, std, fmt='o-', ms=3, lw=1, color='#228833', label='blurred')
+    text_axis.axhline(perturbed.plain, linestyle=':', lw=1, color='black', label='plain')
+    text_axis.set(xlabel='block that is blurred', ylabel='CLIP-T: CLIPScore with the prompt')
+    text_axis.legend(fontsize=7)
+    axes = below.subplots(len(shown_rows), len(layers) + 1, squeeze=False)
+    for row, pictures in enumerate(shown_rows):
+        for column, picture in enumerate(pictures):
+            axes[row, column].imshow(picture)
+            axes[row, column].set(xticks=[], yticks=[])
+            if row == 0:
+                axes[row, column].set_title('plain' if column == 0 else f'block {layers[column - 1]}', fontsize=8)
+    return figure

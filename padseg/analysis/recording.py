@@ -1,8 +1,10 @@
-"""Where an analysis reads attention: in one forward pass on each picture and noise level."""
+"""Where an analysis reads attention: in one forward pass on each picture and noise level, or in the loop that makes pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -10,10 +12,14 @@ import numpy as np
 
 from padseg.analysis.blocks import every_block, grid_of, shown_classes
 from padseg.backbones import Backbone
-from padseg.backbones.recorder import QUERIES_AND_KEYS, What
+from padseg.backbones.recorder import QUERIES_AND_KEYS, What, requests_of, watch
 from padseg.backbones.texts import Texts, kept_texts
 from padseg.datasets.own import label_folder
 from padseg.errors import NoImages, UsageError
+from padseg.generation.guidance import guide_of
+from padseg.generation.prompts import Item
+from padseg.generation.sample import Call, Sampler, sample
+from padseg.generation.settings import SamplingSettings
 from padseg.images import Reading, decode_apart, find
 from padseg.methods.options import ViewOptions
 from padseg.methods.stages.latents import encode_steps
@@ -25,7 +31,7 @@ T = TypeVar('T')
 
 
 class Subject(NamedTuple):
-    """A picture (H, W, 3) to analyse, with the text that the model gets. truth: (H, W) regions or class indices from 0, if it is labelled."""
+    """A picture (H, W, 3) to analyse, with the text that the model gets. truth: (H, W) regions or class indices from 0, if it has labels."""
 
     name: str
     image: Image
@@ -44,9 +50,9 @@ class Text(NamedTuple):
 class Sight(NamedTuple):
     """A forward pass in which attention is read.
 
-    name: of the picture, or the prompt that it is made from; step: counted from the end of the schedule, from 1; text: what the model was
-    given; grid: rows and columns of image tokens; sets: positions among the keys of each set of tokens, see `token_sets`; frame: the part of
-    the picture that is seen; image, truth: as in `Subject`. The last three are None for pictures that are being made.
+    name: of the picture; step: counted from the end of the schedule, from 1; text: what the model was given; grid: rows and columns of image
+    tokens; sets: positions among the keys of each set of tokens, see `token_sets`; frame: the part of the picture that is seen; image,
+    truth: as in `Subject`. `read` gets the last three as None for pictures that are being made.
     """
 
     name: str
@@ -65,10 +71,8 @@ class Source(Protocol):
     def __call__(self, read: Callable[[Attention, Sight], T], what: tuple[What, ...] = ...) -> Iterator[tuple[Sight, list[T]]]: ...
 
 
-def text_of(backbone: Backbone, text: str) -> Text:
-    """Encode a text with the model's own text encoders. What has no room is cut off, as in the pipelines."""
-    texts = kept_texts(backbone, True)
-    encoders = backbone.spec.encoders
+def text_of(texts: Texts, text: str, encoders: str) -> Text:
+    """Encode a text. What has no room is cut off, as in the pipelines."""
     tokens = {kind: cut(found) for kind, found in texts.tokens(text, encoders).items()}
     return Text(text, encoded(texts, text, encoders), tokens)
 
@@ -148,16 +152,8 @@ def named(truth: Array | None, classes: Sequence[str]) -> str:
     return worded([classes[number] for number in shown_classes(truth, classes)], 'joined').text
 
 
-def lines_of(file: Path) -> list[str]:
-    """The prompts in a text file, one per line. Raises UsageError if there are none or the file cannot be read."""
-    try:
-        prompts = [line.strip() for line in file.read_text(encoding='utf-8-sig').splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f'{file} cannot be read as text: {error}') from error
-    prompts = [prompt for prompt in prompts if prompt]
-    if not prompts:
-        raise UsageError(f'{file} has no prompts: one per line')
-    return prompts
+def of_sight(read: Callable[[Attention, Sight], T], sight: Sight, seen: Attention) -> T:
+    return read(seen, sight)
 
 
 class Pictures(NamedTuple):
@@ -169,20 +165,80 @@ class Pictures(NamedTuple):
     steps: Sequence[int]
     progress: Progress
 
-    def __call__(
-        self, read: Callable[[Attention, Sight], T], what: tuple[What, ...] = QUERIES_AND_KEYS
-    ) -> Iterator[tuple[Sight, list[T]]]:
+    def __call__(self, read: Callable[[Attention, Sight], T], what: tuple[What, ...] = QUERIES_AND_KEYS) -> Iterator[tuple[Sight, list[T]]]:
         self.progress.start(len(self.subjects))
         for subject in self.subjects:
-            text = text_of(self.backbone, subject.text)
+            text = text_of(kept_texts(self.backbone, True), subject.text, self.backbone.spec.encoders)
             latents = encode_steps(subject.image, self.backbone, self.options, self.steps)
             for step, latent in zip(self.steps, latents, strict=True):
                 grid = grid_of(latent, self.backbone)
                 sets = token_sets(self.backbone, text, grid[0] * grid[1])
                 sight = Sight(subject.name, step, text, grid, sets, latent.frame, subject.image, subject.truth)
-                yield sight, every_block(latent, self.backbone, text.prompt, lambda seen: read(seen, sight), what)
+                yield sight, every_block(latent, self.backbone, text.prompt, partial(of_sight, read, sight), what)
             self.progress.step()
         self.progress.close()
+
+
+class Made(NamedTuple):
+    """A source: pictures in the making, read inside the loop at some steps, where the model gets the prompt itself. settings: resolved."""
+
+    items: Sequence[Item]
+    sampler: Sampler
+    settings: SamplingSettings
+    steps: Sequence[int]
+    progress: Progress
+
+    def __call__(self, read: Callable[[Attention, Sight], T], what: tuple[What, ...] = QUERIES_AND_KEYS) -> Iterator[tuple[Sight, list[T]]]:
+        backbone, settings = self.sampler.backbone, self.settings
+        if max(self.steps) > settings.steps:
+            raise UsageError(f'steps are in 1..{settings.steps}, the number of steps of denoising; got {max(self.steps)}')
+        guide = guide_of(backbone, settings)
+        self.progress.start(len(self.items))
+        for item in self.items:
+            text = text_of(self.sampler.encoders, item.prompt, settings.encoders)
+            found: list[tuple[Sight, list[T]]] = []
+            around = partial(recorded, backbone, item.name, text, self.steps, read, what, found)
+            (picture,) = sample(self.sampler, [item.prompt], [item.seed], settings, guide, around)
+            size = picture.shape[0], picture.shape[1]
+            for sight, blocks in found:
+                yield sight._replace(frame=Frame(size, (0, 0, *size)), image=picture), blocks
+            self.progress.step()
+        self.progress.close()
+
+
+@contextmanager
+def recorded(
+    backbone: Backbone,
+    name: str,
+    text: Text,
+    steps: Sequence[int],
+    read: Callable[[Attention, Sight], T],
+    what: tuple[What, ...],
+    found: list[tuple[Sight, list[T]]],
+    call: Call,
+) -> Iterator[None]:
+    """Record the attention of every block in a call of the model for one picture, if its step is wanted, and add it to `found`.
+
+    The last row of the call's batch is that of the prompt, with classifier-free guidance and without.
+    """
+    step = call.of - call.number
+    if step not in steps:
+        yield
+        return
+    height, width = call.z.shape[2:]
+    grid = height // backbone.patch, width // backbone.patch
+    sight = Sight(name, step, text, grid, token_sets(backbone, text, grid[0] * grid[1]))
+    layers = range(backbone.layers)
+    with watch(requests_of(backbone, layers, lambda seen: read(last_row(seen), sight), what), stop=False) as kept:
+        yield
+    found.append((sight, [kept[layer] for layer in layers]))
+
+
+def last_row(seen: Attention) -> Attention:
+    """The attention of the last picture of a batch."""
+    mask = seen.mask if seen.mask is None or seen.mask.ndim < 4 else seen.mask[-1:]
+    value, output = (None if part is None else part[-1:] for part in (seen.value, seen.output))
+    return Attention(seen.query[-1:], seen.key[-1:], value, mask, output)
 
 
 def over_pictures(readings: Sequence[tuple[Sight, Array]]) -> tuple[Array, Array]:

@@ -73,7 +73,7 @@ def alike(maps: Array) -> Array:
 
 
 def rows(sheets: Sequence[TokenSheet]) -> list[dict[str, Any]]:
-    """A row for every picture, step and token: its mean share, its largest, where this is (row and column from 0), and how many are alike."""
+    """A row for every picture, step and token: its mean and largest share, where this is (row and column from 0), how many are alike."""
     made = []
     for sheet in sheets:
         for column, name, values, like in zip(sheet.columns, sheet.names, sheet.maps, alike(sheet.maps), strict=True):
