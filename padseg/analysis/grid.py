@@ -150,6 +150,14 @@ def rows(grid: Grid) -> list[dict[str, Any]]:
     return [{**cell._asdict(), 'train_miou': score, 'val_miou': grid.val.get(cell)} for cell, score in cells_with_own(grid).items()]
 
 
+def summary(grid: Grid) -> list[dict[str, Any]]:
+    """The best cell, the best of every other choice of text encoders, and the model's own."""
+    arms = list(dict.fromkeys(cell.encoders for cell in grid.train))
+    bests = [best_cell({cell: score for cell, score in grid.train.items() if cell.encoders == arm}) for arm in arms]
+    named = [('best', grid.best), *(('best of its encoders', cell) for cell in bests if cell != grid.best), ("the model's own", grid.own)]
+    return [{'cell': name, **cell._asdict(), 'train_miou': grid.train.get(cell), 'val_miou': grid.val.get(cell)} for name, cell in named]
+
+
 def cells_with_own(grid: Grid) -> dict[Choice, float | None]:
     """mIoU of all cells; None for the model's own, if it is none of the grid."""
     return {**grid.train, **({} if grid.own in grid.train else {grid.own: None})}

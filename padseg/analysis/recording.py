@@ -31,7 +31,7 @@ T = TypeVar('T')
 
 
 class Subject(NamedTuple):
-    """A picture (H, W, 3) to analyse, with the text that the model gets. truth: (H, W) regions or class indices from 0, if it has labels."""
+    """A picture (H, W, 3) to analyse. text: what the model is given; truth: (H, W) regions or class indices from 0, None without labels."""
 
     name: str
     image: Image
@@ -50,9 +50,9 @@ class Text(NamedTuple):
 class Sight(NamedTuple):
     """A forward pass in which attention is read.
 
-    name: of the picture; step: counted from the end of the schedule, from 1; text: what the model was given; grid: rows and columns of image
-    tokens; sets: positions among the keys of each set of tokens, see `token_sets`; frame: the part of the picture that is seen; image,
-    truth: as in `Subject`. `read` gets the last three as None for pictures that are being made.
+    name: of the picture; step: counted from the end of the schedule, from 1; text: what the model was given; grid: rows and columns of
+    image tokens; sets: positions among the keys of each set of tokens, see `token_sets`; frame: the part of the picture that is seen;
+    image, truth: as in `Subject`. `read` gets the last three as None for pictures that are being made.
     """
 
     name: str
