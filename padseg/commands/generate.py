@@ -51,7 +51,7 @@ def command(log_json: bool, **settings: Any) -> int:
     """Make pictures from texts.
 
     Running the command again continues: it makes the pictures that are missing. The same prompt and seed start from the same noise with any
-    guidance, batch or order. Results: OUT/images (one PNG per prompt and seed), OUT/sheet.jpg, OUT/manifest.jsonl, OUT/failures.jsonl,
+    guidance, batch or order. Results: OUT/images (one PNG per prompt and seed), OUT/sheet.png, OUT/manifest.jsonl, OUT/failures.jsonl,
     OUT/run.json.
     """
     with as_events() if log_json else contextlib.nullcontext():

@@ -556,7 +556,7 @@ def finish(
     if cut and worked:
         log.warning('%d pictures have prompts that are too long for the text encoders: their ends do not count', cut)
     if not shard:
-        write_sheet(rows_of(job.out, chosen, records), job.out / 'sheet.jpg')
+        write_sheet(rows_of(job.out, chosen, records), job.out / 'sheet.png')
     last = {
         'status': 'finished' if counts.done + counts.failed == counts.images else 'interrupted',
         'counts': GenerationTotals(**{name: getattr(counts, name) for name in GenerationTotals.model_fields}),
