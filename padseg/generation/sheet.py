@@ -18,7 +18,7 @@ from padseg.types import Image
 
 ROWS, COLUMNS = 12, 8  # at most
 SIDE = 192  # of a thumbnail at most, in pixels
-GAP, LETTERS, QUALITY = 8, 13, 90
+GAP, LETTERS = 8, 13
 
 
 class Row(NamedTuple):
@@ -29,19 +29,20 @@ class Row(NamedTuple):
 
 
 def write_sheet(rows: Sequence[Row], path: Path) -> None:
-    """Write a JPEG with the first ROWS rows. A picture that cannot be read leaves a grey square."""
+    """Write a PNG with the first ROWS rows. A picture that cannot be read leaves a grey square."""
     shown = [(row.title, [thumbnail(picture) for picture in row.pictures[:COLUMNS]]) for row in rows[:ROWS]]
     columns = max((len(cells) for _, cells in shown), default=0)
-    height, width = LETTERS + GAP + SIDE + GAP, GAP + max(1, columns) * (SIDE + GAP)
+    side = max((length for _, cells in shown for cell in cells for length in cell.shape[:2]), default=SIDE)
+    height, width = LETTERS + GAP + side + GAP, GAP + max(1, columns) * (side + GAP)
     drawn = PIL.Image.new('RGB', (width, GAP + len(shown) * height), 'white')
     pen, font = ImageDraw.Draw(drawn), ImageFont.load_default(LETTERS)
     for number, (title, cells) in enumerate(shown):
         top = GAP + number * height
         pen.text((GAP, top), within(ascii(title)[1:-1], font, width - 2 * GAP), 'black', font)
         for column, cell in enumerate(cells):
-            drawn.paste(PIL.Image.fromarray(cell), (GAP + column * (SIDE + GAP), top + LETTERS + GAP))
+            drawn.paste(PIL.Image.fromarray(cell), (GAP + column * (side + GAP), top + LETTERS + GAP))
     data = io.BytesIO()
-    drawn.save(data, 'JPEG', quality=QUALITY)
+    drawn.save(data, 'PNG')
     with atomic(path) as temporary:
         temporary.write_bytes(data.getvalue())
 
