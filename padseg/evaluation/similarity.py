@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from padseg.backbones.configuration import read_json
-from padseg.backbones.parts import choose_device
-from padseg.backbones.source import HUB_ID, content_hash, snapshot
+from padseg.backbones.configuration import check_network, read_json
+from padseg.backbones.parts import choose_device, told_errors
+from padseg.backbones.source import HUB_ID, content_hash, snapshot, tensor_shapes
 from padseg.errors import ModelUnavailable, UsageError
 from padseg.types import Array, Image
 
@@ -29,8 +29,7 @@ DINOS = ('vit', 'dinov2', 'dinov2_with_registers', 'dinov3_vit')
 SCALE = 100  # of CLIPScore
 BATCH = 32  # pictures a forward pass
 PERMITTED = ('pooler.', 'embeddings.mask_token')  # of DINO: not used here, so weights may lack them
-# transformers, tokenizers and safetensors raise anything for damaged files; tokenizers raises a plain Exception.
-DAMAGE = Exception
+PROBE = 'a photo'
 
 One = TypeVar('One')
 
@@ -60,10 +59,9 @@ def load_clip(name: str = CLIP, device: str | None = None, revision: str | None 
 
     folder, commit = located(name, revision, CLIPS, 'CLIP', remedy)
     network = filled(CLIPModel, folder, choose_device(device), ())
-    try:
+    with told_errors(f'{folder} cannot be loaded'):
         tokens = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except DAMAGE as error:
-        raise unusable(folder, error) from error
+        tokens(PROBE)
     return PictureModel(network, processor(folder), tokens, name, commit, content_hash(folder, files_of(folder)))
 
 
@@ -185,15 +183,19 @@ def files_of(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def filled(kind: Any, folder: pathlib.Path, place: torch.device, permitted: tuple[str, ...]) -> Any:
     """A network with the weights of a folder. ModelUnavailable if any are missing, which transformers would draw at random."""
-    try:
+    with told_errors(f'{folder} is damaged'):
+        shapes = {name: shape for path in folder.glob('model*.safetensors') for name, shape in tensor_shapes(path).items()}
+    if shapes:
+        check_network(read_json(folder / 'config.json'), folder / 'config.json', shapes)
+    with told_errors(f'{folder} cannot be loaded'):
         network, seen = kind.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
         )
-    except DAMAGE as error:
-        raise unusable(folder, error) from error
     missing = sorted(name for name in seen['missing_keys'] if not name.startswith(permitted))
     if missing:
         raise ModelUnavailable(f'{folder} is incomplete: its weights lack {", ".join(missing[:3])}', 'incomplete')
+    if not all(weight.isfinite().all() for weight in network.parameters()):
+        raise ModelUnavailable(f'{folder} has weights that are not finite')
     return network.eval().requires_grad_(False).to(place)
 
 
@@ -201,11 +203,5 @@ def processor(folder: pathlib.Path) -> Any:
     """What resizes and scales pictures, as the folder says. By Pillow: torchvision, if it is installed, would give other values."""
     from transformers import AutoImageProcessor
 
-    try:
+    with told_errors(f'{folder} cannot be loaded'):
         return AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False, backend='pil')
-    except DAMAGE as error:
-        raise unusable(folder, error) from error
-
-
-def unusable(folder: pathlib.Path, error: Exception) -> ModelUnavailable:
-    return ModelUnavailable(f'{folder} cannot be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0][:300]}')

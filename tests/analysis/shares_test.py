@@ -80,7 +80,7 @@ def test_shares_of_a_model_sum_to_one(name, request, picture):
         assert len(rows) == 2 * model.spec.layers * len(found.sets) ** 2
         one = next(row for row in rows if (row['step'], row['layer'], row['queries'], row['keys']) == (4, 1, 'image', 'prompt'))
         assert one['share'] == pytest.approx(found.mean[1, 1, image, found.sets.index('prompt')])
-        assert one['query_tokens'] == 15 and one['key_tokens'] == 1  # the mean of those that have a prompt
+        assert one['query_tokens'] == 60 and one['key_tokens'] == 1  # the mean of those that have a prompt
         assert shares.summary(found)[1]['image→prompt'] == pytest.approx(found.mean[0, 1, image, found.sets.index('prompt')])
 
 
@@ -115,13 +115,13 @@ def test_norms_of_a_model(backbone, picture):
     where = source(backbone, picture, 'cat', 'dog on grass')
     found = norms.measure(where)
     assert found.sets == ['image', 'text', 'clip', 'empty', 'prompt', 'sos'] and found.mean.shape == (1, 4, 3, 6)
-    assert found.tokens.tolist() == [15, 77, 77, 77, 2, 1]
+    assert found.tokens.tolist() == [60, 77, 77, 77, 2, 1]
     values = [blocks for _, blocks in where(lambda seen, sight: seen.value[0], ('values',))]
     for layer in range(4):
-        expected = [one[layer].transpose(0, 1).flatten(1).norm(dim=1)[:15].mean() for one in values]
+        expected = [one[layer].transpose(0, 1).flatten(1).norm(dim=1)[:60].mean() for one in values]
         assert found.mean[0, layer, 0, 0] == pytest.approx(np.mean(expected), rel=1e-5)
         assert found.std[0, layer, 0, 0] == pytest.approx(np.std(expected), abs=1e-5)
-        single = [one[layer][1, 92:].norm(dim=1).mean() for one in values]  # second head, slots that nothing fills
+        single = [one[layer][1, 60 + 77 :].norm(dim=1).mean() for one in values]  # second head, slots that nothing fills
         assert found.mean[0, layer, 2, 3] == pytest.approx(np.mean(single), rel=1e-5)
     rows = norms.rows(found)
     assert [row['head'] for row in rows[:18:6]] == [None, 0, 1] and len(rows) == 4 * 3 * 6
