@@ -354,3 +354,27 @@ def picture() -> np.ndarray:
     image[:20, 30:] = (40, 200, 40)
     image[20:, 30:] = (40, 40, 200)
     return (image + rng.integers(0, 20, image.shape)).astype(np.uint8)
+
+
+@pytest.fixture(scope='session')
+def clip_folder(made_once: Callable[..., pathlib.Path]) -> pathlib.Path:
+    """CLIP in small, which knows WORDS whole, and reads 8 tokens."""
+    from support.scoring import random_clip
+
+    return made_once('clip', random_clip, WORDS)
+
+
+@pytest.fixture(scope='session')
+def dino_folder(made_once: Callable[..., pathlib.Path]) -> pathlib.Path:
+    """DINO in small."""
+    from support.scoring import random_dino
+
+    return made_once('dino', random_dino)
+
+
+@pytest.fixture(scope='session')
+def inception_file(made_once: Callable[..., pathlib.Path]) -> pathlib.Path:
+    """Inception's interface in small."""
+    from support.scoring import random_inception
+
+    return made_once('inception', random_inception) / 'inception.pt'

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 
+from padseg.generation import goca_masks, scfg
 from padseg.methods.stages import aggregation, captions
+from padseg.methods.stages.cross_maps import Aggregated
 from padseg.train import alignment
 from padseg.train.lora import flow_loss
 from padseg.types import Tokens
@@ -36,10 +38,15 @@ def arrays_of(case):
         return {name: torch.from_numpy(file[name]) for name in file.files}
 
 
-def difference(found, expected):
-    """The largest difference; of label maps the share of pixels."""
+def is_mask(name, expected):
+    """Whether an array is a label map, or a mask of S-CFG."""
+    return expected.dtype == torch.uint8 or name.endswith(('token_masks', 'fore_mask'))
+
+
+def difference(found, expected, name):
+    """The largest difference; of label maps and masks the share of pixels."""
     assert found.shape == expected.shape and torch.isfinite(found).all()
-    if expected.dtype == torch.uint8:
+    if is_mask(name, expected):
         return float((found != expected).double().mean())
     return float((found.double() - expected.double()).abs().max())
 
@@ -63,7 +70,7 @@ class Pieces:
     """The inputs of a case of GoCA, and what follows from its index."""
 
     def __init__(self, case, arrays):
-        self.hyper = case['hyper']
+        self.hyper = hyper = case['hyper']
         self.grid = (self.hyper['grid'],) * 2
         self.dense = arrays['in.dense'].double()[None]
         self.dense_grid = tuple(self.dense.shape[2:])
@@ -76,7 +83,11 @@ class Pieces:
             attention = (q @ k.transpose(1, 2) / q.shape[2] ** 0.5).softmax(2)[None]  # (1, H, N, n)
             own = (q_self @ k_self.transpose(1, 2) / q_self.shape[2] ** 0.5).softmax(2).mean(0)[None]
             self.layers.append(((side, side), attention, v[None], aggregation.projection_of(w, side * side), own))
-        roles = self.hyper['roles']
+        names = hyper.get('layers', range(len(self.layers)))
+        self.refining = [list(names).index(name) for name in hyper.get('refinement_layers', [])]
+        if 'roles' not in hyper:
+            return
+        roles = hyper['roles']
         self.content = roles['K (all content tokens)']
         self.classes = {int(number): tokens for number, tokens in roles['T_c (class id -> tokens)'].items()}
         self.objects = roles['T_b (background objects)']
@@ -102,7 +113,7 @@ class Pieces:
         return torch.stack([aggregation.similarity(dense, maps, by) for maps in own])
 
     def self_map(self):
-        return torch.stack([self.own(number, self.grid)[0] for number in self.hyper['refinement_layers']]).mean(0)
+        return torch.stack([self.own(number, self.grid)[0] for number in self.refining]).mean(0)
 
     def classes_of(self, maps, classes, objects, rescale=True):
         """Maps of classes and background, and what they are made of."""
@@ -211,6 +222,71 @@ def goca_rules(case, arrays):
     yield f'out.no_background.refined{hyper["order"]}', aggregation.refined(stacked, self_map, hyper['order'])
 
 
+# S-CFG: guidance by masks, those of its own and GoCA's, in 64 bits
+
+
+def scfg_gamma(case, arrays):
+    empty, text, tokens, foreground = (arrays[f'in.{name}'].double() for name in ('eps_u', 'eps_c', 'token_masks', 'fore_mask'))
+    eta, whole = scfg.moved(empty, text), foreground[:, 0]
+    enlarged = [torch.nn.functional.interpolate(masks, scale_factor=case['hyper']['R']) for masks in (tokens, foreground)]
+    yield 'out.eta', eta[:, None]
+    yield 'out.token_means', scfg.mean_in(eta, enlarged[0])
+    yield 'out.fore_mean', scfg.mean_in(eta, enlarged[1])
+    yield 'out.gamma_raw', scfg.regional(eta, tokens, whole)[:, None]
+    for scale in case['hyper']['w']:
+        yield f'out.w{scale:g}.gamma', scfg.gamma(eta, tokens, whole, scale)[:, None]
+        yield f'out.w{scale:g}.eps', scfg.guided(empty, text, scfg.Masks(tokens, whole), scale)
+    yield 'out.no_foreground.gamma', scfg.gamma(eta, tokens, torch.zeros_like(whole), scale)[:, None]
+    yield 'out.one_token.gamma', scfg.gamma(eta, torch.ones_like(tokens[:, :1]), torch.ones_like(whole), scale)[:, None]
+    point = torch.zeros(5, 5, dtype=torch.float64)
+    point[2, 2] = 1
+    yield 'out.kernel', scfg.smoothed(point[None])[0, 1:4, 1:4]
+    yield 'out.smooth', scfg.smoothed(arrays['in.smooth'].double())
+
+
+def scfg_segmentation(case, arrays):
+    side = case['hyper']['latent_side']
+    found = scfg.Segmentation((side // case['hyper']['r'],) * 2, scfg.Ground(0, (0,)))
+    names = sorted({name.removeprefix('in.').rpartition('.')[0] for name in arrays if name.startswith('in.')})
+    for number, name in enumerate(names):
+        parts = (arrays[f'in.{name}.{part}'].double() for part in ('q_self', 'k_self', 'q_cross', 'k_cross'))
+        q_self, k_self, q_cross, k_cross = parts
+        own, cross = ((q @ k.transpose(1, 2) / q.shape[2] ** 0.5).softmax(2) for q, k in ((q_self, k_self), (q_cross, k_cross)))
+        part = int(name.partition('.')[0].removeprefix('r'))
+        found.add(number, (side // part,) * 2, own, cross)
+    yield 'out.token_maps', found.maps()[0]
+    yield 'out.fore_maps', found.maps()[1]
+    yield 'out.token_masks', found.masks().tokens
+    yield 'out.fore_mask', found.masks().foreground[:, None]
+
+
+def goca_scfg(case, arrays):
+    hyper = case['hyper']
+    content, order, words = hyper['K'], hyper['order'], hyper['tokens']
+    spelled = ''.join(word for word in words if not re.fullmatch(r'<.*>', word)).replace('</w>', ' ').replace(INSERTED, ' ')
+    assert list(goca_masks.content_of(tokens_in(spelled, words))) == content
+    halves = []
+    for half in range(2):
+        pieces = Pieces(case, {name: array[half] if array.ndim == 4 else array for name, array in arrays.items() if name.startswith('in.')}
+        )
+        maps = aggregation.aggregate_layers(pieces.cross('dot'), pieces.weights(hyper['dense_channels'], 'dot'), pieces.grid)
+        halves.append(Aggregated(maps, pieces.self_map()[None], torch.ones(1)))
+    empty, text = halves
+    own = text.self_map[0]
+    ground = scfg.Ground(1, (words.index('</s>'),)) if '</s>' in words else scfg.Ground(0, (0,))
+    background = halves[ground.half].maps[0, ground.columns[0]]
+    normal = aggregation.renormalised(aggregation.rescaled(text.maps[0], text.maps[0], content))
+    masks = goca_masks.masks_of(text, None if ground.half else empty, ground, [content], order)
+    yield 'out.A_G_pos', text.maps[0].permute(1, 2, 0)
+    yield 'out.renormalised_pos', normal.permute(1, 2, 0)
+    yield 'out.refined_pos', aggregation.refined(normal, own, order)
+    yield 'out.refined_neg0', aggregation.refined(background[None], own, order)[0]
+    yield 'out.new_ca', goca_masks.competing(text.maps[0], own, content, order)[None]
+    yield 'out.fore0', goca_masks.background_map(background, own, order)
+    yield 'out.token_masks', masks.tokens
+    yield 'out.fore_mask', masks.foreground[:, None]
+
+
 # MAGNET: mask alignment, in 32 bits
 
 
@@ -307,6 +383,10 @@ CASES = {
     'goca_grid32': goca_grid,
     'goca_grid64': goca_grid,
     'goca_rules': goca_rules,
+    'scfg_gamma': scfg_gamma,
+    'scfg_segmentation': scfg_segmentation,
+    'goca_scfg_sd15': goca_scfg,
+    'goca_scfg_sigma': goca_scfg,
     'magnet_losses': magnet_losses,
     'magnet_matching': magnet_matching,
     'magnet_score_layer': magnet_score_layer,
@@ -322,8 +402,10 @@ def allowed(case, name, arrays):
     if case['name'].startswith('magnet'):  # one figure for all, relative or not; indices and masks are exact
         stated = max(value for value in case['tolerance'].values() if isinstance(value, float))
         return stated * max(1.0, float(expected.abs().max())) if expected.is_floating_point() else 0.0
-    if expected.dtype == torch.uint8:
+    if is_mask(name, expected):
         return TIES
+    if 'scfg' in case['name']:  # one figure for all maps
+        return max(value for value in case['tolerance'].values() if isinstance(value, float))
     if last.endswith(('intersections', 'unions', 'miou')):  # of label maps
         return TIES * (arrays['in.label'].numel() if expected.dtype == torch.int32 else 1)
     stated = {key: value for table in case['tolerance'].values() if isinstance(table, dict) for key, value in table.items()}
@@ -343,7 +425,7 @@ def compared(name):
     wanted = {key for key in arrays if key.startswith('out.')} - FAULTS.get(name, set())
     made = {key: value for key, value in CASES[name](case, arrays) if key in wanted}
     assert made.keys() == wanted
-    return {key: (difference(value, arrays[key]), allowed(case, key, arrays)) for key, value in made.items()}
+    return {key: (difference(value, arrays[key], key), allowed(case, key, arrays)) for key, value in made.items()}
 
 
 @pytest.mark.parametrize('name', [name for name in CASES if name in LISTED])
@@ -385,4 +467,4 @@ def test_words_are_aligned_by_their_places(case):
 if __name__ == '__main__':
     for case_name in CASES:
         for array, (found_difference, most) in compared(case_name).items() if case_name in LISTED else ():
-            sys.stdout.write(f'{case_name:12} {array:32} {found_difference:.1e} of {most:.1e}\n')
+            sys.stdout.write(f'{case_name:18} {array:32} {found_difference:.1e} of {most:.1e}\n')

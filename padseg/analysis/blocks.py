@@ -26,6 +26,7 @@ from padseg.methods.stages.scores import means, scale_scores
 from padseg.types import Array, Attention, Frame, Image, Latent, Prompt, TokenMaps
 
 T = TypeVar('T')
+K = TypeVar('K')
 ENLARGED = 4  # side of an image token in pixels when label maps are compared
 THRESHOLDS = tuple(np.geomspace(0.01, 5, 8).tolist())  # for merging; distances between maps differ from block to block
 
@@ -147,9 +148,9 @@ def head_coverings(maps: dict[int | None, Tensor], truth: Array, normalisation: 
     return {head: coverings(own, truth, normalisation) for head, own in maps.items() if heads or head is None}
 
 
-def mean_iou(counts: Iterable[dict[Cell, ClassCounts]]) -> dict[Cell, float]:
+def mean_iou(counts: Iterable[Mapping[K, ClassCounts]]) -> dict[K, float]:
     """mIoU of each cell, in 0..1: pixels are summed over pictures, classes absent from the ground truth are left out."""
-    total: dict[Cell, ClassCounts] = {}
+    total: dict[K, ClassCounts] = {}
     for by_cell in counts:
         for cell, one in by_cell.items():
             total[cell] = total[cell].plus(one) if cell in total else one
@@ -167,17 +168,25 @@ def word_counts(image: Image, truth: Array, backbone: Backbone, classes: Sequenc
     truth: (H, W) class indices from 0; other values are void. Prompts name the classes in the picture, as in Seg4Diff, Sec. 4.3. Pixels are
     compared without refinement, at the first step of the options. There is one forward pass per prompt.
     """
-    numbers = [number for number in np.unique(truth).tolist() if 0 <= number < len(classes)]
-    counts: dict[Cell, ClassCounts] = {}
+    numbers = shown_classes(truth, classes)
     if not numbers:
-        return counts
-    for cell, maps in named_maps(image, backbone, [classes[number] for number in numbers], options).items():
-        height, width = truth.shape
-        enlarged = np.stack([upsample(values, (height, width)) for values in maps.cpu().numpy()])  # (C', H, W)
-        pred = np.array(numbers)[enlarged.argmax(0)]
-        table = widened(class_table(truth, pred, len(classes), compacted=False))  # (C, C)
-        counts[cell] = counts_of(table, np.arange(len(classes)))
-    return counts
+        return {}
+    maps = named_maps(image, backbone, [classes[number] for number in numbers], options)
+    return {cell: counted(truth, scores.cpu().numpy(), numbers, len(classes)) for cell, scores in maps.items()}
+
+
+def shown_classes(truth: Array, classes: Sequence[str]) -> list[int]:
+    """Numbers of the classes in a label map (H, W) of class indices from 0; other values are void."""
+    return [number for number in np.unique(truth).tolist() if 0 <= number < len(classes)]
+
+
+def counted(truth: Array, scores: Array, numbers: Sequence[int], classes: int) -> ClassCounts:
+    """Compare a label map (H, W) with the class of the highest score (C', h, w) at its size. numbers: of the C' classes, from 0."""
+    height, width = truth.shape
+    enlarged = np.stack([upsample(values, (height, width)) for values in scores])  # (C', H, W)
+    pred = np.array(numbers)[enlarged.argmax(0)]
+    table = widened(class_table(truth, pred, classes, compacted=False))  # (C, C)
+    return counts_of(table, np.arange(classes))
 
 
 def named_maps(image: Image, backbone: Backbone, classes: Sequence[str], options: LabelOptions) -> dict[Cell, Tensor]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from padseg.analysis.blocks import Cell
 from padseg.analysis.measure import Analysis, as_object
+from padseg.analysis.report import as_csv
 from padseg.backbones import Backbone
 from padseg.methods.seg4diff import Options, token_maps
 from padseg.system.files import atomic
@@ -24,9 +25,18 @@ DOTS = 110  # per inch
 
 
 def write_analysis(analysis: Analysis, sheet: Array, out: Path) -> None:
-    """Write analysis.json, grouping.png and anatomy.png to OUT, and the sheet (H, W, 3) BGR as maps.png."""
+    """Write analysis.json, analysis.csv, grouping.png and anatomy.png to OUT, and the sheet (H, W, 3) BGR as maps.png."""
     with atomic(out / 'analysis.json') as temporary:
         temporary.write_text(json.dumps(as_object(analysis), indent=1) + '\n')
+    with atomic(out / 'analysis.csv') as temporary:
+        temporary.write_text(
+            as_csv(
+                [
+                    {**cell._asdict(), 'covering': covering, 'words_miou': analysis.words.get(cell)}
+                    for cell, covering in analysis.coverings.items()
+                ]
+            )
+        )
     with atomic(out / 'maps.png') as temporary:
         temporary.write_bytes(cv2.imencode('.png', sheet)[1].tobytes())
     for name, figure in (('grouping', grouping_figure(analysis)), ('anatomy', anatomy_figure(analysis))):

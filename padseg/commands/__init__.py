@@ -14,7 +14,10 @@ from padseg.system.versions import versions
 from padseg.version import __version__
 
 # Modules of padseg.commands, imported on demand.
-COMMANDS = ('run', 'label', 'merge', 'export', 'eval', 'analyze', 'train', 'train-tiny', 'convert-lora', 'models', 'doctor')
+COMMANDS = (
+    *('run', 'label', 'merge', 'export', 'eval', 'generate', 'score-images', 'analyze'),
+    *('train', 'train-tiny', 'convert-lora', 'models', 'doctor'),
+)
 INTERRUPTED = 130
 
 

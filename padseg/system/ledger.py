@@ -95,7 +95,7 @@ def write_lines(lines: Iterable[str], path: Path) -> None:
         file.writelines(lines)
 
 
-def read_lines(path: Path, of: type[Record], what: str = 'a picture') -> Iterator[Record]:
+def read_lines(path: Path, of: type[Record], what: str = 'a picture', remedy: str = REMEDY) -> Iterator[Record]:
     """Yield the records in a file of lines; none if there is no file. A torn last line, left by a killed job, is ignored.
 
     Raises OutputConflict if any other line is not a record, or if the file cannot be read.
@@ -113,7 +113,7 @@ def read_lines(path: Path, of: type[Record], what: str = 'a picture') -> Iterato
                     raise ValueError('too long')
                 record = read_line(text, of)
             except UNREADABLE:
-                fault = f'{path}, line {number} is not a record of {what}: {REMEDY}'
+                fault = f'{path}, line {number} is not a record of {what}: {remedy}'
                 continue
             yield record
 

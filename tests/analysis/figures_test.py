@@ -108,7 +108,9 @@ def test_the_command_measures_and_draws(tmp_path, sd3_folder, capsys):
         layer, *values = line.split()
         assert float(values[0]) == pytest.approx(table[step, int(layer), None], abs=1e-4)
     assert len(results['words_miou']) == 4 * 3 and all(0 <= cell['miou'] <= 1 for cell in results['words_miou'])
-    assert sorted(path.name for path in out.iterdir()) == ['analysis.json', 'anatomy.png', 'grouping.png', 'maps.png']
+    assert sorted(path.name for path in out.iterdir()) == ['analysis.csv', 'analysis.json', 'anatomy.png', 'grouping.png', 'maps.png']
+    cells = (out / 'analysis.csv').read_text().splitlines()
+    assert cells[0] == 'step,layer,head,covering,words_miou' and len(cells) == 1 + len(table)
     assert all(cv2.imread(str(path)) is not None for path in out.glob('*.png'))
     assert main(['analyze', *flags, '--out', str(out), '--json', '-q']) == 0
     captured = capsys.readouterr()

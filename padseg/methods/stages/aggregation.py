@@ -328,21 +328,21 @@ def renormalised(maps: Tensor) -> Tensor:
     return from_0_to_1(blurred(maps))
 
 
-def blurred(maps: Tensor) -> Tensor:
-    """Gaussian blur of 5 x 5 taps, maps mirrored at their borders: (C, h, w) -> (C, h, w)."""
-    offsets = torch.arange(BLUR_TAPS, dtype=maps.dtype, device=maps.device) - BLUR_TAPS // 2
-    taps = (-0.5 * (offsets / BLUR_SIGMA).square()).exp()
-    taps = taps / taps.sum()
+def blurred(maps: Tensor, taps: int = BLUR_TAPS, sigma: float = BLUR_SIGMA) -> Tensor:
+    """Gaussian blur of taps x taps pixels, by default 5 x 5, maps mirrored at their borders: (C, h, w) -> (C, h, w)."""
+    offsets = torch.arange(taps, dtype=maps.dtype, device=maps.device) - taps // 2
+    kernel = (-0.5 * (offsets / sigma).square()).exp()
+    kernel = kernel / kernel.sum()
     for axis in (1, 2):
-        places = mirrored(maps.shape[axis]).to(maps.device)
-        beside = maps.index_select(axis, places).unfold(axis, BLUR_TAPS, 1)  # (C, h, w, taps)
-        maps = beside @ taps
+        places = mirrored(maps.shape[axis], taps // 2).to(maps.device)
+        beside = maps.index_select(axis, places).unfold(axis, taps, 1)  # (C, h, w, taps)
+        maps = beside @ kernel
     return maps
 
 
-def mirrored(length: int) -> Tensor:
-    """Places along an axis with as many before and behind as the blur reaches, mirrored without repeating the border."""
-    reach, period = BLUR_TAPS // 2, max(1, 2 * (length - 1))
+def mirrored(length: int, reach: int) -> Tensor:
+    """Places along an axis with as many before and behind as a blur reaches, mirrored without repeating the border."""
+    period = max(1, 2 * (length - 1))
     places = torch.arange(-reach, length + reach) % period
     return torch.minimum(places, period - places).clamp_max(length - 1)
 

@@ -25,6 +25,7 @@ from padseg.methods.stages.aggregation import (
     resized,
     similarity,
     smaller_grid,
+    source_pixels,
     token_shares,
 )
 from padseg.types import Attention, Latent, Prompt
@@ -38,6 +39,7 @@ class Plan(NamedTuple):
     heads, spectral, text_only, single: how heads are weighted, see `Heads`; single: whether blocks without a projection of their own
     take their part of the one that they share. by: how layers are, a key of `similarity`, by the feature of the layer `dense`: its
     queries (cross-q, self-q) or its output (attn-out). half: keep self-attention in 16 bits. guidance: as for `Backbone.denoise`.
+    every: of each layer read the queries of every n-th pixel along both sides, but those that refine as they are.
     """
 
     cross: tuple[int, ...]
@@ -53,10 +55,12 @@ class Plan(NamedTuple):
     refine: tuple[int, ...]
     half: bool
     guidance: float | None = None
+    every: int = 1
 
 
 class Aggregated(NamedTuple):
-    """maps: (B, n, h, w) shares over all n tokens; self_map: (B, N, N), of the same grid; weights: (L, B) of the layers, as they ran."""
+    """maps: (B, n, h, w) shares over all n tokens; self_map: (B, N, N), of the same grid, empty if no layer refines; weights: (L, B) of the
+    layers, as they ran."""
 
     maps: Tensor
     self_map: Tensor
@@ -87,9 +91,9 @@ class Running:
         if own is not None and layer in plan.refine and not (waits and self.same_grid()):
             self.refine(resized(own.float(), self.grids[layer], self.to))
         if own is not None and waits:
-            self.own[layer] = own if layer not in plan.refine else reduced(own, self.grids[layer], self.grids[plan.dense])
+            self.own[layer] = own if layer not in plan.refine else reduced(own, self.grids[layer], self.read_grid(plan.dense))
         if cross is not None:
-            grid = self.grids[layer]
+            grid = self.read_grid(layer)
             self.cross[layer] = enlarged(cross.transpose(1, 2).unflatten(2, grid), smaller_grid(grid, self.to))  # (B, n, h, w)
         ready = plan.by == 'uniform' or self.dense is not None
         for number in sorted(self.cross) if ready else ():
@@ -102,7 +106,7 @@ class Running:
         if own is None or self.dense is None:
             weight = torch.ones(len(cross), dtype=torch.float64, device=cross.device)
         else:
-            to = self.grids[plan.dense]
+            to = self.read_grid(plan.dense)
             own = resized(own.to(self.dense.dtype), smaller_grid(self.grids[layer], to), to)
             scaled = quotient(own, own.sum(2, keepdim=True)) if plan.renormalise else own
             weight = similarity(self.dense, scaled, plan.by).clamp_min(0)  # (B,)
@@ -119,7 +123,12 @@ class Running:
 
     def same_grid(self) -> bool:
         """Whether a layer that refines need not be kept apart while it waits: in the grid of the dense feature it is as it is wanted."""
-        return self.to == self.grids[self.plan.dense]
+        return self.to == self.read_grid(self.plan.dense)
+
+    def read_grid(self, layer: int) -> Grid:
+        """The grid of the queries that are read of a layer."""
+        height, width = self.grids[layer]
+        return -(-height // self.plan.every), -(-width // self.plan.every)
 
 
 def reduced(own: Tensor, grid: Grid, to: Grid) -> Tensor:
@@ -133,20 +142,37 @@ def aggregated(latents: Sequence[Latent], backbone: Backbone, prompt: Prompt, pl
     Maps have the grid of `result_grid`.
     """
     z, timestep = torch.cat([latent.z for latent in latents]), latents[0].timestep
-    grids = {layer: backbone.grid(layer, tuple(z.shape)) for layer in range(backbone.layers)}
-    everything = prompt._replace(picked=tuple(range(prompt.embeds.shape[1])))
-    running = Running(plan, grids, result_grid(grids.values()))
-    requests: dict[tuple[int, str], Request[None]] = {}
-    for layer in sorted({*plan.cross, *plan.refine, *([plan.dense] if plan.by != 'uniform' else [])}):
-        requests |= requests_of_layer(layer, backbone, everything, running)
+    requests, running = reading(backbone, prompt, tuple(z.shape), plan)
     with by_rows(), watch(requests):
         backbone.denoise(z, timestep, prompt, plan.guidance)
-    assert running.maps is not None and running.self_map is not None
+    return finished(running, backbone.dtype)
+
+
+Requests = dict[tuple[int, str], Request[None]]
+
+
+def reading(
+    backbone: Backbone, prompt: Prompt, latent_shape: Sequence[int], plan: Plan, rows: slice = slice(None)
+) -> tuple[Requests, Running]:
+    """What to record while the model runs on latents (..., H', W'), and what it adds up to; see `finished`. rows: of the batch."""
+    grids = {layer: backbone.grid(layer, latent_shape) for layer in range(backbone.layers)}
+    everything = prompt._replace(picked=tuple(range(prompt.embeds.shape[1])))
+    running = Running(plan, grids, result_grid(grids.values()))
+    requests: Requests = {}
+    for layer in sorted({*plan.cross, *plan.refine, *([plan.dense] if plan.by != 'uniform' else [])}):
+        requests |= requests_of_layer(layer, backbone, everything, running, rows)
+    return requests, running
+
+
+def finished(running: Running, dtype: torch.dtype) -> Aggregated:
+    """The result, once the model has run. NotFinite if numbers overflowed; dtype: that it ran in."""
+    assert running.maps is not None
     weights = torch.stack([running.weights[layer] for layer in sorted(running.weights)])  # (L, B)
     maps = token_shares(quotient(running.maps, weights.sum(0).to(running.maps.dtype)[:, None, None, None]))
-    if not (torch.isfinite(maps).all() and torch.isfinite(running.self_map).all()):
-        raise NotFinite(f'attention is not finite with {backbone.dtype}: try another --dtype')
-    return Aggregated(maps, running.self_map, weights)
+    self_map = maps.new_empty(0) if running.self_map is None else running.self_map
+    if not (torch.isfinite(maps).all() and torch.isfinite(self_map).all()):
+        raise NotFinite(f'attention is not finite with {dtype}: try another --dtype')
+    return Aggregated(maps, self_map, weights)
 
 
 def result_grid(grids: Iterable[Grid]) -> Grid:
@@ -155,7 +181,7 @@ def result_grid(grids: Iterable[Grid]) -> Grid:
     return ([grid for grid in by_size if math.prod(grid) <= MOST_PIXELS] or by_size[:1])[-1]
 
 
-def requests_of_layer(layer: int, backbone: Backbone, prompt: Prompt, running: Running) -> dict[tuple[int, str], Request[None]]:
+def requests_of_layer(layer: int, backbone: Backbone, prompt: Prompt, running: Running, rows: slice) -> Requests:
     """What to record of a layer: one request if the same softmax gives both maps, else one of the cross- and one of the self-attention."""
     plan, grid = running.plan, running.grids[layer]
     cross, own = layer in plan.cross, layer in plan.refine or (layer in plan.cross and plan.by != 'uniform')
@@ -169,27 +195,46 @@ def requests_of_layer(layer: int, backbone: Backbone, prompt: Prompt, running: R
     columns = backbone.text_columns(prompt, math.prod(grid)) if cross else ()
     projection = backbone.output_projection(layer) if 'output' in what else None
     heads = heads_of(plan, projection) if cross else None
-    wanted = running.to if layer in plan.refine else running.grids[plan.dense]
+    wanted = running.to if layer in plan.refine else running.read_grid(plan.dense)
     among = (grid, wanted, torch.float16 if plan.half else torch.float32) if own else None
     joint = text is image
 
     def read(seen: Attention, text_part: bool, image_part: bool) -> None:
-        first = backbone.first_image_token(prompt)
+        seen, first = rows_of(seen, rows), backbone.first_image_token(prompt)
+        kept = running.read_grid(layer)
+        small, start = (seen, first) if kept == grid else (thinned(seen, first, grid, kept), 0)
         if dense and (image_part if plan.feature == 'self-q' else text_part):
-            running.dense = affinity(feature_of(seen, plan.feature, projection, first, grid), plan.channels)
+            running.dense = affinity(feature_of(small, plan.feature, projection, start, kept), plan.channels)
         by, among_image = heads if text_part else None, among if image_part else None
-        if by or among_image:
-            found = layer_maps(seen, columns, by, first, math.prod(grid), among_image)
-            running.add(layer, found[0] if by else None, found[1] if among_image else None)
+        if not (by or among_image):
+            return
+        if kept == grid:
+            cross, image = layer_maps(seen, columns, by, first, math.prod(grid), among_image)
+        else:
+            cross = layer_maps(small, columns, by)[0]
+            image = layer_maps(seen, (), None, first, math.prod(grid), among_image)[1]
+        running.add(layer, cross if by else None, image if among_image else None)
 
     if joint:
         return {(layer, 'joint'): Request(text, partial(read, text_part=True, image_part=True), what)}
-    requests: dict[tuple[int, str], Request[None]] = {}
+    requests: Requests = {}
     if own or (dense and plan.feature == 'self-q'):
         requests[layer, 'self'] = Request(image, partial(read, text_part=False, image_part=True))
     if cross or (dense and plan.feature != 'self-q'):
         requests[layer, 'cross'] = Request(text, partial(read, text_part=True, image_part=False), what)
     return requests
+
+
+def rows_of(seen: Attention, rows: slice) -> Attention:
+    """What attention is given for some rows of the batch."""
+    count = len(seen.query)
+    return Attention(*(part[rows] if part is not None and part.ndim == 4 and len(part) == count else part for part in seen))
+
+
+def thinned(seen: Attention, first: int, grid: Grid, to: Grid) -> Attention:
+    """Attention with the queries alone of the pixels that are nearest to those of a smaller grid. first: the first image token."""
+    queries = first + source_pixels(grid, to).to(seen.query.device)
+    return seen._replace(query=seen.query[:, :, queries], output=None if seen.output is None else seen.output[:, :, queries])
 
 
 def heads_of(plan: Plan, projection: tuple[Tensor, Tensor | None] | None) -> Heads:

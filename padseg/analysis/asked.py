@@ -1,0 +1,217 @@
+"""What an analysis is asked for: a model, and pictures to read it on, real ones or some that it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from padseg.analysis import grid, perturb
+from padseg.analysis.grid import Grid
+from padseg.analysis.measure import STEPS
+from padseg.analysis.perturb import Perturbed
+from padseg.analysis.recording import Made, Pictures, Source, Subject, subjects
+from padseg.backbones import Backbone, load
+from padseg.backbones.blur import Blur
+from padseg.backbones.texts import kept_texts
+from padseg.errors import UsageError
+from padseg.evaluation.similarity import load_clip, load_dino
+from padseg.generation.prompts import Item, items, parse_seeds, read_prompts
+from padseg.generation.sample import Sampler
+from padseg.generation.settings import SamplingSettings
+from padseg.methods.open_vocabulary import LabelOptions
+from padseg.methods.options import in_list, plain_settings, require, require_family
+from padseg.methods.seg4diff import FAMILIES, Options
+from padseg.system.progress import Progress
+
+REAL = ('labels', 'classes', 'text')  # that only real pictures have
+MADE = ('seeds', 'scale', 'denoising_steps', 'size')  # that only pictures in the making have
+ARMS = {'sd3': ('l', 'g', 'l+g')}  # text encoders that are compared, without T5, which models may lack
+
+
+class Wanted(NamedTuple):
+    """The pictures to read. images: a folder of real ones; or prompts: a file of texts to make them from. The rest is None if not given.
+
+    labels: a folder of label maps; classes: names of their values; text: for all pictures; seeds: as in `parse_seeds`; scale: of
+    classifier-free guidance; denoising_steps, size: of pictures in the making; steps: noise levels to read, counted from the end of the
+    schedule, from 1; count: the most pictures.
+    """
+
+    images: Path | None
+    prompts: Path | None
+    labels: Path | None = None
+    classes: Sequence[str] = ()
+    text: str | None = None
+    seeds: str | None = None
+    scale: float | None = None
+    denoising_steps: int | None = None
+    size: int | None = None
+    steps: Sequence[int] = ()
+    count: int = 50
+
+
+class Asked(NamedTuple):
+    """A loaded model and where to read it. settings: all that decides the results, for a record."""
+
+    backbone: Backbone
+    source: Source
+    settings: dict[str, Any]
+
+
+def opened(wanted: Wanted, how: Mapping[str, Any], progress: Progress, last_too: bool = True) -> Asked:
+    """Find the pictures, then load the model. how: arguments of `load`; last_too: read the noisiest step too, if no steps are given.
+
+    Raises UsageError for what does not fit together, NoImages without pictures, ModelUnavailable.
+    """
+    require(
+        (wanted.images is None) != (wanted.prompts is None), 'give either --dir, for real pictures, or --prompts, for pictures to be made'
+    )
+    if wanted.prompts is not None:
+        refuse_others(wanted, REAL, '--prompts')
+        made = items(read_prompts(wanted.prompts), parse_seeds(wanted.seeds or '0'))[: wanted.count]
+        return in_the_making(made, wanted, loaded(how), progress, last_too)
+    assert wanted.images is not None
+    refuse_others(wanted, MADE, '--dir')
+    found = subjects(wanted.images, wanted.labels, wanted.classes, wanted.text, wanted.count)
+    return of_pictures(found, wanted, loaded(how), progress, last_too)
+
+
+def refuse_others(wanted: Wanted, names: Sequence[str], flag: str) -> None:
+    """Raise UsageError for what only the other kind of picture has."""
+    given = [f'--{name.replace("_", "-")}' for name in names if getattr(wanted, name) not in (None, ())]
+    require(not given, f'{in_list(given).replace("--classes", "--classes-file")} cannot be used with {flag}')
+
+
+def loaded(how: Mapping[str, Any]) -> Backbone:
+    """The whole model. UsageError for a family without joint attention."""
+    backbone = load(**how, whole=True)
+    require_family('analyze', FAMILIES, backbone)
+    return backbone
+
+
+def of_pictures(found: Sequence[Subject], wanted: Wanted, backbone: Backbone, progress: Progress, last_too: bool) -> Asked:
+    options = Options().resolve(backbone.spec)
+    steps = wanted_steps(wanted, options.step, backbone.spec.steps, last_too)
+    settings = {'steps': list(steps), 'geometry': options.geometry, 'side': options.side, 'seed': options.seed}
+    texts = {'pictures': [{'name': subject.name, 'text': subject.text} for subject in found]}
+    return Asked(backbone, Pictures(found, backbone, options, steps, progress), settings | texts)
+
+
+def in_the_making(made: Sequence[Item], wanted: Wanted, backbone: Backbone, progress: Progress, last_too: bool) -> Asked:
+    settings = sampling(wanted, backbone)
+    steps = wanted_steps(wanted, Options().resolve(backbone.spec).step, settings.steps, last_too)
+    recorded = {'steps': list(steps), 'sampling': sampling_record(settings), 'pictures': [item._asdict() for item in made]}
+    return Asked(backbone, Made(made, sampler_of(backbone), settings, steps, progress), recorded)
+
+
+def wanted_steps(wanted: Wanted, own: int, length: int, last_too: bool) -> tuple[int, ...]:
+    """The noise levels to read: those given, or the model's own and the noisiest. UsageError for one that the schedule does not have."""
+    steps = tuple(dict.fromkeys(wanted.steps or ((min(own, length), length) if last_too else (min(own, length),))))
+    if not all(1 <= step <= length for step in steps):
+        raise UsageError(f'steps are in 1..{length}, counted from the end of the schedule; got {in_list(steps)}')
+    return steps
+
+
+def sampling(wanted: Wanted, backbone: Backbone) -> SamplingSettings:
+    """How pictures are made: with classifier-free guidance, and what is not given as the model has it."""
+    given: dict[str, Any] = {'scale': wanted.scale, 'steps': wanted.denoising_steps, 'size': wanted.size}
+    return SamplingSettings(guidance='cfg', **given).resolve(backbone.spec)
+
+
+def sampling_record(settings: SamplingSettings) -> dict[str, Any]:
+    return {name: value for name, value in plain_settings(settings).items() if not name.startswith('perturb')}
+
+
+def sampler_of(backbone: Backbone) -> Sampler:
+    """Make pictures with the text encoders that real pictures are read with too."""
+    return Sampler(backbone, kept_texts(backbone, True))
+
+
+def layer_of(backbone: Backbone, layer: int | None) -> int:
+    """The block to read, by default the expert block. UsageError for one that the model does not have."""
+    chosen = backbone.spec.layer if layer is None else layer
+    require(chosen < backbone.layers, f'layer is in 0..{backbone.layers - 1} for {backbone.identity.model}; got {chosen}')
+    return chosen
+
+
+def blurred_pictures(
+    prompts: Path,
+    layers: Sequence[int],
+    blur_size: int,
+    blur_sigma: float,
+    pad: str,
+    renorm: bool,
+    slots: int | None,
+    prompt_branch_only: bool,
+    clip: str,
+    dino: str,
+    how: Mapping[str, Any],
+    progress: Progress,
+    **wanted: Any,
+) -> tuple[Backbone, dict[str, Any], Perturbed]:
+    """Make pictures with single blocks blurred, and compare them; arguments as of `padseg analyze perturb`. Also model, and settings."""
+    asked_pictures = Wanted(images=None, prompts=prompts, **wanted)
+    made = items(read_prompts(prompts), parse_seeds(asked_pictures.seeds or '0'))[: asked_pictures.count]
+    blur = Blur((), blur_size, blur_sigma, pad, renorm, slots)
+    device = how['device']
+    clip_model = load_clip(clip, device, remedy='name a folder with --clip PATH')
+    dino_model = load_dino(dino, device, remedy='name a folder with --dino PATH')
+    backbone = loaded(how)
+    settings = sampling(asked_pictures, backbone)
+    chosen = [layer_of(backbone, layer) for layer in layers] or list(range(backbone.layers))
+    found = perturb.measure(sampler_of(backbone), made, settings, chosen, blur, not prompt_branch_only, clip_model, dino_model, progress)
+    recorded = {
+        'sampling': sampling_record(settings),
+        'pictures': [item._asdict() for item in made],
+        'layers': chosen,
+        'blur': {**blur._asdict(), 'layers': None, 'both_branches': not prompt_branch_only},
+        'clip': {'name': clip, 'weights': clip_model.weights},
+        'dino': {'name': dino, 'weights': dino_model.weights},
+    }
+    return backbone, recorded, found
+
+
+def best_of_grid(
+    images: Path,
+    labels: Path,
+    classes: Sequence[str],
+    val_dir: Path | None,
+    val_labels: Path | None,
+    train_share: float,
+    encoders: Sequence[str],
+    steps: Sequence[int],
+    names: str,
+    prompt: str,
+    scores: str | None,
+    count: int,
+    how: Mapping[str, Any],
+    progress: Progress,
+) -> tuple[Backbone, dict[str, Any], Grid]:
+    """Measure a grid; arguments as of `padseg analyze grid`. Also model, and settings."""
+    require((val_dir is None) == (val_labels is None), 'give --val-dir and --val-labels together')
+    train = subjects(images, labels, classes, '', count)
+    val = subjects(val_dir, val_labels, classes, '', count) if val_dir else []
+    if not val:
+        train, val = grid.halves(train, train_share)
+        require(bool(train and val), 'there are too few pictures to choose by some and to report on others')
+    given: dict[str, Any] = {'prompt': prompt, 'scores': scores}
+    options = LabelOptions(**given)
+    backbone = loaded(how)
+    arms = tuple(encoders) or ARMS.get(backbone.spec.family, (backbone.spec.encoders,))
+    levels = tuple(steps) or tuple(step for step in STEPS if step <= backbone.spec.steps)
+    for arm in arms:
+        replace(options, encoders=arm, steps=levels).resolve(backbone.spec)  # refuses what the model does not have
+    found = grid.measure(train, val, backbone, classes, options, arms, levels, names, progress)
+    recorded = {
+        'encoders': list(arms),
+        'steps': list(levels),
+        'names': names,
+        'prompt': prompt,
+        'scores': scores,
+        'train': [subject.name for subject in train],
+        'val': [subject.name for subject in val],
+        'best': found.best._asdict(),
+        'own': found.own._asdict(),
+    }
+    return backbone, recorded, found
