@@ -64,9 +64,10 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def in_text(text: str, path: Path) -> list[tuple[str, str]]:
-    """The prompts in a text with their places. .txt: one a line, blank lines are skipped; .csv, .tsv: a table whose heading names a column of
-    COLUMNS, quoted line breaks included; .json: a list of texts, or an object of texts; .jsonl: a text, or an object with a key of COLUMNS,
-    a line. UsageError for anything else.
+    """The prompts in a text with their places, by the file's kind. UsageError for what is not of it.
+
+    .txt: one a line, blank lines are skipped; .csv, .tsv: a table whose heading names a column of COLUMNS, quoted line breaks included;
+    .json: a list or an object of texts; .jsonl: a text a line. In place of a text, an object with a key of COLUMNS.
     """
     kind = path.suffix.lower()
     if kind == '.txt':
