@@ -51,12 +51,15 @@ def made(place) -> list[str]:
 
 
 @pytest.mark.parametrize('name', ['shares', 'norms', 'pca'])
-def test_on_real_pictures_and_on_pictures_in_the_making(name, place, sd3_folder, capsys):
+def test_on_real_pictures(name, place, sd3_folder, capsys):
     record, rows, figure = analyze(place, sd3_folder, name, *real(place), '--count', '2')
     assert record['settings']['pictures'] == [{'name': '0.png', 'text': 'cat grass'}, {'name': '1.png', 'text': 'dog grass'}]
     assert record['settings']['steps'] == [8, 28] and {row['step'] for row in rows} == {'8', '28'} and len(figure)
     assert capsys.readouterr().out.split()[:2] == ['step', 'layer']
-    record, rows, _ = analyze(place, sd3_folder, name, *made(place), '--seeds', '3,5', '--steps', '1', '--json')
+
+
+def test_on_pictures_in_the_making(place, sd3_folder, capsys):
+    record, rows, _ = analyze(place, sd3_folder, 'shares', *made(place), '--seeds', '3,5', '--steps', '1', '--json')
     assert [item['seed'] for item in record['settings']['pictures']] == [3, 5, 3, 5] and record['settings']['sampling']['scale'] == 2
     assert {row['step'] for row in rows} == {'1'} and json.loads(capsys.readouterr().out) == record
 
@@ -101,6 +104,8 @@ def test_perturb(place, sd3_folder, clip_folder, dino_folder):
         (['grid', '--dir', 'DIR', '--labels', 'LABELS', '--classes-file', 'CLASSES', '--val-dir', 'DIR'], 2, '--val-labels together'),
         (['grid', '--dir', 'DIR', '--labels', 'LABELS', '--classes-file', 'CLASSES', '--count', '1'], 2, 'too few pictures'),
         (['perturb', '--prompts', 'PROMPTS', '--clip', 'nowhere'], 2, 'unknown CLIP nowhere'),
+        (['perturb', '--prompts', 'PROMPTS', '--blur-size', '4'], 2, 'perturb_size is an odd number'),
+        (['norms', '--prompts', 'PROMPTS', '--scale', '-1'], 2, 'scale is a strength'),
         (['bogus'], 2, "No such command 'bogus'"),
         ([], 2, "Missing option '--dir'"),
     ],
