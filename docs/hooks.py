@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import posixpath
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +88,12 @@ def reference() -> str:
         'This page is made from the code: `padseg COMMAND --help` prints the same. The options of methods are on the pages of the methods:'
         ' [seg4diff](methods/seg4diff.md), [open-vocabulary](methods/open-vocabulary.md), [classical](methods/classical.md).',
     ]
-    for name in COMMANDS:
-        command = group.get_command(click.Context(group), name)
-        parts += [f'## padseg {name}', f'```text\npadseg {name} {usage(command, name)}\n```', paragraphs(command.help)]
+    for name, command in every_command():
+        heading = '##' if ' ' not in name else '###'
+        parts += [f'{heading} padseg {name}', f'```text\npadseg {name} {usage(command, name)}\n```', paragraphs(command.help)]
         own, of_methods = divided(command)
-        parts.append(option_table(own))
+        if own:
+            parts.append(option_table(own))
         if of_methods:
             parts.append(
                 'And the options of the method, without `--method` these: '
@@ -100,6 +101,15 @@ def reference() -> str:
                 + '.'
             )
     return '\n\n'.join(parts) + '\n'
+
+
+def every_command() -> Iterator[tuple[str, click.Command]]:
+    """All commands by name, sub-commands after the one that has them."""
+    for name in COMMANDS:
+        command = group.get_command(click.Context(group), name)
+        yield name, command
+        for below, other in (command.commands if isinstance(command, click.Group) else {}).items():
+            yield f'{name} {below}', other
 
 
 def usage(command: click.Command, name: str) -> str:

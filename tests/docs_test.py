@@ -137,14 +137,19 @@ CALLS = {
 @pytest.mark.parametrize('call', CALLS.values(), ids=CALLS.keys())
 def test_every_command_line_parses(call, monkeypatch):
     monkeypatch.chdir(ROOT)  # some paths have to exist
-    command = group.get_command(click.Context(group), call[0])
+    command, words = group.get_command(click.Context(group), call[0]), list(call[1:])
     assert command, call
-    command.make_context(call[0], list(call[1:]))
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        command = command.get_command(context, words.pop(0) if words[0] in command.list_commands(context) else 'blocks')
+    command.make_context(call[0], words)
 
 
 def flags_of_commands() -> set[str]:
     context = click.Context(group)
-    every = [param for name in COMMANDS for param in group.get_command(context, name).get_params(context)]
+    commands_there = [group.get_command(context, name) for name in COMMANDS]
+    below = [other for command in commands_there if isinstance(command, click.Group) for other in command.commands.values()]
+    every = [param for command in (*commands_there, *below) for param in command.get_params(context)]
     every += [param for method in METHODS.values() for param in option_flags(method.Options)]
     options = [param for param in every if isinstance(param, click.Option) and param.name != 'help']
     return {flag for option in options for flag in (*option.opts, *option.secondary_opts)}

@@ -69,8 +69,9 @@ def opened(wanted: Wanted, how: Mapping[str, Any], progress: Progress, last_too:
     )
     if wanted.prompts is not None:
         refuse_others(wanted, REAL, '--prompts')
-        made = items(read_prompts(wanted.prompts), parse_seeds(wanted.seeds or '0'))[: wanted.count]
-        return in_the_making(made, wanted, loaded(how), progress, last_too)
+        made, settings = to_be_made(wanted)
+        backbone = loaded(how)
+        return in_the_making(made, wanted, settings.resolve(backbone.spec), backbone, progress, last_too)
     assert wanted.images is not None
     refuse_others(wanted, MADE, '--dir')
     found = subjects(wanted.images, wanted.labels, wanted.classes, wanted.text, wanted.count)
@@ -98,8 +99,9 @@ def of_pictures(found: Sequence[Subject], wanted: Wanted, backbone: Backbone, pr
     return Asked(backbone, Pictures(found, backbone, options, steps, progress), settings | texts)
 
 
-def in_the_making(made: Sequence[Item], wanted: Wanted, backbone: Backbone, progress: Progress, last_too: bool) -> Asked:
-    settings = sampling(wanted, backbone)
+def in_the_making(
+    made: Sequence[Item], wanted: Wanted, settings: SamplingSettings, backbone: Backbone, progress: Progress, last_too: bool
+) -> Asked:
     steps = wanted_steps(wanted, Options().resolve(backbone.spec).step, settings.steps, last_too)
     recorded = {'steps': list(steps), 'sampling': sampling_record(settings), 'pictures': [item._asdict() for item in made]}
     return Asked(backbone, Made(made, sampler_of(backbone), settings, steps, progress), recorded)
@@ -113,10 +115,12 @@ def wanted_steps(wanted: Wanted, own: int, length: int, last_too: bool) -> tuple
     return steps
 
 
-def sampling(wanted: Wanted, backbone: Backbone) -> SamplingSettings:
-    """How pictures are made: with classifier-free guidance, and what is not given as the model has it."""
-    given: dict[str, Any] = {'scale': wanted.scale, 'steps': wanted.denoising_steps, 'size': wanted.size}
-    return SamplingSettings(guidance='cfg', **given).resolve(backbone.spec)
+def to_be_made(wanted: Wanted, **perturbed: Any) -> tuple[list[Item], SamplingSettings]:
+    """The pictures to make, and how: with classifier-free guidance; what is not given is left open. UsageError for what is out of range."""
+    assert wanted.prompts is not None
+    given: dict[str, Any] = {'scale': wanted.scale, 'steps': wanted.denoising_steps, 'size': wanted.size, **perturbed}
+    settings = SamplingSettings(guidance='cfg', **given)
+    return items(read_prompts(wanted.prompts), parse_seeds(wanted.seeds or '0'))[: wanted.count], settings
 
 
 def sampling_record(settings: SamplingSettings) -> dict[str, Any]:
@@ -151,14 +155,14 @@ def blurred_pictures(
     **wanted: Any,
 ) -> tuple[Backbone, dict[str, Any], Perturbed]:
     """Make pictures with single blocks blurred, and compare them; arguments as of `padseg analyze perturb`. Also model, and settings."""
-    asked_pictures = Wanted(images=None, prompts=prompts, **wanted)
-    made = items(read_prompts(prompts), parse_seeds(asked_pictures.seeds or '0'))[: asked_pictures.count]
+    asked_blur = {'perturb_size': blur_size, 'perturb_sigma': blur_sigma, 'perturb_pad': pad, 'perturb_renorm': renorm}
+    made, asked_settings = to_be_made(Wanted(images=None, prompts=prompts, **wanted), **asked_blur)
     blur = Blur((), blur_size, blur_sigma, pad, renorm, slots)
     device = how['device']
     clip_model = load_clip(clip, device, remedy='name a folder with --clip PATH')
     dino_model = load_dino(dino, device, remedy='name a folder with --dino PATH')
     backbone = loaded(how)
-    settings = sampling(asked_pictures, backbone)
+    settings = asked_settings.resolve(backbone.spec)
     chosen = [layer_of(backbone, layer) for layer in layers] or list(range(backbone.layers))
     found = perturb.measure(sampler_of(backbone), made, settings, chosen, blur, not prompt_branch_only, clip_model, dino_model, progress)
     recorded = {
@@ -184,6 +188,7 @@ def best_of_grid(
     names: str,
     prompt: str,
     scores: str | None,
+    unused: str,
     count: int,
     how: Mapping[str, Any],
     progress: Progress,
@@ -195,7 +200,7 @@ def best_of_grid(
     if not val:
         train, val = grid.halves(train, train_share)
         require(bool(train and val), 'there are too few pictures to choose by some and to report on others')
-    given: dict[str, Any] = {'prompt': prompt, 'scores': scores}
+    given: dict[str, Any] = {'prompt': prompt, 'scores': scores, 'unused': unused}
     options = LabelOptions(**given)
     backbone = loaded(how)
     arms = tuple(encoders) or ARMS.get(backbone.spec.family, (backbone.spec.encoders,))
@@ -209,6 +214,7 @@ def best_of_grid(
         'names': names,
         'prompt': prompt,
         'scores': scores,
+        'unused': unused,
         'train': [subject.name for subject in train],
         'val': [subject.name for subject in val],
         'best': found.best._asdict(),

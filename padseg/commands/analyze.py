@@ -12,7 +12,7 @@ import click
 from padseg.commands.flags import Several, lora_flags, refuse_lone_scale
 from padseg.commands.label import names_of
 from padseg.generation.settings import PADS
-from padseg.methods.open_vocabulary import PROMPTS, SCORES
+from padseg.methods.open_vocabulary import PROMPTS, SCORES, UNUSED
 from padseg.methods.options import require_family
 from padseg.methods.seg4diff import FAMILIES, Options
 from padseg.system.progress import shown
@@ -247,6 +247,7 @@ def perturb_command(**given: Any) -> int:
     click.option('--names', type=click.Choice(('present', 'all')), default='present', show_default=True, help='classes that prompts name'),
     click.option('--prompt', type=click.Choice(PROMPTS), default='joined', show_default=True, help='as for `padseg label`'),
     click.option('--scores', type=click.Choice(SCORES), help='as for `padseg label` (default: raw; minmax with per-class)'),
+    click.option('--unused', type=click.Choice(UNUSED), default=UNUSED[0], show_default=True, help='as for `padseg label`'),
     click.option('--count', type=POSITIVE, default=200, show_default=True, help='maximum number of pictures of each folder'),
     *model_flags(),
     *PRINTED,

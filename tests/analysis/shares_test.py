@@ -33,7 +33,9 @@ def test_sets_of_tokens(backbone, flux):
     assert token_sets(backbone, worded(backbone, ''), 6)['prompt'] == []
     sets = token_sets(flux, worded(flux, 'cat'), 6)  # text comes first
     slots = len(sets['text'])
-    assert sets['image'] == list(range(slots, slots + 6)) and sets['t5'] == sets['text'] and sets['empty'] == sets['sos'] == sets['clip'] == []
+    assert (
+        sets['image'] == list(range(slots, slots + 6)) and sets['t5'] == sets['text'] and sets['empty'] == sets['sos'] == sets['clip'] == []
+    )
     assert 0 in sets['prompt'] and max(sets['prompt']) < 6
 
 
