@@ -15,6 +15,7 @@ from padseg.errors import NotFinite, UsageError
 from padseg.generation.guidance import guide_of
 from padseg.generation.sample import sample, sampler_of
 from padseg.generation.settings import SamplingSettings
+from padseg.methods import check_settings
 
 PROMPTS = ('a cat on grass', 'a dog')
 PIPELINES = {'sd15': StableDiffusionPipeline, 'sd21': StableDiffusionPipeline, 'sdxl': StableDiffusionXLPipeline}
@@ -177,6 +178,7 @@ def test_defaults_are_the_models_own(samplers):
     assert (found.steps, found.scale, found.size, found.perturb_layer) == (28, 7.5, 32, ('2',))
     assert SamplingSettings(guidance='perturbed').resolve(spec).scale == 0
     own = spec._replace(own={'generate': {'scale': 4, 'steps': 9}})
+    check_settings(own)
     assert (SamplingSettings().resolve(own).scale, SamplingSettings(steps=2).resolve(own).steps) == (4.0, 2)
 
 
