@@ -81,8 +81,8 @@ def in_text(text: str, path: Path) -> list[tuple[str, str]]:
         values = json.loads(text)
     except (ValueError, RecursionError, csv.Error) as error:
         raise UsageError(f'{path} cannot be read as {kind[1:].upper()}: {error}') from error
-    named = values.items() if isinstance(values, dict) else enumerate(values, 1) if isinstance(values, list) else ()
-    if not named:
+    named = values.items() if isinstance(values, dict) else enumerate(values, 1) if isinstance(values, list) else None
+    if named is None:
         raise UsageError(f'{path} must hold a list of prompts, or an object of them')
     return [(f'entry {name}', of_object(value, f'{path}, entry {name}')) for name, value in named]
 

@@ -19,7 +19,7 @@ READ = {
 REFUSED = {
     'a.doc': (b'a cat', r'must be one of \.txt, \.csv'),
     'empty.txt': (b'\n \n', 'has no prompts'),
-    'empty.json': (b'[]', 'must hold a list of prompts'),
+    'empty.json': (b'[]', 'has no prompts'),
     'latin.txt': (b'a caf\xe9', 'not UTF-8: byte 5 is 0xe9'),
     'zero.txt': (b'a cat\na\x00dog\n', r"line 2 holds the character '\\x00'"),
     'escape.json': (b'["a \\u001b[2J"]', r"entry 1 holds the character '\\x1b'"),
