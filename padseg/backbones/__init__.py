@@ -93,6 +93,13 @@ class Backbone:
         self.check_layer(layer, ('output',))
         return self.family.output_projection(self.transformer, layer)
 
+    def self_output_projection(self, layer: int) -> tuple[Tensor, Tensor | None] | None:
+        """The same of `self_attention_module`."""
+        module: Any = self.self_attention_module(layer, ('output',))
+        if module is self.attention_module(layer):
+            return self.output_projection(layer)
+        return module.to_out[0].weight, module.to_out[0].bias
+
     def layer_names(self) -> list[str]:
         """Names of all loaded blocks in layer order, such as `up-level2-repeat1-vit-block0` or `vit-block13`."""
         return self.family.layer_names(self.transformer)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from padseg.errors import ModelUnavailable, UsageError
-from padseg.methods import classical, goca, open_vocabulary, seg4diff
+from padseg.methods import classical, diffcut, diffseg, goca, open_vocabulary, seg4diff
 from padseg.methods.options import refuse_family
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ METHODS: dict[str, Method] = {
     'seg4diff': seg4diff,
     'open-vocabulary': open_vocabulary,
     'goca': goca,
+    'diffseg': diffseg,
+    'diffcut': diffcut,
     'felzenszwalb': classical.FELZENSZWALB,
     'slic-rag': classical.SLIC_RAG,
     'kmeans': classical.KMEANS,

@@ -1,0 +1,239 @@
+"""DiffCut: cut the graph of image tokens in two, again and again, by the likeness of their features (Couairon et al., NeurIPS 2024).
+
+Features come from one layer, by default the last self-attention of a U-Net's encoder. The cuts are in stages/normalised_cut.py; each pixel
+belongs to the region whose mean feature is most like its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from padseg.methods import seg4diff, stages
+from padseg.methods.options import (
+    SHARE,
+    Range,
+    check_options,
+    filled,
+    geometry_option,
+    model_settings,
+    option,
+    own,
+    plain_settings,
+    require,
+    require_family,
+    seed_option,
+    side_option,
+)
+from padseg.types import Proposals
+
+if TYPE_CHECKING:
+    from padseg.backbones import Backbone
+    from padseg.backbones.spec import Spec
+    from padseg.methods.options import Setting
+    from padseg.types import Array, Image, LabelMap, TokenMaps
+
+TASK = 'regions'
+FAMILIES = frozenset({'sd3', 'flux', 'unet', 'pixart'})
+BACKGROUND_BY_RULE = False
+LATER = ('tau', 'alpha', 'graph', 'clusters', 'tokens', 'refine', 'pamr_times', 'pamr_side', 'components', 'min_area')  # after the features
+SWEPT = 'tau'
+FEATURES = ('output', 'keys', 'maps')
+ENCODER = 'encoder'  # in place of a layer's name: the last one of a U-Net's encoder
+BLOCK = 'vit-block'
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffCutOptions:
+    """Options of DiffCut. Options left open take the model's own values, filled in by `resolve`.
+
+    Raises UsageError for a value outside its range; the message gives the range.
+    """
+
+    tau: float = own(
+        'cut in two wherever the normalised cut is below this; 0 cuts nothing, from 2 on each token is a region',
+        range=Range('a number >= 0', 0, 1e9),
+    )
+    alpha: float = option(10.0, 'power of the likeness of tokens', range=Range('a number in 0..1000', 0, 1001))
+    features: str = own(
+        "what tokens are compared by: the self-attention's output, its keys, or the maps of the empty prompt's tokens", choices=FEATURES
+    )
+    layer: str = own("layer of the features, by number or name (vit-block4); encoder is the last one of a U-Net's encoder")
+    graph: str = option(
+        'whole',
+        'tokens of a cut: all, or, as released, without those that have a likeness of 0 to any other',
+        choices=('whole', 'released'),
+    )
+    clusters: str = option(
+        'cut',
+        'regions by cuts, or by AutoSC, which needs no threshold; as released, it takes the vectors of the wrong exponent',
+        choices=('cut', 'autosc', 'autosc-released'),
+    )
+    tokens: int = option(1024, 'average features to at most so many tokens', range=Range('a whole number in 4..16384', 4, 16385))
+    step: int = own('noise level: the n-th step from the end of the schedule, from 1', range=Range('a number from 1', 1))
+    schedule: int = own('steps of the schedule', range=Range('a number of steps in 1..1000', 1, 1001))
+    geometry: str = geometry_option()
+    side: int = side_option()
+    refine: str = option(
+        'none',
+        'how maps are enlarged: bilinear, guided by the edges of the picture (guided filter), or by pixel-adaptive refinement (PAMR)',
+        choices=('none', 'guided', 'pamr'),
+    )
+    pamr_times: int = option(10, 'how often PAMR mixes neighbours', range=Range('a whole number in 1..1000', 1, 1001))
+    pamr_side: int = option(
+        256, "side in pixels of PAMR's masks (of the square with the same area)", range=Range('a number of pixels in 16..4096', 16, 4097)
+    )
+    components: bool = option(False, 'split regions into connected components')
+    min_area: float = option(
+        0.0, 'merge regions below this share of the picture into the neighbour with the longest common border', range=SHARE
+    )
+    seed: int = seed_option()
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def resolve(self, spec: Spec) -> DiffCutOptions:
+        """Fill in everything left open for a model. UsageError for a layer or step that the model does not have."""
+        resolved = filled(self, settings_of(spec))
+        number = number_of(resolved.layer)
+        require(number is None or number < spec.layers, f'layers are in 0..{spec.layers - 1} for {spec.repo}; got {resolved.layer}')
+        require(resolved.layer != ENCODER or spec.family == 'unet', f'{spec.repo} has no encoder: name a layer')
+        require(resolved.step <= resolved.schedule, f'step is in 1..{resolved.schedule}, the schedule; got {resolved.step}')
+        return resolved
+
+
+Options = DiffCutOptions
+
+
+def settings_of(spec: Spec) -> dict[str, Any]:
+    """The method's settings for a model, overridden by the model folder's `padseg.json`: those of the released code for U-Nets.
+
+    For other models they are our own: the maps of the expert block's tokens have proved better than its keys and its output.
+    """
+    released = {'tau': 0.5, 'features': 'output', 'layer': ENCODER, 'step': 50, 'schedule': 1000, 'side': 1024}
+    if spec.family == 'pixart':
+        released |= {'layer': str(spec.layer), 'side': spec.side}
+    if spec.family in ('sd3', 'flux'):
+        step = seg4diff.settings_of(spec)['step']
+        released = {'tau': 0.3, 'features': 'maps', 'layer': str(spec.layer), 'step': step, 'schedule': spec.steps, 'side': spec.side}
+    return model_settings(DiffCutOptions, 'diffcut', spec, released)
+
+
+def number_of(layer: str) -> int | None:
+    """A layer's number, if its name tells it."""
+    number = layer.removeprefix(BLOCK)
+    return int(number) if number.isdecimal() else None
+
+
+class Prepared(NamedTuple):
+    """The method, ready to run on a model. layer: its number; backbone: None if stored features replace it."""
+
+    options: DiffCutOptions
+    layer: int
+    backbone: Backbone | None
+
+
+def deepest(options: DiffCutOptions, spec: Spec) -> int | None:
+    """The last block to load: the one after the features' layer if its output is read."""
+    settings = filled(options, settings_of(spec))
+    number = number_of(settings.layer)
+    if number is None or spec.family not in ('sd3', 'flux'):
+        return spec.layers - 1
+    last = number + (settings.features == 'output')
+    return last if last < spec.layers else None
+
+
+def prepare(backbone: Backbone, options: DiffCutOptions, classes: Sequence[str] = (), keep: bool = True) -> Prepared:
+    """Resolve the options for a model and find the layer. UsageError for what it does not support."""
+    require_family('diffcut', FAMILIES, backbone)
+    resolved = options.resolve(backbone.spec)
+    layer = number_of(resolved.layer)
+    if layer is None:
+        names = backbone.layer_names()
+        wanted = [number for number, name in enumerate(names) if name == resolved.layer]
+        if resolved.layer == ENCODER:
+            wanted = [number for number, name in enumerate(names) if name.startswith('down-')]
+        require(bool(wanted), f'{backbone.identity.model} has no layer {resolved.layer}; it has 0..{len(names) - 1}, such as {names[-1]}')
+        layer = wanted[-1]
+    if resolved.features == 'output':
+        backbone.self_attention_module(layer, ('output',))  # fails early if it was not loaded
+    return Prepared(resolved, layer, backbone)
+
+
+def maps(images: Sequence[Image], prepared: Prepared, names: Sequence[str] = ()) -> list[TokenMaps]:
+    """The features of the layer's image tokens, (C, h, w) for each picture."""
+    from padseg.methods.stages.self_attention import features_of_layer
+
+    options, layer, backbone = prepared
+    assert backbone is not None
+    scheduled = dataclasses.replace(backbone, spec=backbone.spec._replace(steps=options.schedule))
+    latents = [stages.encode_steps(image, scheduled, options, (options.step,))[0] for image in images]
+    return stages.batched(latents, backbone, partial(features_of_layer, backbone=backbone, layer=layer, of=options.features))
+
+
+def labels(image: Image, maps: TokenMaps, prepared: Prepared) -> LabelMap:
+    """Cut tokens into regions and segment the picture by the regions' mean features, (H, W), without a forward pass."""
+    import torch
+
+    options = prepared.options
+    scores = torch.from_numpy(scores_of(maps, options))  # (K, h, w)
+    proposals = Proposals(scores, tuple((number,) for number in range(len(scores))), maps.frame)
+    if options.refine == 'pamr':
+        proposals, refine = proposals._replace(maps=torch.from_numpy(pamr_masks(image, proposals, options))), 'none'
+    else:
+        refine = options.refine
+    return stages.label_map(proposals, None, options.components, options.min_area, image, refine)
+
+
+def scores_of(maps: TokenMaps, options: DiffCutOptions) -> Array:
+    """The likeness of each token to the mean feature of each region, (K, h, w) float64.
+
+    Since it is linear in the features, it can be enlarged in their place.
+    """
+    from padseg.methods.stages import normalised_cut as cuts
+
+    values = maps.maps.double().cpu()  # (C, h, w)
+    if options.features == 'maps':
+        values = (values / values.sum(0).clamp_min(1e-12)).sqrt()  # shares of a pixel; then they have a length of 1
+    features, few = ((cuts.unit(own.flatten(1).T.numpy())) for own in (values, averaged(values, options.tokens)))
+    if options.clusters == 'cut':
+        tree = cuts.cut_tree(cuts.affinity(few, options.alpha), options.tau, options.graph == 'released')
+        regions = cuts.token_labels(tree, options.tau)  # (N,)
+    else:
+        regions = cuts.automatic_clusters(few, options.clusters == 'autosc-released')
+    return (cuts.prototypes(few, regions) @ features.T).reshape(-1, *values.shape[1:])
+
+
+def averaged(values: Any, most: int) -> Any:
+    """Features averaged to at most so many tokens of the same shape: (C, h, w) -> (C, h', w')."""
+    from torch.nn.functional import adaptive_avg_pool2d
+
+    height, width = values.shape[1:]
+    if height * width <= most:
+        return values
+    factor = math.ceil(math.sqrt(height * width / most))
+    return adaptive_avg_pool2d(values, (max(1, height // factor), max(1, width // factor)))
+
+
+def pamr_masks(image: Image, proposals: Proposals, options: DiffCutOptions) -> Array:
+    """The masks of all regions, refined on a reduced copy of what the model saw: (K, h', w') float32."""
+    import cv2
+    import numpy as np
+
+    from padseg.methods.stages.pamr import refined_masks
+
+    top, left, height, width = proposals.frame.box
+    scale = min(1.0, options.pamr_side / math.sqrt(height * width))
+    size = max(1, round(height * scale)), max(1, round(width * scale))
+    small = cv2.resize(image[top : top + height, left : left + width], size[::-1], interpolation=cv2.INTER_AREA) / np.float32(255)
+    large = np.stack([stages.upsample(values, size) for values in proposals.maps.numpy().astype(np.float32)])
+    best = large.argmax(0)
+    return refined_masks(np.stack([best == number for number in range(len(large))]), small, options.pamr_times)
+
+
+def recorded(options: DiffCutOptions, spec: Spec) -> dict[str, Setting]:
+    """All settings that affect the results, for a record."""
+    return plain_settings(options.resolve(spec))
