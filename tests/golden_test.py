@@ -267,8 +267,7 @@ def goca_scfg(case, arrays):
     assert list(goca_masks.content_of(tokens_in(spelled, words))) == content
     halves = []
     for half in range(2):
-        pieces = Pieces(case, {name: array[half] if array.ndim == 4 else array for name, array in arrays.items() if name.startswith('in.')}
-        )
+        pieces = Pieces(case, {name: array[half] if array.ndim == 4 else array for name, array in arrays.items() if name.startswith('in.')})
         maps = aggregation.aggregate_layers(pieces.cross('dot'), pieces.weights(hyper['dense_channels'], 'dot'), pieces.grid)
         halves.append(Aggregated(maps, pieces.self_map()[None], torch.ones(1)))
     empty, text = halves

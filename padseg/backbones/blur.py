@@ -54,7 +54,8 @@ def blur_matrix(count: int, size: int = 5, sigma: float = 9.0, pad: str = 'refle
 def blurred(backbone: Backbone, blur: Blur, prompt: Prompt, image_tokens: int, rows: slice | None = None) -> Iterator[None]:
     """Inside the block, blur the attention from image to text of these layers. That of text tokens stays as it is.
 
-    prompt: of the call, for its number of columns; image_tokens: of latents, for joint attention; rows: of the call's batch, by default all.
+    prompt: of the call, for its number of columns; image_tokens: of latents, for joint attention; rows: of the call's batch, by default
+    all.
     A recorder that is entered inside the block sees the model's own queries, keys and values, and the blurred output. UsageError for a
     layer that was not fully loaded, or is compiled.
     """

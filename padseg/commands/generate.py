@@ -36,7 +36,9 @@ FOLDER = click.Path(path_type=Path)
 @lora_flags
 @click.option('--batch', type=POSITIVE, default=1, show_default=True, help='pictures per forward pass on a GPU')
 @click.option('--keep-texts', is_flag=True, help="keep embeddings of prompts in padseg's cache, 2.5 MB each for SD3")
-@click.option('--preview', type=click.IntRange(min=0), default=0, show_default=True, help='also write strips of this many moments on the way')
+@click.option(
+    '--preview', type=click.IntRange(min=0), default=0, show_default=True, help='also write strips of this many moments on the way'
+)
 @click.option('--shard', metavar='I/N', help='only the I-th of N parts, from 1; runs of different parts may share OUT')
 @click.option('--limit', type=POSITIVE, help='only the first N pictures')
 @click.option('--retry-failed/--no-retry-failed', default=True, show_default=True, help='try pictures again that failed before')

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 from torch import Tensor
 
 from padseg.backbones import Backbone
 from padseg.backbones.blur import Blur, blurred
 from padseg.errors import UsageError
+from padseg.generation.goca_masks import goca_s_cfg
 from padseg.generation.sample import Call, Guide, Predict, Texts
+from padseg.generation.scfg import s_cfg
 from padseg.generation.settings import SamplingSettings
 
 
 def guide_of(backbone: Backbone, settings: SamplingSettings) -> Guide:
-    """The guide that resolved settings ask for. UsageError for a block that the model does not have."""
-    assert settings.scale is not None
-    if settings.guidance == 'none':
-        return unguided
-    if settings.guidance == 'cfg':
-        return classifier_free(settings.scale)
-    if settings.guidance == 'perturbed':
-        return perturbed(backbone, blur_of(backbone, settings), settings.perturb_scale, settings.scale)
-    raise UsageError(f'guidance {settings.guidance} is not there')
+    """The guide that resolved settings ask for. UsageError for a block that the model does not have, or a family without this guidance."""
+    scale = settings.scale or 0.0
+    makers: dict[str, Callable[[], Guide]] = {
+        'none': lambda: unguided,
+        'cfg': lambda: classifier_free(scale),
+        'perturbed': lambda: perturbed(backbone, blur_of(backbone, settings), settings.perturb_scale, scale),
+        's-cfg': lambda: s_cfg(backbone, scale),
+        'goca-s-cfg': lambda: goca_s_cfg(backbone, scale),
+    }
+    return makers[settings.guidance]()
 
 
 def unguided(predict: Predict, call: Call, texts: Texts) -> Tensor:

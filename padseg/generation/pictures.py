@@ -6,7 +6,6 @@ Records, locks and shards are those of `padseg run`, with records of another kin
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import logging
@@ -14,33 +13,27 @@ import os
 import platform
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, model_validator
-
-from padseg.backbones import identity, spec_of
+from padseg.backbones import identity
 from padseg.errors import ModelUnavailable, OutputConflict, PadsegError, ResourceExhausted, UsageError
 from padseg.generation.prompts import Item, items
-from padseg.generation.settings import SamplingSettings
+from padseg.generation.records import LEDGER, Generation, GenerationTotals, Made, Picture, place, read_generation
+from padseg.generation.settings import WITH_TOKENS, SamplingSettings
 from padseg.generation.sheet import COLUMNS, ROWS, Row, strip, write_sheet
 from padseg.methods.options import Setting, plain_settings
-from padseg.run.locks import Ledger, briefly, exclusive, forget, forget_records, forget_shards, home, records_by, shard_homes, shared
-from padseg.run.records import Amount, Kept, Side, Whole, fits
+from padseg.run.locks import briefly, exclusive, forget, forget_records, forget_shards, home, records_by, shard_homes, shared
 from padseg.run.selection import Selection, select
-from padseg.run.threads import MOST as MOST_THREADS
-from padseg.run.threads import use
+from padseg.run.threads import MOST as MOST_THREADS, use
 from padseg.system.disk import free_space, human
-from padseg.system.files import atomic, full_disk, inside, is_plain, sweep
+from padseg.system.files import atomic, full_disk, inside, sweep
 from padseg.system.ledger import (
     REMEDY,
-    Name,
     continued,
     line,
     opened_record,
-    read_header,
-    read_lines,
     refuse_other_settings,
     write_header,
     write_lines,
@@ -89,81 +82,6 @@ class GenerationJob(NamedTuple):
     selection: Selection = Selection()
 
 
-class Picture(BaseModel):
-    """A picture, a line of manifest.jsonl. file, preview: relative to OUT; sha256: of the file; size: (height, width); model: SHA-256 of
-    its weights; lora: of the LoRA; cut: whether the text encoders did not take the whole prompt."""
-
-    model_config = ConfigDict(protected_namespaces=())
-
-    name: Name
-    status: Literal['done', 'failed']
-    prompt: Name
-    seed: Whole
-    guidance: Name
-    model: str
-    lora: str | None = None
-    file: Name | None = None
-    preview: Name | None = None
-    sha256: str | None = None
-    size: tuple[Side, Side] | None = None
-    cut: bool = False
-    seconds: Amount = 0.0
-    error: str | None = None
-    reason: Name | None = None
-
-    @model_validator(mode='after')
-    def has_own_files(self) -> Picture:
-        own = is_plain(self.name) and '/' not in self.name
-        own = own and self.file in (None, place('images', self.name)) and self.preview in (None, place('previews', self.name))
-        return fits(self, own and (self.status == 'failed' or (self.file is not None and self.size is not None)))
-
-
-class Made(BaseModel):
-    """The model that made the pictures, as in `backbones.Identity`."""
-
-    model: Name
-    folder: Name
-    revision: Name | None
-    weights: str
-    scheduler: str
-    text_encoders: str
-    lora: str | None = None
-    lora_scale: float | None = None
-
-
-class GenerationTotals(BaseModel):
-    """Pictures in the last run over OUT. skipped: those in `done` from earlier runs."""
-
-    images: Whole = 0
-    done: Whole = 0
-    skipped: Whole = 0
-    failed: Whole = 0
-
-
-class Generation(BaseModel):
-    """run.json. requested: settings as given; settings: as used, all that affect the pictures; key: their SHA-256. prompts: how many."""
-
-    command: Literal['generate']
-    status: Literal['running', 'finished', 'interrupted'] = 'running'
-    padseg: str
-    requested: dict[str, Kept]
-    settings: dict[str, Kept]
-    key: str
-    model: Made
-    device: str
-    dtype: str
-    threads: Whole
-    platform: str
-    versions: dict[str, str]
-    batch: Whole
-    prompts: Whole
-    seeds: Whole
-    started: str
-    ended: str | None = None
-    seconds: Amount | None = None
-    counts: GenerationTotals = GenerationTotals()
-
-
 class GenerationCounts(NamedTuple):
     """How a run went. skipped: those of `done` that earlier runs had made; signal: what stopped the run."""
 
@@ -177,24 +95,6 @@ class GenerationCounts(NamedTuple):
 
 class _Stopped(Exception):
     """Leaves a picture that is not wanted any more."""
-
-
-def read_generation(path: Path) -> Generation | None:
-    """Read the record of the last run that wrote here; None if there is none. OutputConflict if it is of another command."""
-    return read_header(path, Generation, 'padseg generate')
-
-
-def read_pictures(path: Path) -> dict[str, Picture]:
-    """The last record of every picture in a manifest, by name. OutputConflict if the manifest is unreadable."""
-    return {picture.name: picture for picture in read_lines(path, Picture)}
-
-
-LEDGER = Ledger(read_generation, read_pictures)
-
-
-def place(kind: str, name: str) -> str:
-    """Where a picture's file of this kind goes, relative to OUT."""
-    return f'{kind}/{name}.png'
 
 
 # planning
@@ -267,7 +167,7 @@ def relevant(settings: SamplingSettings) -> dict[str, Setting]:
 
 
 def settings_now(job: GenerationJob, earlier: Generation) -> dict[str, Setting]:
-    """The settings that this job would have, from the model's files, which are read but not loaded; what only loading tells is as before."""
+    """The settings that this job would have, from the model's files, which are not loaded; what only loading tells is as before."""
     from padseg.backbones.source import locate
     from padseg.backbones.texts import identity_with
 
@@ -476,9 +376,7 @@ def made(job: GenerationJob, sampler: Sampler, guide: Guide, record: Generation,
     return [started(record, some[0], 'failed', share, error=type(failure).__name__, reason=str(failure)[:LONGEST])]
 
 
-def sampled(
-    job: GenerationJob, sampler: Sampler, guide: Guide, some: list[Item], stop: Stop
-) -> tuple[list[Image], list[Image | None]]:
+def sampled(job: GenerationJob, sampler: Sampler, guide: Guide, some: list[Item], stop: Stop) -> tuple[list[Image], list[Image | None]]:
     """Pictures of a batch, with their strips, if they were asked for."""
     from padseg.generation.sample import decode, sample
 
@@ -491,7 +389,7 @@ def sampled(
         if job.preview and call.number in moments_of(call.of, job.preview):
             moments.append(decode(sampler.backbone, z))
 
-    with_tokens = settings.guidance in ('s-cfg', 'goca-s-cfg')
+    with_tokens = settings.guidance in WITH_TOKENS
     prompts, seeds = [item.prompt for item in some], [item.seed for item in some]
     images = sample(sampler, prompts, seeds, settings, guide, with_tokens=with_tokens, seen=seen)
     strips: list[Image | None] = [strip(parts) for parts in zip(*moments, strict=True)] if moments else [None] * len(some)
@@ -500,10 +398,13 @@ def sampled(
 
 def moments_of(steps: int, count: int) -> set[int]:
     """Numbers of `count` steps, evenly spread, the last one included."""
-    return {round(steps * (number + 1) / count) - 1 for number in range(min(count, steps))}
+    count = min(count, steps)
+    return {round(steps * (number + 1) / count) - 1 for number in range(count)}
 
 
-def save(job: GenerationJob, sampler: Sampler, record: Generation, item: Item, image: Image, shown: Image | None, seconds: float) -> Picture:
+def save(
+    job: GenerationJob, sampler: Sampler, record: Generation, item: Item, image: Image, shown: Image | None, seconds: float
+) -> Picture:
     """Write a picture, with its strip, and return its record."""
     from padseg.exports.png import encoded
 

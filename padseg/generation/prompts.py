@@ -64,9 +64,10 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def in_text(text: str, path: Path) -> list[tuple[str, str]]:
-    """The prompts in a text with their places. .txt: one a line, blank lines are skipped; .csv, .tsv: a table whose heading names a column of
-    COLUMNS, quoted line breaks included; .json: a list of texts, or an object of texts; .jsonl: a text, or an object with a key of COLUMNS,
-    a line. UsageError for anything else.
+    """The prompts in a text with their places, by the file's kind. UsageError for what is not of it.
+
+    .txt: one a line, blank lines are skipped; .csv, .tsv: a table whose heading names a column of COLUMNS, quoted line breaks included;
+    .json: a list or an object of texts; .jsonl: a text a line. In place of a text, an object with a key of COLUMNS.
     """
     kind = path.suffix.lower()
     if kind == '.txt':
@@ -80,8 +81,8 @@ def in_text(text: str, path: Path) -> list[tuple[str, str]]:
         values = json.loads(text)
     except (ValueError, RecursionError, csv.Error) as error:
         raise UsageError(f'{path} cannot be read as {kind[1:].upper()}: {error}') from error
-    named = values.items() if isinstance(values, dict) else enumerate(values, 1) if isinstance(values, list) else ()
-    if not named:
+    named = values.items() if isinstance(values, dict) else enumerate(values, 1) if isinstance(values, list) else None
+    if named is None:
         raise UsageError(f'{path} must hold a list of prompts, or an object of them')
     return [(f'entry {name}', of_object(value, f'{path}, entry {name}')) for name, value in named]
 

@@ -22,8 +22,7 @@ from torch import Tensor
 from padseg.backbones import Backbone, load
 from padseg.backbones.cpu_attention import by_rows
 from padseg.backbones.cpu_norm import exact_norms
-from padseg.backbones.texts import Texts as Encoders
-from padseg.backbones.texts import texts_of
+from padseg.backbones.texts import Texts as Encoders, texts_of
 from padseg.backbones.unet import empty_is_zeros
 from padseg.errors import NotFinite, UsageError
 from padseg.generation.settings import SamplingSettings
@@ -52,8 +51,8 @@ class Call(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """What guides a batch of B pictures. empty: the empty prompt, of one row; text: the prompts, of B rows: embeds (B, L, D), pooled (B, E),
-    mask (B, L) or None; tokens: of every picture's prompt, by tokenizer (`clip`, `t5`), as in `backbones.texts`, or () if not asked for."""
+    """What guides a batch of B pictures. empty: the empty prompt, of one row; text: the prompts, embeds (B, L, D), pooled (B, E), mask
+    (B, L) or None; tokens: of every picture's prompt, by tokenizer (`clip`, `t5`), as in `backbones.texts`, or () if not asked for."""
 
     empty: Prompt
     text: Prompt

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from padseg.backbones.spec import Spec
 
 GUIDANCES = ('none', 'cfg', 'perturbed', 's-cfg', 'goca-s-cfg')
+WITH_TOKENS = ('goca-s-cfg',)  # guidances that read where the words stand
 PADS = ('reflect', 'symmetric')
 STRENGTH = Range('a strength from 0 to below 1000', 0, 1000)
 ROWS: dict[str, dict[str, Any]] = {

@@ -19,7 +19,7 @@ READ = {
 REFUSED = {
     'a.doc': (b'a cat', r'must be one of \.txt, \.csv'),
     'empty.txt': (b'\n \n', 'has no prompts'),
-    'empty.json': (b'[]', 'must hold a list of prompts'),
+    'empty.json': (b'[]', 'has no prompts'),
     'latin.txt': (b'a caf\xe9', 'not UTF-8: byte 5 is 0xe9'),
     'zero.txt': (b'a cat\na\x00dog\n', r"line 2 holds the character '\\x00'"),
     'escape.json': (b'["a \\u001b[2J"]', r"entry 1 holds the character '\\x1b'"),
@@ -69,7 +69,9 @@ def test_seeds(text, expected):
     assert parse_seeds(text) == expected
 
 
-@pytest.mark.parametrize('text', ['', '-1', '4..0', '0..', '1,,2', '1.5', '0..4..8', '1,0..2', '9223372036854775808', '0..99999999999', '٣'])
+@pytest.mark.parametrize(
+    'text', ['', '-1', '4..0', '0..', '1,,2', '1.5', '0..4..8', '1,0..2', '9223372036854775808', '0..99999999999', '٣']
+)
 def test_seeds_that_are_refused(text):
     with pytest.raises(UsageError, match='seed'):
         parse_seeds(text)
@@ -77,9 +79,7 @@ def test_seeds_that_are_refused(text):
 
 def test_names_depend_on_prompt_and_seed_alone():
     made = items(['A red Square, on grass!', 'a cat', 'A red Square, on grass!'], (0, 12))
-    assert made == [
-        Item(f'{stem(text)}-{seed}', text, seed) for text in ('A red Square, on grass!', 'a cat') for seed in (0, 12)
-    ]
+    assert made == [Item(f'{stem(text)}-{seed}', text, seed) for text in ('A red Square, on grass!', 'a cat') for seed in (0, 12)]
     assert made[0].name.startswith('a-red-square-on-grass-') and len(made[0].name) == len('a-red-square-on-grass-') + 12 + 2
     assert made[2].name == items(['a cat'], (0,))[0].name
     names = {stem(text) for text in ('a cat', 'A cat', 'a  cat', '猫', '犬', '', '../../a cat', 'a' * 300)}
