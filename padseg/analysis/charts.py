@@ -44,7 +44,7 @@ def shares_figure(shares: Shares) -> Any:
     layers, image = range(shares.mean.shape[1]), shares.sets.index('image')
     for s, step in enumerate(shares.steps):
         to_text, to_image, relative = axes[s]
-        for number, name in enumerate(shares.sets):
+        for number, name in drawn_sets(shares.sets, shares.tokens):
             colour = COLOURS[name]
             if number == image:
                 continue
@@ -61,6 +61,12 @@ def shares_figure(shares: Shares) -> Any:
     return figure
 
 
+def drawn_sets(sets: Sequence[str], tokens: Array) -> list[tuple[int, str]]:
+    """Numbers and names of the sets of tokens, without those of a tokenizer whose slots are all that there are."""
+    whole = tokens[sets.index('text')]
+    return [(number, name) for number, name in enumerate(sets) if name not in ('clip', 't5') or tokens[number] < whole]
+
+
 def norms_figure(norms: Norms) -> Any:
     """For every step: norms of values by block, and in each head those of the text as multiples of the image's."""
     figure, axes = panels(len(norms.steps), 2)
@@ -71,7 +77,7 @@ def norms_figure(norms: Norms) -> Any:
     reach = max(float(np.nanmax(np.abs(ratio))), 1e-6)
     for s, step in enumerate(norms.steps):
         by_layer, by_head = axes[s]
-        for number, name in enumerate(norms.sets):
+        for number, name in drawn_sets(norms.sets, norms.tokens):
             mean, std = norms.mean[s, :, 0, number], norms.std[s, :, 0, number]
             by_layer.errorbar(range(layers), mean, std, fmt='o-', ms=3, lw=1, color=COLOURS[name], label=name)
         by_layer.set(title=f'step {step}: all heads together', xlabel='block', ylabel='mean norm of values')
@@ -144,7 +150,8 @@ def grid_figure(grid: Grid) -> Any:
         if len(layers) * len(steps) <= 80:
             for row, line in enumerate(values):
                 for column, value in enumerate(line):
-                    axis.text(column, row, f'{value:.2f}', ha='center', va='center', fontsize=7, color='white')
+                    colour = 'black' if value > (scores.min() + scores.max()) / 2 else 'white'
+                    axis.text(column, row, f'{value:.2f}', ha='center', va='center', fontsize=7, color=colour)
     figure.colorbar(drawn, ax=axes[0].tolist(), label=f'mIoU on {grid.pictures[0]} pictures')
     return figure
 

@@ -154,5 +154,11 @@ def rows(components: Components) -> list[dict[str, Any]]:
     ]
 
 
+def summary(components: Components) -> list[dict[str, Any]]:
+    """A row for every step, layer and kind, with what the figure shows."""
+    shown = ('step', 'layer', 'kind', 'explained', 'position_adjusted', 'region_adjusted')
+    return [{name: row[name] for name in shown} for row in rows(components)]
+
+
 def number(value: Any) -> float | None:
     return None if np.isnan(value) else float(value)

@@ -200,7 +200,7 @@ class Made(NamedTuple):
             around = partial(recorded, backbone, item.name, text, self.steps, read, what, found)
             (picture,) = sample(self.sampler, [item.prompt], [item.seed], settings, guide, around)
             size = picture.shape[0], picture.shape[1]
-            for sight, blocks in found:
+            for sight, blocks in sorted(found, key=lambda one: self.steps.index(one[0].step)):  # the loop runs the other way round
                 yield sight._replace(frame=Frame(size, (0, 0, *size)), image=picture), blocks
             self.progress.step()
         self.progress.close()

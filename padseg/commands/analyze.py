@@ -189,7 +189,7 @@ def pca_command(**given: Any) -> int:
 
     asked = asked_for(given)
     found = pca.measure(asked.source)
-    return tell(asked.backbone, asked.settings, given, 'pca', pca.rows(found), pca.rows(found), charts.pca_figure(found))
+    return tell(asked.backbone, asked.settings, given, 'pca', pca.rows(found), pca.summary(found), charts.pca_figure(found))
 
 
 @command.command('perturb')

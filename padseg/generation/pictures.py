@@ -398,7 +398,8 @@ def sampled(job: GenerationJob, sampler: Sampler, guide: Guide, some: list[Item]
 
 def moments_of(steps: int, count: int) -> set[int]:
     """Numbers of `count` steps, evenly spread, the last one included."""
-    return {round(steps * (number + 1) / count) - 1 for number in range(min(count, steps))}
+    count = min(count, steps)
+    return {round(steps * (number + 1) / count) - 1 for number in range(count)}
 
 
 def save(

@@ -20,7 +20,7 @@ from padseg.errors import OutputConflict, UsageError
 from padseg.generation import pictures
 from padseg.generation.pictures import GenerationJob, generate, moments_of
 from padseg.generation.prompts import items
-from padseg.generation.settings import SamplingSettings
+from padseg.generation.settings import GUIDANCES, SamplingSettings
 from padseg.run.selection import Selection
 from padseg.system.progress import Silent
 
@@ -204,6 +204,19 @@ def test_the_command(tmp_path, sd3_folder, capsys):
     assert {line['cut'] for line in records(out) if not str(line['prompt']).startswith('grass')} == {False}
     assert main([*arguments, '--guidance', 'none']) == 0
     assert '6 done (6 by an earlier run), 0 failed; pictures in' in capsys.readouterr().err
+
+
+def test_every_guidance(job, unet_folders):
+    """Each makes another picture from the same noise, in a folder of its own."""
+    found = {}
+    for guidance in GUIDANCES:
+        out = job.out / guidance
+        settings = SamplingSettings(guidance=guidance, steps=2, size=32)
+        alone = job._replace(out=out, prompts=('a cat on grass',), seeds=(3,), settings=settings, model=str(unet_folders['sd15']))
+        assert generate(alone)[:4] == (1, 1, 0, 0)
+        ((name, found[guidance]),) = made(out).items()
+        assert name.endswith('-3.png')
+    assert len(set(found.values())) == len(GUIDANCES)
 
 
 @pytest.mark.parametrize(

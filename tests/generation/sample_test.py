@@ -46,6 +46,7 @@ def t5_embeddings(pipeline):
     pipeline.text_encoder.to(torch.bfloat16)
     with torch.no_grad():
         found = pipeline.encode_prompt(list(PROMPTS), device='cpu')
+    pipeline.text_encoder.float()  # or the pipeline would round the latents too
     names = ('prompt_embeds', 'prompt_attention_mask', 'negative_prompt_embeds', 'negative_prompt_attention_mask')
     return {'negative_prompt': None, **{name: part.float() for name, part in zip(names, found, strict=True)}}
 
