@@ -207,6 +207,7 @@ def requests_of_layer(layer: int, backbone: Backbone, prompt: Prompt, running: R
             running.dense = affinity(feature_of(small, plan.feature, projection, start, kept), plan.channels)
         by, among_image = heads if text_part else None, among if image_part else None
         if not (by or among_image):
+            running.add(layer, None, None)  # maps of other layers may have waited for the dense feature
             return
         if kept == grid:
             cross, image = layer_maps(seen, columns, by, first, math.prod(grid), among_image)
