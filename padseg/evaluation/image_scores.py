@@ -41,8 +41,8 @@ Value = TypeVar('Value')
 class Asked(NamedTuple):
     """What to score. against: a second folder; reference: real pictures, for FID; scores: of SCORES, by default all that have their input.
 
-    captions, categories: files of texts, as `folder_of` and `categories_of` read them; a partner has the prompt of its pair. clip, dino: hub
-    ids or folders; inception: a file.
+    captions, categories: files of texts, as `folder_of` and `categories_of` read them; a partner has the prompt of its pair. clip, dino:
+    hub ids or folders; inception: a file.
     """
 
     folder: Path

@@ -158,7 +158,9 @@ def test_prompts_are_compared_without_case_and_full_stop():
     assert plain(' A  red\ncat. ') == plain('a red cat') != plain('a red. cat')
 
 
-@pytest.mark.parametrize('text', ['', '{"a": "b"}', '[1]', '{"a": [5]}', '[{"prompt": "x"}]', '{}', '{"a": ["x"], "a": ["y"]}', '[' * 100_000])
+@pytest.mark.parametrize(
+    'text', ['', '{"a": "b"}', '[1]', '{"a": [5]}', '[{"prompt": "x"}]', '{}', '{"a": ["x"], "a": ["y"]}', '[' * 100_000]
+)
 def test_lists_that_are_none_are_refused(text, tmp_path):
     (tmp_path / 'a.json').write_text(text)
     with pytest.raises(UsageError):
