@@ -53,9 +53,9 @@ def command(out: Path, as_json: bool, quiet: bool, resamples: int, seed: int, co
         raise click.UsageError(f'--scores takes {", ".join(SCORES)}; got {strange[0]}')
     from padseg.evaluation.bootstrap import Bootstrap
     from padseg.evaluation.image_reports import image_lines, run_image_scores
-    from padseg.evaluation.image_scores import Asked
+    from padseg.evaluation.image_scores import ScoringJob
 
-    record = run_image_scores(Asked(**given, how=Bootstrap(resamples, seed, confidence)), out, shown(quiet))
+    record = run_image_scores(ScoringJob(**given, how=Bootstrap(resamples, seed, confidence)), out, shown(quiet))
     say(*[json.dumps(record.model_dump())] if as_json else image_lines(record))
     warn(*(f'padseg: {name}: {reason}' for name, reason in record.failed.items()))
     return SOME_FAILED if record.failed else 0

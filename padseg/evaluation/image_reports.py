@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from padseg.evaluation.image_scores import Asked, ImageScores, Mean, Row, inputs, loaded, scored
+from padseg.evaluation.image_scores import ImageRow, ImageScores, Mean, ScoringJob, inputs, loaded, scored
 from padseg.system.files import atomic
 from padseg.system.ledger import owned, write_header
 from padseg.system.progress import Progress
@@ -19,7 +19,7 @@ BETWEEN = ';'  # categories of a prompt
 NONE = '–'
 
 
-def run_image_scores(asked: Asked, out: Path, progress: Progress) -> ImageScores:
+def run_image_scores(asked: ScoringJob, out: Path, progress: Progress) -> ImageScores:
     """Score pictures and write image-scores.json and per_image.csv to OUT.
 
     Raises UsageError, NoImages, ModelUnavailable, and OutputConflict before anything is computed.
@@ -36,7 +36,7 @@ def run_image_scores(asked: Asked, out: Path, progress: Progress) -> ImageScores
     return record
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: ImageRow) -> list[str]:
     """A row of the table: texts of others are made safe for spreadsheets, and what is not known is empty."""
     values = {**row.model_dump(), 'categories': BETWEEN.join(row.categories)}
     return ['' if (value := values[name]) is None else csv_cell(value) if isinstance(value, str) else repr(value) for name in COLUMNS]

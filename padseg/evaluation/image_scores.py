@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from padseg.errors import UsageError
 from padseg.evaluation.bootstrap import Bootstrap, mean_interval
-from padseg.evaluation.pictures import BENCHMARK, Folder, Picture, categories_of, folder_of, paired, plain
+from padseg.evaluation.pictures import BENCHMARK, Folder, Shown, categories_of, folder_of, paired, plain
 from padseg.images import ImageError, Reading, decode_apart
 from padseg.system.progress import Progress
 from padseg.system.versions import versions
@@ -38,11 +38,11 @@ FEW = 2048  # pictures, Inception's features: with fewer the covariance has not 
 Value = TypeVar('Value')
 
 
-class Asked(NamedTuple):
+class ScoringJob(NamedTuple):
     """What to score. against: a second folder; reference: real pictures, for FID; scores: of SCORES, by default all that have their input.
 
-    captions, categories: files of texts, as `folder_of` and `categories_of` read them; a partner has the prompt of its pair. clip, dino: hub
-    ids or folders; inception: a file.
+    captions, categories: files of texts, as `folder_of` and `categories_of` read them; a partner has the prompt of its pair. clip, dino:
+    hub ids or folders; inception: a file.
     """
 
     folder: Path
@@ -59,7 +59,7 @@ class Asked(NamedTuple):
     how: Bootstrap = Bootstrap()
 
 
-class Row(BaseModel):
+class ImageRow(BaseModel):
     """The scores of a picture. against: CLIPScore of its partner; difference: the picture's less the partner's."""
 
     name: str
@@ -126,12 +126,12 @@ class ImageScores(BaseModel):
     versions: dict[str, str]
 
 
-class Input(NamedTuple):
+class ScoringInput(NamedTuple):
     """What was found to score. others: the partner of each picture that has one, by the picture's name."""
 
     ours: Folder
     theirs: Folder | None
-    others: Mapping[str, Picture]
+    others: Mapping[str, Shown]
     real: Folder | None
     categories: Mapping[str, tuple[str, ...]]
     scores: tuple[str, ...]
@@ -152,7 +152,7 @@ class Models(NamedTuple):
     inception: Any = None
 
 
-def scored(asked: Asked, given: Input, models: Models, progress: Progress) -> tuple[ImageScores, list[Row]]:
+def scored(asked: ScoringJob, given: ScoringInput, models: Models, progress: Progress) -> tuple[ImageScores, list[ImageRow]]:
     """Score pictures: the record of all scores, and a row for each picture. A picture that cannot be read fails alone."""
     features = features_of(given, models, progress)
     rows = rows_of(given, models, features)
@@ -166,7 +166,7 @@ def scored(asked: Asked, given: Input, models: Models, progress: Progress) -> tu
     return record, rows
 
 
-def inputs(asked: Asked) -> Input:
+def inputs(asked: ScoringJob) -> ScoringInput:
     """Read the folders and texts. Raises UsageError if a score that was asked for lacks its input."""
     ours = folder_of(asked.folder, asked.captions)
     theirs = folder_of(asked.against) if asked.against else None
@@ -190,10 +190,10 @@ def inputs(asked: Asked) -> Input:
         raise UsageError('nothing to score: ' + '; '.join(f'{score} needs {what}' for score, what in NEEDS.items()))
     if asked.categories and 'clip' not in scores:
         raise UsageError('--categories divides CLIPScores: add clip to --scores')
-    return Input(ours, theirs, others, real, categories_of(asked.categories) if asked.categories else {}, scores)
+    return ScoringInput(ours, theirs, others, real, categories_of(asked.categories) if asked.categories else {}, scores)
 
 
-def with_text(picture: Picture, other: Picture | None) -> Picture:
+def with_text(picture: Shown, other: Shown | None) -> Shown:
     """A picture with its partner's prompt and seed where it has none."""
     if other is None:
         return picture
@@ -201,7 +201,7 @@ def with_text(picture: Picture, other: Picture | None) -> Picture:
     return picture._replace(prompt=picture.prompt or other.prompt, seed=seed)
 
 
-def loaded(asked: Asked, scores: Sequence[str]) -> Models:
+def loaded(asked: ScoringJob, scores: Sequence[str]) -> Models:
     """Load what the scores need. Raises UsageError without Inception's file, ModelUnavailable."""
     from padseg.evaluation import fid, similarity
 
@@ -232,7 +232,7 @@ def identities(models: Models) -> dict[str, dict[str, str | None]]:
     return known
 
 
-def features_of(given: Input, models: Models, progress: Progress) -> Features:
+def features_of(given: ScoringInput, models: Models, progress: Progress) -> Features:
     """The features of all pictures that any score needs; of real pictures only Inception's. Pictures themselves are not kept."""
     features = Features({}, {}, {}, {})
     made = list(given.ours.pictures) + (given.theirs.pictures if given.theirs else [])
@@ -245,7 +245,7 @@ def features_of(given: Input, models: Models, progress: Progress) -> Features:
     return features
 
 
-def read(pictures: Sequence[Picture], failed: dict[Path, str], progress: Progress) -> Iterator[dict[Path, Image]]:
+def read(pictures: Sequence[Shown], failed: dict[Path, str], progress: Progress) -> Iterator[dict[Path, Image]]:
     """Yield the pictures in batches, those that can be read. Each is decoded in a process of its own, within limits."""
     batch: dict[Path, Image] = {}
     for picture in pictures:
@@ -277,13 +277,13 @@ def add_features(features: Features, batch: Mapping[Path, Image], models: Models
             kept.update(zip(batch, function(model, images), strict=True))
 
 
-def rows_of(given: Input, models: Models, features: Features) -> list[Row]:
+def rows_of(given: ScoringInput, models: Models, features: Features) -> list[ImageRow]:
     """A row for each picture of the first folder, with what could be computed."""
     texts = text_features(given, models) if 'clip' in given.scores else {}
     rows = []
     for picture in given.ours.pictures:
         other = given.others.get(picture.name)
-        row = Row(name=picture.name, prompt=picture.prompt, seed=picture.seed, reason=features.failed.get(picture.path))
+        row = ImageRow(name=picture.name, prompt=picture.prompt, seed=picture.seed, reason=features.failed.get(picture.path))
         row.categories = given.categories.get(plain(picture.prompt), ()) if picture.prompt else ()
         row.clip = clip_of(picture, texts, features)
         if other:
@@ -295,7 +295,7 @@ def rows_of(given: Input, models: Models, features: Features) -> list[Row]:
     return rows
 
 
-def text_features(given: Input, models: Models) -> dict[str, Tensor]:
+def text_features(given: ScoringInput, models: Models) -> dict[str, Tensor]:
     """CLIP's unit vectors of the prompts, one by one the same."""
     from padseg.evaluation.similarity import clip_text_features
 
@@ -303,7 +303,7 @@ def text_features(given: Input, models: Models) -> dict[str, Tensor]:
     return dict(zip(prompts, clip_text_features(models.clip, prompts), strict=True))
 
 
-def clip_of(picture: Picture, texts: Mapping[str, Tensor], features: Features) -> float | None:
+def clip_of(picture: Shown, texts: Mapping[str, Tensor], features: Features) -> float | None:
     from padseg.evaluation.similarity import scores_of
 
     if picture.prompt is None or picture.prompt not in texts or picture.path not in features.clip:
@@ -311,7 +311,7 @@ def clip_of(picture: Picture, texts: Mapping[str, Tensor], features: Features) -
     return float(scores_of(features.clip[picture.path][None], texts[picture.prompt][None])[0])
 
 
-def cosine(known: Mapping[Path, Tensor], one: Picture, other: Picture) -> float | None:
+def cosine(known: Mapping[Path, Tensor], one: Shown, other: Shown) -> float | None:
     from padseg.evaluation.similarity import cosines
 
     if one.path not in known or other.path not in known:
@@ -319,14 +319,14 @@ def cosine(known: Mapping[Path, Tensor], one: Picture, other: Picture) -> float 
     return float(cosines(known[one.path][None], known[other.path][None])[0])
 
 
-def settings(asked: Asked, given: Input) -> dict[str, Any]:
+def settings(asked: ScoringJob, given: ScoringInput) -> dict[str, Any]:
     """All that decides the scores, besides the models."""
     paths = {name: str(value) for name in ('folder', 'captions', 'against', 'reference', 'categories') if (value := getattr(asked, name))}
     fid = {'fid_resize': asked.resize} if 'fid' in given.scores else {}
     return {**paths, 'scores': list(given.scores), **fid, 'bootstrap': asked.how._asdict()}
 
 
-def counts(given: Input, rows: Sequence[Row]) -> dict[str, int]:
+def counts(given: ScoringInput, rows: Sequence[ImageRow]) -> dict[str, int]:
     """How many pictures there are, and how many lack something."""
     number = {'pictures': len(rows), 'unread': sum(row.reason is not None for row in rows), 'not made': given.ours.failed}
     if 'clip' in given.scores:
@@ -341,18 +341,18 @@ def counts(given: Input, rows: Sequence[Row]) -> dict[str, int]:
     return {name: count for name, count in number.items() if count or name in ('pictures', 'pairs')}
 
 
-def failures(given: Input, features: Features) -> dict[str, str]:
+def failures(given: ScoringInput, features: Features) -> dict[str, str]:
     """Why pictures could not be read, by folder and name."""
     folders = [folder for folder in (given.ours, given.theirs, given.real) if folder]
     known = ((f'{folder.root}/{picture.name}', features.failed.get(picture.path)) for folder in folders for picture in folder.pictures)
     return {name: reason for name, reason in known if reason is not None}
 
 
-def summarise(record: ImageScores, rows: Sequence[Row], given: Input, how: Bootstrap) -> None:
+def summarise(record: ImageScores, rows: Sequence[ImageRow], given: ScoringInput, how: Bootstrap) -> None:
     """Fill in the means over pictures, of all and by category."""
     for name in ('clip', 'against', 'difference', 'clip_i', 'dino'):
         setattr(record, name, mean_of(rows, name, how))
-    by_category: dict[str, list[Row]] = {}
+    by_category: dict[str, list[ImageRow]] = {}
     for row in rows:
         for category in row.categories:
             by_category.setdefault(category, []).append(row)
@@ -369,7 +369,7 @@ def summarise(record: ImageScores, rows: Sequence[Row], given: Input, how: Boots
             )
 
 
-def mean_of(rows: Sequence[Row], name: str, how: Bootstrap) -> Mean | None:
+def mean_of(rows: Sequence[ImageRow], name: str, how: Bootstrap) -> Mean | None:
     """The mean of a column with its intervals, over the rows that have a value."""
     known = [(getattr(row, name), row) for row in rows if getattr(row, name) is not None]
     if not known:
@@ -386,7 +386,7 @@ def intervals(values: Sequence[float], groups: Mapping[str, Sequence[Hashable]],
     return {kind: interval for kind, interval in known.items() if interval}
 
 
-def summarise_fid(record: ImageScores, given: Input, features: Features, how: Bootstrap) -> None:
+def summarise_fid(record: ImageScores, given: ScoringInput, features: Features, how: Bootstrap) -> None:
     """Fill in FID of the folders, and their difference with its interval over seeds."""
     assert given.real  # `inputs` has seen to it
     real = vectors(given.real.pictures, features)
@@ -401,7 +401,7 @@ def summarise_fid(record: ImageScores, given: Input, features: Features, how: Bo
         record.fid_difference = Mean(mean=statistics.fmean(values) if values else whole, pictures=record.fid.pictures, intervals=own)
 
 
-def fid_of(pictures: Sequence[Picture], real: Sequence[Tensor], features: Features) -> Fid:
+def fid_of(pictures: Sequence[Shown], real: Sequence[Tensor], features: Features) -> Fid:
     """FID of pictures, all and by seed. Raises UsageError if there are fewer than two on either side."""
     import torch
 
@@ -427,11 +427,11 @@ def grouped(pairs: Iterable[tuple[int | None, Value]]) -> dict[int | None, list[
     return groups
 
 
-def vectors(pictures: Sequence[Picture], features: Features) -> list[Tensor]:
+def vectors(pictures: Sequence[Shown], features: Features) -> list[Tensor]:
     return [features.inception[picture.path] for picture in pictures if picture.path in features.inception]
 
 
-def notes(record: ImageScores, given: Input, models: Models) -> list[str]:
+def notes(record: ImageScores, given: ScoringInput, models: Models) -> list[str]:
     """What a reader of the scores must know."""
     said = []
     if record.fid and record.fid.pictures < FEW:

@@ -39,7 +39,7 @@ BENCHMARK = {
 PARTS = ('_val', '_train', '_val_seen', '_val_unseen')  # of names of the benchmark's files; `_val` is what it reports
 
 
-class Picture(NamedTuple):
+class Shown(NamedTuple):
     """A picture's file. name: pairs it with that of another folder; seed: that it was made from."""
 
     name: str
@@ -52,12 +52,12 @@ class Folder(NamedTuple):
     """The pictures of a folder, sorted by name. failed: those that were not made; unused: captions without a picture."""
 
     root: Path
-    pictures: list[Picture]
+    pictures: list[Shown]
     failed: int = 0
     unused: int = 0
 
 
-class Made(BaseModel):
+class MadeLine(BaseModel):
     """What is read of a line of the manifest that `padseg generate` writes."""
 
     name: Name
@@ -77,8 +77,8 @@ def folder_of(root: Path, captions: Path | None = None) -> Folder:
     if (root / MANIFEST).is_file():
         return generated(root)
     if (root / SHARDS).is_dir() and (root / 'run.json').is_file():
-        raise NoImages(f'{root} has only records of shards: join them first, with the --collect of the command that made them')
-    pictures = [Picture(found.name, found.path) for found in find(root)]
+        raise NoImages(f'{root} has only records of shards: join them first, by the command that made them without --shard')
+    pictures = [Shown(found.name, found.path) for found in find(root)]
     if not pictures:
         raise NoImages(f'there are no pictures in {root}')
     return Folder(root, pictures)
@@ -86,14 +86,14 @@ def folder_of(root: Path, captions: Path | None = None) -> Folder:
 
 def generated(root: Path) -> Folder:
     """The pictures in the manifest of `padseg generate`; a later line of the same picture counts."""
-    records = {record.name: record for record in read_lines(root / MANIFEST, Made, remedy=REMEDY)}
+    records = {record.name: record for record in read_lines(root / MANIFEST, MadeLine, remedy=REMEDY)}
     pictures = []
     for name, record in sorted(records.items()):
         if record.status == 'done':
             if record.file is None or record.prompt is None:
                 raise UsageError(f'{root / MANIFEST} tells no prompt or no file of {name}: {REMEDY}')
             prompt = checked(record.prompt, f'{root / MANIFEST}, {name}') if record.prompt else None
-            pictures.append(Picture(name, inside(root, record.file), prompt, record.seed))
+            pictures.append(Shown(name, inside(root, record.file), prompt, record.seed))
     if not pictures:
         raise NoImages(f'there are no pictures in {root}')
     return Folder(root, pictures, failed=len(records) - len(pictures))
@@ -120,7 +120,7 @@ def captioned(root: Path, captions: Path) -> Folder:
             known[name] = checked(value_of(row, TEXTS, place), place), seed_of(row, place)
     if not known:
         raise NoImages(f'no picture in {root} is named in {captions}')
-    pictures = [Picture(name, path, *known.get(name, (None, None))) for name, path in sorted(files.items())]
+    pictures = [Shown(name, path, *known.get(name, (None, None))) for name, path in sorted(files.items())]
     return Folder(root, pictures, unused=unused)
 
 
@@ -241,7 +241,7 @@ def checked(text: Any, place: str) -> str:
     return text
 
 
-def paired(ours: Folder, theirs: Folder) -> list[tuple[Picture, Picture]]:
+def paired(ours: Folder, theirs: Folder) -> list[tuple[Shown, Shown]]:
     """The pictures of two folders with the same names; their suffixes do not matter, unless only these tell pictures of a folder apart.
 
     Raises NoImages if there are none, PadsegError if a pair has two prompts or seeds.

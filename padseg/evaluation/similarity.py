@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import PIL.Image
@@ -187,7 +188,7 @@ def filled(kind: Any, folder: pathlib.Path, place: torch.device, permitted: tupl
         shapes = {name: shape for path in folder.glob('model*.safetensors') for name, shape in tensor_shapes(path).items()}
     if shapes:
         check_network(read_json(folder / 'config.json'), folder / 'config.json', shapes)
-    with told_errors(f'{folder} cannot be loaded'):
+    with without_bar(), told_errors(f'{folder} cannot be loaded'):
         network, seen = kind.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
         )
@@ -197,6 +198,20 @@ def filled(kind: Any, folder: pathlib.Path, place: torch.device, permitted: tupl
     if not all(weight.isfinite().all() for weight in network.parameters()):
         raise ModelUnavailable(f'{folder} has weights that are not finite')
     return network.eval().requires_grad_(False).to(place)
+
+
+@contextmanager
+def without_bar() -> Iterator[None]:
+    """Hide the progress of transformers, which draws it even for small models."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def processor(folder: pathlib.Path) -> Any:

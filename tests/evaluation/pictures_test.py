@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 
 from padseg.errors import NoImages, OutputConflict, PadsegError, UsageError
-from padseg.evaluation.pictures import Folder, Picture, categories_of, folder_of, paired, plain
+from padseg.evaluation.pictures import Folder, Shown, categories_of, folder_of, paired, plain
 
 HEAD = 'file,caption\n'
 
@@ -35,9 +35,9 @@ def test_a_generated_folder_tells_prompts_and_seeds(tmp_path):
     records = line('b', seed=3), line('a', prompt='two,\nlines'), line('c', status='failed', file=None), line('d', prompt='')
     folder = folder_of(manifest(tmp_path, *records, line('b', seed=4)))
     assert folder.pictures == [
-        Picture('a', tmp_path / 'images' / 'a.png', 'two,\nlines', 0),
-        Picture('b', tmp_path / 'images' / 'b.png', 'a cat', 4),  # the later line counts
-        Picture('d', tmp_path / 'images' / 'd.png', None, 0),
+        Shown('a', tmp_path / 'images' / 'a.png', 'two,\nlines', 0),
+        Shown('b', tmp_path / 'images' / 'b.png', 'a cat', 4),  # the later line counts
+        Shown('d', tmp_path / 'images' / 'd.png', None, 0),
     ]
     assert folder.failed == 1
 
@@ -78,7 +78,7 @@ def test_records_that_are_none_are_refused(text, words, tmp_path):
 def test_shards_must_be_joined_first(tmp_path):
     (tmp_path / 'shards').mkdir()
     (tmp_path / 'run.json').write_text('{}')
-    with pytest.raises(NoImages, match='--collect'):
+    with pytest.raises(NoImages, match='without --shard'):
         folder_of(tmp_path)
 
 
@@ -158,7 +158,9 @@ def test_prompts_are_compared_without_case_and_full_stop():
     assert plain(' A  red\ncat. ') == plain('a red cat') != plain('a red. cat')
 
 
-@pytest.mark.parametrize('text', ['', '{"a": "b"}', '[1]', '{"a": [5]}', '[{"prompt": "x"}]', '{}', '{"a": ["x"], "a": ["y"]}', '[' * 100_000])
+@pytest.mark.parametrize(
+    'text', ['', '{"a": "b"}', '[1]', '{"a": [5]}', '[{"prompt": "x"}]', '{}', '{"a": ["x"], "a": ["y"]}', '[' * 100_000]
+)
 def test_lists_that_are_none_are_refused(text, tmp_path):
     (tmp_path / 'a.json').write_text(text)
     with pytest.raises(UsageError):
@@ -166,7 +168,7 @@ def test_lists_that_are_none_are_refused(text, tmp_path):
 
 
 def folder(root, *pictures):
-    return Folder(root, [Picture(name, root / name, *rest) for name, *rest in pictures])
+    return Folder(root, [Shown(name, root / name, *rest) for name, *rest in pictures])
 
 
 def test_pairs_have_one_name_whatever_the_suffix(tmp_path):
