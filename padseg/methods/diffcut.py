@@ -20,7 +20,6 @@ from padseg.methods.options import (
     filled,
     geometry_option,
     model_settings,
-    option,
     own,
     plain_settings,
     require,
@@ -42,6 +41,17 @@ BACKGROUND_BY_RULE = False
 LATER = ('tau', 'alpha', 'graph', 'clusters', 'tokens', 'refine', 'pamr_times', 'pamr_side', 'components', 'min_area')  # after the features
 SWEPT = 'tau'
 FEATURES = ('output', 'keys', 'maps')
+PLAIN = {
+    'alpha': 10.0,
+    'graph': 'whole',
+    'clusters': 'cut',
+    'tokens': 1024,
+    'refine': 'none',
+    'pamr_times': 10,
+    'pamr_side': 256,
+    'components': False,
+    'min_area': 0.0,
+}
 ENCODER = 'encoder'  # in place of a layer's name: the last one of a U-Net's encoder
 BLOCK = 'vit-block'
 
@@ -57,38 +67,40 @@ class DiffCutOptions:
         'cut in two wherever the normalised cut is below this; 0 cuts nothing, from 2 on each token is a region',
         range=Range('a number >= 0', 0, 1e9),
     )
-    alpha: float = option(10.0, 'power of the likeness of tokens', range=Range('a number in 0..1000', 0, 1001))
+    alpha: float = own('power of the likeness of tokens', range=Range('a number in 0..1000', 0, 1001), default='10.0')
     features: str = own(
         "what tokens are compared by: the self-attention's output, its keys, or the maps of the empty prompt's tokens", choices=FEATURES
     )
     layer: str = own("layer of the features, by number or name (vit-block4); encoder is the last one of a U-Net's encoder")
-    graph: str = option(
-        'whole',
+    graph: str = own(
         'tokens of a cut: all, or, as released, without those that have a likeness of 0 to any other',
         choices=('whole', 'released'),
+        default='whole',
     )
-    clusters: str = option(
-        'cut',
+    clusters: str = own(
         'regions by cuts, or by AutoSC, which needs no threshold; as released, it takes the vectors of the wrong exponent',
         choices=('cut', 'autosc', 'autosc-released'),
+        default='cut',
     )
-    tokens: int = option(1024, 'average features to at most so many tokens', range=Range('a whole number in 4..16384', 4, 16385))
+    tokens: int = own('average features to at most so many tokens', range=Range('a whole number in 4..16384', 4, 16385), default='1024')
     step: int = own('noise level: the n-th step from the end of the schedule, from 1', range=Range('a number from 1', 1))
     schedule: int = own('steps of the schedule', range=Range('a number of steps in 1..1000', 1, 1001))
     geometry: str = geometry_option()
     side: int = side_option()
-    refine: str = option(
-        'none',
+    refine: str = own(
         'how maps are enlarged: bilinear, guided by the edges of the picture (guided filter), or by pixel-adaptive refinement (PAMR)',
         choices=('none', 'guided', 'pamr'),
+        default='none',
     )
-    pamr_times: int = option(10, 'how often PAMR mixes neighbours', range=Range('a whole number in 1..1000', 1, 1001))
-    pamr_side: int = option(
-        256, "side in pixels of PAMR's masks (of the square with the same area)", range=Range('a number of pixels in 16..4096', 16, 4097)
+    pamr_times: int = own('how often PAMR mixes neighbours', range=Range('a whole number in 1..1000', 1, 1001), default='10')
+    pamr_side: int = own(
+        "side in pixels of PAMR's masks (of the square with the same area)",
+        range=Range('a number of pixels in 16..4096', 16, 4097),
+        default='256',
     )
-    components: bool = option(False, 'split regions into connected components')
-    min_area: float = option(
-        0.0, 'merge regions below this share of the picture into the neighbour with the longest common border', range=SHARE
+    components: bool = own('split regions into connected components', default='False')
+    min_area: float = own(
+        'merge regions below this share of the picture into the neighbour with the longest common border', range=SHARE, default='0.0'
     )
     seed: int = seed_option()
 
@@ -119,7 +131,7 @@ def settings_of(spec: Spec) -> dict[str, Any]:
     if spec.family in ('sd3', 'flux'):
         step = seg4diff.settings_of(spec)['step']
         released = {'tau': 0.3, 'features': 'maps', 'layer': str(spec.layer), 'step': step, 'schedule': spec.steps, 'side': spec.side}
-    return model_settings(DiffCutOptions, 'diffcut', spec, released)
+    return model_settings(DiffCutOptions, 'diffcut', spec, {**PLAIN, **released})
 
 
 def number_of(layer: str) -> int | None:
@@ -161,6 +173,16 @@ def prepare(backbone: Backbone, options: DiffCutOptions, classes: Sequence[str] 
     if resolved.features == 'output':
         backbone.self_attention_module(layer, ('output',))  # fails early if it was not loaded
     return Prepared(resolved, layer, backbone)
+
+
+def without_model(options: DiffCutOptions) -> Prepared:
+    """The method, ready for features that were kept. options: resolved."""
+    return Prepared(options, -1, None)
+
+
+def are_shares(options: DiffCutOptions) -> bool:
+    """Whether what is kept are shares of attention."""
+    return options.features == 'maps'
 
 
 def maps(images: Sequence[Image], prepared: Prepared, names: Sequence[str] = ()) -> list[TokenMaps]:

@@ -42,7 +42,7 @@ BACKGROUND_BY_RULE = False
 LATER = ('refine', 'components', 'min_area')  # options that come after the proposals
 SWEPT = None  # proposals are what is kept, and they depend on the threshold
 DATASETS: Mapping[str, Mapping[str, Any]] = {'cocostuff27': {'threshold': 1.1}, 'cityscapes27': {'threshold': 0.9}}  # of the paper
-RELEASED = {'threshold': 0.9, 'step': 300, 'schedule': 1000}
+RELEASED = {'threshold': 0.9, 'step': 300, 'schedule': 1000, 'refine': 'none', 'components': False, 'min_area': 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +68,12 @@ class DiffSegOptions:
     schedule: int = own('steps of the schedule', range=Range('a number of steps in 1..1000', 1, 1001))
     geometry: str = geometry_option()
     side: int = side_option()
-    refine: str = option(
-        'none', 'how maps are enlarged: bilinear, or guided by the edges of the picture (guided filter)', choices=REFINEMENTS
+    refine: str = own(
+        'how maps are enlarged: bilinear, or guided by the edges of the picture (guided filter)', choices=REFINEMENTS, default='none'
     )
-    components: bool = option(False, 'split regions into connected components')
-    min_area: float = option(
-        0.0, 'merge regions below this share of the picture into the neighbour with the longest common border', range=SHARE
+    components: bool = own('split regions into connected components', default='False')
+    min_area: float = own(
+        'merge regions below this share of the picture into the neighbour with the longest common border', range=SHARE, default='0.0'
     )
     seed: int = seed_option()
 
@@ -112,6 +112,11 @@ def prepare(backbone: Backbone, options: DiffSegOptions, classes: Sequence[str] 
     require_family('diffseg', FAMILIES, backbone)
     backbone.self_attention_module(0)  # fails early if blocks are compiled
     return Prepared(options.resolve(backbone.spec), backbone)
+
+
+def without_model(options: DiffSegOptions) -> Prepared:
+    """The method, ready for proposals that were kept. options: resolved."""
+    return Prepared(options, None)
 
 
 def maps(images: Sequence[Image], prepared: Prepared, names: Sequence[str] = ()) -> list[TokenMaps]:

@@ -114,6 +114,11 @@ def prepare(backbone: Backbone, options: Options, classes: Sequence[str] = (), k
     return Prepared(resolved, settings_of(backbone.spec), backbone)
 
 
+def without_model(options: Options) -> Prepared:
+    """The method, ready for token maps that were kept. options: resolved."""
+    return Prepared(options, {}, None)
+
+
 def maps(images: Sequence[Image], prepared: Prepared, names: Sequence[str] = ()) -> list[TokenMaps]:
     """Token maps of the empty prompt in the expert block, (T, h, w) for each picture (Seg4Diff, Eq. 10)."""
     options, settings, backbone = prepared

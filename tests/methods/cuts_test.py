@@ -36,7 +36,9 @@ def test_diffseg_reads_the_self_attention_of_all_layers(unets, picture, kind):
     latent = stages.encode_without_noise(picture, scheduled, prepared.options)
     layers = range(len(backbone.layer_names()))
     requests = {
-        layer: Request(backbone.self_attention_module(layer), lambda seen: (seen.query @ seen.key.mT / seen.query.shape[3] ** 0.5).softmax(3))
+        layer: Request(
+            backbone.self_attention_module(layer), lambda seen: (seen.query @ seen.key.mT / seen.query.shape[3] ** 0.5).softmax(3)
+        )
         for layer in layers
     }
     with torch.no_grad(), watch(requests) as kept:
@@ -170,7 +172,17 @@ def test_only_what_is_read_is_loaded(sd3_folder):
 def test_runs(unet_folders, picture, tmp_path, method, capsys):
     (tmp_path / 'in').mkdir()
     PillowImage.fromarray(picture).save(tmp_path / 'in' / 'a.png')
-    command = ['run', '--method', method, '--model', str(unet_folders['ssd']), '--dir', str(tmp_path / 'in'), '--out', str(tmp_path / 'out')]
+    command = [
+        'run',
+        '--method',
+        method,
+        '--model',
+        str(unet_folders['ssd']),
+        '--dir',
+        str(tmp_path / 'in'),
+        '--out',
+        str(tmp_path / 'out'),
+    ]
     command += ['--side', '64', '--save-maps', '-q']
     assert main(command) == 0
     record = json.loads((tmp_path / 'out' / 'run.json').read_text())
