@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +19,7 @@ from padseg.methods.options import (
     check_options,
     filled,
     geometry_option,
+    in_list,
     model_settings,
     own,
     plain_settings,
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 TASK = 'regions'
 FAMILIES = frozenset({'sd3', 'flux', 'unet', 'pixart'})
 BACKGROUND_BY_RULE = False
-LATER = ('tau', 'alpha', 'graph', 'clusters', 'tokens', 'refine', 'pamr_times', 'pamr_side', 'components', 'min_area')  # after the features
+# options that come after the features
+LATER = ('tau', 'alpha', 'graph', 'clusters', 'tokens', 'refine', 'pamr_times', 'pamr_side', 'components', 'min_area', 'levels')
 SWEPT = 'tau'
 FEATURES = ('output', 'keys', 'maps')
 PLAIN = {
@@ -51,6 +53,7 @@ PLAIN = {
     'pamr_side': 256,
     'components': False,
     'min_area': 0.0,
+    'levels': (),
 }
 ENCODER = 'encoder'  # in place of a layer's name: the last one of a U-Net's encoder
 BLOCK = 'vit-block'
@@ -102,10 +105,15 @@ class DiffCutOptions:
     min_area: float = own(
         'merge regions below this share of the picture into the neighbour with the longest common border', range=SHARE, default='0.0'
     )
+    levels: tuple[float, ...] = own('also write nested label maps at these thresholds, such as 0.2,0.5', default='none')
     seed: int = seed_option()
 
     def __post_init__(self) -> None:
         check_options(self)
+        levels = self.levels or ()
+        require(
+            all(0 <= tau < 1e9 for tau in levels) and len(set(levels)) == len(levels), f'levels are numbers >= 0; got {in_list(levels)}'
+        )
 
     def resolve(self, spec: Spec) -> DiffCutOptions:
         """Fill in everything left open for a model. UsageError for a layer or step that the model does not have."""
@@ -196,37 +204,83 @@ def maps(images: Sequence[Image], prepared: Prepared, names: Sequence[str] = ())
     return stages.batched(latents, backbone, partial(features_of_layer, backbone=backbone, layer=layer, of=options.features))
 
 
+def proposals(maps: TokenMaps, options: DiffCutOptions) -> Proposals:
+    """What pixels are divided by, (K, h, w); their numbers are those of the released code."""
+    features, regions_at = tokens_of(maps, options)
+    return scored(features, regions_at(options.tau), maps)
+
+
 def labels(image: Image, maps: TokenMaps, prepared: Prepared) -> LabelMap:
     """Cut tokens into regions and segment the picture by the regions' mean features, (H, W), without a forward pass."""
+    options = prepared.options
+    features, regions_at = tokens_of(maps, options)
+    regions = divided(image, scored(features, regions_at(options.tau), maps), options)
+    if not options.levels:
+        return regions
+    taus = sorted(options.levels)
+    finest = regions_at(taus[-1])  # (N,)
+    return regions._replace(
+        levels=nested(divided(image, scored(features, finest, maps), options), finest, [regions_at(tau) for tau in taus])
+    )
+
+
+def nested(found: LabelMap, finest: Array, levels: Sequence[Array]) -> tuple[Array, ...]:
+    """Label maps at all levels, from coarse to fine, each of which divides the regions of the one before it.
+
+    The finest is a label map as any other; those before it join its regions as the tree of cuts does. finest, levels: regions of tokens.
+    """
+    import numpy as np
+
+    maps = []
+    for regions in levels:
+        joined = dict(zip(finest.tolist(), regions.tolist(), strict=True))
+        numbers = np.array([-1, *(joined[region] for (region,) in found.tokens)])
+        pixels = numbers[found.labels]
+        maps.append(np.where(found.labels > 0, stages.as_regions(pixels).labels, 0))
+    return tuple(maps)
+
+
+def divided(image: Image, proposals: Proposals, options: DiffCutOptions) -> LabelMap:
+    """Give each pixel to the region that it is most like."""
     import torch
 
-    options = prepared.options
-    scores = torch.from_numpy(scores_of(maps, options))  # (K, h, w)
-    proposals = Proposals(scores, tuple((number,) for number in range(len(scores))), maps.frame)
-    if options.refine == 'pamr':
+    refine = options.refine
+    if refine == 'pamr':
         proposals, refine = proposals._replace(maps=torch.from_numpy(pamr_masks(image, proposals, options))), 'none'
-    else:
-        refine = options.refine
     return stages.label_map(proposals, None, options.components, options.min_area, image, refine)
 
 
-def scores_of(maps: TokenMaps, options: DiffCutOptions) -> Array:
-    """The likeness of each token to the mean feature of each region, (K, h, w) float64.
+class Features(NamedTuple):
+    """Features of length 1. every: (h w, C); few: (N, C), those that are cut, averaged from them."""
 
-    Since it is linear in the features, it can be enlarged in their place.
-    """
+    every: Array
+    few: Array
+
+
+def tokens_of(maps: TokenMaps, options: DiffCutOptions) -> tuple[Features, Callable[[float], Array]]:
+    """Features of length 1, and a function from a threshold among the options to the region of each token that is cut, (N,)."""
     from padseg.methods.stages import normalised_cut as cuts
 
     values = maps.maps.double().cpu()  # (C, h, w)
     if options.features == 'maps':
         values = (values / values.sum(0).clamp_min(1e-12)).sqrt()  # shares of a pixel; then they have a length of 1
-    features, few = ((cuts.unit(own.flatten(1).T.numpy())) for own in (values, averaged(values, options.tokens)))
-    if options.clusters == 'cut':
-        tree = cuts.cut_tree(cuts.affinity(few, options.alpha), options.tau, options.graph == 'released')
-        regions = cuts.token_labels(tree, options.tau)  # (N,)
-    else:
-        regions = cuts.automatic_clusters(few, options.clusters == 'autosc-released')
-    return (cuts.prototypes(few, regions) @ features.T).reshape(-1, *values.shape[1:])
+    features = Features(*(cuts.unit(own.flatten(1).T.numpy()) for own in (values, averaged(values, options.tokens))))
+    if options.clusters != 'cut':
+        clusters = cuts.automatic_clusters(features.few, options.clusters == 'autosc-released')
+        return features, lambda tau: clusters
+    highest = max(options.tau, *options.levels, 0)
+    tree = cuts.cut_tree(cuts.affinity(features.few, options.alpha), highest, options.graph == 'released')
+    return features, partial(cuts.token_labels, tree)
+
+
+def scored(features: Features, regions: Array, maps: TokenMaps) -> Proposals:
+    """The likeness of each token to the mean feature of each region, which can be enlarged in place of features, as it is linear in them."""
+    import torch
+
+    from padseg.methods.stages.normalised_cut import prototypes
+
+    scores = (prototypes(features.few, regions) @ features.every.T).reshape(-1, *maps.maps.shape[1:])  # (K, h, w)
+    return Proposals(torch.from_numpy(scores), tuple((number,) for number in range(len(scores))), maps.frame)
 
 
 def averaged(values: Any, most: int) -> Any:

@@ -41,7 +41,7 @@ FAMILIES = frozenset({'unet'})
 BACKGROUND_BY_RULE = False
 LATER = ('refine', 'components', 'min_area')  # options that come after the proposals
 SWEPT = None  # proposals are what is kept, and they depend on the threshold
-DATASETS: Mapping[str, Mapping[str, Any]] = {'cocostuff27': {'threshold': 1.1}, 'cityscapes27': {'threshold': 0.9}}  # of the paper
+DATASETS: Mapping[str, Mapping[str, Any]] = {'coco-stuff27': {'threshold': 1.1}, 'cityscapes27': {'threshold': 0.9}}  # of the paper
 RELEASED = {'threshold': 0.9, 'step': 300, 'schedule': 1000, 'refine': 'none', 'components': False, 'min_area': 0.0}
 
 
@@ -139,19 +139,23 @@ def proposals_of(latents: Sequence[Latent], backbone: Backbone, options: DiffSeg
     found = []
     for number, latent in enumerate(latents):
         every = merging.aggregated_maps({own: maps[number] for own, maps in by_grid.items()}, grid)  # (N, N)
-        proposals = merging.merged(every, points, (options.threshold,) * options.passes, options.comparison == 'float16')
+        means = merging.merged(every, points, (options.threshold,) * options.passes, options.comparison == 'float16')
         if options.kmeans:
-            proposals = merging.clustered(every, proposals)
-        kept = proposals.float().unflatten(1, grid)
+            means = merging.clustered(every, means)
+        kept = means.float().unflatten(1, grid)
         found.append(TokenMaps(kept, tuple(f'proposal {own}' for own in range(len(kept))), latent.frame))
     return found
+
+
+def proposals(maps: TokenMaps, options: DiffSegOptions) -> Proposals:
+    """What pixels are divided by; their numbers are those of the released code."""
+    return Proposals(maps.maps.double(), tuple((number,) for number in range(len(maps.maps))), maps.frame)
 
 
 def labels(image: Image, maps: TokenMaps, prepared: Prepared) -> LabelMap:
     """Segment the picture by its proposals, (H, W), without a forward pass (DiffSeg, Sec. 3.4)."""
     options = prepared.options
-    proposals = Proposals(maps.maps.double(), tuple((number,) for number in range(len(maps.maps))), maps.frame)
-    return stages.label_map(proposals, None, options.components, options.min_area, image, options.refine)
+    return stages.label_map(proposals(maps, options), None, options.components, options.min_area, image, options.refine)
 
 
 def recorded(options: DiffSegOptions, spec: Spec) -> dict[str, Setting]:
