@@ -274,7 +274,7 @@ def tokens_of(maps: TokenMaps, options: DiffCutOptions) -> tuple[Features, Calla
 
 
 def scored(features: Features, regions: Array, maps: TokenMaps) -> Proposals:
-    """The likeness of each token to the mean feature of each region, which can be enlarged in place of features, as it is linear in them."""
+    """The likeness of each token to the mean feature of each region. It is linear in the features, so it can be enlarged in their place."""
     import torch
 
     from padseg.methods.stages.normalised_cut import prototypes
