@@ -86,7 +86,8 @@ def reference() -> str:
         '# Reference of commands',
         paragraphs(group.help),
         'This page is made from the code: `padseg COMMAND --help` prints the same. The options of methods are on the pages of the methods:'
-        ' [seg4diff](methods/seg4diff.md), [open-vocabulary](methods/open-vocabulary.md), [classical](methods/classical.md).',
+        ' [seg4diff](methods/seg4diff.md), [open-vocabulary](methods/open-vocabulary.md), [goca](methods/goca.md),'
+        ' [diffseg](methods/diffseg.md), [diffcut](methods/diffcut.md), [classical](methods/classical.md).',
     ]
     for name, command in every_command():
         heading = '##' if ' ' not in name else '###'

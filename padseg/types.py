@@ -98,11 +98,13 @@ class LabelMap(NamedTuple):
     """labels: (H, W) int32, 0 = unassigned, regions 1..K in order of first appearance; tokens: for each region, the tokens that formed it.
 
     names: class names, if any: label k is then the class names[k - 1], and a picture need not show all of them.
+    levels: further label maps, (H, W) each, of which each divides the regions of the one before it.
     """
 
     labels: Array
     tokens: tuple[tuple[int, ...], ...]
     names: tuple[str, ...] = ()
+    levels: tuple[Array, ...] = ()
 
     def masks(self) -> list[dict[str, Any]]:
         """Return the regions, or the classes shown, in the format of Segment Anything's automatic mask generator.

@@ -140,7 +140,7 @@ class Several(click.ParamType[tuple[Any, ...]]):
 
     def __init__(self, kind: type) -> None:
         self.kind = kind
-        self.name = 'numbers' if kind is int else 'names'
+        self.name = 'names' if kind is str else 'numbers'
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
         if not isinstance(value, str):

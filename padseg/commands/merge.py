@@ -2,22 +2,56 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from padseg.commands.flags import option_flags
+from padseg.commands.flags import METHOD, option_flags
 from padseg.commands.run import report
-from padseg.methods.seg4diff import LATER, Options
+from padseg.methods import DEFAULTS, METHODS, Kept, kept_method
+
+OF_METHODS = {option for name in METHODS for option in getattr(kept_method(name), 'LATER', ())}
 
 
 class LaterCommand(click.Command):
-    """A command with the options of the stages after the token maps."""
+    """A command with the options of the stages after the maps, of the method that made them; of all methods if there are no maps."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        made = method_made(args)
+        ctx.meta[METHOD] = [made] if made else [name for name in METHODS if kept_method(name)]
+        return super().parse_args(ctx, args)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         *own, help_flag = super().get_params(ctx)
-        return [*own, *option_flags(Options, LATER), help_flag]
+        flags: dict[str, click.Option] = {}
+        for name in ctx.meta.get(METHOD, [DEFAULTS['regions']]):
+            method = later_method(name)
+            flags = {flag.opts[0]: flag for flag in option_flags(method.Options, method.LATER)} | flags
+        return [*own, *flags.values(), help_flag]
+
+
+def later_method(name: str) -> Kept:
+    """The method of a run, or the default where its maps cannot be merged again."""
+    method = (kept_method(name) if name in METHODS else None) or kept_method(DEFAULTS['regions'])
+    assert method
+    return method
+
+
+def method_made(args: Sequence[str]) -> str | None:
+    """The method of the first run among the arguments, if there is one; whether its record is sound is seen later."""
+    for arg in args:
+        try:
+            text = (Path(arg) / 'run.json').read_text(encoding='utf-8')
+        except (OSError, ValueError):
+            continue
+        try:
+            return str(json.loads(text)['settings'].get('method', DEFAULTS['regions']))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return DEFAULTS['regions']
+    return None
 
 
 @click.command('merge', cls=LaterCommand)
@@ -32,9 +66,11 @@ class LaterCommand(click.Command):
 def command(made: Path, source: Path | None, as_json: bool, quiet: bool, **settings: Any) -> int:
     """Merge the token maps of `padseg run --save-maps --out OUT` again, into another folder.
 
-    Settings not given are those of that run. Only the maps and the pictures are loaded.
+    Settings not given are those of that run, of whose method the options are. Only the maps and the pictures are loaded.
     """
-    options = Options(**{name: settings.pop(name) for name in LATER})
+    method = later_method(click.get_current_context().meta[METHOD][0])
+    given = {name: settings.pop(name) for name in {*method.LATER, *settings} if name in OF_METHODS}
+    options = method.Options(**{name: given[name] for name in method.LATER})
 
     from padseg.errors import NoImages, UsageError
     from padseg.run.engine import run
@@ -51,6 +87,7 @@ def command(made: Path, source: Path | None, as_json: bool, quiet: bool, **setti
     job = Job(
         source or Path(earlier.source),
         options=options,
+        method=next(name for name, known in METHODS.items() if known is method),
         maps=made,
         model=earlier.model.model if earlier.model else 'tiny',
         reading=reading,

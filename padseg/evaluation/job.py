@@ -14,7 +14,8 @@ from padseg.datasets.check import Check, check_dataset
 from padseg.errors import UsageError
 from padseg.evaluation.evaluate import Task, paired, stored
 from padseg.evaluation.protocols import CONTEXT, DEFAULT, WARNINGS, Protocol, protocol, scored_classes
-from padseg.methods import DEFAULTS, METHODS, Method, method_named, open_backbone
+from padseg.methods import DEFAULTS, Method, method_named, open_backbone
+from padseg.methods.options import filled
 from padseg.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -186,12 +187,22 @@ def check_task(ground: Ground, contender: Contender, method: Method) -> None:
         raise UsageError(f'{ground.protocol} scores named regions, but {contender.model} alone gives no names: use --pred')
     if not classes and contender.names:
         raise UsageError(f'--names is for methods that take class names; {contender.method} takes none')
-    if ground.thresholds and not hasattr(contender.options, 'tau' if ground.dataset.classes else 'threshold'):
+    if ground.thresholds and not (method.BACKGROUND_BY_RULE if ground.dataset.classes else can_sweep(method)):
         raise UsageError(f'{contender.method} has no threshold for {"--tau-sweep" if ground.dataset.classes else "--sweep"}')
 
 
+def can_sweep(method: Method) -> bool:
+    from padseg.evaluation.predict import swept_option
+
+    return swept_option(method) is not None
+
+
 def as_released(options: Any, ground: Ground, method: Method) -> Any:
-    """Options of a method by GoCA's protocol: background is a word of the prompt where the released code puts it there."""
+    """Options of a method for a data set: those of its paper, where they are open; by GoCA's protocol, with background as a word of the
+    prompt where the released code puts it there.
+    """
+    of_paper = getattr(method, 'DATASETS', {}).get(ground.dataset.name, {})
+    options = filled(options, of_paper)
     by_rule = method.BACKGROUND_BY_RULE and ground.protocol == 'goca' and ground.dataset.name in WITH_WORD
     if by_rule and not getattr(options, 'background_words', ()):
         return dataclasses.replace(options, background_words=('background',))
@@ -230,7 +241,7 @@ def source_of(contender: Contender, method: Method, backbone: Backbone | None) -
 
 def numbers_of(ground: Ground, method: Method) -> dict[str, str]:
     """How regions are numbered where that decides figures."""
-    return {'numbers': 'of proposals, from 0'} if method is METHODS['seg4diff'] and ground.rules.ids == 'as they are' else {}
+    return {'numbers': 'of proposals, from 0'} if hasattr(method, 'proposals') and ground.rules.ids == 'as they are' else {}
 
 
 def numbers(text: str | None) -> tuple[float, ...]:

@@ -17,7 +17,6 @@ from padseg.exports.png import write_label_map
 from padseg.methods import Method, seg4diff
 from padseg.methods.stages.enlarging import upsample
 from padseg.methods.stages.labels import argmax
-from padseg.methods.stages.proposals import merge
 from padseg.methods.stages.saved_maps import forward_settings, read_maps, write_maps
 from padseg.system.files import inside
 from padseg.types import Array, Frame, Image, LabelMap, TokenMaps
@@ -41,14 +40,15 @@ def predict_regions(
     out: folder for labels/ and, with keep_maps, maps/; None keeps nothing. rules: where they take ids as they are, regions that were
     not refined have the numbers of their proposals from 0 on, as in released code.
     """
-    settings = [prepared._replace(options=dataclasses.replace(prepared.options, threshold=value)) for value in thresholds] or [prepared]
+    swept = swept_option(method) or ''
+    settings = [prepared._replace(options=dataclasses.replace(prepared.options, **{swept: value})) for value in thresholds] or [prepared]
 
     def predict(name: str, image: Image, where: View, present: Sequence[int] = ()) -> list[Array]:
         maps = (
             kept_maps(method, prepared, image, inside(out, f'maps/{name}.npz')) if out and keep_maps else method.maps([image], prepared)[0]
         )
         if rules and has_numbers(method, prepared.options, maps, where, rules):
-            predictions = [proposal_numbers(setting.options, maps, where, rules) for setting in settings]
+            predictions = [proposal_numbers(setting.options, maps, where, rules, method) for setting in settings]
         else:
             predictions = [compared_labels(method, setting, image, maps, where) for setting in settings]
         if out:
@@ -58,9 +58,17 @@ def predict_regions(
     return predict
 
 
+def swept_option(method: Method) -> str | None:
+    """The option of a method for regions whose values can be tried on kept maps."""
+    own = getattr(method, 'SWEPT', 'threshold')
+    return own if own in method.Options.__dataclass_fields__ else None
+
+
 def kept_maps(method: Method, prepared: Any, image: Image, path: Path) -> Any:
     """Load the picture's token maps from an earlier run with the same settings, or compute and store them."""
     made_by = forward_settings(prepared.backbone, prepared.options)
+    if hasattr(prepared.options, 'features'):
+        made_by += f' features {prepared.options.features} schedule {prepared.options.schedule}'
     maps = read_maps(path, made_by)
     if maps is None:
         maps = method.maps([image], prepared)[0]
@@ -80,15 +88,15 @@ def has_numbers(method: Method, options: Any, maps: Any, where: View, rules: Pro
     """Whether numbers count, and the regions at the compared pixels are plainly those of the strongest proposals."""
     if (
         rules.ids != 'as they are'
-        or method is not seg4diff
-        or any(getattr(options, name) != value for name, value in seg4diff.UNREFINED.items())
+        or not hasattr(method, 'proposals')
+        or any(getattr(options, name, value) != value for name, value in seg4diff.UNREFINED.items())
     ):
         return False
     size = maps.frame.size
     return bool(maps.frame.box == ((0, 0, *size) if rules.compare == RELEASED_CUT else where.box))
 
 
-def proposal_numbers(options: Any, maps: TokenMaps, where: View, rules: Protocol) -> Array:
+def proposal_numbers(options: Any, maps: TokenMaps, where: View, rules: Protocol, method: Any = seg4diff) -> Array:
     """The number of the strongest proposal at each compared pixel, proposals without a pixel counted too: (h, w).
 
     Maps are enlarged straight to the compared size; by the rules of Seg4Diff's released code first to the size of the picture, of which
@@ -102,8 +110,7 @@ def proposal_numbers(options: Any, maps: TokenMaps, where: View, rules: Protocol
         cut = upsample(values, maps.frame.size)[:height, :width]
         return cut if cut.shape == where.size else upsample(cut, where.size)
 
-    proposals = merge(maps, options.threshold, options.normalisation)
-    return argmax(proposals, lambda values: [(slice(None), enlarged(values))])
+    return argmax(method.proposals(maps, options), lambda values: [(slice(None), enlarged(values))])
 
 
 def predict_classes(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from padseg.errors import UsageError
-from padseg.exports import coco, cvat, imagefolder, labelme, labelstudio, masks, overlay, panoptic, png
+from padseg.exports import coco, cvat, imagefolder, labelme, labelstudio, levels, masks, overlay, panoptic, png
 from padseg.exports.masks import read_masks, write_masks
 from padseg.exports.png import read_label_map, write_label_map
 from padseg.exports.regions import Add, Place
@@ -33,6 +33,7 @@ FORMATS: dict[str, Format] = {
     'labels': png,
     'masks': masks,
     'overlays': overlay,
+    'levels': levels,
 }
 
 

@@ -61,6 +61,17 @@ class Method(Protocol):
         """All options that affect the results on a model, resolved, for a record."""
 
 
+class Kept(Method, Protocol):
+    """What a method offers besides if `padseg merge` can make other label maps of what its runs kept."""
+
+    @property
+    def LATER(self) -> Sequence[str]:
+        """Names of the options that come after the maps; in `Options` they are None unless they were given."""
+
+    def without_model(self, options: Any) -> Any:
+        """As `prepare`, with resolved options, for `labels` alone."""
+
+
 METHODS: dict[str, Method] = {
     'seg4diff': seg4diff,
     'open-vocabulary': open_vocabulary,
@@ -80,6 +91,12 @@ def method_named(name: str, task: str | None = None) -> Method:
     if name not in known:
         raise UsageError(f'method is one of {", ".join(known)}; got {name}')
     return METHODS[name]
+
+
+def kept_method(name: str) -> Kept | None:
+    """The method with this name, if its kept maps can be merged again."""
+    method: Any = METHODS[name]
+    return method if hasattr(method, 'LATER') else None
 
 
 def open_backbone(method: Method, options: Any, model: str, revision: str | None = None, **how: Any) -> Backbone | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,8 +19,8 @@ from padseg.methods.options import (
     check_options,
     filled,
     geometry_option,
+    in_list,
     model_settings,
-    option,
     own,
     plain_settings,
     require,
@@ -39,9 +39,22 @@ if TYPE_CHECKING:
 TASK = 'regions'
 FAMILIES = frozenset({'sd3', 'flux', 'unet', 'pixart'})
 BACKGROUND_BY_RULE = False
-LATER = ('tau', 'alpha', 'graph', 'clusters', 'tokens', 'refine', 'pamr_times', 'pamr_side', 'components', 'min_area')  # after the features
+# options that come after the features
+LATER = ('tau', 'alpha', 'graph', 'clusters', 'tokens', 'refine', 'pamr_times', 'pamr_side', 'components', 'min_area', 'levels')
 SWEPT = 'tau'
 FEATURES = ('output', 'keys', 'maps')
+PLAIN = {
+    'alpha': 10.0,
+    'graph': 'whole',
+    'clusters': 'cut',
+    'tokens': 1024,
+    'refine': 'none',
+    'pamr_times': 10,
+    'pamr_side': 256,
+    'components': False,
+    'min_area': 0.0,
+    'levels': (),
+}
 ENCODER = 'encoder'  # in place of a layer's name: the last one of a U-Net's encoder
 BLOCK = 'vit-block'
 
@@ -57,43 +70,50 @@ class DiffCutOptions:
         'cut in two wherever the normalised cut is below this; 0 cuts nothing, from 2 on each token is a region',
         range=Range('a number >= 0', 0, 1e9),
     )
-    alpha: float = option(10.0, 'power of the likeness of tokens', range=Range('a number in 0..1000', 0, 1001))
+    alpha: float = own('power of the likeness of tokens', range=Range('a number in 0..1000', 0, 1001), default='10.0')
     features: str = own(
         "what tokens are compared by: the self-attention's output, its keys, or the maps of the empty prompt's tokens", choices=FEATURES
     )
     layer: str = own("layer of the features, by number or name (vit-block4); encoder is the last one of a U-Net's encoder")
-    graph: str = option(
-        'whole',
+    graph: str = own(
         'tokens of a cut: all, or, as released, without those that have a likeness of 0 to any other',
         choices=('whole', 'released'),
+        default='whole',
     )
-    clusters: str = option(
-        'cut',
+    clusters: str = own(
         'regions by cuts, or by AutoSC, which needs no threshold; as released, it takes the vectors of the wrong exponent',
         choices=('cut', 'autosc', 'autosc-released'),
+        default='cut',
     )
-    tokens: int = option(1024, 'average features to at most so many tokens', range=Range('a whole number in 4..16384', 4, 16385))
+    tokens: int = own('average features to at most so many tokens', range=Range('a whole number in 4..16384', 4, 16385), default='1024')
     step: int = own('noise level: the n-th step from the end of the schedule, from 1', range=Range('a number from 1', 1))
     schedule: int = own('steps of the schedule', range=Range('a number of steps in 1..1000', 1, 1001))
     geometry: str = geometry_option()
     side: int = side_option()
-    refine: str = option(
-        'none',
+    refine: str = own(
         'how maps are enlarged: bilinear, guided by the edges of the picture (guided filter), or by pixel-adaptive refinement (PAMR)',
         choices=('none', 'guided', 'pamr'),
+        default='none',
     )
-    pamr_times: int = option(10, 'how often PAMR mixes neighbours', range=Range('a whole number in 1..1000', 1, 1001))
-    pamr_side: int = option(
-        256, "side in pixels of PAMR's masks (of the square with the same area)", range=Range('a number of pixels in 16..4096', 16, 4097)
+    pamr_times: int = own('how often PAMR mixes neighbours', range=Range('a whole number in 1..1000', 1, 1001), default='10')
+    pamr_side: int = own(
+        "side in pixels of PAMR's masks (of the square with the same area)",
+        range=Range('a number of pixels in 16..4096', 16, 4097),
+        default='256',
     )
-    components: bool = option(False, 'split regions into connected components')
-    min_area: float = option(
-        0.0, 'merge regions below this share of the picture into the neighbour with the longest common border', range=SHARE
+    components: bool = own('split regions into connected components', default='False')
+    min_area: float = own(
+        'merge regions below this share of the picture into the neighbour with the longest common border', range=SHARE, default='0.0'
     )
+    levels: tuple[float, ...] = own('also write nested label maps at these thresholds, such as 0.2,0.5', default='none')
     seed: int = seed_option()
 
     def __post_init__(self) -> None:
         check_options(self)
+        levels = self.levels or ()
+        require(
+            all(0 <= tau < 1e9 for tau in levels) and len(set(levels)) == len(levels), f'levels are numbers >= 0; got {in_list(levels)}'
+        )
 
     def resolve(self, spec: Spec) -> DiffCutOptions:
         """Fill in everything left open for a model. UsageError for a layer or step that the model does not have."""
@@ -119,7 +139,7 @@ def settings_of(spec: Spec) -> dict[str, Any]:
     if spec.family in ('sd3', 'flux'):
         step = seg4diff.settings_of(spec)['step']
         released = {'tau': 0.3, 'features': 'maps', 'layer': str(spec.layer), 'step': step, 'schedule': spec.steps, 'side': spec.side}
-    return model_settings(DiffCutOptions, 'diffcut', spec, released)
+    return model_settings(DiffCutOptions, 'diffcut', spec, {**PLAIN, **released})
 
 
 def number_of(layer: str) -> int | None:
@@ -163,6 +183,16 @@ def prepare(backbone: Backbone, options: DiffCutOptions, classes: Sequence[str] 
     return Prepared(resolved, layer, backbone)
 
 
+def without_model(options: DiffCutOptions) -> Prepared:
+    """The method, ready for features that were kept. options: resolved."""
+    return Prepared(options, -1, None)
+
+
+def are_shares(options: DiffCutOptions) -> bool:
+    """Whether what is kept are shares of attention."""
+    return options.features == 'maps'
+
+
 def maps(images: Sequence[Image], prepared: Prepared, names: Sequence[str] = ()) -> list[TokenMaps]:
     """The features of the layer's image tokens, (C, h, w) for each picture."""
     from padseg.methods.stages.self_attention import features_of_layer
@@ -174,37 +204,83 @@ def maps(images: Sequence[Image], prepared: Prepared, names: Sequence[str] = ())
     return stages.batched(latents, backbone, partial(features_of_layer, backbone=backbone, layer=layer, of=options.features))
 
 
+def proposals(maps: TokenMaps, options: DiffCutOptions) -> Proposals:
+    """What pixels are divided by, (K, h, w); their numbers are those of the released code."""
+    features, regions_at = tokens_of(maps, options)
+    return scored(features, regions_at(options.tau), maps)
+
+
 def labels(image: Image, maps: TokenMaps, prepared: Prepared) -> LabelMap:
     """Cut tokens into regions and segment the picture by the regions' mean features, (H, W), without a forward pass."""
+    options = prepared.options
+    features, regions_at = tokens_of(maps, options)
+    regions = divided(image, scored(features, regions_at(options.tau), maps), options)
+    if not options.levels:
+        return regions
+    taus = sorted(options.levels)
+    finest = regions_at(taus[-1])  # (N,)
+    return regions._replace(
+        levels=nested(divided(image, scored(features, finest, maps), options), finest, [regions_at(tau) for tau in taus])
+    )
+
+
+def nested(found: LabelMap, finest: Array, levels: Sequence[Array]) -> tuple[Array, ...]:
+    """Label maps at all levels, from coarse to fine, each of which divides the regions of the one before it.
+
+    The finest is a label map as any other; those before it join its regions as the tree of cuts does. finest, levels: regions of tokens.
+    """
+    import numpy as np
+
+    maps = []
+    for regions in levels:
+        joined = dict(zip(finest.tolist(), regions.tolist(), strict=True))
+        numbers = np.array([-1, *(joined[region] for (region,) in found.tokens)])
+        pixels = numbers[found.labels]
+        maps.append(np.where(found.labels > 0, stages.as_regions(pixels).labels, 0))
+    return tuple(maps)
+
+
+def divided(image: Image, proposals: Proposals, options: DiffCutOptions) -> LabelMap:
+    """Give each pixel to the region that it is most like."""
     import torch
 
-    options = prepared.options
-    scores = torch.from_numpy(scores_of(maps, options))  # (K, h, w)
-    proposals = Proposals(scores, tuple((number,) for number in range(len(scores))), maps.frame)
-    if options.refine == 'pamr':
+    refine = options.refine
+    if refine == 'pamr':
         proposals, refine = proposals._replace(maps=torch.from_numpy(pamr_masks(image, proposals, options))), 'none'
-    else:
-        refine = options.refine
     return stages.label_map(proposals, None, options.components, options.min_area, image, refine)
 
 
-def scores_of(maps: TokenMaps, options: DiffCutOptions) -> Array:
-    """The likeness of each token to the mean feature of each region, (K, h, w) float64.
+class Features(NamedTuple):
+    """Features of length 1. every: (h w, C); few: (N, C), those that are cut, averaged from them."""
 
-    Since it is linear in the features, it can be enlarged in their place.
-    """
+    every: Array
+    few: Array
+
+
+def tokens_of(maps: TokenMaps, options: DiffCutOptions) -> tuple[Features, Callable[[float], Array]]:
+    """Features of length 1, and a function from a threshold among the options to the region of each token that is cut, (N,)."""
     from padseg.methods.stages import normalised_cut as cuts
 
     values = maps.maps.double().cpu()  # (C, h, w)
     if options.features == 'maps':
         values = (values / values.sum(0).clamp_min(1e-12)).sqrt()  # shares of a pixel; then they have a length of 1
-    features, few = ((cuts.unit(own.flatten(1).T.numpy())) for own in (values, averaged(values, options.tokens)))
-    if options.clusters == 'cut':
-        tree = cuts.cut_tree(cuts.affinity(few, options.alpha), options.tau, options.graph == 'released')
-        regions = cuts.token_labels(tree, options.tau)  # (N,)
-    else:
-        regions = cuts.automatic_clusters(few, options.clusters == 'autosc-released')
-    return (cuts.prototypes(few, regions) @ features.T).reshape(-1, *values.shape[1:])
+    features = Features(*(cuts.unit(own.flatten(1).T.numpy()) for own in (values, averaged(values, options.tokens))))
+    if options.clusters != 'cut':
+        clusters = cuts.automatic_clusters(features.few, options.clusters == 'autosc-released')
+        return features, lambda tau: clusters
+    highest = max(options.tau, *options.levels, 0)
+    tree = cuts.cut_tree(cuts.affinity(features.few, options.alpha), highest, options.graph == 'released')
+    return features, partial(cuts.token_labels, tree)
+
+
+def scored(features: Features, regions: Array, maps: TokenMaps) -> Proposals:
+    """The likeness of each token to the mean feature of each region. It is linear in the features, so it can be enlarged in their place."""
+    import torch
+
+    from padseg.methods.stages.normalised_cut import prototypes
+
+    scores = (prototypes(features.few, regions) @ features.every.T).reshape(-1, *maps.maps.shape[1:])  # (K, h, w)
+    return Proposals(torch.from_numpy(scores), tuple((number,) for number in range(len(scores))), maps.frame)
 
 
 def averaged(values: Any, most: int) -> Any:

@@ -41,8 +41,8 @@ FAMILIES = frozenset({'unet'})
 BACKGROUND_BY_RULE = False
 LATER = ('refine', 'components', 'min_area')  # options that come after the proposals
 SWEPT = None  # proposals are what is kept, and they depend on the threshold
-DATASETS: Mapping[str, Mapping[str, Any]] = {'cocostuff27': {'threshold': 1.1}, 'cityscapes27': {'threshold': 0.9}}  # of the paper
-RELEASED = {'threshold': 0.9, 'step': 300, 'schedule': 1000}
+DATASETS: Mapping[str, Mapping[str, Any]] = {'coco-stuff27': {'threshold': 1.1}, 'cityscapes27': {'threshold': 0.9}}  # of the paper
+RELEASED = {'threshold': 0.9, 'step': 300, 'schedule': 1000, 'refine': 'none', 'components': False, 'min_area': 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +68,12 @@ class DiffSegOptions:
     schedule: int = own('steps of the schedule', range=Range('a number of steps in 1..1000', 1, 1001))
     geometry: str = geometry_option()
     side: int = side_option()
-    refine: str = option(
-        'none', 'how maps are enlarged: bilinear, or guided by the edges of the picture (guided filter)', choices=REFINEMENTS
+    refine: str = own(
+        'how maps are enlarged: bilinear, or guided by the edges of the picture (guided filter)', choices=REFINEMENTS, default='none'
     )
-    components: bool = option(False, 'split regions into connected components')
-    min_area: float = option(
-        0.0, 'merge regions below this share of the picture into the neighbour with the longest common border', range=SHARE
+    components: bool = own('split regions into connected components', default='False')
+    min_area: float = own(
+        'merge regions below this share of the picture into the neighbour with the longest common border', range=SHARE, default='0.0'
     )
     seed: int = seed_option()
 
@@ -114,6 +114,11 @@ def prepare(backbone: Backbone, options: DiffSegOptions, classes: Sequence[str] 
     return Prepared(options.resolve(backbone.spec), backbone)
 
 
+def without_model(options: DiffSegOptions) -> Prepared:
+    """The method, ready for proposals that were kept. options: resolved."""
+    return Prepared(options, None)
+
+
 def maps(images: Sequence[Image], prepared: Prepared, names: Sequence[str] = ()) -> list[TokenMaps]:
     """The proposals, (M, h, w) for each picture, whose values sum to 1 (DiffSeg, Sec. 3.2 and 3.3)."""
     options, backbone = prepared.options, prepared.backbone
@@ -134,19 +139,23 @@ def proposals_of(latents: Sequence[Latent], backbone: Backbone, options: DiffSeg
     found = []
     for number, latent in enumerate(latents):
         every = merging.aggregated_maps({own: maps[number] for own, maps in by_grid.items()}, grid)  # (N, N)
-        proposals = merging.merged(every, points, (options.threshold,) * options.passes, options.comparison == 'float16')
+        means = merging.merged(every, points, (options.threshold,) * options.passes, options.comparison == 'float16')
         if options.kmeans:
-            proposals = merging.clustered(every, proposals)
-        kept = proposals.float().unflatten(1, grid)
+            means = merging.clustered(every, means)
+        kept = means.float().unflatten(1, grid)
         found.append(TokenMaps(kept, tuple(f'proposal {own}' for own in range(len(kept))), latent.frame))
     return found
+
+
+def proposals(maps: TokenMaps, options: DiffSegOptions) -> Proposals:
+    """What pixels are divided by; their numbers are those of the released code."""
+    return Proposals(maps.maps.double(), tuple((number,) for number in range(len(maps.maps))), maps.frame)
 
 
 def labels(image: Image, maps: TokenMaps, prepared: Prepared) -> LabelMap:
     """Segment the picture by its proposals, (H, W), without a forward pass (DiffSeg, Sec. 3.4)."""
     options = prepared.options
-    proposals = Proposals(maps.maps.double(), tuple((number,) for number in range(len(maps.maps))), maps.frame)
-    return stages.label_map(proposals, None, options.components, options.min_area, image, options.refine)
+    return stages.label_map(proposals(maps, options), None, options.components, options.min_area, image, options.refine)
 
 
 def recorded(options: DiffSegOptions, spec: Spec) -> dict[str, Setting]:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from padseg.backbones import Backbone
     from padseg.backbones.spec import Spec
     from padseg.methods.options import Setting
-    from padseg.types import Image, LabelMap, TokenMaps
+    from padseg.types import Image, LabelMap, Proposals, TokenMaps
 
 TASK = 'regions'
 FAMILIES = frozenset({'sd3', 'flux'})
@@ -114,6 +114,11 @@ def prepare(backbone: Backbone, options: Options, classes: Sequence[str] = (), k
     return Prepared(resolved, settings_of(backbone.spec), backbone)
 
 
+def without_model(options: Options) -> Prepared:
+    """The method, ready for token maps that were kept. options: resolved."""
+    return Prepared(options, {}, None)
+
+
 def maps(images: Sequence[Image], prepared: Prepared, names: Sequence[str] = ()) -> list[TokenMaps]:
     """Token maps of the empty prompt in the expert block, (T, h, w) for each picture (Seg4Diff, Eq. 10)."""
     options, settings, backbone = prepared
@@ -123,12 +128,17 @@ def maps(images: Sequence[Image], prepared: Prepared, names: Sequence[str] = ())
     return [picture_maps._replace(settings=settings) for picture_maps in token_maps]
 
 
+def proposals(maps: TokenMaps, options: Options) -> Proposals:
+    """What pixels are divided by, (M, h, w); their numbers are those of the released code."""
+    return stages.merge(maps, options.threshold, options.normalisation)
+
+
 def labels(image: Image, maps: TokenMaps, prepared: Prepared) -> LabelMap:
     """Merge token maps to proposals and segment the picture by them, (H, W), without a forward pass (Seg4Diff, Sec. 4.2)."""
     options = prepared.options
-    proposals = stages.merge(maps, options.threshold, options.normalisation)  # (M, h, w)
+    merged = proposals(maps, options)  # (M, h, w)
     inside = stages.superpixels_of(image, options.superpixels) if options.superpixels else None  # (H, W)
-    return stages.label_map(proposals, inside, options.components, options.min_area, image, options.refine, options.join)  # (H, W)
+    return stages.label_map(merged, inside, options.components, options.min_area, image, options.refine, options.join)  # (H, W)
 
 
 def recorded(options: Options, spec: Spec) -> dict[str, Setting]:

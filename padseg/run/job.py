@@ -9,7 +9,7 @@ import reprlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import PIL.ImageColor
 import pydantic
@@ -67,7 +67,7 @@ class Job(NamedTuple):
 
 def outputs(name: str, job: Job) -> dict[str, str]:
     """Where the results of a picture go, relative to the output folder, by format."""
-    asked = {'overlays': job.overlay, 'maps': job.save_maps}  # the others always
+    asked = {'overlays': job.overlay, 'maps': job.save_maps, 'levels': bool(getattr(job.options, 'levels', ()))}  # the others always
     return {key: place for key, place in places(name).items() if asked.get(key, True)}
 
 
@@ -203,9 +203,15 @@ def options_from(kind: type[Kind], settings: Mapping[str, Setting]) -> Kind:
         raise OutputConflict(f'the recorded settings lack {lacking[0]}')
     infinite = {name: math.inf for name in names if settings[name] == str(math.inf) and kind_of(kind, name)[0] is float}
     try:
-        return kind(**{**{name: settings[name] for name in names}, **infinite})
-    except UsageError as error:
+        several = {name: parsed(kind, name, settings[name]) for name in names if kind_of(kind, name)[1]}
+        return kind(**{**{name: settings[name] for name in names}, **infinite, **several})
+    except (UsageError, ValueError) as error:
         raise OutputConflict(f'the recorded settings are not those of a run: {str(error)[:200]}') from error
+
+
+def parsed(kind: type[MethodOptions], name: str, text: Setting) -> tuple[Any, ...]:
+    """The values of a field that holds several, as `plain_settings` writes them. ValueError for others."""
+    return tuple(kind_of(kind, name)[0](part) for part in str(text).split(', ') if part)
 
 
 def settings_complaint(error: pydantic.ValidationError) -> str:

@@ -136,8 +136,11 @@ def of_memory(error: Exception) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or 'DefaultCPUAllocator' in str(error)
 
 
-def by_maps(out: Path, known: dict[str, str | None], options: ViewOptions, taken: list[Taken]) -> list[Taken]:
-    """Read the token maps of a batch that the run in `out` kept. Pictures without maps, or that differ from the ones mapped, fail."""
+def by_maps(out: Path, known: dict[str, str | None], options: ViewOptions, taken: list[Taken], **what: bool) -> list[Taken]:
+    """Read the maps of a batch that the run in `out` kept. Pictures without maps, or that differ from the ones mapped, fail.
+
+    what: `shares` and `halved` of `maps_of_picture`.
+    """
     from padseg.methods.stages.saved_maps import maps_of_picture
 
     mapped_pictures = []
@@ -147,7 +150,7 @@ def by_maps(out: Path, known: dict[str, str | None], options: ViewOptions, taken
         try:
             if known.get(picture.entry.input) != picture.entry.sha256:
                 raise ImageError('there are no token maps for this picture: run the model with --save-maps')
-            maps = maps_of_picture(inside(out, f'maps/{picture.entry.input}.npz'), (height, width), options)
+            maps = maps_of_picture(inside(out, f'maps/{picture.entry.input}.npz'), (height, width), options, **what)
         except (ImageError, OutputConflict) as error:
             fail(picture.entry, ImageError(str(error)))
             mapped_pictures.append(picture._replace(image=None))

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from padseg.errors import ModelUnavailable, NoImages, OutputConflict, PadsegError, UsageError
-from padseg.methods import METHODS, Method, check_settings, method_named, open_backbone, seg4diff
+from padseg.methods import METHODS, Method, check_settings, kept_method, method_named, open_backbone, seg4diff
 from padseg.methods.options import Setting, plain_settings
 from padseg.run.job import Job, method_settings, naming_settings, options_from, reading_settings, requested, settings_from
 from padseg.run.locks import all_records
@@ -205,13 +205,15 @@ def torch_threads() -> int:
 
 
 def from_maps(job: Job) -> tuple[Stages, Run]:
-    """Prepare Seg4Diff with token maps that an earlier run stored. Raises NoImages if there are none."""
-    assert job.maps is not None
+    """Prepare a method with the maps that an earlier run of it stored. Raises NoImages if there are none."""
+    method = kept_method(job.method)
+    assert job.maps is not None and method
     made = run_of_maps(job)
     settings = settings_of_maps(job, made)
     entries = (entry_of(record) for record in all_records(job.maps).values())
     known = {entry.input: entry.sha256 for entry in entries if 'maps' in entry.outputs}
-    prepared = seg4diff.Prepared(options_from(seg4diff.Options, settings), {}, None)
+    prepared = method.without_model(options_from(method.Options, settings))
+    what = {'shares': getattr(method, 'are_shares', lambda options: True)(prepared.options), 'halved': 'unet' in method.FAMILIES}
     record = made.model_copy(
         update={
             'status': 'running',
@@ -226,7 +228,7 @@ def from_maps(job: Job) -> tuple[Stages, Run]:
             'stamp': None,
         }
     )
-    return Stages(partial(by_maps, job.maps, known, prepared.options), partial(seg4diff.labels, prepared=prepared)), record
+    return Stages(partial(by_maps, job.maps, known, prepared.options, **what), partial(method.labels, prepared=prepared)), record
 
 
 def run_of_maps(job: Job) -> Run:
@@ -249,7 +251,9 @@ def settings_of_maps(job: Job, made: Run) -> dict[str, Setting]:
 
     The number of threads is left out where label maps do not depend on it, as with float32.
     """
-    changes = {name: value for name, value in plain_settings(job.options).items() if name in seg4diff.LATER and value is not None}
+    method = kept_method(job.method)
+    later = method.LATER if method else ()
+    changes = {name: value for name, value in plain_settings(job.options).items() if name in later and value is not None}
     settings = {**made.settings, **changes}
     if not decides(job, made.device, made.dtype):
         settings.pop('threads', None)

@@ -11,7 +11,7 @@ from padseg.system.disk import free_space, human
 
 # Bytes on disk per picture pixel, in blocks of 4096: 40 photographs of 481 x 321 with 13 regions each took 0.04, 0.38, 0.35
 # and 0.14 (padseg run --dir BSDS500/val --limit 40 --overlay --coco).
-PER_PIXEL = {'labels': 0.05, 'masks': 0.4, 'overlays': 0.4, 'coco': 0.15}
+PER_PIXEL = {'labels': 0.05, 'masks': 0.4, 'overlays': 0.4, 'levels': 0.1, 'coco': 0.15}
 RECORD = 1000  # bytes of a line in the manifest
 SAMPLE = 64  # pictures whose size is read
 LOOK, LOOKS = 0.5, 5.0  # seconds that reading the size of one picture, and of all, may take

@@ -7,12 +7,14 @@ import json
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image as PillowImage
 
 from padseg.backbones.recorder import Request, watch
 from padseg.backbones.spec import BACKBONES
 from padseg.commands import main
+from padseg.datasets.rows import DATASETS
 from padseg.errors import UsageError
 from padseg.images import as_image
 from padseg.methods import diffcut, diffseg, open_backbone, seg4diff, stages
@@ -36,7 +38,9 @@ def test_diffseg_reads_the_self_attention_of_all_layers(unets, picture, kind):
     latent = stages.encode_without_noise(picture, scheduled, prepared.options)
     layers = range(len(backbone.layer_names()))
     requests = {
-        layer: Request(backbone.self_attention_module(layer), lambda seen: (seen.query @ seen.key.mT / seen.query.shape[3] ** 0.5).softmax(3))
+        layer: Request(
+            backbone.self_attention_module(layer), lambda seen: (seen.query @ seen.key.mT / seen.query.shape[3] ** 0.5).softmax(3)
+        )
         for layer in layers
     }
     with torch.no_grad(), watch(requests) as kept:
@@ -170,7 +174,17 @@ def test_only_what_is_read_is_loaded(sd3_folder):
 def test_runs(unet_folders, picture, tmp_path, method, capsys):
     (tmp_path / 'in').mkdir()
     PillowImage.fromarray(picture).save(tmp_path / 'in' / 'a.png')
-    command = ['run', '--method', method, '--model', str(unet_folders['ssd']), '--dir', str(tmp_path / 'in'), '--out', str(tmp_path / 'out')]
+    command = [
+        'run',
+        '--method',
+        method,
+        '--model',
+        str(unet_folders['ssd']),
+        '--dir',
+        str(tmp_path / 'in'),
+        '--out',
+        str(tmp_path / 'out'),
+    ]
     command += ['--side', '64', '--save-maps', '-q']
     assert main(command) == 0
     record = json.loads((tmp_path / 'out' / 'run.json').read_text())
@@ -182,6 +196,67 @@ def test_runs(unet_folders, picture, tmp_path, method, capsys):
     assert main(command) == 0  # nothing is left to do
     assert main(['run', '--method', method, '--help']) == 0
     assert {'diffseg': '--anchors', 'diffcut': '--tau'}[method] in capsys.readouterr().out
+
+
+def test_kept_features_are_cut_again(sd3_folder, picture, tmp_path):
+    source, kept, again, whole = (tmp_path / name for name in ('in', 'kept', 'again', 'whole'))
+    source.mkdir()
+    PillowImage.fromarray(picture).save(source / 'a.png')
+    run = ['run', '--method', 'diffcut', '--features', 'keys', '--model', str(sd3_folder), '--dir', str(source), '-q']
+    assert main([*run, '--out', str(kept), '--save-maps', '--alpha', '4']) == 0
+    later = ['--tau', '1.2', '--levels', '0.5,2,0.9']
+    assert main(['merge', str(kept), '--out', str(again), '-q', *later]) == 0
+    assert main([*run, '--out', str(whole), '--alpha', '4', *later]) == 0
+    for name in ('labels/a.png.png', 'levels/a.png.tif'):
+        assert (again / name).read_bytes() == (whole / name).read_bytes()
+    assert json.loads((again / 'run.json').read_text())['settings']['alpha'] == 4
+    levels = tifffile.imread(again / 'levels' / 'a.png.tif')
+    counts = [len(np.unique(level)) for level in levels]
+    assert levels.shape == (3, *picture.shape[:2]) and counts == sorted(counts) and counts[-1] > counts[0] and levels.min() == 1
+    for coarse, fine in zip(levels, levels[1:], strict=False):
+        assert len({*zip(coarse.ravel().tolist(), fine.ravel().tolist(), strict=True)}) == len(np.unique(fine))
+    assert main(['merge', str(again), '--out', str(tmp_path / 'none'), '-q']) == 5  # which kept no maps
+
+
+def test_proposals_are_merged_again_only_in_what_comes_after_them(unet_folders, picture, tmp_path):
+    (tmp_path / 'in').mkdir()
+    PillowImage.fromarray(picture).save(tmp_path / 'in' / 'a.png')
+    out = str(tmp_path / 'out')
+    run = ['run', '--method', 'diffseg', '--model', str(unet_folders['sd15']), '--threshold', '0.001', '--dir', str(tmp_path / 'in')]
+    assert main([*run, '--out', out, '--save-maps', '-q']) == 0
+    assert main(['merge', out, '--out', str(tmp_path / 'large'), '--min-area', '0.5', '-q']) == 0
+    few, many = (np.asarray(PillowImage.open(folder / 'labels' / 'a.png.png')) for folder in (tmp_path / 'large', tmp_path / 'out'))
+    assert few.max() < many.max()
+    assert main(['merge', out, '--out', str(tmp_path / 'no'), '--threshold', '0.5', '-q']) == 2
+
+
+@pytest.mark.parametrize(('protocol', 'method'), [('diffseg', 'diffseg'), ('diffcut', 'diffcut')])
+def test_evaluation_by_the_protocols_of_their_papers(unet_folders, picture, tmp_path, protocol, method):
+    for folder in ('images', 'labels'):
+        (tmp_path / folder).mkdir()
+    PillowImage.fromarray(picture).save(tmp_path / 'images' / 'a.png')
+    PillowImage.fromarray((picture[..., 0] > 99).astype(np.uint8)).save(tmp_path / 'labels' / 'a.png')
+    command = ['eval', 'folder', '--root', str(tmp_path), '--num-classes', '2', '--protocol', protocol, '--method', method]
+    command += ['--model', str(unet_folders['ssd']), '--side', '64', '--out', str(tmp_path / 'out'), '-q']
+    assert main(command) == 0
+    source = json.loads((tmp_path / 'out' / 'scores.json').read_text())['settings']['predictions']
+    assert source['method'] == method and source['numbers'] == 'of proposals, from 0'
+
+
+def test_thresholds_of_cuts_are_swept_on_kept_features(sd3_folder, picture, tmp_path):
+    for folder in ('images', 'labels'):
+        (tmp_path / folder).mkdir()
+    PillowImage.fromarray(picture).save(tmp_path / 'images' / 'a.png')
+    PillowImage.fromarray((picture[..., 0] > 99).astype(np.uint8)).save(tmp_path / 'labels' / 'a.png')
+    command = ['eval', 'folder', '--root', str(tmp_path), '--regions', '--sweep', '0,0.9', '--model', str(sd3_folder), '-q']
+    assert main([*command, '--method', 'diffcut', '--out', str(tmp_path / 'out')]) == 0
+    assert [path.suffix for path in (tmp_path / 'out' / 'maps').iterdir()] == ['.npz']
+    refused = [*command[:-3], '--model', 'tiny', '--method', 'diffseg', '--out', str(tmp_path / 'no')]
+    assert main(refused) == 2
+
+
+def test_thresholds_by_data_set():
+    assert diffseg.DATASETS.keys() <= DATASETS.keys()
 
 
 def test_one_picture_gives_the_same_alone_and_in_a_batch(unets, picture):

@@ -35,7 +35,7 @@ def aggregated_maps(maps: Mapping[Grid, Tensor], to: Grid) -> Tensor:
     result = None
     for grid in sorted(maps, key=math.prod, reverse=True):
         own = resized_keys(maps[grid][None], grid, to)[0]
-        own = own.mul_((weights[grid] / own.sum(1, keepdim=True)))
+        own = own.mul_(weights[grid] / own.sum(1, keepdim=True))
         if result is None:
             result = own if grid == to else own[source_pixels(grid, to).to(own.device)]
         else:
@@ -61,8 +61,8 @@ def axis_points(length: int, count: int) -> Tensor:
 def first_pass(maps: Tensor, points: Tensor, threshold: float, half: bool = False) -> tuple[Tensor, Tensor]:
     """The mean of all maps that are nearer to each anchor than the threshold: (N, N), (M,) -> (M, N) float64, and their numbers (M,).
 
-    half: compare in 16 bits, as the released code does: small values are 0 there, and a map with one is near to none, not to itself. Anchors
-    without members are left out.
+    half: compare in 16 bits, as the released code does: small values are 0 there, and a map with one is near to none, not even to itself.
+    Anchors without members are left out.
     """
     centres = maps[points].double()  # (M, N)
     logs = centres.clamp_min(EPS).log_()
@@ -104,7 +104,7 @@ def later_pass(proposals: Tensor, threshold: float) -> Tensor:
 
 
 def merged(maps: Tensor, points: Tensor, thresholds: tuple[float, ...], half: bool = False) -> Tensor:
-    """Sec. 3.3: proposals from all maps, in as many passes as there are thresholds: (N, N), (M,) -> (M', N) float64, in order of anchors."""
+    """Sec. 3.3: proposals from all maps, in a pass for each threshold: (N, N), (M,) -> (M', N) float64, in order of anchors."""
     proposals, _ = first_pass(maps, points, thresholds[0], half)
     for threshold in thresholds[1:]:
         proposals = later_pass(proposals, threshold)

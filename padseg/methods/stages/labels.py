@@ -206,4 +206,5 @@ def unassign(labels: LabelMap, void: Array) -> LabelMap:
         return labels._replace(labels=np.where(void, 0, labels.labels))
     regions = runs_of(np.where(void, 0, labels.labels))
     order, numbered = relabel(regions, np.arange(len(regions.names)))
-    return LabelMap(numbered, tuple(labels.tokens[name - 1] for name in regions.names[order].tolist()))
+    levels = tuple(np.where(void, 0, level) for level in labels.levels)
+    return LabelMap(numbered, tuple(labels.tokens[name - 1] for name in regions.names[order].tolist()), levels=levels)

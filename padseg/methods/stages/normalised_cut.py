@@ -144,7 +144,10 @@ def cut_tree(weights: Array, tau: float, released: bool = False) -> Tree:
         tree.append(Cut(tokens, level, graph, value, side))
         if value < tau:
             first = graph[side]
-            waiting += [(np.setdiff1d(tokens, first, assume_unique=True), level + 1, len(tree) - 1, 1), (first, level + 1, len(tree) - 1, 0)]
+            waiting += [
+                (np.setdiff1d(tokens, first, assume_unique=True), level + 1, len(tree) - 1, 1),
+                (first, level + 1, len(tree) - 1, 0),
+            ]
     return tree
 
 

@@ -88,9 +88,10 @@ def read_maps(path: Path, made_by: str = '') -> TokenMaps | None:
         return None
 
 
-def maps_of_picture(path: Path, size: tuple[int, int], options: ViewOptions) -> TokenMaps:
+def maps_of_picture(path: Path, size: tuple[int, int], options: ViewOptions, shares: bool = True, halved: bool = False) -> TokenMaps:
     """Read the token maps of a picture of a size (H, W), made with these view options.
 
+    shares: whether they are shares of attention; halved: whether their grid may be of a U-Net, which rounds up where it halves.
     Raises ImageError with the reason if there are none, or if they are damaged, of another size, or not shares of attention.
     """
     try:
@@ -99,25 +100,28 @@ def maps_of_picture(path: Path, size: tuple[int, int], options: ViewOptions) -> 
         raise ImageError('there are no token maps for this picture: run the model with --save-maps') from error
     if maps is None or maps.frame != Frame(size, seen_box(size, options.geometry)):
         raise ImageError('its token maps belong to another picture, or were not kept by a run')
-    if not is_view(maps.maps.shape[1:], size, options):
+    if not is_view(maps.maps.shape[1:], size, options, halved):
         raise ImageError(f'its token maps are {maps.maps.shape[2]}x{maps.maps.shape[1]}, which no model makes for a picture of this size')
-    if not (maps.maps.min() >= 0 and maps.maps.max() <= 1 + ABOVE_ONE):  # written so that NaN is refused too
+    if shares and not (maps.maps.min() >= 0 and maps.maps.max() <= 1 + ABOVE_ONE):  # written so that NaN is refused too
         raise ImageError('its token maps are not shares of attention: some values are outside 0..1')
     return maps
 
 
-def is_view(shape: tuple[int, ...], size: tuple[int, int], options: ViewOptions) -> bool:
+def is_view(shape: tuple[int, ...], size: tuple[int, int], options: ViewOptions, halved: bool = False) -> bool:
     """Whether some model could have tokens (h, w) for its view of a picture: one per square of pixels, up to a limit per side."""
     if options.geometry != 'whole':
         return shape[0] == shape[1] and options.side % shape[0] == 0
     scale = options.side / math.sqrt(size[0] * size[1])
     lengths = [length * scale for length in size]
-    return any(all(fits(tokens, length / pixels, max(shape)) for tokens, length in zip(shape, lengths, strict=True)) for pixels in SQUARES)
+    further = 1 if halved else 0
+    return any(
+        all(fits(tokens, length / pixels, max(shape), further) for tokens, length in zip(shape, lengths, strict=True)) for pixels in SQUARES
+    )
 
 
-def fits(tokens: int, length: float, limit: int) -> bool:
-    """Whether a number of tokens is `length` rounded, or the limit."""
-    return tokens == min(limit, max(1, round(length)))
+def fits(tokens: int, length: float, limit: int, further: int = 0) -> bool:
+    """Whether a number of tokens is `length` rounded, or that much more, or the limit."""
+    return tokens in {min(limit, max(1, round(length) + more)) for more in range(further + 1)}
 
 
 def unpacked(path: Path, made_by: str = '') -> TokenMaps | None:
