@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from padseg.errors import ModelUnavailable, UsageError
-from padseg.methods import classical, goca, open_vocabulary, seg4diff
+from padseg.methods import classical, concepts, goca, open_vocabulary, seg4diff
 from padseg.methods.options import refuse_family
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ METHODS: dict[str, Method] = {
     'seg4diff': seg4diff,
     'open-vocabulary': open_vocabulary,
     'goca': goca,
+    'concepts': concepts,
     'felzenszwalb': classical.FELZENSZWALB,
     'slic-rag': classical.SLIC_RAG,
     'kmeans': classical.KMEANS,

@@ -5,7 +5,9 @@ Axes: B pictures, K concepts, N = h w image tokens, C = heads times their width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,11 +15,14 @@ from torch import Tensor
 
 from padseg.backbones import Backbone
 from padseg.backbones.cpu_attention import by_rows
-from padseg.backbones.recorder import Request, What, watch
-from padseg.backbones.third_stream import Places, places_of, third_stream, with_concepts
+from padseg.backbones.recorder import What, requests_of, watch
+from padseg.backbones.third_stream import Places, picked, places_of, third_stream, with_concepts
+from padseg.backbones.texts import Texts
 from padseg.errors import NotFinite
-from padseg.methods.stages.aggregation import quotient
+from padseg.methods.stages.aggregation import image_map, quotient
 from padseg.methods.stages.attention import token_attention
+from padseg.methods.stages.prompts import prompt_of, split
+from padseg.methods.stages.self_attention import mean_of, refined_by
 from padseg.types import Attention, Latent, Prompt
 
 
@@ -32,7 +37,8 @@ class Reading(NamedTuple):
     """What to read. layers: by number; read: outputs or attention; normalise: none, linear or length; softmax: over concepts.
 
     sees: what concepts attend to, one of SEES; pooled: (1, E), their own pooled vector, or None for the prompt's. guidance: as for
-    `Backbone.denoise`. pads: a layer whose attention from image to the prompt's picked tokens is kept besides, or None.
+    `Backbone.denoise`. refine: layers whose mean self-attention refines the maps, `order` times. pads: a layer whose attention from
+    image to the prompt's picked tokens is kept besides, or None.
     """
 
     layers: tuple[int, ...]
@@ -42,14 +48,50 @@ class Reading(NamedTuple):
     sees: str = 'both'
     pooled: Tensor | None = None
     guidance: float | None = None
+    refine: tuple[int, ...] = ()
+    order: int = 0
     pads: int | None = None
 
 
 class ConceptMaps(NamedTuple):
-    """maps: (B, K, h, w) float32, the mean over layers; pads: (B, T, h, w), or None."""
+    """maps: (B, K, h, w), the mean over layers; pads: (B, T, h, w) float32, or None."""
 
     maps: Tensor
     pads: Tensor | None
+
+
+class Wanted(NamedTuple):
+    """How names become prompts, see `PromptOptions`."""
+
+    prompt: str
+    encoders: str
+    unused: str
+    columns: str
+    blanks: bool
+
+
+def concepts_of(names: Sequence[str], texts: Texts, encoders: str, columns: str, tokens: str, wording: str) -> Concepts:
+    """Encode names with the encoders whose columns are read. tokens: mean or first; wording: alone or joined.
+
+    UsageError for a name that is too long or has no tokens.
+    """
+    wanted = Wanted('joined', encoders, 'zeros', columns, tokens == 'first')  # the released code takes whatever comes first, a blank too
+    texts_of_names = [split([name], texts, wanted) for name in names] if wording == 'alone' else [split(names, texts, wanted)]
+    embeds: list[Tensor] = []
+    owners: list[int] = []
+    weights: list[float] = []
+    for prompt in [prompt_of(own, texts, wanted) for several in texts_of_names for own in several]:
+        seen = set()
+        for column, name, weight in zip(prompt.picked, prompt.names, prompt.weights, strict=True):
+            if tokens == 'first' and name in seen:
+                continue
+            seen.add(name)
+            embeds.append(prompt.embeds[:, column])
+            owners.append(names.index(name))
+            weights.append(1.0 if tokens == 'first' else weight)
+    shares = torch.zeros(len(names), len(owners), dtype=torch.float64)
+    shares[owners, range(len(owners))] = torch.tensor(weights, dtype=torch.float64)
+    return Concepts(torch.stack(embeds, 1), shares)
 
 
 def linear_normalised(concepts: Tensor) -> Tensor:
@@ -75,39 +117,41 @@ def concept_maps(latents: Sequence[Latent], backbone: Backbone, prompt: Prompt, 
     """Maps of concepts for latents with the same shape and noise level, from one forward pass."""
     z, timestep = torch.cat([latent.z for latent in latents]), latents[0].timestep
     grid = backbone.grid(0, tuple(z.shape))
+    count, first = math.prod(grid), backbone.first_image_token(prompt)
     together = with_concepts(prompt, concepts.embeds)
-    places = places_of(backbone, together, concepts.embeds.shape[1], grid[0] * grid[1])
-    requests: dict[str, Request[Tensor]] = {}
-    for layer in reading.layers:
-        what: tuple[What, ...] = ('queries', 'keys', 'output') if reading.read == 'outputs' else ('queries', 'keys')
-        module = backbone.attention_module(layer, what)
+    places = places_of(backbone, together, concepts.embeds.shape[1], count)
+    what: tuple[What, ...] = ('queries', 'keys', 'output') if reading.read == 'outputs' else ('queries', 'keys')
+    requests = {
+        f'concepts {layer}': request
+        for layer, request in requests_of(
+            backbone, reading.layers, partial(scores_of, places=places, shares=concepts.shares, reading=reading), what
+        ).items()
+    }
 
-        def read(seen: Attention) -> Tensor:
-            return scores_of(seen, places, concepts.shares, reading)
+    def alone(read: Callable[[Attention], Tensor]) -> Callable[[Attention], Tensor]:
+        return lambda seen: read(without_concepts(seen, places))
 
-        requests[f'concepts {layer}'] = Request(module, read, what)
+    if reading.order:
+        read_self = alone(partial(image_map, first=first, grid=grid, to=grid, dtype=torch.float32))
+        requests |= {f'self {layer}': request for layer, request in requests_of(backbone, reading.refine, read_self).items()}
     if reading.pads is not None:
-
-        def read_pads(seen: Attention) -> Tensor:
-            columns = backbone.text_columns(together, grid[0] * grid[1])
-            return pad_attention(seen, places, columns)
-
-        requests['pads'] = Request(backbone.attention_module(reading.pads), read_pads)
+        columns = backbone.text_columns(prompt, count)
+        read_pads = alone(partial(token_attention, queries=count, picked=columns, first=first))
+        requests['pads'] = requests_of(backbone, [reading.pads], read_pads)[reading.pads]
     with by_rows(), third_stream(backbone, places, reading.sees, reading.pooled), watch(requests) as kept:
         backbone.denoise(z, timestep, together, reading.guidance)
-    maps = sum_of([kept[f'concepts {layer}'] for layer in reading.layers]) / len(reading.layers)  # (B, K, N)
+    maps = mean_of([kept[f'concepts {layer}'] for layer in reading.layers]).unflatten(2, grid)  # (B, K, h, w)
+    if reading.order:
+        maps = refined_by(maps, mean_of([kept[f'self {layer}'] for layer in reading.refine]), reading.order)
     if not torch.isfinite(maps).all():
         layers = ', '.join(map(str, reading.layers))
         raise NotFinite(f'attention is not finite in layer {layers} with {backbone.dtype}: try another --dtype')
-    pads = kept['pads'].transpose(1, 2).unflatten(2, grid) if 'pads' in kept else None
-    return ConceptMaps(maps.unflatten(2, grid), pads)
+    return ConceptMaps(maps, kept['pads'].transpose(1, 2).unflatten(2, grid) if 'pads' in kept else None)
 
 
-def sum_of(parts: Sequence[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+def without_concepts(seen: Attention, places: Places) -> Attention:
+    """Queries and keys of image and prompt alone, which meet no others."""
+    return Attention(picked(seen.query, places.others), picked(seen.key, places.others))
 
 
 def scores_of(seen: Attention, places: Places, shares: Tensor, reading: Reading) -> Tensor:
@@ -125,11 +169,3 @@ def head_joined(tensor: Tensor, place: slice) -> Tensor:
     """Heads side by side: (B, heads, L, d) -> (B, n, C), at least float32."""
     joined = tensor[:, :, place].transpose(1, 2).flatten(2)
     return joined if joined.dtype == torch.float64 else joined.float()
-
-
-def pad_attention(seen: Attention, places: Places, columns: Sequence[int]) -> Tensor:
-    """The attention of image tokens to these columns, as without concepts: (B, N, T) float32."""
-    mask = torch.zeros(places.total, dtype=seen.key.dtype, device=seen.key.device)
-    mask[places.concepts] = -torch.inf
-    rows = places.image
-    return token_attention(seen._replace(mask=mask), rows.stop - rows.start, columns, first=rows.start)
