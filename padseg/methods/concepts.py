@@ -202,8 +202,8 @@ def prepare(backbone: Backbone, options: ConceptOptions, classes: Sequence[str] 
     resolved = options.resolve(backbone.spec)
     everything = stages.checked_names([*names, *resolved.background_words])
     warn_of_untrained(backbone, everything)
-    for layer in range(max(resolved.layers) + 1):
-        backbone.attention_module(layer)  # fails early if a block was not loaded, or is compiled
+    for layer in range(max(resolved.layers) + 1):  # fails early if a block was not loaded, or is compiled
+        backbone.attention_module(layer, ('output',) if layer in resolved.layers and resolved.read == 'outputs' else ())
     single = [layer for layer in resolved.layers if not hasattr(backbone.family.blocks(backbone.transformer)[layer], 'norm1_context')]
     require(not single, f'layers are blocks with weights of their own for the text; {in_list(single)} of {backbone.identity.model} have none')
     columns = COLUMNS_OF[resolved.encoders]
