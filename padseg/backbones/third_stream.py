@@ -1,4 +1,4 @@
-"""Tokens behind the prompt that read the picture but that nothing else reads: ConceptAttention's third stream, in an unmodified transformer.
+"""Tokens behind the prompt that read the picture and that nothing else reads: ConceptAttention's third stream, in an unmodified model.
 
 They are appended to the prompt's embeddings, so that the text's weights process them. One boolean mask keeps image and prompt from them:
 
@@ -49,9 +49,7 @@ def places_of(backbone: Backbone, together: Prompt, concepts: int, image_tokens:
     first = backbone.first_image_token(together)
     columns = backbone.text_columns(together._replace(picked=tuple(range(length))), image_tokens)
     prompt, own = columns[: length - concepts], columns[length - concepts :]
-    return Places(
-        slice(first, first + image_tokens), slice(prompt[0], prompt[-1] + 1), slice(own[0], own[-1] + 1), length + image_tokens
-    )
+    return Places(slice(first, first + image_tokens), slice(prompt[0], prompt[-1] + 1), slice(own[0], own[-1] + 1), length + image_tokens)
 
 
 def picked(tensor: Tensor, places: Sequence[slice]) -> Tensor:

@@ -111,7 +111,9 @@ class ConceptOptions:
     )
     order: int = order_option()
     refine_layers: tuple[int, ...] = refine_layers_option()
-    on: str = option('words', 'what to classify: every pixel by its scores, or the proposals of `padseg run` by their mean score', choices=NAMED)
+    on: str = option(
+        'words', 'what to classify: every pixel by its scores, or the proposals of `padseg run` by their mean score', choices=NAMED
+    )
     geometry: str = geometry_option()
     side: int = side_option()
     refine: str = own('how maps are enlarged, as for `padseg run`', choices=REFINEMENTS)
@@ -191,8 +193,8 @@ def deepest(options: ConceptOptions, spec: Spec) -> int | None:
 def prepare(backbone: Backbone, options: ConceptOptions, classes: Sequence[str] = (), keep: bool = True) -> Prepared:
     """Encode all names once, and the caption; keep: also in padseg's cache.
 
-    UsageError for options that the model does not support, for captions that cannot be read or are too long, and for names that are missing,
-    duplicate, too long, or without tokens.
+    UsageError for options that the model does not support, for captions that cannot be read or are too long, and for names that are
+    missing, duplicate, too long, or without tokens.
     """
     from padseg.backbones.texts import kept_texts
     from padseg.methods.stages.concept_maps import concepts_of
@@ -205,14 +207,14 @@ def prepare(backbone: Backbone, options: ConceptOptions, classes: Sequence[str] 
     for layer in range(max(resolved.layers) + 1):  # fails early if a block was not loaded, or is compiled
         backbone.attention_module(layer, ('output',) if layer in resolved.layers and resolved.read == 'outputs' else ())
     single = [layer for layer in resolved.layers if not hasattr(backbone.family.blocks(backbone.transformer)[layer], 'norm1_context')]
-    require(not single, f'layers are blocks with weights of their own for the text; {in_list(single)} of {backbone.identity.model} have none')
+    require(
+        not single, f'layers are blocks with weights of their own for the text; {in_list(single)} of {backbone.identity.model} have none'
+    )
     columns = COLUMNS_OF[resolved.encoders]
     concepts = concepts_of(everything, kept_texts(backbone, keep), resolved.encoders, columns, resolved.tokens, resolved.wording)
     proposals = seg4diff.prepare(backbone, proposal_options(options)) if options.on == 'proposals' else None
     captions = read_captions(Path(resolved.captions)) if resolved.captions else {}
-    prepared = Prepared(
-        resolved, names, concepts, reading_of(backbone, resolved, proposals), None, captions, proposals, backbone, keep
-    )
+    prepared = Prepared(resolved, names, concepts, reading_of(backbone, resolved, proposals), None, captions, proposals, backbone, keep)
     return prepared if captions else prepared._replace(prompt=prompt_of(resolved.caption or '', prepared))
 
 
@@ -251,7 +253,9 @@ def prompt_of(caption: str, prepared: Prepared) -> Prompt:
     if caption:
         texts = kept_texts(backbone, prepared.keep)
         for tokens in texts.tokens(caption, options.encoders).values():
-            require(len(tokens.spans) <= tokens.slots, f'the caption {caption!r:.100} is too long: {len(tokens.spans)} of {tokens.slots} tokens')
+            require(
+                len(tokens.spans) <= tokens.slots, f'the caption {caption!r:.100} is too long: {len(tokens.spans)} of {tokens.slots} tokens'
+            )
         prompt = Prompt(*texts.encode(caption, options.encoders, options.unused), (), (), mask=texts.mask(caption))
     return prompt._replace(pooled=torch.zeros_like(prompt.pooled)) if options.pooled == 'zeros' else prompt
 
@@ -334,7 +338,9 @@ def recorded(options: ConceptOptions, spec: Spec) -> dict[str, Setting]:
     return settings
 
 
-def concept_scores(image: Readable, backbone: Backbone | str, classes: Sequence[str], options: ConceptOptions = ConceptOptions()) -> TokenMaps:
+def concept_scores(
+    image: Readable, backbone: Backbone | str, classes: Sequence[str], options: ConceptOptions = ConceptOptions()
+) -> TokenMaps:
     """The scores that `label` decides by, (C, h, w), with the names of the classes, then background."""
     words = dataclasses.replace(options, on='words')
     return maps([as_image(image)], prepare(opened(backbone, partial(deepest, words)), words, classes))[0]

@@ -70,7 +70,9 @@ def seed_option() -> Any:
 
 def order_option() -> Any:
     return option(
-        0, 'how often maps are refined by the self-attention of --refine-layers; 0 = off', range=Range('a number of times in 0..100', 0, 101)
+        0,
+        'how often maps are refined by the self-attention of --refine-layers; 0 = off',
+        range=Range('a number of times in 0..100', 0, 101),
     )
 
 

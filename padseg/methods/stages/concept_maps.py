@@ -16,8 +16,8 @@ from torch import Tensor
 from padseg.backbones import Backbone
 from padseg.backbones.cpu_attention import by_rows
 from padseg.backbones.recorder import What, requests_of, watch
-from padseg.backbones.third_stream import Places, picked, places_of, third_stream, with_concepts
 from padseg.backbones.texts import Texts
+from padseg.backbones.third_stream import Places, picked, places_of, third_stream, with_concepts
 from padseg.errors import NotFinite
 from padseg.methods.stages.aggregation import image_map, quotient
 from padseg.methods.stages.attention import token_attention

@@ -28,9 +28,7 @@ def encode_steps(image: Image, backbone: Backbone, options: ViewOptions, steps: 
     return encode_levels(image, backbone, options, lambda tokens: [backbone.noise_level(step, tokens) for step in steps])
 
 
-def encode_levels(
-    image: Image, backbone: Backbone, options: ViewOptions, levels: Callable[[int], Sequence[NoiseLevel]]
-) -> list[Latent]:
+def encode_levels(image: Image, backbone: Backbone, options: ViewOptions, levels: Callable[[int], Sequence[NoiseLevel]]) -> list[Latent]:
     """As `encode_steps`, at the levels that follow from the number of image tokens."""
     pixels, frame = view(image, options.geometry, options.side, backbone.multiple, backbone.limit)
     clean = encode_pixels(pixels, backbone)  # (1, C, H', W')
