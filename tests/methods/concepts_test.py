@@ -21,7 +21,6 @@ from padseg.exports import read_label_map
 from padseg.methods import concepts, seg4diff
 from padseg.methods.concepts import ConceptOptions, layers_of, settings_of
 from padseg.methods.stages.concept_maps import Concepts, Reading, concept_maps, concept_scores, linear_normalised
-from padseg.methods.stages.self_attention import refined_by
 from padseg.methods.stages.token_maps import attention_maps
 from padseg.types import Frame, Latent, Prompt
 
@@ -182,14 +181,6 @@ def test_linear_normalisation_and_products():
     assert concept_scores(image, vectors, softmax=False).tolist() == [[[1.0, 10.0], [3.0, 10.0], [1.5, 10.0]]]
     assert torch.allclose(concept_scores(image, vectors)[0, :, 1], torch.full((3,), 1 / 3))
     assert torch.allclose(concept_scores(image, vectors, 'length', False)[0, 0], torch.tensor([1.0, 10.0]) / math.sqrt(26))
-
-
-def test_refinement_keeps_what_is_the_same_everywhere_and_moves_values_along_attention():
-    weights = torch.tensor([[[0.0, 0.5], [0.25, 0.25]]])  # the first pixel attends to the second alone
-    maps = torch.tensor([[[[1.0, 3.0]], [[7.0, 7.0]]]])
-    assert refined_by(maps, weights, 0) is not None and torch.equal(refined_by(maps, weights, 0), maps)
-    assert refined_by(maps, weights, 1).tolist() == [[[[3.0, 2.0]], [[7.0, 7.0]]]]
-    assert refined_by(maps, weights, 2).tolist() == [[[[2.0, 2.5]], [[7.0, 7.0]]]]
 
 
 @pytest.mark.parametrize('family', FAMILIES)

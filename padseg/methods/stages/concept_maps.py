@@ -6,23 +6,23 @@ Axes: B pictures, K concepts, N = h w image tokens, C = heads times their width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from padseg.backbones import Backbone
 from padseg.backbones.cpu_attention import by_rows
-from padseg.backbones.recorder import What, requests_of, watch
+from padseg.backbones.recorder import Request, What, requests_of, watch
 from padseg.backbones.texts import Texts
 from padseg.backbones.third_stream import Places, picked, places_of, third_stream, with_concepts
 from padseg.errors import NotFinite
-from padseg.methods.stages.aggregation import image_map, quotient
+from padseg.methods.stages.aggregation import quotient
 from padseg.methods.stages.attention import token_attention
 from padseg.methods.stages.prompts import prompt_of, split
-from padseg.methods.stages.self_attention import mean_of, refined_by
+from padseg.methods.stages.self_attention import mean_of, mean_self_attention, refined_by, self_requests
 from padseg.types import Attention, Latent, Prompt
 
 
@@ -121,28 +121,22 @@ def concept_maps(latents: Sequence[Latent], backbone: Backbone, prompt: Prompt, 
     together = with_concepts(prompt, concepts.embeds)
     places = places_of(backbone, together, concepts.embeds.shape[1], count)
     what: tuple[What, ...] = ('queries', 'keys', 'output') if reading.read == 'outputs' else ('queries', 'keys')
-    requests = {
-        f'concepts {layer}': request
-        for layer, request in requests_of(
-            backbone, reading.layers, partial(scores_of, places=places, shares=concepts.shares, reading=reading), what
-        ).items()
-    }
-
-    def alone(read: Callable[[Attention], Tensor]) -> Callable[[Attention], Tensor]:
-        return lambda seen: read(without_concepts(seen, places))
-
+    read = partial(scores_of, places=places, shares=concepts.shares, reading=reading)
+    requests: dict[Any, Request[Tensor]] = {**requests_of(backbone, reading.layers, read, what)}
     if reading.order:
-        read_self = alone(partial(image_map, first=first, grid=grid, to=grid, dtype=torch.float32))
-        requests |= {f'self {layer}': request for layer, request in requests_of(backbone, reading.refine, read_self).items()}
+        requests |= self_requests(backbone, reading.refine, grid, first, partial(without_concepts, places=places))
     if reading.pads is not None:
         columns = backbone.text_columns(prompt, count)
-        read_pads = alone(partial(token_attention, queries=count, picked=columns, first=first))
+
+        def read_pads(seen: Attention) -> Tensor:
+            return token_attention(without_concepts(seen, places), count, columns, first=first)
+
         requests['pads'] = requests_of(backbone, [reading.pads], read_pads)[reading.pads]
     with by_rows(), third_stream(backbone, places, reading.sees, reading.pooled), watch(requests) as kept:
         backbone.denoise(z, timestep, together, reading.guidance)
-    maps = mean_of([kept[f'concepts {layer}'] for layer in reading.layers]).unflatten(2, grid)  # (B, K, h, w)
+    maps = mean_of([kept[layer] for layer in reading.layers]).unflatten(2, grid)  # (B, K, h, w)
     if reading.order:
-        maps = refined_by(maps, mean_of([kept[f'self {layer}'] for layer in reading.refine]), reading.order)
+        maps = refined_by(maps, mean_self_attention(kept, reading.refine), reading.order)
     if not torch.isfinite(maps).all():
         layers = ', '.join(map(str, reading.layers))
         raise NotFinite(f'attention is not finite in layer {layers} with {backbone.dtype}: try another --dtype')

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from padseg.methods.stages.aggregation import quotient
+from padseg.backbones import Backbone
+from padseg.backbones.recorder import Request, requests_of
+from padseg.methods.stages.aggregation import Grid, image_map, quotient
+from padseg.types import Attention
+
+
+def self_requests(
+    backbone: Backbone, layers: Sequence[int], grid: Grid, first: int, alone: Callable[[Attention], Attention] = lambda seen: seen
+) -> dict[Any, Request[Tensor]]:
+    """What to record for `mean_self_attention`. first: of the image tokens; alone: takes out tokens that the image does not attend to."""
+
+    def read(seen: Attention) -> Tensor:
+        return image_map(alone(seen), first, grid, grid, torch.float32)
+
+    return {f'self {layer}': request for layer, request in requests_of(backbone, layers, read).items()}
+
+
+def mean_self_attention(kept: Mapping[Any, Tensor], layers: Sequence[int]) -> Tensor:
+    """The attention of image tokens to one another, the mean over heads and layers: (B, N, N) float32."""
+    return mean_of([kept[f'self {layer}'] for layer in layers])
 
 
 def refined_by(maps: Tensor, self_map: Tensor, order: int) -> Tensor:
