@@ -22,7 +22,8 @@ def test_a_method_has_a_task_and_records_all_its_options_resolved(name):
     assert method.TASK in DEFAULTS
     spec = BACKBONES['sd3'] if method.FAMILIES else None
     recorded = method.recorded(method.Options(), spec)
-    assert recorded.keys() >= method.Options.__dataclass_fields__.keys() - {'blanks', 'order', 'refine_layers'}  # recorded only where they are on
+    only_where_on = {'blanks', 'order', 'refine_layers'}
+    assert recorded.keys() >= method.Options.__dataclass_fields__.keys() - only_where_on
     assert all(value is None or isinstance(value, (str, int, float, bool)) for value in recorded.values())
     assert json.loads(json.dumps(recorded)) == recorded
 
