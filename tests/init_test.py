@@ -12,6 +12,7 @@ import padseg
 
 ROOT = Path(__file__).parent.parent
 NAMES = [
+    'ConceptOptions',
     'GocaOptions',
     'LabelOptions',
     'Options',

@@ -38,6 +38,11 @@ def flow_level(schedule: Any, step: int) -> NoiseLevel:
     return NoiseLevel(1 - sigma, sigma, timestep)
 
 
+def flow_level_at(sigma: float) -> NoiseLevel:
+    """Flow matching at any noise level in 0..1, whatever steps a schedule has."""
+    return NoiseLevel(1 - sigma, sigma, 1000 * sigma)
+
+
 def ddpm_level(schedule: Any, step: int) -> NoiseLevel:
     """DDPM noise level at the step-th step from the end of a schedule; step 1 has the least noise.
 

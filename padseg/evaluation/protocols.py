@@ -32,6 +32,7 @@ class Protocol:
 
 
 RELEASED_CUT = 'short-640-cut'
+WHOLE_64 = 'whole-64'
 CONTEXT = 'for PASCAL Context with background it passes 59 classes, not 60: score context59'
 PROTOCOLS: dict[str, Protocol] = {
     'diffseg': Protocol('DiffSeg (Tian et al., CVPR 2024), google/diffseg', 'diffseg', '512', ids='as they are'),
@@ -65,6 +66,14 @@ PROTOCOLS: dict[str, Protocol] = {
         ids='as they are',
     ),
     'goca': Protocol('GoCA, Darkbblue/goca', 'stretch', 'native', matching='none', void='class', absent='zero', ids='as they are'),
+    'conceptattention': Protocol(
+        'ConceptAttention, VOC with several classes (helblazer811/ConceptAttention)',
+        'stretch',
+        WHOLE_64,
+        matching='none',
+        void='wrong',
+        ids='as they are',
+    ),
 }
 DEFAULT = 'seg4diff-paper'
 
@@ -74,6 +83,7 @@ WORDS: dict[str, dict[str | bool, str]] = {
         'crop': 'the square cut from the centre, side = the shorter edge, not resized',
         '512': 'the square cut from the centre, ground truth to 512 x 512 by nearest neighbour',
         '128': 'the square cut from the centre, side = shorter edge - 1, ground truth by nearest neighbour to 1024, every 8th pixel of it',
+        WHOLE_64: 'the whole picture, squashed to 64 x 64 by nearest neighbour',
         'short-640': 'the whole picture, shorter edge 640 pixels (the longer at most 2560), ground truth by nearest neighbour',
         RELEASED_CUT: (
             'the ground truth of the whole picture as for short-640, but of the prediction at the size of the picture only the upper left '
@@ -94,6 +104,7 @@ WORDS: dict[str, dict[str | bool, str]] = {
         'ignored': 'unlabelled pixels do not count',
         'background': 'unlabelled pixels are background where the data set has one, otherwise they do not count',
         'class': 'unlabelled pixels are background, which becomes a class if the data set has none',
+        'wrong': 'unlabelled pixels count as false positives of whatever is predicted there',
     },
     'absent': {
         'unless-predicted': 'a class without true and without false positive pixels is left out of the mean, one with false positives is 0',
@@ -150,7 +161,7 @@ def scored_classes(names: tuple[str, ...], background: int | None, rules: Protoc
 
 def class_map(truth: Array, classes: Classes, rules: Protocol) -> Array:
     """Apply the protocol's rules for void and background to ground truth with classes and VOID: (H, W) -> (H, W)."""
-    if rules.void != 'ignored' and classes.background is not None:
+    if rules.void in ('background', 'class') and classes.background is not None:
         return np.where(truth == VOID, classes.background, truth)
     if rules.background == 'ignored' and classes.background is not None:
         return np.where(truth == classes.background, VOID, truth)
@@ -165,7 +176,14 @@ def class_counts(pred: Array, truth: Array, classes: Classes, rules: Protocol) -
         for row in range(len(truth)):
             total = total.plus(block_counts(pred[row : row + 1], truth[row : row + 1], classes, rules))
         return total
-    return block_counts(pred, truth, classes, rules)
+    counts = block_counts(pred, truth, classes, rules)
+    return counts.plus(wrong_counts(pred[truth == VOID], classes)) if rules.void == 'wrong' else counts
+
+
+def wrong_counts(pred: Array, classes: Classes) -> ClassCounts:
+    """Counts of classes predicted where there is none to be right about: (n,)."""
+    zero = np.zeros(len(classes.names), np.int64)
+    return ClassCounts(zero, np.bincount(pred, minlength=len(zero)), zero, zero, len(pred))
 
 
 def block_counts(pred: Array, truth: Array, classes: Classes, rules: Protocol) -> ClassCounts:
@@ -214,6 +232,8 @@ def compared_view(size: tuple[int, int], compare: str) -> View:
     everything = (0, 0, *size)
     if compare == 'native':
         return View(np.arange(size[0]), np.arange(size[1]), everything, size)
+    if compare == WHOLE_64:
+        return View(nearest(size[0], 64), nearest(size[1], 64), everything, (64, 64))
     if compare in ('short-640', RELEASED_CUT):
         height, width = detectron_size(size)
         cut = (0, 0, min(size[0], height), min(size[1], width))

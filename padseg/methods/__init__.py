@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from padseg.errors import ModelUnavailable, UsageError
-from padseg.methods import classical, diffcut, diffseg, goca, open_vocabulary, seg4diff
+from padseg.methods import classical, concepts, diffcut, diffseg, goca, open_vocabulary, seg4diff
 from padseg.methods.options import refuse_family
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ METHODS: dict[str, Method] = {
     'goca': goca,
     'diffseg': diffseg,
     'diffcut': diffcut,
+    'concepts': concepts,
     'felzenszwalb': classical.FELZENSZWALB,
     'slic-rag': classical.SLIC_RAG,
     'kmeans': classical.KMEANS,

@@ -231,6 +231,14 @@ def read_captions(path: Path) -> dict[str, str]:
     return captions
 
 
+def caption_of(captions: Mapping[str, str], name: str, file: str | None) -> str:
+    """The text of a picture, which the file may name without suffix. UsageError if there is none."""
+    caption = next((captions[key] for key in (name, Path(name).stem, Path(name).name) if key in captions), None)
+    if caption is None:
+        raise UsageError(f'{file} has no caption for {name or "this picture"}')
+    return caption
+
+
 def split(prepared: Prepared) -> list[Scene]:
     """Fill each prompt with classes in order while they fit, each with all words of background. UsageError for a name that is too long."""
     from padseg.methods.stages.captions import named_entities, scene_of
@@ -307,9 +315,7 @@ def captioned(prepared: Prepared, name: str) -> list[Asked]:
     from padseg.methods.stages.captions import caption_entities, scene_of, with_synonyms
 
     options = prepared.options
-    caption = next((prepared.captions[key] for key in (name, Path(name).stem, Path(name).name) if key in prepared.captions), None)
-    if caption is None:
-        raise UsageError(f'{options.captions} has no caption for {name or "this picture"}')
+    caption = caption_of(prepared.captions, name, options.captions)
     known = {number: with_synonyms(own_name, options.synonyms) for number, own_name in enumerate(prepared.classes)}
     listed = ', '.join((caption.strip().removesuffix('.'), *options.background_words))
     scene = scene_of(caption_entities(listed, known, complete=options.complete))

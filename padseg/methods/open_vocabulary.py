@@ -31,8 +31,10 @@ from padseg.methods.options import (
     in_list,
     model_settings,
     option,
+    order_option,
     own,
     plain_settings,
+    refine_layers_option,
     require,
     require_family,
     seed_option,
@@ -97,6 +99,8 @@ class LabelOptions:
         default='none',
         range=Range('a finite number', -math.nextafter(math.inf, 0), math.inf),
     )
+    order: int = order_option()
+    refine_layers: tuple[int, ...] = refine_layers_option()
     on: str = option(
         'words', 'what to classify: every pixel by its scores, or the proposals of `padseg run` by their mean score', choices=NAMED
     )
@@ -117,7 +121,7 @@ class LabelOptions:
         used = COLUMNS_OF[resolved.encoders]
         released = self.geometry == 'seg4diff-ovss' and used != 'clip'
         resolved = filled(resolved, {'columns': used, 'scores': 'minmax' if self.prompt == 'per-class' else 'raw', 'blanks': released})
-        layers, steps, encoders = resolved.layers, resolved.steps, resolved.encoders
+        layers, steps, encoders = (*resolved.layers, *resolved.refine_layers), resolved.steps, resolved.encoders
         require(max(layers) < spec.layers, f'layers are in 0..{spec.layers - 1} for {spec.repo}; got {in_list(layers)}')
         require(max(steps) <= spec.steps, f'steps are in 1..{spec.steps} for {spec.repo}; got {in_list(steps)}')
         require(used in ('both', resolved.columns), f'columns of {resolved.columns} need its encoder; encoders are {encoders}')
@@ -135,7 +139,7 @@ def settings_of(spec: Spec) -> dict[str, Any]:
     """The method's settings for a model: Seg4Diff's noise level and refinements, overridden by the model folder's `padseg.json`."""
     regions = seg4diff.settings_of(spec)
     shared = {name: regions[name] for name in ('side', 'refine', 'superpixels', 'min_area')}
-    row = {'layers': (spec.layer,), 'steps': (regions['step'],), 'encoders': spec.encoders, **shared}
+    row = {'layers': (spec.layer,), 'refine_layers': (spec.layer,), 'steps': (regions['step'],), 'encoders': spec.encoders, **shared}
     return model_settings(LabelOptions, 'open-vocabulary', spec, row)
 
 
@@ -151,7 +155,7 @@ class Prepared(NamedTuple):
 
 def deepest(options: LabelOptions, spec: Spec) -> int | None:
     """The last block to read; later blocks need not be loaded."""
-    layers = options.layers or (spec.layer,)
+    layers = [*(options.layers or (spec.layer,)), *((options.refine_layers or (spec.layer,)) if options.order else ())]
     return max(*layers, spec.layer) if options.on == 'proposals' else max(layers)
 
 
@@ -165,7 +169,7 @@ def prepare(backbone: Backbone, options: LabelOptions, classes: Sequence[str] = 
     require_family('open-vocabulary', FAMILIES, backbone)
     names = stages.checked_names(classes)
     resolved = options.resolve(backbone.spec)
-    for layer in resolved.layers:
+    for layer in (*resolved.layers, *(resolved.refine_layers if resolved.order else ())):
         backbone.attention_module(layer)  # fails early if the block was not loaded
     heads = backbone.transformer.config.num_attention_heads
     if resolved.head is not None and resolved.head >= heads:
@@ -207,7 +211,14 @@ def maps(images: Sequence[Image], prepared: Prepared, names: Sequence[str] = ())
     scores: list[list[Any]] = [[] for _ in images]
     for prompt in prompts:
         read = partial(
-            stages.maps_of_layers, backbone=backbone, prompt=prompt, layers=options.layers, head=options.head, softmax=options.softmax
+            stages.maps_of_layers,
+            backbone=backbone,
+            prompt=prompt,
+            layers=options.layers,
+            head=options.head,
+            softmax=options.softmax,
+            refine=options.refine_layers,
+            order=options.order,
         )
         by_step = [stages.batched([by_noise[number] for by_noise in latents], backbone, read) for number in range(len(options.steps))]
         for own_scores, several in zip(scores, zip(*by_step, strict=True), strict=True):
@@ -251,6 +262,8 @@ def recorded(options: LabelOptions, spec: Spec) -> dict[str, Setting]:
     settings = plain_settings(resolved)
     if not resolved.blanks:  # which version 0.1 never did, nor said
         del settings['blanks']
+    if not resolved.order:
+        del settings['order'], settings['refine_layers']
     return {**settings, **added, **proposals}
 
 

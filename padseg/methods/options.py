@@ -68,6 +68,18 @@ def seed_option() -> Any:
     return option(0, 'seed of the noise, together with the content of each picture')
 
 
+def order_option() -> Any:
+    return option(
+        0,
+        'how often maps are refined by the self-attention of --refine-layers; 0 = off',
+        range=Range('a number of times in 0..100', 0, 101),
+    )
+
+
+def refine_layers_option() -> Any:
+    return own('blocks whose mean self-attention refines the maps, counted from 0', range=Range('distinct numbers >= 0', 0))
+
+
 class ViewOptions(Protocol):
     """Options that decide what the model sees of a picture."""
 

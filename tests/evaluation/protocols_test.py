@@ -12,6 +12,7 @@ from hypothesis import given, settings, strategies
 from hypothesis.extra import numpy as arrays
 from scipy.optimize import linear_sum_assignment
 
+from padseg.datasets import VOID
 from padseg.errors import UsageError
 from padseg.evaluation.metrics import ClassCounts, TooMany, class_scores, class_table, hungarian_counts
 from padseg.evaluation.protocols import (
@@ -270,9 +271,20 @@ def test_presets_use_known_values_and_say_them_in_words():
 
 
 def test_a_model_sees_what_that_of_the_source_saw():
-    others = {'diffcut-fixed': 'diffcut', 'goca': 'stretch'}
+    others = {'diffcut-fixed': 'diffcut', 'goca': 'stretch', 'conceptattention': 'stretch'}
     assert {name: chosen.geometry for name, chosen in PROTOCOLS.items()} == {name: others.get(name, name) for name in PROTOCOLS}
     assert {chosen.geometry for chosen in PROTOCOLS.values()} == set(GEOMETRIES) - {'whole'}
+
+
+def test_conceptattention_compares_64_pixels_a_side_and_takes_void_for_wrong():
+    chosen = protocol('conceptattention')
+    assert compared_view((128, 256), chosen.compare).size == (64, 64)
+    pixels = seen(np.arange(128 * 256).reshape(128, 256), compared_view((128, 256), chosen.compare))
+    assert pixels[[0, -1], [0, -1]].tolist() == [1 * 256 + 2, 127 * 256 + 254]
+    truth = np.array([[0, 1, 1, VOID, VOID]])
+    counts = class_counts(np.array([[0, 1, 0, 1, 2]]), truth, Classes(('background', 'cat', 'dog'), 0), chosen)
+    assert counts.true_positive.tolist() == [1, 1, 0] and counts.false_negative.tolist() == [0, 1, 0]
+    assert counts.false_positive.tolist() == [1, 1, 1] and counts.total == 5
 
 
 def test_unknown_names_are_refused():

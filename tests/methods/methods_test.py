@@ -22,7 +22,8 @@ def test_a_method_has_a_task_and_records_all_its_options_resolved(name):
     assert method.TASK in DEFAULTS
     spec = BACKBONES['sd3'] if method.FAMILIES else None
     recorded = method.recorded(method.Options(), spec)
-    assert recorded.keys() >= method.Options.__dataclass_fields__.keys() - {'blanks'}  # recorded only where it is on
+    only_where_on = {'blanks', 'order', 'refine_layers'}
+    assert recorded.keys() >= method.Options.__dataclass_fields__.keys() - only_where_on
     assert all(value is None or isinstance(value, (str, int, float, bool)) for value in recorded.values())
     assert json.loads(json.dumps(recorded)) == recorded
 
@@ -35,7 +36,7 @@ def test_unknown_methods_and_methods_of_another_task():
     assert method_named('kmeans', 'regions') is METHODS['kmeans']
     with pytest.raises(UsageError, match='^method is one of seg4diff, open-vocabulary, .*; got watershed$'):
         method_named('watershed')
-    with pytest.raises(UsageError, match='^method is one of open-vocabulary, goca; got seg4diff$'):
+    with pytest.raises(UsageError, match='^method is one of open-vocabulary, goca, concepts; got seg4diff$'):
         method_named('seg4diff', 'classes')
 
 

@@ -2,7 +2,12 @@ from .aggregation import background_maps as background_maps, class_maps as class
 from .enlarging import upsample as upsample
 from .forwards import batched as batched
 from .labels import as_regions as as_regions, label_map as label_map
-from .latents import encode as encode, encode_steps as encode_steps, encode_without_noise as encode_without_noise
+from .latents import (
+    encode as encode,
+    encode_levels as encode_levels,
+    encode_steps as encode_steps,
+    encode_without_noise as encode_without_noise,
+)
 from .prompts import checked_names as checked_names, prompts_of as prompts_of
 from .proposals import merge as merge
 from .runs import mean_inside as mean_inside, painted as painted, runs_of as runs_of

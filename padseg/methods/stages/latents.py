@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from padseg.backbones import Backbone
 from padseg.backbones.cpu_attention import by_rows
 from padseg.backbones.cpu_norm import exact_norms
-from padseg.backbones.noise import noised
+from padseg.backbones.noise import NoiseLevel, noised
 from padseg.methods.options import ForwardOptions, ViewOptions
 from padseg.methods.stages.geometry import view
 from padseg.types import Image, Latent
@@ -25,11 +25,16 @@ def encode(image: Image, backbone: Backbone, options: ForwardOptions) -> Latent:
 
 def encode_steps(image: Image, backbone: Backbone, options: ViewOptions, steps: Sequence[int]) -> list[Latent]:
     """As `encode`, at several steps with the same noise; the VAE runs once."""
+    return encode_levels(image, backbone, options, lambda tokens: [backbone.noise_level(step, tokens) for step in steps])
+
+
+def encode_levels(image: Image, backbone: Backbone, options: ViewOptions, levels: Callable[[int], Sequence[NoiseLevel]]) -> list[Latent]:
+    """As `encode_steps`, at the levels that follow from the number of image tokens."""
     pixels, frame = view(image, options.geometry, options.side, backbone.multiple, backbone.limit)
     clean = encode_pixels(pixels, backbone)  # (1, C, H', W')
     noise = content_noise(image, options.seed, clean.shape).to(clean)
-    levels = [backbone.noise_level(step, clean.shape[2] * clean.shape[3] // backbone.patch**2) for step in steps]
-    return [Latent(noised(clean, noise, level), level.sigma, level.timestep, frame) for level in levels]
+    tokens = clean.shape[2] * clean.shape[3] // backbone.patch**2
+    return [Latent(noised(clean, noise, level), level.sigma, level.timestep, frame) for level in levels(tokens)]
 
 
 def encode_without_noise(image: Image, backbone: Backbone, options: ForwardOptions) -> Latent:
