@@ -129,6 +129,10 @@ class Backbone:
         """
         return self.family.noise_level(self.scheduler, steps or self.spec.steps, step, image_tokens)
 
+    def schedule(self, steps: int, image_tokens: int) -> Any:
+        """A scheduler of diffusers that is set to the pipeline's schedule for so many steps; the model's own stays as it is."""
+        return self.family.schedule(self.scheduler, steps, image_tokens)
+
     def denoise(self, z: Tensor, timestep: float, prompt: Prompt, guidance: float | None = None) -> Tensor:
         """Run the model on noised latents with a prompt: (B, C, H', W') -> the same shape. guidance: as in `Family.denoise`."""
         return self.family.denoise(self.transformer, z, timestep, prompt, guidance)

@@ -41,6 +41,9 @@ class Family(Protocol):
         None if models of this family are always loaded whole.
         """
 
+    def schedule(self, scheduler: Any, steps: int, image_tokens: int) -> Any:
+        """A copy of the scheduler, set to the pipeline's schedule for `steps` steps and `image_tokens` tokens."""
+
     def noise_level(self, scheduler: Any, steps: int, step: int, image_tokens: int) -> NoiseLevel:
         """Noise level of the step-th step from the end of the pipeline's schedule for `steps` steps and `image_tokens` tokens.
 

@@ -51,13 +51,18 @@ def cut(transformer: FluxTransformer2DModel, layer: int) -> None:
         last.proj_out = None
 
 
-def noise_level(scheduler: Any, steps: int, step: int, image_tokens: int) -> NoiseLevel:
-    """Noise level of a step; pictures with more tokens get more noise at every step."""
+def schedule(scheduler: Any, steps: int, image_tokens: int) -> Any:
+    """The pipeline's schedule; pictures with more tokens get more noise at every step."""
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
     config = scheduler.config
     shift = calculate_shift(image_tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
-    return flow_level(scheduled(scheduler, sigmas=np.linspace(1, 1 / steps, steps), mu=shift), step)
+    return scheduled(scheduler, sigmas=np.linspace(1, 1 / steps, steps), mu=shift)
+
+
+def noise_level(scheduler: Any, steps: int, step: int, image_tokens: int) -> NoiseLevel:
+    """Noise level of a step, which depends on the size of the picture."""
+    return flow_level(schedule(scheduler, steps, image_tokens), step)
 
 
 def tokenizers(source: Source) -> dict[str, Any]:

@@ -31,9 +31,13 @@ def blocks(transformer: PixArtTransformer2DModel) -> list[Any]:
     return list(transformer.transformer_blocks)
 
 
+def schedule(scheduler: Any, steps: int, image_tokens: int) -> Any:
+    return scheduled(scheduler, num_inference_steps=steps)
+
+
 def noise_level(scheduler: Any, steps: int, step: int, image_tokens: int) -> NoiseLevel:
     """Noise level of a step, the same for all picture sizes."""
-    return ddpm_level(scheduled(scheduler, num_inference_steps=steps), step)
+    return ddpm_level(schedule(scheduler, steps, image_tokens), step)
 
 
 def needs_exact_vae(config: Mapping[str, Any]) -> bool:

@@ -62,7 +62,7 @@ class _Recorder(TorchFunctionMode):
         wanted = {key: request for key, request in self.requests.items() if request.module is self.running}
         last = self.stop and self.requests.keys() <= self.kept.keys() | wanted.keys()
         needed = not last or any('output' in request.what for request in wanted.values())
-        seen = _attention(*args, **kwargs)._replace(output=func(*args, **kwargs) if needed else None)
+        seen = inputs_of(*args, **kwargs)._replace(output=func(*args, **kwargs) if needed else None)
         for key, request in wanted.items():
             self.kept[key] = request.reduce(_only(seen, request.what))
         if last:
@@ -70,7 +70,7 @@ class _Recorder(TorchFunctionMode):
         return seen.output
 
 
-def _attention(
+def inputs_of(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -80,6 +80,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Attention:
+    """The inputs of a call of fused attention, with the names of torch's arguments. PadsegError for a kind that padseg cannot read."""
     if is_causal or scale is not None or enable_gqa:
         raise PadsegError('padseg cannot read attention that is causal, has its own scale or groups heads')
     if attn_mask is not None and attn_mask.dtype == torch.bool:

@@ -38,9 +38,13 @@ def cut(transformer: SD3Transformer2DModel, layer: int) -> None:
     last.attn.to_out = last.attn.to_add_out = None
 
 
+def schedule(scheduler: Any, steps: int, image_tokens: int) -> Any:
+    return scheduled(scheduler, num_inference_steps=steps)
+
+
 def noise_level(scheduler: Any, steps: int, step: int, image_tokens: int) -> NoiseLevel:
     """Noise level of a step, the same for all picture sizes."""
-    return flow_level(scheduled(scheduler, num_inference_steps=steps), step)
+    return flow_level(schedule(scheduler, steps, image_tokens), step)
 
 
 def tokenizers(source: Source) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from padseg.backbones.configuration import read_json
 from padseg.backbones.family import Dimensions
 from padseg.backbones.layout import LAYOUTS
 from padseg.backbones.noise import NoiseLevel, ddpm_level, scheduled
@@ -58,9 +60,13 @@ def blocks(unet: UNet2DConditionModel) -> list[Any]:
     return [place.block for place in places(unet)]
 
 
+def schedule(scheduler: Any, steps: int, image_tokens: int) -> Any:
+    return scheduled(scheduler, num_inference_steps=steps)
+
+
 def noise_level(scheduler: Any, steps: int, step: int, image_tokens: int) -> NoiseLevel:
     """Noise level of a step, the same for all picture sizes."""
-    return ddpm_level(scheduled(scheduler, num_inference_steps=steps), step)
+    return ddpm_level(schedule(scheduler, steps, image_tokens), step)
 
 
 def needs_exact_vae(config: Mapping[str, Any]) -> bool:
@@ -112,6 +118,11 @@ def encode_text(pipeline: Any, text: str) -> dict[str, Tensor]:
             prompt=text, device=torch.device('cpu'), num_images_per_prompt=1, do_classifier_free_guidance=False
         )
     return {'embeds': embeds.float().contiguous(), 'pooled': pooled[0].float().contiguous() if pooled else torch.zeros(1, 0)}
+
+
+def empty_is_zeros(folder: pathlib.Path, unet: UNet2DConditionModel) -> bool:
+    """Whether the pipeline of a model guides away from zeros, instead of the empty text's embeddings, as SDXL's does."""
+    return takes_sizes(unet.config) and read_json(folder / 'model_index.json').get('force_zeros_for_empty_prompt', True) is True
 
 
 def attention_module(transformer: UNet2DConditionModel, layer: int) -> nn.Module:

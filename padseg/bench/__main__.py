@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from padseg.bench import engine, eval, goca, label, load, merge, scale, sd3, train, vae
+from padseg.bench import engine, eval, generate, goca, label, load, merge, scale, sd3, train, vae
 
 COMMANDS = (
     sd3.command,
@@ -16,6 +16,7 @@ COMMANDS = (
     eval.command,
     label.command,
     goca.command,
+    generate.command,
     train.command,
 )
 

@@ -137,10 +137,14 @@ def command(model: str, size: str, side: int | None, layers: int | None, repeats
 
 def random_backbone(model: str, size: str = 'full', device: str = 'cpu') -> Backbone:
     """A network alone, with sharper attention than random weights give. On the device `meta` it has shapes but no values."""
+    kind, published = NETWORKS[model]
+    return random_network(model, kind, published if size == 'full' else {**published, **SMALL[model]}, device)
+
+
+def random_network(model: str, kind: str, configuration: dict[str, Any], device: str) -> Backbone:
+    """As `random_backbone`, of diffusers' class `kind`. model: whose row has the other facts."""
     import diffusers
 
-    kind, published = NETWORKS[model]
-    configuration = published if size == 'full' else {**published, **SMALL[model]}
     torch.manual_seed(0)
     with torch.device(device), torch.no_grad():
         network = getattr(diffusers, kind)(**configuration).eval()

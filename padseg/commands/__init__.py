@@ -14,7 +14,7 @@ from padseg.system.versions import versions
 from padseg.version import __version__
 
 # Modules of padseg.commands, imported on demand.
-COMMANDS = ('run', 'label', 'merge', 'export', 'eval', 'analyze', 'train', 'train-tiny', 'convert-lora', 'models', 'doctor')
+COMMANDS = ('run', 'label', 'merge', 'export', 'eval', 'analyze', 'generate', 'train', 'train-tiny', 'convert-lora', 'models', 'doctor')
 INTERRUPTED = 130
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from padseg.types import Image, LabelMap
 
 DEFAULTS = {'regions': 'seg4diff', 'classes': 'open-vocabulary'}  # keyed by task
+ELSEWHERE = {'generate'}  # sections of padseg.json that are not a method's
 
 
 class Method(Protocol):
@@ -121,7 +122,7 @@ def identity_for(
 
 def check_settings(spec: Spec) -> None:
     """Raise ModelUnavailable for settings in a model's `padseg.json` that no method accepts."""
-    strange = sorted(spec.own.keys() - METHODS.keys())
+    strange = sorted(spec.own.keys() - METHODS.keys() - ELSEWHERE)
     if strange:
         raise ModelUnavailable(f'padseg.json of {spec.repo} has settings of unknown methods: {", ".join(strange)}')
     for name, method in METHODS.items():

@@ -1,21 +1,45 @@
 """Which runs may write to an output folder at the same time, and where each keeps its records.
 
 A run without shards has the folder to itself. Runs of different shards share it: each keeps its records in OUT/shards/i-of-N until a run
-without shards, or `padseg run --collect`, joins them.
+without shards, or `padseg run --collect`, joins them. Commands with records of another kind use the same folders, see `Ledger`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from padseg.run.records import Recorded, Run, read_records, read_run
 from padseg.system.files import inside, remove, sweep
 from padseg.system.ledger import busy, differences, locked, make_output, refuse_strange
 
 Shard = tuple[int, int]  # (i, N), i from 1
+
+
+class Header(Protocol):
+    """What is asked of a command's run.json."""
+
+    @property
+    def status(self) -> str: ...
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
+
+
+OfRun = TypeVar('OfRun', bound=Header)
+OfPicture = TypeVar('OfPicture')
+
+
+class Ledger(NamedTuple, Generic[OfRun, OfPicture]):
+    """How a command's records are read. header: of its run.json, None if there is none; lines: of its manifest.jsonl, by picture."""
+
+    header: Callable[[Path], OfRun | None]
+    lines: Callable[[Path], dict[str, OfPicture]]
+
+
+RUN = Ledger(read_run, read_records)
 
 SHARDS = 'shards'
 MOST_SHARDS = 1_000_000
@@ -37,12 +61,17 @@ def shard_homes(out: Path) -> dict[Shard, Path]:
 
 
 def joinable(out: Path) -> dict[Shard, tuple[Path, Run]]:
+    """`joinable_by` for records of `padseg run`."""
+    return joinable_by(RUN, out)
+
+
+def joinable_by(ledger: Ledger[OfRun, Any], out: Path) -> dict[Shard, tuple[Path, OfRun]]:
     """The shards whose settings are those of the output folder, with their folders and runs.
 
     Other shards are left over from a run with --overwrite that was killed.
     """
-    made = read_run(out / 'run.json')
-    runs = {shard: (folder, read_run(folder / 'run.json')) for shard, folder in shard_homes(out).items()} if made else {}
+    made = ledger.header(out / 'run.json')
+    runs = {shard: (folder, ledger.header(folder / 'run.json')) for shard, folder in shard_homes(out).items()} if made else {}
     return {shard: (folder, run) for shard, (folder, run) in runs.items() if made and run and not differences(made.settings, run.settings)}
 
 
@@ -86,15 +115,20 @@ def briefly(out: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def all_records(out: Path) -> dict[str, Recorded]:
+    """`records_by` for records of `padseg run`."""
+    return records_by(RUN, out)
+
+
+def records_by(ledger: Ledger[Any, OfPicture], out: Path) -> dict[str, OfPicture]:
     """The last record of every picture in an output folder, including those of shards; none without a run.json, which has the settings."""
-    if read_run(out / 'run.json') is None:
+    if ledger.header(out / 'run.json') is None:
         return {}
     # a run that writes the folder's own manifest has joined the shards before it, so shards that exist now are newer
-    manifests = [folder / 'manifest.jsonl' for folder, _ in joinable(out).values()]
+    manifests = [folder / 'manifest.jsonl' for folder, _ in joinable_by(ledger, out).values()]
     newest_last = sorted((path for path in manifests if path.exists()), key=lambda path: path.stat().st_mtime_ns)
-    records: dict[str, Recorded] = {}
+    records: dict[str, OfPicture] = {}
     for path in (out / 'manifest.jsonl', *newest_last):
-        records |= read_records(path)
+        records |= ledger.lines(path)
     return records
 
 

@@ -6,10 +6,19 @@ import hashlib
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 from padseg.errors import UsageError
-from padseg.images import Found
+
+
+class Named(Protocol):
+    """What has a name in an output folder, such as a picture."""
+
+    @property
+    def name(self) -> str: ...
+
+
+T = TypeVar('T', bound=Named)
 
 
 class Selection(NamedTuple):
@@ -24,7 +33,7 @@ class Selection(NamedTuple):
     limit: int | None = None
 
 
-def select(pictures: Sequence[Found], selection: Selection) -> list[Found]:
+def select(pictures: Sequence[T], selection: Selection) -> list[T]:
     """Return the pictures that are included, not excluded, in the shard and within the limit, in their order."""
     chosen = [picture for picture in pictures if wanted(picture.name, selection) and in_shard(picture.name, selection.shard)]
     return chosen if selection.limit is None else chosen[: selection.limit]

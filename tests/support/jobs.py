@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from padseg.commands import main
+from padseg.generation.pictures import GenerationJob, generate
 from padseg.images import ImageError, contents, start_decoding
 from padseg.run import engine
 from padseg.run.cluster import connected
@@ -113,3 +114,7 @@ def connect_to(job: Job, address: str) -> None:
 
     with connected(job, from_model(job)[1], address):
         print(ray.cluster_resources()['CPU'])
+
+
+def generation_killed(job: GenerationJob, pictures: int) -> None:
+    generate(job, Kill(pictures))
