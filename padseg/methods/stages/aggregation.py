@@ -57,17 +57,19 @@ def layer_maps(
     first: int = 0,
     count: int | None = None,
     among: tuple[Grid, Grid, torch.dtype] | None = None,
+    image_keys: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both maps of a layer whose queries meet text and image keys in one softmax, from a single pass: those of `cross_map` and `self_map`.
 
-    Either is empty if it is not asked for. Weights of some queries exist at any time, of all heads; everything is float32.
+    Either is empty if it is not asked for. Weights of some queries exist at any time, of all heads; everything is float32. image_keys: the
+    first image token among the keys, where the queries are those of the smaller grid already.
     """
     query, key = seen.query, seen.key
     count = query.shape[2] - first if count is None else count
     empty = key.new_empty(0, dtype=torch.float32)
     if not heads:
         return empty, image_map(seen, first, *among) if among else empty
-    if among and smaller_grid(*among[:2]) != among[0]:  # other queries are read for one than for the other
+    if among and image_keys is None and smaller_grid(*among[:2]) != among[0]:  # other queries are read for one than for the other
         return layer_maps(seen, columns, heads, first, count)[0], image_map(seen, first, *among)
     keys = key.float().transpose(2, 3)  # (B, H, d, L)
     projection = projection_of(heads.weight, count) if heads.weight is not None and heads.by != 'average' else None
@@ -76,6 +78,7 @@ def layer_maps(
     values = seen.value[:, :, picked].float() if seen.value is not None else None  # (B, H, n, d)
     spectral = spectral_norms(values, projection) if heads.spectral and values is not None and projection else None
     cross, among_image = [], []
+    start = first if image_keys is None else image_keys
     for rows in torch.arange(first, first + count, device=key.device).split(chunk_of(query, key)):
         shares = softmax_rows(seen, keys, rows)  # (B, H, rows, L)
         text = shares[..., picked]  # (B, H, rows, n)
@@ -85,7 +88,8 @@ def layer_maps(
         weights = head_weights(z, projection, heads.by, spectral) if projection and z is not None else None
         cross.append(aggregate_heads(text, weights))
         if among:
-            among_image.append(shares[..., first : first + count].mean(1).to(among[2]))  # (B, rows, N)
+            mean = shares[..., start : start + math.prod(among[0])].mean(1)  # (B, rows, N)
+            among_image.append(resized_keys(mean, among[0], smaller_grid(*among[:2])).to(among[2]))
     return torch.cat(cross, 1), torch.cat(among_image, 1) if among else empty
 
 

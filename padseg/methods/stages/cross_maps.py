@@ -211,6 +211,8 @@ def requests_of_layer(layer: int, backbone: Backbone, prompt: Prompt, running: R
             return
         if kept == grid:
             cross, image = layer_maps(seen, columns, by, first, math.prod(grid), among_image)
+        elif by and among_image and wanted == kept:
+            cross, image = layer_maps(small, columns, by, among=among_image, image_keys=first)
         else:
             cross = layer_maps(small, columns, by)[0]
             image = layer_maps(seen, (), None, first, math.prod(grid), among_image)[1]
