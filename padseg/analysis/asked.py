@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,8 @@ MADE = ('seeds', 'scale', 'denoising_steps', 'size')  # that only pictures in th
 ARMS = {'sd3': ('l', 'g', 'l+g')}  # text encoders that are compared, without T5, which models may lack
 
 
-class Wanted(NamedTuple):
+@dataclass(frozen=True)
+class Wanted:
     """The pictures to read. images: a folder of real ones; or prompts: a file of texts to make them from. The rest is None if not given.
 
     labels: a folder of label maps; classes: names of their values; text: for all pictures; seeds: as in `parse_seeds`; scale: of

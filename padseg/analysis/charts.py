@@ -99,7 +99,9 @@ def pca_figure(components: Components) -> Any:
     kinds, layers = components.maps.shape[:2]
     height, width = components.maps.shape[2:4]
     tile = min(1.3, 16 / (layers + 1))
-    figure = Figure(((layers + 1) * tile, kinds * tile * height / width * 1.1 + 0.4 + SIDE * len(components.steps)), layout='constrained')
+    figure: Any = Figure(
+        ((layers + 1) * tile, kinds * tile * height / width * 1.1 + 0.4 + SIDE * len(components.steps)), layout='constrained'
+    )
     above, below = figure.subfigures(2, 1, height_ratios=(kinds * tile * height / width * 1.1 + 0.4, SIDE * len(components.steps)))
     sheet = above.subplots(kinds, layers + 1, squeeze=False)
     for axis in sheet.flat:
@@ -188,7 +190,7 @@ def perturb_figure(perturbed: Perturbed) -> Any:
     layers, shown_rows = perturbed.layers, perturbed.shown
     tile = min(1.6, 18 / (len(layers) + 1))
     heights = (SIDE, tile * 1.15 * len(shown_rows) + 0.2)
-    figure = Figure((max(9.0, (len(layers) + 1) * tile), sum(heights)), layout='constrained')
+    figure: Any = Figure((max(9.0, (len(layers) + 1) * tile), sum(heights)), layout='constrained')
     above, below = figure.subfigures(2, 1, height_ratios=heights)
     alike_axis, text_axis = above.subplots(1, 2)
     for name, colour in (('clip_i', '#4477aa'), ('dino', '#ee6677')):

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from padseg.analysis.recording import Sight, Source, over_pictures
+from padseg.backbones.recorder import What
 from padseg.types import Array, Attention, Frame
 
 COMPONENTS = 3  # drawn as red, green and blue
 WAVES = 4  # sines and cosines of 1 to this many half periods along each axis
-KINDS = ('queries', 'keys', 'values')
+KINDS: tuple[What, ...] = ('queries', 'keys', 'values')
 FIGURES = ('explained', 'position', 'position_adjusted', 'region', 'region_adjusted')
 VOID = 255
 

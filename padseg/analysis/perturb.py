@@ -93,7 +93,9 @@ def measure(
     progress: Progress,
 ) -> Perturbed:
     """Make and compare the pictures of all items, each with every layer blurred in turn; progress counts items."""
-    scores, plain, shown = [], [], []
+    scores: list[Array] = []
+    plain: list[float] = []
+    shown: list[list[Image]] = []
     progress.start(len(items))
     for item in items:
         pictures = list(pictures_by_layer(sampler, item, settings, layers, blur, both))
