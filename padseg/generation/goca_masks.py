@@ -60,7 +60,8 @@ def background_map(background: Tensor, self_map: Tensor, order: int) -> Tensor:
 
 def masks_of(text: Aggregated, empty: Aggregated | None, ground: Ground, contents: Sequence[Sequence[int]], order: int) -> Masks:
     """The masks of B pictures, from what the text's rows add up to, and those of the empty prompt if `ground` is there."""
-    tokens = torch.stack([competing(*found, content, order) for *found, content in zip(text.maps, text.self_map, contents, strict=True)])
+    pictures = zip(text.maps, text.self_map, contents, strict=True)
+    tokens = torch.stack([competing(maps, own, content, order) for maps, own, content in pictures])
     source = text.maps if empty is None else empty.maps
     grounds = [maps[column] for maps, column in zip(source, ground.columns, strict=True)]
     background = torch.stack([background_map(maps, own, order) for maps, own in zip(grounds, text.self_map, strict=True)])

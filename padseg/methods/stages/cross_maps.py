@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -231,7 +231,8 @@ def requests_of_layer(layer: int, backbone: Backbone, prompt: Prompt, running: R
 def rows_of(seen: Attention, rows: slice) -> Attention:
     """What attention is given for some rows of the batch."""
     count = len(seen.query)
-    return Attention(*(part[rows] if part is not None and part.ndim == 4 and len(part) == count else part for part in seen))
+    parts: list[Any] = [part[rows] if part is not None and part.ndim == 4 and len(part) == count else part for part in seen]
+    return Attention(*parts)
 
 
 def thinned(seen: Attention, first: int, grid: Grid, to: Grid) -> Attention:
