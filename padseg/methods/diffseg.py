@@ -124,8 +124,12 @@ def maps(images: Sequence[Image], prepared: Prepared, names: Sequence[str] = ())
     options, backbone = prepared.options, prepared.backbone
     assert backbone is not None
     scheduled = dataclasses.replace(backbone, spec=backbone.spec._replace(steps=options.schedule))
-    encode = stages.encode if options.noise == 'ddpm' else stages.encode_without_noise
-    latents = [encode(image, scheduled, options) for image in images]
+    latents = [
+        stages.encode_steps(image, scheduled, options, (options.step,))[0]
+        if options.noise == 'ddpm'
+        else stages.encode_without_noise(image, scheduled, options, options.step)
+        for image in images
+    ]
     return stages.batched(latents, backbone, partial(proposals_of, backbone=backbone, options=options))
 
 

@@ -136,10 +136,12 @@ def of_memory(error: Exception) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or 'DefaultCPUAllocator' in str(error)
 
 
-def by_maps(out: Path, known: dict[str, str | None], options: ViewOptions, taken: list[Taken], **what: bool) -> list[Taken]:
+def by_maps(
+    out: Path, known: dict[str, str | None], options: ViewOptions, taken: list[Taken], shares: bool = True, halved: bool = False
+) -> list[Taken]:
     """Read the maps of a batch that the run in `out` kept. Pictures without maps, or that differ from the ones mapped, fail.
 
-    what: `shares` and `halved` of `maps_of_picture`.
+    shares, halved: as for `maps_of_picture`.
     """
     from padseg.methods.stages.saved_maps import maps_of_picture
 
@@ -150,7 +152,7 @@ def by_maps(out: Path, known: dict[str, str | None], options: ViewOptions, taken
         try:
             if known.get(picture.entry.input) != picture.entry.sha256:
                 raise ImageError('there are no token maps for this picture: run the model with --save-maps')
-            maps = maps_of_picture(inside(out, f'maps/{picture.entry.input}.npz'), (height, width), options, **what)
+            maps = maps_of_picture(inside(out, f'maps/{picture.entry.input}.npz'), (height, width), options, shares, halved)
         except (ImageError, OutputConflict) as error:
             fail(picture.entry, ImageError(str(error)))
             mapped_pictures.append(picture._replace(image=None))

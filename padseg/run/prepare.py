@@ -213,7 +213,7 @@ def from_maps(job: Job) -> tuple[Stages, Run]:
     entries = (entry_of(record) for record in all_records(job.maps).values())
     known = {entry.input: entry.sha256 for entry in entries if 'maps' in entry.outputs}
     prepared = method.without_model(options_from(method.Options, settings))
-    what = {'shares': getattr(method, 'are_shares', lambda options: True)(prepared.options), 'halved': 'unet' in method.FAMILIES}
+    shares = getattr(method, 'are_shares', lambda options: True)(prepared.options)
     record = made.model_copy(
         update={
             'status': 'running',
@@ -228,7 +228,8 @@ def from_maps(job: Job) -> tuple[Stages, Run]:
             'stamp': None,
         }
     )
-    return Stages(partial(by_maps, job.maps, known, prepared.options, **what), partial(method.labels, prepared=prepared)), record
+    read = partial(by_maps, job.maps, known, prepared.options, shares=shares, halved='unet' in method.FAMILIES)
+    return Stages(read, partial(method.labels, prepared=prepared)), record
 
 
 def run_of_maps(job: Job) -> Run:

@@ -35,7 +35,7 @@ def test_diffseg_reads_the_self_attention_of_all_layers(unets, picture, kind):
     prepared = diffseg.prepare(backbone, diffseg.Options(threshold=0.0, passes=1, anchors=3))
     found = diffseg.maps([picture], prepared)[0]
     scheduled = dataclasses.replace(backbone, spec=backbone.spec._replace(steps=1000))
-    latent = stages.encode_without_noise(picture, scheduled, prepared.options)
+    latent = stages.encode_without_noise(picture, scheduled, prepared.options, 300)
     layers = range(len(backbone.layer_names()))
     requests = {
         layer: Request(
@@ -112,7 +112,9 @@ def test_diffseg_is_told_of_noise_that_it_does_not_add(unets, picture):
     options = diffseg.Options().resolve(BACKBONES['sd1.5'])
     assert (options.step, options.schedule, options.side, options.threshold) == (300, 1000, 512, 0.9)
     scheduled = dataclasses.replace(backbone, spec=backbone.spec._replace(steps=1000))
-    clean, noised = (of(picture, scheduled, dataclasses.replace(options, side=32)) for of in (stages.encode_without_noise, stages.encode))
+    options = dataclasses.replace(options, side=32)
+    clean = stages.encode_without_noise(picture, scheduled, options, options.step)
+    noised = stages.encode(picture, scheduled, options)
     assert clean.timestep == noised.timestep == 300
     assert float((noised.z - 0.768 * clean.z).std()) == pytest.approx((1 - 0.768**2) ** 0.5, rel=0.1)
 

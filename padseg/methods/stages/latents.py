@@ -37,11 +37,11 @@ def encode_levels(image: Image, backbone: Backbone, options: ViewOptions, levels
     return [Latent(noised(clean, noise, level), level.sigma, level.timestep, frame) for level in levels(tokens)]
 
 
-def encode_without_noise(image: Image, backbone: Backbone, options: ForwardOptions) -> Latent:
+def encode_without_noise(image: Image, backbone: Backbone, options: ViewOptions, step: int) -> Latent:
     """As `encode`, but without noise, while the model is told of as much as the step has."""
     pixels, frame = view(image, options.geometry, options.side, backbone.multiple, backbone.limit)
     clean = encode_pixels(pixels, backbone)  # (1, C, H', W')
-    level = backbone.noise_level(options.step, clean.shape[2] * clean.shape[3] // backbone.patch**2)
+    level = backbone.noise_level(step, clean.shape[2] * clean.shape[3] // backbone.patch**2)
     return Latent(clean, 0.0, level.timestep, frame)
 
 

@@ -68,7 +68,10 @@ def features_of_layer(latents: Sequence[Latent], backbone: Backbone, layer: int,
         tensor = seen.output if of == 'output' else seen.key
         assert tensor is not None
         pixels = tensor[:, :, first : first + count].transpose(1, 2).flatten(2).float()  # (B, N, C)
-        return linear(pixels, *(part if part is None else part.float() for part in projection)) if projection else pixels
+        if projection is None:
+            return pixels
+        weight, bias = projection
+        return linear(pixels, weight.float(), bias if bias is None else bias.float())
 
     module = backbone.attention_module(layer) if of == 'maps' else backbone.self_attention_module(layer, READ[of])
     with by_rows(), watch({layer: Request(module, read, READ[of])}) as kept:
