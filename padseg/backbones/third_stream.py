@@ -87,7 +87,7 @@ def attention_apart(query: Tensor, key: Tensor, value: Tensor, places: Places, s
     attend = nn.functional.scaled_dot_product_attention
     own = places.concepts
     output = torch.empty_like(query)
-    rest = attend(*(picked(tensor, places.others) for tensor in (query, key, value)))
+    rest = attend(picked(query, places.others), picked(key, places.others), picked(value, places.others))
     for place, rows in zip(places.others, rest.split([place.stop - place.start for place in places.others], 2), strict=True):
         output[:, :, place] = rows
     if sees == 'itself':

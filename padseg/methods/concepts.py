@@ -72,8 +72,10 @@ class ConceptOptions:
     """
 
     layers: tuple[int, ...] = own('blocks that are read, whose maps are averaged, counted from 0', range=Range('distinct numbers >= 0', 0))
-    noise: tuple[float, ...] = own(
-        'noise levels, one forward pass each, whose maps are averaged', range=Range('distinct levels in 0..1', 0, math.nextafter(1, 2))
+    noise: tuple[float, ...] | None = own(
+        'noise levels, one forward pass each, whose maps are averaged',
+        default="the model's; with proposals that of their step",
+        range=Range('distinct levels in 0..1', 0, math.nextafter(1, 2)),
     )
     read: str = option(
         'outputs',
@@ -270,7 +272,8 @@ def maps(images: Sequence[Image], prepared: Prepared, names: Sequence[str] = ())
     def levels(tokens: int) -> list[NoiseLevel]:
         from padseg.backbones.noise import flow_level_at
 
-        if options.noise is None and prepared.proposals:
+        if options.noise is None:  # with proposals
+            assert prepared.proposals is not None
             return [backbone.noise_level(prepared.proposals.options.step, tokens)]
         return [flow_level_at(level) for level in options.noise]
 
