@@ -92,7 +92,8 @@ def backbone_of(setting: GenerateSetting) -> Backbone:
         kind, configuration = NETWORKS[setting.model]
         configuration = {**configuration, **SMALL[setting.model]} if setting.small else configuration
     backbone = random_network(setting.model, kind, configuration, setting.device)
-    backbone.transformer.to(getattr(torch, setting.dtype))
+    if setting.dtype != 'float32':
+        backbone.transformer.to(getattr(torch, setting.dtype))
     return backbone
 
 
