@@ -25,8 +25,6 @@ from padseg.methods.stages.scores import means, scale_scores
 from padseg.system.progress import Progress
 from padseg.types import Array, Attention, Prompt
 
-NAMES = ('present', 'all')
-
 
 class Choice(NamedTuple):
     """A cell of the grid. encoders: as of LabelOptions; step: counted from the end of the schedule, from 1; layer: from 0."""

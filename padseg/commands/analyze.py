@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from padseg.commands.eval import NAMES
 from padseg.commands.flags import Several, lora_flags, refuse_lone_scale
 from padseg.commands.label import names_of
 from padseg.generation.settings import PADS
@@ -244,7 +245,7 @@ def perturb_command(**given: Any) -> int:
         default=(),
         help='noise levels to compare, counted from the end of the schedule (default: ten of them)',
     ),
-    click.option('--names', type=click.Choice(('present', 'all')), default='present', show_default=True, help='classes that prompts name'),
+    click.option('--names', type=click.Choice(NAMES), default=NAMES[0], show_default=True, help='classes that prompts name'),
     click.option('--prompt', type=click.Choice(PROMPTS), default='joined', show_default=True, help='as for `padseg label`'),
     click.option('--scores', type=click.Choice(SCORES), help='as for `padseg label` (default: raw; minmax with per-class)'),
     click.option('--unused', type=click.Choice(UNUSED), default=UNUSED[0], show_default=True, help='as for `padseg label`'),
