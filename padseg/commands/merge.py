@@ -12,6 +12,8 @@ import click
 from padseg.commands.flags import METHOD, option_flags
 from padseg.commands.run import report
 from padseg.methods import DEFAULTS, METHODS, Kept, kept_method
+from padseg.system.files import opened
+from padseg.system.ledger import LARGEST
 
 OF_METHODS = {option for name in METHODS for option in getattr(kept_method(name), 'LATER', ())}
 
@@ -44,7 +46,8 @@ def method_made(args: Sequence[str]) -> str | None:
     """The method of the first run among the arguments, if there is one; whether its record is sound is seen later."""
     for arg in args:
         try:
-            text = (Path(arg) / 'run.json').read_text(encoding='utf-8')
+            with opened(Path(arg) / 'run.json') as file:
+                text = file.read(LARGEST)  # of a longer one, the rest is missing, and it is refused later
         except (OSError, ValueError):
             continue
         try:
