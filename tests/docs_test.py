@@ -101,6 +101,7 @@ def test_commands_run_and_write_what_is_said(checkout):
         assert path.split('/')[0] in tree and path.removeprefix(path.split('/')[0]).lstrip('/') in tree
         assert (checkout / 'out' / path).exists()
     written = {path.name for path in (checkout / 'out').iterdir() if path.name[0] != '.'}
+    written |= {path.name for path in (checkout / 'out-levels').iterdir() if path.is_dir()}
     assert written == set(re.findall(r'^.── ([\w.]+)', tree, re.MULTILINE))
 
 

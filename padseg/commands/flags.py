@@ -189,7 +189,9 @@ class MethodCommand(click.Command):
                 name for name in self.methods() if error.option_name[2:].replace('-', '_') in METHODS[name].Options.__dataclass_fields__
             ]
             if owners:
-                raise click.UsageError(f'{error.option_name} is an option of --method {" and ".join(owners)}.', ctx) from error
+                *others, last = owners
+                named = f'{", ".join(others)} and {last}' if others else last
+                raise click.UsageError(f'{error.option_name} is an option of --method {named}.', ctx) from error
             raise
 
     def methods(self) -> list[str]:

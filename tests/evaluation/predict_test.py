@@ -86,7 +86,10 @@ def test_options_of_names_reach_the_model(root, texts_folder, capsys):
         (('--layer', '1', '--layers', '2'), 'Give either --layer or --layers'),
         (('--threshold', '0.1'), '--threshold is an option of --method seg4diff and diffseg.'),
         (('--protocol', 'diffseg', '--names', 'all'), '--names is for methods that take class names; seg4diff takes none'),
-        (('--protocol', 'diffseg', '--background-words', 'sky'), '--background-words is an option of --method open-vocabulary and goca.'),
+        (
+            ('--protocol', 'diffseg', '--background-words', 'sky'),
+            '--background-words is an option of --method open-vocabulary, goca and concepts.',
+        ),
         (('--protocol', 'goca'), 'scores named regions'),
         (('--names', 'some'), "'some' is not one of"),
     ):

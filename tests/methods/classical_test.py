@@ -121,12 +121,15 @@ def test_results_of_another_method_are_not_mixed(pictures: Path, tmp_path: Path,
 @pytest.mark.parametrize(
     ('arguments', 'words'),
     [
-        (['--method', 'watershed'], "'watershed' is not one of 'seg4diff', 'felzenszwalb', 'slic-rag', 'kmeans', 'grid'"),
+        (
+            ['--method', 'watershed'],
+            "'watershed' is not one of 'seg4diff', 'diffseg', 'diffcut', 'felzenszwalb', 'slic-rag', 'kmeans', 'grid'",
+        ),
         (['--method', 'open-vocabulary'], "'open-vocabulary' is not one of"),
         (['--method', 'kmeans', '--clusters', '0'], 'clusters is a whole number in 1..14400; got 0'),
         (['--method', 'kmeans', '--clusters', '2.5'], "'2.5' is not a valid integer"),
         (['--method', 'felzenszwalb', '--scale', '-1'], 'scale is a scale from 0 to below 1e9; got -1.0'),
-        (['--method', 'felzenszwalb', '--threshold', '0.1'], '--threshold is an option of --method seg4diff.'),
+        (['--method', 'felzenszwalb', '--threshold', '0.1'], '--threshold is an option of --method seg4diff and diffseg.'),
         (['--scale', '100'], '--scale is an option of --method felzenszwalb.'),
         (['--method', 'grid', '--save-maps'], 'grid has no maps to keep: omit --save-maps'),
     ],
