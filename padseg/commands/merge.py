@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,9 @@ def later_method(name: str) -> Kept:
 
 def method_made(args: Sequence[str]) -> str | None:
     """The method of the first run among the arguments, if there is one; whether its record is sound is seen later."""
-    for arg in args:
+    for before, arg in zip(['', *args], args, strict=False):
+        if before in ('--out', '--dir'):
+            continue
         try:
             with opened(Path(arg) / 'run.json') as file:
                 text = file.read(LARGEST)  # of a longer one, the rest is missing, and it is refused later
@@ -75,9 +78,9 @@ def command(made: Path, source: Path | None, as_json: bool, quiet: bool, **setti
     given = {name: settings.pop(name) for name in {*method.LATER, *settings} if name in OF_METHODS}
     options = method.Options(**{name: given[name] for name in method.LATER})
 
-    from padseg.errors import NoImages, UsageError
+    from padseg.errors import NoImages, OutputConflict, UsageError
     from padseg.run.engine import run
-    from padseg.run.job import Job, settings_from
+    from padseg.run.job import Job, parsed, settings_from
     from padseg.run.records import read_run
     from padseg.system.progress import shown
 
@@ -87,6 +90,11 @@ def command(made: Path, source: Path | None, as_json: bool, quiet: bool, **setti
     if settings['out'].resolve() == made.resolve():
         raise UsageError(f'--out must be a folder other than {made}')
     reading = settings_from(earlier.settings).reading
+    if earlier.settings.get('levels') and getattr(options, 'levels', ()) is None:  # they have files of their own
+        try:
+            options = dataclasses.replace(options, levels=parsed(method.Options, 'levels', earlier.settings['levels']))
+        except (ValueError, UsageError) as error:
+            raise OutputConflict(f'the recorded settings are not those of a run: levels: {error}') from error
     job = Job(
         source or Path(earlier.source),
         options=options,

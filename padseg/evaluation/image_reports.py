@@ -8,7 +8,7 @@ from pathlib import Path
 
 from padseg.evaluation.image_scores import ImageRow, ImageScores, Mean, ScoringJob, inputs, loaded, scored
 from padseg.system.files import atomic
-from padseg.system.ledger import owned, write_header
+from padseg.system.ledger import owned, refuse_strange, write_header
 from padseg.system.progress import Progress
 from padseg.system.text import csv_cell, printable
 
@@ -27,6 +27,7 @@ def run_image_scores(asked: ScoringJob, out: Path, progress: Progress) -> ImageS
     given = inputs(asked)
     models = loaded(asked, given.scores)
     with owned(out, *FOREIGN):
+        refuse_strange(out, (RECORD, TABLE))
         record, rows = scored(asked, given, models, progress)
         with atomic(out / TABLE) as temporary, temporary.open('w', newline='', encoding='utf-8', errors='backslashreplace') as file:
             table = csv.writer(file, lineterminator='\n')

@@ -29,6 +29,7 @@ from padseg.methods.stages.cross_maps import Aggregated, finished, reading
 
 if TYPE_CHECKING:
     from padseg.backbones import Backbone
+    from padseg.backbones.spec import Spec
     from padseg.generation.sample import Call, Guide, Predict, Texts
     from padseg.methods.stages.cross_maps import Plan
     from padseg.types import Tokens
@@ -68,10 +69,15 @@ def masks_of(text: Aggregated, empty: Aggregated | None, ground: Ground, content
     return Masks(highest(tokens), (~(background >= HALF)).to(background.dtype))
 
 
+def goca_options(spec: Spec) -> GocaOptions:
+    """GoCA's settings for a model. Of PixArt only the layers that refine are read, as released."""
+    layers = row_of(spec).refine_layers if spec.family == 'pixart' else None
+    return GocaOptions(layers=layers).resolve(spec) if layers else GocaOptions().resolve(spec)
+
+
 def plan_for(backbone: Backbone) -> tuple[Plan, int]:
-    """What is read of a model, and how often maps are refined. Of PixArt only the layers that refine are read, as released."""
-    layers = row_of(backbone.spec).refine_layers if backbone.spec.family == 'pixart' else None
-    options = GocaOptions(layers=layers).resolve(backbone.spec) if layers else GocaOptions().resolve(backbone.spec)
+    """What is read of a model, and how often maps are refined."""
+    options = goca_options(backbone.spec)
     return plan_of(backbone, options)._replace(every=2 if backbone.spec.family == 'sd3' else 1), options.order
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import platform
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from padseg.backbones import identity
+from padseg.backbones.configuration import read_json
 from padseg.errors import ModelUnavailable, OutputConflict, PadsegError, ResourceExhausted, UsageError
 from padseg.generation.prompts import Item, items
 from padseg.generation.records import LEDGER, Generation, GenerationTotals, Made, Picture, place, read_generation
@@ -33,8 +33,8 @@ from padseg.system.ledger import (
     REMEDY,
     continued,
     line,
-    opened_record,
     refuse_other_settings,
+    refuse_others,
     write_header,
     write_lines,
 )
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from padseg.backbones import Backbone
+    from padseg.backbones.spec import Spec
     from padseg.generation.sample import Call, Guide, Sampler
     from padseg.types import Image
 
@@ -117,7 +118,7 @@ def plan(job: GenerationJob) -> Plan:
         raise UsageError(f'none of the {len(everything)} pictures is selected')
     shard = job.selection.shard
     if job.overwrite:
-        refuse_others(job.out)
+        refuse_others(job.out, 'generate')
     earlier = None if job.overwrite and not shard else read_generation(job.out / 'run.json')
     records = records_by(LEDGER, job.out) if earlier else {}
     pending = [item for item in chosen if job.overwrite or not settled(item, records.get(item.name), job)]
@@ -126,20 +127,9 @@ def plan(job: GenerationJob) -> Plan:
     return Plan(chosen, pending, kept, earlier if any(record.status == 'done' for record in records.values()) else None)
 
 
-def refuse_others(out: Path) -> None:
-    """Raise OutputConflict if run.json is a readable record, but of another command: --overwrite is not meant for its results."""
-    file = opened_record(out / 'run.json')
-    if file is None:
-        return
-    with file, contextlib.suppress(ValueError, RecursionError):
-        record = json.load(file)
-        if isinstance(record, dict) and 'settings' in record and record.get('command') != 'generate':
-            raise OutputConflict(f'{out} holds results of another command: choose another --out')
-
-
 def settled(item: Item, record: Picture | None, job: GenerationJob) -> bool:
     """Whether a picture needs no work: it is there, or it failed and must not be tried again."""
-    if record is None or (record.status == 'failed' and job.retry_failed):
+    if record is None or (record.prompt, record.seed) != (item.prompt, item.seed) or (record.status == 'failed' and job.retry_failed):
         return False
     files = [record.file, *([record.preview] if job.preview else [])]
     return record.status == 'failed' or all(file is not None and is_file(job.out / file) for file in files)
@@ -176,14 +166,22 @@ def settings_now(job: GenerationJob, earlier: Generation) -> dict[str, Setting]:
     made = identity(job.model, revision=job.revision, vae=job.vae, lora=job.lora, lora_scale=job.lora_scale)
     made = identity_with(made, source, str(settings.encoders))
     before = {name: earlier.settings[name] for name in ('threads',) if name in earlier.settings}
-    return {**settings_of(made._asdict(), job.dtype or earlier.dtype, settings), **before}
+    return {**settings_of(made._asdict(), job.dtype or earlier.dtype, settings, source.spec), **before}
 
 
-def settings_of(made: dict[str, Any], dtype: str, settings: SamplingSettings) -> dict[str, Setting]:
+def settings_of(made: dict[str, Any], dtype: str, settings: SamplingSettings, spec: Spec) -> dict[str, Setting]:
     """All that affects pictures, but for prompt, seed and the number of threads."""
+    more: dict[str, Setting] = {}
+    if settings.guidance == 'goca-s-cfg':  # padseg.json can change them
+        from padseg.generation.goca_masks import goca_options
+
+        more = {f'goca_{name}': value for name, value in plain_settings(goca_options(spec)).items()}
+    index = Path(made['folder']) / 'model_index.json'
+    if spec.family == 'unet' and index.is_file():
+        more['zeros'] = read_json(index).get('force_zeros_for_empty_prompt', True) is True  # which counts for SDXL
     hashes = {name: made[name] for name in ('weights', 'scheduler', 'text_encoders')}
     lora = {name: made[name] for name in ('lora', 'lora_scale')} if made['lora'] else {}
-    return {**hashes, **lora, 'dtype': dtype, **relevant(settings)}
+    return {**hashes, **lora, 'dtype': dtype, **relevant(settings), **more}
 
 
 def record_of(job: GenerationJob, sampler: Sampler, settings: SamplingSettings, threads: int) -> Generation:
@@ -193,7 +191,7 @@ def record_of(job: GenerationJob, sampler: Sampler, settings: SamplingSettings, 
 
     backbone = with_encoders(sampler.backbone, str(settings.encoders))
     made = backbone.identity._asdict()
-    values = settings_of(made, dtype_of(backbone), settings)
+    values = settings_of(made, dtype_of(backbone), settings, backbone.spec)
     if backbone.device.type == 'cpu':
         values['threads'] = threads
     return Generation(

@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from padseg.errors import UsageError
+from padseg.images import ImageError, Reading
+from padseg.images.files import contents
+from padseg.system.ledger import without_repetition
 
 COLUMNS = ('prompt', 'text', 'caption')  # of a table, the first of these that it has
 KINDS = ('.txt', '.csv', '.tsv', '.json', '.jsonl')
+MOST_BYTES = 2**26  # of a file of prompts
 LONGEST = 10_000  # characters of a prompt
 MOST = 10_000_000  # pictures
 SLUG, MARK = 40, 12  # characters of a name that come from the words, and of the hash
@@ -52,9 +56,11 @@ def read_prompts(path: Path) -> list[str]:
     if path.suffix.lower() not in KINDS:
         raise UsageError(f'{path} must be one of {", ".join(KINDS)}')
     try:
-        text = path.read_bytes().decode('utf-8-sig')
+        text = contents(path, Reading(max_bytes=MOST_BYTES)).decode('utf-8-sig')
     except OSError as error:
         raise UsageError(f'{path} cannot be read: {error.strerror}') from error
+    except ImageError as error:
+        raise UsageError(f'{path} cannot be read: {error}') from error
     except UnicodeDecodeError as error:
         raise UsageError(f'{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}') from error
     prompts = [checked(prompt, f'{path}, {place}') for place, prompt in in_text(text, path)]
@@ -70,15 +76,18 @@ def in_text(text: str, path: Path) -> list[tuple[str, str]]:
     .json: a list or an object of texts; .jsonl: a text a line. In place of a text, an object with a key of COLUMNS.
     """
     kind = path.suffix.lower()
+    numbered = enumerate(re.split('\r\n|\r|\n', text), 1)  # no other character, such as U+2028, ends a line
     if kind == '.txt':
-        return [(f'line {number}', line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        return [(f'line {number}', line) for number, line in numbered if line.strip()]
     try:
         if kind in ('.csv', '.tsv'):
             return in_table(text, path)
         if kind == '.jsonl':
-            lines = [(f'line {number}', json.loads(line)) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+            lines = [
+                (f'line {number}', json.loads(line, object_pairs_hook=without_repetition)) for number, line in numbered if line.strip()
+            ]
             return [(place, of_object(value, f'{path}, {place}')) for place, value in lines]
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=without_repetition)
     except (ValueError, RecursionError, csv.Error) as error:
         raise UsageError(f'{path} cannot be read as {kind[1:].upper()}: {error}') from error
     named = values.items() if isinstance(values, dict) else enumerate(values, 1) if isinstance(values, list) else None

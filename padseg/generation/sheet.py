@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import PIL.Image
 from PIL import ImageDraw, ImageFont
 
 from padseg.evaluation.sheet import within
+from padseg.images import ImageError, Reading, decode_apart
 from padseg.system.files import atomic
 from padseg.types import Image
 
@@ -49,12 +51,15 @@ def write_sheet(rows: Sequence[Row], path: Path) -> None:
 
 def thumbnail(path: Path | None) -> Image:
     """A picture reduced to SIDE pixels, if it is larger: (h, w, 3)."""
-    read = cv2.imread(str(path)) if path else None
+    read = None
+    if path and not path.is_symlink():
+        with contextlib.suppress(ImageError, OSError):
+            read = decode_apart(path, Reading()).image
     if read is None:
         return np.full((SIDE, SIDE, 3), 224, np.uint8)
     scale = min(1.0, SIDE / max(read.shape[:2]))
     size = (max(1, round(read.shape[1] * scale)), max(1, round(read.shape[0] * scale)))
-    return cv2.resize(read, size, interpolation=cv2.INTER_AREA)[..., ::-1].astype(np.uint8)
+    return cv2.resize(read, size, interpolation=cv2.INTER_AREA).astype(np.uint8)
 
 
 def strip(images: Sequence[Image]) -> Image:

@@ -21,6 +21,7 @@ from padseg.run.records import (
 )
 from padseg.run.selection import select
 from padseg.run.source import refuse_other_source, refuse_results, unchanged
+from padseg.system.ledger import refuse_others
 from padseg.system.text import printable
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,8 @@ def refuse_collisions(out: Path, pictures: list[Found]) -> None:
 def plan(job: Job, frames: list[Found], pictures: list[Found]) -> Plan:
     """Compare the chosen pictures with the existing results. Raises OutputConflict if these are unreadable or belong to another source."""
     shard = job.selection.shard
+    if job.overwrite:
+        refuse_others(job.out, None)
     earlier = None if job.overwrite and not shard else read_run(job.out / 'run.json')
     records = all_records(job.out) if earlier else {}
     done = any(record.status == 'done' for record in records.values())

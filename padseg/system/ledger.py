@@ -165,6 +165,22 @@ def refuse_strange(folder: Path, names: Iterable[str]) -> None:
             raise OutputConflict(f'{path} is {what}: remove it, or choose another --out')
 
 
+def refuse_others(out: Path, command: str | None) -> None:
+    """Raise OutputConflict if run.json is a readable record, but of another command: --overwrite is not meant for its results.
+
+    command: what the record of this one says; None for a run, whose record says nothing.
+    """
+    file = opened_record(out / 'run.json')
+    if file is None:
+        return
+    with file:
+        text = file.read(LARGEST)
+    with contextlib.suppress(*UNREADABLE):
+        record = json.loads(text)
+        if isinstance(record, dict) and 'settings' in record and record.get('command') != command:
+            raise OutputConflict(f'{out} holds results of another command: choose another --out')
+
+
 @contextlib.contextmanager
 def owned(out: Path, *foreign: str) -> Iterator[None]:
     """Create the output folder, lock out all other jobs, and remove half-written files that killed jobs left next to the records.

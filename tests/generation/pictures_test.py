@@ -146,7 +146,9 @@ def test_other_settings_need_another_folder(job, whole, tmp_path, monkeypatch):
             generate(job._replace(out=tmp_path / 'other', overwrite=overwrite))
     with filelock.FileLock(job.out / '.lock'), pytest.raises(OutputConflict, match='another run is writing'):
         generate(job)
-    assert main(['run', '--dir', str(job.out / 'images'), '--out', str(job.out), '--model', job.model, '-q']) == 6
+    for flags in ([], ['--overwrite']):
+        assert main(['run', '--dir', str(job.out / 'images'), '--out', str(job.out), '--model', job.model, '-q', *flags]) == 6
+    assert len(records(job.out)) == 4
 
 
 def test_a_picture_that_fails_is_recorded_and_tried_again(job, monkeypatch):
@@ -179,6 +181,10 @@ def test_a_bad_record_is_not_guessed_at(job):
         (job.out / 'manifest.jsonl').write_text(json.dumps(record) + '\n' + lines)
         with pytest.raises(OutputConflict, match='manifest.jsonl, line 1'):
             generate(job)
+    first, *others = lines.splitlines()
+    (job.out / 'manifest.jsonl').write_text('\n'.join([json.dumps({**json.loads(first), 'prompt': 'a mouse'}), *others]) + '\n')
+    assert generate(job._replace(seeds=(0,)))[:4] == (2, 2, 1, 0)  # what is not of its prompt is made again
+    assert (job.out / 'manifest.jsonl').read_text().count('mouse') == 0
 
 
 def test_strips_of_the_way(job):

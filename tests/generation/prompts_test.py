@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from padseg.errors import UsageError
@@ -27,6 +29,7 @@ REFUSED = {
     'long.txt': (b'a cat\n' + b'a' * (LONGEST + 1), f'line 2 has {LONGEST + 1} characters'),
     'torn.json': (b'["a cat"', 'cannot be read as JSON'),
     'deep.json': (b'[' * 100_000, 'cannot be read as JSON'),
+    'twice.json': (b'{"a": "a cat", "a": "a dog"}', 'cannot be read as JSON: a repeated key'),
     'number.json': (b'["a cat", 3]', 'entry 2 is not a prompt'),
     'text.json': (b'"a cat"', 'must hold a list'),
     'other.jsonl': (b'{"prompt": "a cat"}\n{"name": "a dog"}\n', 'line 2 is not a prompt'),
@@ -56,7 +59,10 @@ def test_files_that_are_refused(tmp_path, name):
 
 def test_what_is_no_file(tmp_path):
     (tmp_path / 'folder.txt').mkdir()
-    for name in ('folder.txt', 'missing.txt'):
+    os.mkfifo(tmp_path / 'pipe.txt')
+    (tmp_path / 'large.txt').write_bytes(b'')
+    os.truncate(tmp_path / 'large.txt', 2**40)
+    for name in ('folder.txt', 'missing.txt', 'pipe.txt', 'large.txt'):
         with pytest.raises(UsageError, match='cannot be read'):
             read_prompts(tmp_path / name)
     with pytest.raises(UsageError, match='the prompt holds'):

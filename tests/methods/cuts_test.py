@@ -207,7 +207,9 @@ def test_kept_features_are_cut_again(sd3_folder, picture, tmp_path):
     run = ['run', '--method', 'diffcut', '--features', 'keys', '--model', str(sd3_folder), '--dir', str(source), '-q']
     assert main([*run, '--out', str(kept), '--save-maps', '--alpha', '4']) == 0
     later = ['--tau', '1.2', '--levels', '0.5,2,0.9']
-    assert main(['merge', str(kept), '--out', str(again), '-q', *later]) == 0
+    other = ['run', '--method', 'grid', '--dir', str(source), '--out', str(again), '-q']
+    assert main(other) == 0  # results of another method, which are replaced
+    assert main(['merge', '--overwrite', '--out', str(again), str(kept), '-q', *later]) == 0
     assert main([*run, '--out', str(whole), '--alpha', '4', *later]) == 0
     for name in ('labels/a.png.png', 'levels/a.png.tif'):
         assert (again / name).read_bytes() == (whole / name).read_bytes()
@@ -218,6 +220,9 @@ def test_kept_features_are_cut_again(sd3_folder, picture, tmp_path):
     for coarse, fine in zip(levels, levels[1:], strict=False):
         assert len({*zip(coarse.ravel().tolist(), fine.ravel().tolist(), strict=True)}) == len(np.unique(fine))
     assert main(['merge', str(again), '--out', str(tmp_path / 'none'), '-q']) == 5  # which kept no maps
+    assert main([*run, '--out', str(whole), '--alpha', '4', *later, '--save-maps']) == 0
+    assert main(['merge', str(whole), '--out', str(tmp_path / 'same'), '-q']) == 0  # with the levels of that run
+    assert (tmp_path / 'same/levels/a.png.tif').read_bytes() == (whole / 'levels/a.png.tif').read_bytes()
 
 
 def test_proposals_are_merged_again_only_in_what_comes_after_them(unet_folders, picture, tmp_path):
