@@ -20,7 +20,7 @@ from padseg.generation.guidance import guide_of
 from padseg.generation.prompts import Item
 from padseg.generation.sample import Call, Sampler, sample
 from padseg.generation.settings import SamplingSettings
-from padseg.images import Reading, decode_apart, find
+from padseg.images import ImageError, Reading, decode_apart, find
 from padseg.methods.options import ViewOptions
 from padseg.methods.stages.latents import encode_steps
 from padseg.methods.stages.prompts import worded
@@ -141,7 +141,13 @@ def subjects(images: Path, labels: Path | None, classes: Sequence[str], text: st
     for file in found[:count]:
         truth = dataset.read(truths[file.path.stem])[0] if labels is not None else None
         said = text if text is not None else named(truth, classes)
-        made.append(Subject(file.name, decode_apart(file.path, Reading()).image, said, truth))
+        try:
+            image = decode_apart(file.path, Reading()).image
+        except ImageError as error:
+            raise ImageError(f'{file.path}: {error}') from error
+        except OSError as error:
+            raise ImageError(f'{file.path}: {error.strerror}') from error
+        made.append(Subject(file.name, image, said, truth))
     return made
 
 

@@ -32,7 +32,8 @@ NEEDS = {
     'dino': '--against',
 }
 CONVENTION = '100 x cosine, as T2I-Metrics; neither cut at 0 nor multiplied by 2.5'
-READ = 32  # pictures in memory at a time
+READ, MOST_BYTES = 32, 2**28  # pictures in memory at a time, and their bytes
+LONGEST = 64  # times as long as wide; models enlarge the shorter side to what they see
 MOST_SEEDS = 16  # for which FID is computed one by one
 FEW = 2048  # pictures, Inception's features: with fewer the covariance has not its full rank
 Value = TypeVar('Value')
@@ -250,13 +251,16 @@ def read(pictures: Sequence[Shown], failed: dict[Path, str], progress: Progress)
     batch: dict[Path, Image] = {}
     for picture in pictures:
         try:
-            batch[picture.path] = decode_apart(picture.path, Reading()).image
+            image = decode_apart(picture.path, Reading()).image
+            if max(image.shape[:2]) > LONGEST * min(image.shape[:2]):
+                raise ImageError(f'{image.shape[1]}x{image.shape[0]} pixels: more than {LONGEST} times as long as wide')
+            batch[picture.path] = image
         except ImageError as error:
             failed[picture.path] = str(error)
         except OSError as error:
             failed[picture.path] = error.strerror or str(error)
         progress.step()
-        if len(batch) == READ:
+        if len(batch) == READ or sum(image.nbytes for image in batch.values()) >= MOST_BYTES:
             yield batch
             batch = {}
     if batch:

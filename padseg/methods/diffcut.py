@@ -59,6 +59,9 @@ ENCODER = 'encoder'  # in place of a layer's name: the last one of a U-Net's enc
 BLOCK = 'vit-block'
 
 
+MOST_SCORES = 2**28  # numbers: likeness of every token to every region
+
+
 @dataclasses.dataclass(frozen=True)
 class DiffCutOptions:
     """Options of DiffCut. Options left open take the model's own values, filled in by `resolve`.
@@ -277,8 +280,11 @@ def scored(features: Features, regions: Array, maps: TokenMaps) -> Proposals:
     """The likeness of each token to the mean feature of each region. It is linear in the features, so it can be enlarged in their place."""
     import torch
 
+    from padseg.images import ImageError
     from padseg.methods.stages.normalised_cut import prototypes
 
+    if (count := int(regions.max()) + 1) * len(features.every) > MOST_SCORES:
+        raise ImageError(f'{count} regions of {len(features.every)} tokens take too much memory: try a lower --tau')
     scores = (prototypes(features.few, regions) @ features.every.T).reshape(-1, *maps.maps.shape[1:])  # (K, h, w)
     return Proposals(torch.from_numpy(scores), tuple((number,) for number in range(len(scores))), maps.frame)
 

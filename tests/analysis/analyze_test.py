@@ -123,3 +123,11 @@ def test_what_does_not_fit_is_refused(flags, code, words, place, sd3_folder, cap
 def test_other_families_are_refused_by_name(place, unet_folders, capsys):
     assert main(['analyze', 'shares', '--dir', str(place / 'images'), '--model', str(unet_folders['sd15'])]) == 2
     assert 'analyze does not support' in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_read_is_named(tmp_path, sd3_folder, capsys):
+    (tmp_path / 'a.png').write_bytes(b'nothing')
+    flags = ['--dir', str(tmp_path), '--model', str(sd3_folder), '--device', 'cpu', '--out', str(tmp_path / 'out'), '-q']
+    assert main(['analyze', 'norms', *flags]) == 3
+    said = capsys.readouterr().err
+    assert said.startswith(f'padseg: {tmp_path / "a.png"}: ') and said.count('\n') == 1

@@ -144,13 +144,14 @@ def test_a_picture_that_cannot_be_read_fails_alone(run, tmp_path):
     folder = made(tmp_path / 'a', 1.0)
     (folder / 'images' / '1-0.png').write_bytes(b'nothing')
     (folder / 'images' / '1-1.png').unlink()
+    PIL.Image.new('RGB', (2000, 2)).save(folder / 'images' / '0-0.png')  # a model would see millions of pixels
     code, printed = run('--dir', folder, '--out', tmp_path / 'out')
     assert code == 3
-    assert printed.err.count('\n') == 2
-    assert '1-0: not a picture' in printed.err
+    assert printed.err.count('\n') == 3
+    assert '1-0: not a picture' in printed.err and 'more than 64 times as long as wide' in printed.err
     record = record_in(tmp_path / 'out')
-    assert (record['clip']['pictures'], record['counts']) == (4, {'pictures': 6, 'unread': 2})
-    assert [row['name'] for row in table_in(tmp_path / 'out') if row['reason']] == ['1-0', '1-1']
+    assert (record['clip']['pictures'], record['counts']) == (3, {'pictures': 6, 'unread': 3})
+    assert [row['name'] for row in table_in(tmp_path / 'out') if row['reason']] == ['0-0', '1-0', '1-1']
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,11 @@ from padseg.backbones.spec import BACKBONES
 from padseg.commands import main
 from padseg.datasets.rows import DATASETS
 from padseg.errors import UsageError
-from padseg.images import as_image
+from padseg.images import ImageError, as_image
 from padseg.methods import diffcut, diffseg, open_backbone, seg4diff, stages
 from padseg.methods.stages import anchor_merging
 from padseg.methods.stages.aggregation import enlarged
+from padseg.types import TokenMaps
 
 FLAT = np.full((40, 60, 3), 90, np.uint8)
 
@@ -273,3 +274,10 @@ def test_one_picture_gives_the_same_alone_and_in_a_batch(unets, picture):
         prepared = method.prepare(backbone, method.Options(**own))
         together = method.maps([picture, other], prepared)
         assert torch.equal(method.maps([other], prepared)[0].maps, together[1].maps)
+
+
+def test_features_that_would_take_too_much_memory_are_refused():
+    every = np.zeros((2**20, 1))
+    maps = TokenMaps(torch.zeros(1, 1024, 1024), ('0',), None)
+    with pytest.raises(ImageError, match='1024 regions of 1048576 tokens take too much memory'):
+        diffcut.scored(diffcut.Features(every, every[:1024]), np.arange(1024), maps)
