@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from padseg.backbones import opened
 from padseg.images import Readable, as_image
 from padseg.methods import seg4diff, stages
-from padseg.methods.goca import caption_of, read_captions
+from padseg.methods.goca import caption_of, captions_text, read_captions
 from padseg.methods.open_vocabulary import BACKGROUND, COLUMNS_OF, ENCODERS, UNUSED, as_classes, name_regions, warn_of_untrained
 from padseg.methods.options import (
     REFINEMENTS,
@@ -337,7 +337,7 @@ def recorded(options: ConceptOptions, spec: Spec) -> dict[str, Setting]:
         settings |= {f'proposals_{name}': value for name, value in seg4diff.recorded(proposal_options(options), spec).items()}
     if options.captions:
         read_captions(Path(options.captions))
-        settings['captions_sha256'] = hashlib.sha256(Path(options.captions).read_bytes()).hexdigest()
+        settings['captions_sha256'] = hashlib.sha256(captions_text(Path(options.captions))).hexdigest()
     return settings
 
 

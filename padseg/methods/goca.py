@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from padseg.backbones import opened
 from padseg.errors import UsageError
-from padseg.images import Readable, as_image
+from padseg.images import ImageError, Readable, Reading, as_image
+from padseg.images.files import contents
 from padseg.methods import stages
 from padseg.methods.goca_rows import ALL, preset_settings
 from padseg.methods.open_vocabulary import ENCODERS, UNUSED, as_classes, warn_of_untrained
@@ -37,6 +38,7 @@ from padseg.methods.options import (
     side_option,
 )
 from padseg.methods.stages.captions import SYNONYMS
+from padseg.system.ledger import without_repetition
 from padseg.types import Prompt, Proposals, TokenMaps
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from padseg.types import Frame, Image, LabelMap, Latent, Tokens
 
 TASK = 'classes'
+MOST_BYTES = 2**28  # of a file of captions
 FAMILIES = frozenset({'sd3', 'flux', 'unet', 'pixart'})
 BACKGROUND_BY_RULE = True
 PRESETS = ('goca', 'baseline', 'vanilla')
@@ -223,12 +226,20 @@ def plan_of(backbone: Backbone, options: GocaOptions) -> Plan:
 def read_captions(path: Path) -> dict[str, str]:
     """The text of each picture. UsageError for a file that is not a JSON object of texts."""
     try:
-        captions = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        captions = json.loads(captions_text(path).decode('utf-8'), object_pairs_hook=without_repetition)
+    except (ValueError, RecursionError) as error:
         raise UsageError(f'{path} cannot be read as JSON: {error}') from error
     if not isinstance(captions, dict) or not captions or not all(isinstance(text, str) for text in captions.values()):
         raise UsageError(f'{path} must hold an object with a text for each picture: {{"a.jpg": "cat, (person, shirt), grass"}}')
     return captions
+
+
+def captions_text(path: Path) -> bytes:
+    """What a file of captions holds. UsageError for one that cannot be read, is no file or is too large."""
+    try:
+        return contents(path, Reading(max_bytes=MOST_BYTES))
+    except (OSError, ImageError) as error:
+        raise UsageError(f'{path} cannot be read as JSON: {error}') from error
 
 
 def caption_of(captions: Mapping[str, str], name: str, file: str | None) -> str:
@@ -391,7 +402,7 @@ def recorded(options: GocaOptions, spec: Spec) -> dict[str, Setting]:
     settings = plain_settings(options.resolve(spec))
     if options.captions:
         read_captions(Path(options.captions))
-        settings['captions_sha256'] = hashlib.sha256(Path(options.captions).read_bytes()).hexdigest()
+        settings['captions_sha256'] = hashlib.sha256(captions_text(Path(options.captions))).hexdigest()
     return settings
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 
 import numpy as np
 import PIL.Image
@@ -452,3 +453,13 @@ def test_the_method_is_offered_by_name():
     assert method_named('goca', 'classes') is goca
     with pytest.raises(UsageError, match='options of goca are GocaOptions; got LabelOptions'):
         padseg.label(np.zeros((8, 8, 3), np.uint8), 'tiny', ['cat'], padseg.LabelOptions(), method='goca')
+
+
+def test_a_file_of_captions_that_is_no_file_or_too_large_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / 'pipe.json')
+    (tmp_path / 'large.json').write_bytes(b'')
+    os.truncate(tmp_path / 'large.json', 2**40)
+    (tmp_path / 'twice.json').write_text('{"a": "a cat", "a": "a dog"}')
+    for name in ('pipe.json', 'large.json', 'twice.json'):
+        with pytest.raises(UsageError, match=f'{name} cannot be read as JSON'):
+            goca.read_captions(tmp_path / name)
