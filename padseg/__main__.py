@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 
 def start() -> int:
     """Run the command that the arguments of this process name; its exit code."""
@@ -11,7 +13,9 @@ def start() -> int:
         open_streams()
         from padseg.commands import main
 
-        return close_stdout(main())
+        code = close_stdout(main())
+        gc.freeze()  # or the end of the process would search all libraries for garbage, which takes a second
+        return code
     except KeyboardInterrupt:  # while libraries were imported
         return 130
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -52,6 +53,15 @@ LONGEST = (
     *('evaluation/faults_test', 'backbones/unet_test', 'run/engine_test', 'notebook_test', 'main_job_test', 'backbones/loading_test'),
     *('evaluation/engine_test', 'backbones/strangers_test', 'docs_test', 'train/tiny_model_test'),
 )
+
+
+def pytest_sessionstart() -> None:
+    gc.disable()  # garbage is looked for from the first test on, and not among what importing the tests has made
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -56,7 +56,10 @@ class ForkedKernel(AsyncKernelManager):
     shutdown_kernel = _async_shutdown_kernel
 
 
-@pytest.fixture(scope='module', params=NOTEBOOKS, ids=lambda path: path.name)
+RUN = [pytest.param(path, marks=[pytest.mark.slow] if path.stem == 'attention' else []) for path in NOTEBOOKS]
+
+
+@pytest.fixture(scope='module', params=RUN, ids=lambda path: path.name)
 def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> nbformat.NotebookNode:
     """A notebook after a run beside a copy of the sample pictures, in this interpreter, away from the user's own Jupyter settings."""
     checkout = tmp_path_factory.mktemp('checkout')

@@ -6,10 +6,11 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from padseg.backbones.spec import Spec
+from padseg.backbones.spec import DEPTHS, Spec
 from padseg.errors import UsageError
+from padseg.system.libraries import imported
 from padseg.types import Prompt
 
 if TYPE_CHECKING:
@@ -171,6 +172,7 @@ def load(
     """
     if dtype not in (None, *DTYPES):
         raise UsageError(f'dtype is one of {", ".join(DTYPES)}; got {dtype}')
+    imported('padseg.backbones.loading')
     from padseg.backbones.loading import load_family
     from padseg.backbones.source import locate, locate_vae
 
@@ -192,6 +194,7 @@ def identity(
 
     Raises UsageError for an unknown name or value, ModelUnavailable when files are missing.
     """
+    imported('padseg.backbones.loading')
     from padseg.backbones.loading import identify
     from padseg.backbones.source import locate, locate_vae
 
@@ -213,11 +216,9 @@ def lora_named(lora: str | os.PathLike[str] | None, scale: float) -> str | None:
 
 
 def family_of(spec: Spec) -> Family:
-    """Return the module for the architecture that a spec names."""
-    from padseg.backbones import flux, pixart, sd3, unet
-
-    families: dict[str, Family] = {'sd3': sd3, 'flux': flux, 'unet': unet, 'pixart': pixart}
-    return families[spec.family]
+    """Return the module for the architecture that a spec names: flux, pixart, sd3 or unet."""
+    assert spec.family in DEPTHS
+    return cast('Family', imported(f'padseg.backbones.{spec.family}'))
 
 
 def opened(model: Backbone | str, deepest: Callable[[Spec], int | None]) -> Backbone:

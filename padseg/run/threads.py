@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from padseg.methods import method_named
 from padseg.run.job import Job
 from padseg.run.records import Run
+from padseg.system.libraries import imported
 
 FLOAT32 = 'float32'
 MOST = 1024  # no machine has more
@@ -38,8 +39,7 @@ def as_before(job: Job, earlier: Run | None) -> Iterator[None]:
     if job.maps or not method_named(job.method).FAMILIES:
         yield
         return
-    import torch
-
+    torch = imported('torch')
     own = torch.get_num_threads()
     try:
         use(threads_before(job, earlier))

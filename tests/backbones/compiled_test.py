@@ -20,6 +20,7 @@ native = pytest.mark.skipif(not has_bfloat16(torch.device('cpu')), reason='this 
 compiles = pytest.mark.skipif(not can_compile, reason='no C++ compiler, or no headers of Python')
 
 
+@pytest.mark.slow
 @compiles
 @pytest.mark.parametrize(('dtype', 'bound'), [('float32', 1e-5), pytest.param('bfloat16', 0.05, marks=native)])
 def test_compiled_blocks_give_the_same_maps(dtype, bound, sd3_folder, picture):

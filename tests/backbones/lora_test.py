@@ -549,6 +549,7 @@ def truth(tmp_path, pictures) -> pathlib.Path:
     return root
 
 
+@pytest.mark.slow
 def test_eval_and_analyze(sd3_folder, lora, truth, tmp_path, capsys):
     def score(*flags: str) -> int:
         common = [

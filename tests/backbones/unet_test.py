@@ -253,6 +253,7 @@ def test_half_precision_and_shards(unet_folders, unets, tmp_path):
     assert both.identity.weights != whole.identity.weights
 
 
+@pytest.mark.slow
 def test_the_vae_that_overflows_runs_in_float32(unet_folders, copied):
     """SDXL's, also in the estimate of memory; not one that was trained not to overflow, whose configuration says so."""
     for kind, folder in unet_folders.items():

@@ -101,6 +101,7 @@ def test_runs_too_short_to_tell_have_no_rate():
     assert scoring.rate(10, -0.1) is None
 
 
+@pytest.mark.slow
 def test_a_small_run_of_the_engine(bench, tmp_path):
     measured, seconds = bench('engine', '--pictures', '10', '--many', '40', '--folder', str(tmp_path))
     assert list(measured['milliseconds']) == ['own', 'system', 'wall']
@@ -267,6 +268,7 @@ def test_operations_of_the_full_model():
     assert [round(each / 1e12, 1) for each in operations] == [4.9, 0.5, 8.4, 3.3]
 
 
+@pytest.mark.slow
 def test_a_small_run_of_sd3(bench, architecture):
     arguments = ('--size', 'small', '--dtype', 'float32', '--repeats', '1', '--batch', '2', '--folder', str(architecture.parent))
     measured, seconds = bench('sd3', *arguments)
@@ -316,6 +318,7 @@ def test_a_summary_of_two_turns(architecture):
     assert sd3.in_words(measured | {'alike': alike}).splitlines()[-1].endswith('100.00% of the pixels labelled the same')
 
 
+@pytest.mark.slow
 def test_a_small_run_of_load(bench, tmp_path):
     measured, seconds = bench('load', '--size', 'small', '--repeats', '1', '--folder', str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ['small']
@@ -363,6 +366,7 @@ def test_other_maps_are_refused(difference):
     sd3.require_same_maps({'dtype': 'float32', 'alike': None})
 
 
+@pytest.mark.slow
 def test_a_small_run_of_scale(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(scale, 'PICTURE', (40, 60))
     small = ('--size', 'small', '--dtype', 'float32', '--repeats', '1', '--pictures', '6', '--no-compile')
@@ -418,6 +422,7 @@ def test_words_for_what_compiling_costs():
     assert lines[-1] == 'compiling saves 50.0% of a later forward pass and pays off from picture 11 on; from disk cache, never'
 
 
+@pytest.mark.slow
 def test_a_run_of_vae(bench, tmp_path):
     """The more the latents are off, the less the maps are alike; a random encoder's have nothing to do with them."""
     shutil.copy(ROOT / 'data/images/scene-22.png', tmp_path)

@@ -7,6 +7,7 @@ import pytest
 from padseg.bench import generate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('model', ['sd1.5', 'sd3'])
 def test_a_small_run(bench, model):
     measured, seconds = bench('generate', '--model', model, '--scale-down', '--repeats', '1', '--steps', '1')

@@ -12,6 +12,7 @@ import torch
 from padseg.bench import goca
 
 
+@pytest.mark.slow
 def test_a_small_run(bench):
     measured, seconds = bench('goca', '--size', 'small', '--repeats', '1')
     assert (measured['model'], measured['side'], measured['layers'], len(measured['read'])) == ('sd1.5', 64, 16, 16)
@@ -27,6 +28,7 @@ def test_a_small_run(bench):
     assert measured['reckoned']['sdxl 1024']['ours'] < 1e9 < measured['reckoned']['flux 1024']['ours'] < 2.5e9
 
 
+@pytest.mark.slow
 def test_of_fewer_layers_both_ways_are_compared(bench):
     measured, _ = bench('goca', '--model', 'pixart-sigma', '--size', 'small', '--repeats', '1', '--layers', '2')
     assert measured['layers'] == 4 and measured['read'] == [2, 3]

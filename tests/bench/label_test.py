@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from padseg.bench import label
 
 
+@pytest.mark.slow
 def test_a_small_run(bench, tmp_path):
     arguments = ['--size', 'small', '--dtype', 'float32', '--repeats', '1', '--folder', str(tmp_path)]
     measured, seconds = bench('label', *arguments, '--classes', '1', '--classes', '37', '--classes', '38')

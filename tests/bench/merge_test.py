@@ -17,6 +17,7 @@ from padseg.types import Frame, LabelMap, Proposals, TokenMaps
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_a_small_run(bench):
     measured, seconds = bench('merge', '--maps', '30', '--size', '600', '500', '--seconds', '0.001')
     assert measured['maps'] == 30 and list(measured['pictures']) == ['481 x 321', '600 x 500']

@@ -61,6 +61,7 @@ def test_bytes_are_those_of_living_tensors():
     assert (held.now, held.most) == (0, 8000)
 
 
+@pytest.mark.slow
 def test_the_obvious_way_needs_more_bytes_and_so_does_keeping_what_blocks_computed():
     ours, obvious, kept = (train.reckoned(way, setting) for way, setting in NEEDS)
     assert 0 < ours.bytes < obvious.bytes and 0 < ours.flops < obvious.flops

@@ -30,7 +30,7 @@ def command(tmp_path):
 
 @pytest.mark.parametrize(('fault', 'overwrite', 'first'), [('kill', False, 0), ('kill', True, 6), ('full', True, 0)])
 def test_at_every_write_nothing_is_lost_and_scores_of_other_settings_never_count(command, tmp_path, fault, overwrite, first):
-    every = int(os.environ.get('PADSEG_TEST_EVERY', '34'))
+    every = int(os.environ.get('PADSEG_TEST_EVERY', '68'))
     new, old = [*command[:-2], '--protocol', 'diffcut-fixed'], [*command[:-2], '--protocol', 'seg4diff-release']
     end = command[-2:]
     arguments = ([*new, '--overwrite', *end], [*old, *end]) if overwrite else ([*new, *end], [])

@@ -140,6 +140,7 @@ def test_a_sweep_has_one_line_a_threshold():
     ]
 
 
+@pytest.mark.slow
 def test_the_chart_grows_with_the_classes(tmp_path):
     sizes = []
     for number in (0, 1, 19, 150):

@@ -170,6 +170,7 @@ class Counting(Silent):
         self.pictures += 1
 
 
+@pytest.mark.slow
 def test_with_workers_killed_a_run_ends_with_the_same_bytes_and_records(job, plain, cluster, environment, monkeypatch):
     """One of the processes that read and one of those that write die in the middle of it."""
     mortal = [environment / name for name in ('reader', 'writer')]
@@ -236,6 +237,7 @@ def content(path: Path) -> bytes:
         return b''
 
 
+@pytest.mark.slow
 def test_a_run_without_address_brings_its_own_ray_and_takes_it_away(quick, cluster, environment, tmp_path):
     """Stopped after its first picture; then continued on a cluster, where the actor dies, with the results of a run without Ray."""
     events, code = stopped(quick, signal.SIGINT)  # as Ctrl-C sends it to the whole group; Ray's own processes would not survive SIGTERM
@@ -254,6 +256,7 @@ def test_a_run_without_address_brings_its_own_ray_and_takes_it_away(quick, clust
     assert timeless(quick.out) == timeless(local.out)
 
 
+@pytest.mark.slow
 def test_too_many_failures_end_a_run(quick, cluster):
     counts = engine.run(quick._replace(max_failures=0, selection=Selection(include=(*BAD, '1*.png'))))
     assert counts.failed == 1

@@ -14,7 +14,7 @@ from padseg.run import engine
 from padseg.run.job import Job
 
 # what is killed, and before which of its changes: before all with PADSEG_TEST_EVERY=1
-ACTIONS = {'run': 9, 'overwrite': 25, 'overwrite shards': 25, 'shards overwrite shards': 60, 'join': 5, 'collect': 5, 'merge': 25}
+ACTIONS = {'run': 9, 'overwrite': 50, 'overwrite shards': 50, 'shards overwrite shards': 120, 'join': 5, 'collect': 5, 'merge': 50}
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_killed_at_every_change_no_old_result_counts_as_a_new_one(specks, maps, 
 @pytest.mark.parametrize('fault', faults.ENDED_BY)
 @pytest.mark.parametrize(('action', 'fewest'), [('run', 25), ('shards', 25), ('collect', 8), ('coco-panoptic', 3)])
 def test_at_every_write_nothing_is_lost_or_left(pictures, sd3_folder, tmp_path, fault, action, fewest):
-    every = int(os.environ.get('PADSEG_TEST_EVERY', '13' if action in ('run', 'shards') else '4' if action == 'collect' else '2'))
+    every = int(os.environ.get('PADSEG_TEST_EVERY', '25' if action in ('run', 'shards') else '8' if action == 'collect' else '2'))
     (tmp_path / 'made').mkdir()
     ran = start(faults.at_every_write, pictures, tmp_path / 'made', str(sd3_folder), action, fault, every).wait()
     assert ran.returncode == 0, ran.stderr

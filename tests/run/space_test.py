@@ -31,6 +31,7 @@ def blocks(path: Path) -> int:
     return sum(file.stat().st_blocks * 512 for file in path.rglob('*') if file.is_file())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('more', [{}, {'overlay': True, 'coco': True, 'save_maps': True}])
 def test_results_take_about_what_was_reckoned(pictures, tmp_path, more):
     job = Job(pictures, tmp_path / 'out', device='cpu', **more)

@@ -12,14 +12,23 @@ from typing import Any
 
 IMPORTED = (
     'pytest',
+    'diffusers.models.autoencoders',
+    'diffusers.models.transformers.transformer_sd3',
     'padseg.backbones.loading',
     'padseg.backbones.sd3',
+    'padseg.commands.eval',
     'padseg.commands.export',
+    'padseg.commands.label',
     'padseg.commands.run',
+    'padseg.evaluation.engine',
     'padseg.exports.coco',
+    'padseg.methods.open_vocabulary',
     'padseg.methods.seg4diff',
-    'padseg.run.engine',
     'padseg.run.collect',
+    'padseg.run.engine',
+    'skimage.segmentation',
+    'transformers.models.clip.image_processing_clip',
+    'transformers.models.clip.modeling_clip',
 )
 SHARED = sys.version_info < (3, 14)
 

@@ -5,6 +5,7 @@ Exit codes, signals, kills and output are those of `python -m padseg`. Only the 
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -76,6 +77,8 @@ def begin(
     streams: tuple[Path, Path],
     group: bool,
 ) -> None:
+    gc.freeze()  # what the fork server has imported stays shared with it, and is not searched for garbage
+    multiprocessing.set_start_method(None, force=True)  # its own processes start as they would without the fork server
     if group:
         os.setpgid(0, 0)
     os.chdir(folder)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 # Python, and then all commands that load a model, in a process where every library is imported for the first time
@@ -31,6 +33,7 @@ print('codes', codes)
 """
 
 
+@pytest.mark.slow
 def test_stderr_has_no_words_of_libraries(sd3_folder: Path, tmp_path: Path) -> None:
     """Also with a cold cache, and with whatever Python's own warnings are by default."""
     kept = {name: value for name, value in os.environ.items() if name != 'PYTHONWARNINGS' and not name.endswith('_VERBOSITY')}

@@ -161,6 +161,7 @@ def test_recomputed_blocks_change_nothing(sd3_folder, source):
     assert all(one.equal(two) for one, two in zip(*gradients, strict=True))
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_exactly(straight, sd3_folder, source, tmp_path):
     """Killed in its fourth step, after the losses of the third, which the checkpoint after the second does not know of."""
     assert start(fine_tune_and_die, tmp_path, sd3_folder, source).wait().returncode == -signal.SIGKILL
@@ -180,6 +181,7 @@ def test_a_stopped_training_goes_on_exactly(straight, sd3_folder, source, tmp_pa
     assert rows(tmp_path) == rows(straight)[:2]
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(straight, sd3_folder, source, tmp_path):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
