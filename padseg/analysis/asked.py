@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from padseg.system.progress import Progress
 
 REAL = ('labels', 'classes', 'text')  # that only real pictures have
 MADE = ('seeds', 'scale', 'denoising_steps', 'size')  # that only pictures in the making have
+Ready = Callable[[], None]
 ARMS = {'sd3': ('l', 'g', 'l+g')}  # text encoders that are compared, without T5, which models may lack
 
 
@@ -52,6 +53,10 @@ class Wanted:
     count: int = 50
 
 
+def nothing() -> None:
+    """The usual `ready`."""
+
+
 class Asked(NamedTuple):
     """A loaded model and where to read it. settings: all that decides the results, for a record."""
 
@@ -60,8 +65,10 @@ class Asked(NamedTuple):
     settings: dict[str, Any]
 
 
-def opened(wanted: Wanted, how: Mapping[str, Any], progress: Progress, last_too: bool = True) -> Asked:
+def opened(wanted: Wanted, how: Mapping[str, Any], progress: Progress, last_too: bool = True, ready: Ready = nothing) -> Asked:
     """Find the pictures, then load the model. how: arguments of `load`; last_too: read the noisiest step too, if no steps are given.
+
+    ready: called before the model is loaded.
 
     Raises UsageError for what does not fit together, NoImages without pictures, ModelUnavailable.
     """
@@ -71,11 +78,13 @@ def opened(wanted: Wanted, how: Mapping[str, Any], progress: Progress, last_too:
     if wanted.prompts is not None:
         refuse_others(wanted, REAL, '--prompts')
         made, settings = to_be_made(wanted)
+        ready()
         backbone = loaded(how)
         return in_the_making(made, wanted, settings.resolve(backbone.spec), backbone, progress, last_too)
     assert wanted.images is not None
     refuse_others(wanted, MADE, '--dir')
     found = subjects(wanted.images, wanted.labels, wanted.classes, wanted.text, wanted.count)
+    ready()
     return of_pictures(found, wanted, loaded(how), progress, last_too)
 
 
@@ -193,8 +202,9 @@ def best_of_grid(
     count: int,
     how: Mapping[str, Any],
     progress: Progress,
+    ready: Ready = nothing,
 ) -> tuple[Backbone, dict[str, Any], Grid]:
-    """Measure a grid; arguments as of `padseg analyze grid`. Also model, and settings."""
+    """Measure a grid; arguments as of `padseg analyze grid`; ready: as for `opened`. Also model, and settings."""
     require((val_dir is None) == (val_labels is None), 'give --val-dir and --val-labels together')
     train = subjects(images, labels, classes, '', count)
     val = subjects(val_dir, val_labels, classes, '', count) if val_dir else []
@@ -203,6 +213,7 @@ def best_of_grid(
         require(bool(train and val), 'there are too few pictures to choose by some and to report on others')
     given: dict[str, Any] = {'prompt': prompt, 'scores': scores, 'unused': unused}
     options = LabelOptions(**given)
+    ready()
     backbone = loaded(how)
     arms = tuple(encoders) or ARMS.get(backbone.spec.family, (backbone.spec.encoders,))
     levels = tuple(steps) or tuple(step for step in STEPS if step <= backbone.spec.steps)

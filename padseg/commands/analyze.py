@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from padseg.generation.settings import PADS
 from padseg.methods.open_vocabulary import PROMPTS, SCORES, UNUSED
 from padseg.methods.options import require_family
 from padseg.methods.seg4diff import FAMILIES, Options
+from padseg.system.ledger import check_output
 from padseg.system.progress import shown
 from padseg.system.text import say
 
@@ -131,13 +133,14 @@ def blocks_command(
     Results: OUT/analysis.json, OUT/analysis.csv, the figures OUT/grouping.png and OUT/anatomy.png, and OUT/maps.png with the token maps of
     the first picture.
     """
-    from padseg.analysis.figures import map_sheet, tables, write_analysis
+    from padseg.analysis.figures import FILES, map_sheet, tables, write_analysis
     from padseg.analysis.measure import analyze, as_object, labelled_pictures
     from padseg.backbones import load
 
     refuse_lone_scale(how)
     classes = names_of(None, classes_file) if classes_file else ()
     pairs = labelled_pictures(images, labels, count)
+    check_output(out, FILES)
     given: dict[str, Any] = {'normalisation': normalisation}
     backbone, options = load(whole=True, **how), Options(**given)
     require_family('analyze', FAMILIES, backbone)
@@ -158,7 +161,7 @@ def shares_command(**given: Any) -> int:
     """
     from padseg.analysis import charts, shares
 
-    asked = asked_for(given)
+    asked = asked_for(given, 'shares')
     found = shares.measure(asked.source)
     return tell(asked.backbone, asked.settings, given, 'shares', shares.rows(found), shares.summary(found), charts.shares_figure(found))
 
@@ -172,7 +175,7 @@ def norms_command(**given: Any) -> int:
     """
     from padseg.analysis import charts, norms
 
-    asked = asked_for(given)
+    asked = asked_for(given, 'norms')
     found = norms.measure(asked.source)
     return tell(asked.backbone, asked.settings, given, 'norms', norms.rows(found), norms.summary(found), charts.norms_figure(found))
 
@@ -188,7 +191,7 @@ def pca_command(**given: Any) -> int:
     """
     from padseg.analysis import charts, pca
 
-    asked = asked_for(given)
+    asked = asked_for(given, 'pca')
     found = pca.measure(asked.source)
     return tell(asked.backbone, asked.settings, given, 'pca', pca.rows(found), pca.summary(found), charts.pca_figure(found))
 
@@ -264,7 +267,9 @@ def grid_command(**given: Any) -> int:
 
     refuse_lone_scale(given)
     given['classes'] = names_of(None, given.pop('classes_file'))
-    backbone, settings, found = best_of_grid(how=how_of(given), progress=shown(given['quiet']), **but_for(given, *HOW, *TOLD))
+    backbone, settings, found = best_of_grid(
+        how=how_of(given), progress=shown(given['quiet']), ready=ready_for(given, 'grid'), **but_for(given, *HOW, *TOLD)
+    )
     return tell(backbone, settings, given, 'grid', grid.rows(found), grid.summary(found), charts.grid_figure(found))
 
 
@@ -286,7 +291,7 @@ def tokens_command(layer: int | None, **given: Any) -> int:
     from padseg.analysis import charts, tokens
     from padseg.analysis.asked import layer_of
 
-    asked = asked_for(given, last_too=False)
+    asked = asked_for(given, 'tokens', last_too=False)
     chosen = layer_of(asked.backbone, layer)
     found = tokens.measure(asked.source, chosen)
     rows = tokens.rows(found)
@@ -306,14 +311,21 @@ def but_for(given: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in names}
 
 
-def asked_for(given: Mapping[str, Any], last_too: bool = True) -> Asked:
-    """Open what the flags of a source ask for."""
+def asked_for(given: Mapping[str, Any], name: str, last_too: bool = True) -> Asked:
+    """Open what the flags of a source ask for. name: of the analysis."""
     from padseg.analysis.asked import Wanted, opened
 
     refuse_lone_scale(given)
     classes = names_of(None, given['classes_file']) if given['classes_file'] else ()
     wanted = Wanted(**but_for(given, 'classes_file', *HOW, *TOLD), classes=classes)
-    return opened(wanted, how_of(given), shown(given['quiet']), last_too)
+    return opened(wanted, how_of(given), shown(given['quiet']), last_too, ready_for(given, name))
+
+
+def ready_for(given: Mapping[str, Any], name: str) -> Callable[[], None]:
+    """What makes sure, before the work, that the results of an analysis can be written."""
+    from padseg.analysis.report import files_of
+
+    return partial(check_output, given['out'], files_of(name))
 
 
 def tell(

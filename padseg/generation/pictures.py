@@ -35,6 +35,7 @@ from padseg.system.ledger import (
     line,
     refuse_other_settings,
     refuse_others,
+    refuse_strange,
     write_header,
     write_lines,
 )
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
 FOREIGN = 'scores.json'  # header of an evaluation
 FOLDERS = ('images', 'previews')
+SHEET = 'sheet.png'
 PERTURBED = 'perturb_'  # settings of perturbed guidance begin so
 PER_PIXEL = 2.0  # bytes of a PNG, of photographs
 LONGEST = 500  # characters of a reason
@@ -131,8 +133,10 @@ def settled(item: Item, record: Picture | None, job: GenerationJob) -> bool:
     """Whether a picture needs no work: it is there, or it failed and must not be tried again."""
     if record is None or (record.prompt, record.seed) != (item.prompt, item.seed) or (record.status == 'failed' and job.retry_failed):
         return False
+    if record.status == 'failed':
+        return True
     files = [record.file, *([record.preview] if job.preview else [])]
-    return record.status == 'failed' or all(file is not None and is_file(job.out / file) for file in files)
+    return job.preview in (0, record.moments) and all(file is not None and is_file(job.out / file) for file in files)
 
 
 def is_file(path: Path) -> bool:
@@ -227,6 +231,7 @@ def generate(job: GenerationJob, progress: Progress = Silent()) -> GenerationCou
     with full_disk(job.out), held(job), Stop() as stop:
         for kind in FOLDERS:
             inside(job.out, kind)
+        refuse_strange(job.out, [SHEET])
         chosen, pending, records, earlier = plan(job)
         skipped = len(chosen) - len(pending)
         if earlier and not pending:
@@ -413,8 +418,7 @@ def save(
             data = encoded('.png', pixels[..., ::-1])
             with atomic(inside(job.out, values[field])) as temporary:
                 temporary.write_bytes(data)
-            if kind == 'images':
-                values['sha256'] = hashlib.sha256(data).hexdigest()
+            values |= {'sha256': hashlib.sha256(data).hexdigest()} if kind == 'images' else {'moments': job.preview}
     return started(record, item, 'done', seconds, **values)
 
 
@@ -455,7 +459,7 @@ def finish(
     if cut and worked:
         log.warning('%d pictures have prompts that are too long for the text encoders: their ends do not count', cut)
     if not shard:
-        write_sheet(rows_of(job.out, chosen, records), job.out / 'sheet.png')
+        write_sheet(rows_of(job.out, chosen, records), job.out / SHEET)
     last = {
         'status': 'finished' if counts.done + counts.failed == counts.images else 'interrupted',
         'counts': GenerationTotals(**{name: getattr(counts, name) for name in GenerationTotals.model_fields}),

@@ -17,7 +17,7 @@ import filelock
 from pydantic import BaseModel, PlainValidator
 
 from padseg.errors import OutputConflict, UsageError
-from padseg.system.files import FULL, atomic, full_disk, opened, sweep
+from padseg.system.files import BEGINS_ANEW, CONTINUES, FULL, atomic, full_disk, opened, sweep, try_to_write
 
 
 def any_text(value: object) -> str:
@@ -181,14 +181,25 @@ def refuse_others(out: Path, command: str | None) -> None:
             raise OutputConflict(f'{out} holds results of another command: choose another --out')
 
 
+def check_output(out: Path, names: Iterable[str] = ()) -> None:
+    """Create the output folder of a command that writes at its end, and make sure that files of these names can be written to it.
+
+    Raises UsageError, OutputConflict or ResourceExhausted.
+    """
+    with full_disk(out, BEGINS_ANEW):
+        make_output(out)
+        refuse_strange(out, names)
+        try_to_write(out)
+
+
 @contextlib.contextmanager
-def owned(out: Path, *foreign: str) -> Iterator[None]:
+def owned(out: Path, *foreign: str, then: str = CONTINUES) -> Iterator[None]:
     """Create the output folder, lock out all other jobs, and remove half-written files that killed jobs left next to the records.
 
     Raises OutputConflict if a job is using the folder or it holds a file in `foreign`, another command's header; ResourceExhausted if the
     disk is full.
     """
-    with full_disk(out):
+    with full_disk(out, then):
         make_output(out, *foreign)
         with locked(out, busy(out)):
             sweep(out)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from support.faults import run_in_child
 
+from padseg.analysis import report
 from padseg.commands import main
+from padseg.errors import ResourceExhausted
+from padseg.system.ledger import check_output
 
 NAMES = ('cat', 'dog', 'grass')
 
@@ -48,6 +53,11 @@ def real(place) -> list[str]:
 
 def made(place) -> list[str]:
     return ['--prompts', str(place / 'prompts.txt'), '--denoising-steps', '2', '--size', '32', '--scale', '2']
+
+
+def given(place, flags: list[str]) -> list[str]:
+    names = {'DIR': 'images', 'LABELS': 'labels', 'CLASSES': 'classes.txt', 'PROMPTS': 'prompts.txt'}
+    return [str(place / names[flag]) if flag in names else flag for flag in flags]
 
 
 @pytest.mark.parametrize('name', ['shares', 'norms', 'pca'])
@@ -101,6 +111,7 @@ def test_perturb(place, sd3_folder, clip_folder, dino_folder):
         (['pca', '--dir', 'x', '--seeds', '1'], 2, '--seeds cannot be used with --dir'),
         (['pca', '--dir', 'DIR', '--classes-file', 'CLASSES'], 2, 'names of classes need the labels'),
         (['tokens', '--dir', 'nowhere'], 5, 'nowhere'),
+        (['blocks', '--dir', 'nowhere', '--labels', 'LABELS'], 5, 'nowhere'),
         (['shares', '--dir', 'DIR', '--model', 'MODEL', '--steps', '29'], 2, 'steps are in 1..28'),
         (['tokens', '--dir', 'DIR', '--model', 'MODEL', '--layer', '4'], 2, 'layer is in 0..3'),
         (['grid', '--dir', 'DIR', '--labels', 'LABELS', '--classes-file', 'CLASSES', '--val-dir', 'DIR'], 2, '--val-labels together'),
@@ -113,11 +124,45 @@ def test_perturb(place, sd3_folder, clip_folder, dino_folder):
     ],
 )
 def test_what_does_not_fit_is_refused(flags, code, words, place, sd3_folder, capsys):
-    names = {'DIR': 'images', 'LABELS': 'labels', 'CLASSES': 'classes.txt', 'PROMPTS': 'prompts.txt'}
-    given = [str(place / names[flag]) if flag in names else str(sd3_folder) if flag == 'MODEL' else flag for flag in flags]
-    assert main(['analyze', *given]) == code
+    assert main(['analyze', *[str(sd3_folder) if flag == 'MODEL' else flag for flag in given(place, flags)]]) == code
     captured = capsys.readouterr()
     assert words in captured.err and captured.out == ''
+
+
+def outputs_in_the_way(folder: Path, name: str) -> dict[str, Path]:
+    """Folders that results cannot be written to: a file, one below a file, and one with a folder in place of a figure."""
+    (folder / 'file').write_text('')
+    (folder / 'taken' / f'{name}.png').mkdir(parents=True)
+    return {'cannot create': folder / 'file', 'file/below': folder / 'file' / 'below', 'not a regular file': folder / 'taken'}
+
+
+@pytest.mark.parametrize(
+    ('name', 'written', 'flags'),
+    [
+        ('blocks', 'grouping', ['--dir', 'DIR', '--labels', 'LABELS']),
+        ('shares', 'shares', ['--dir', 'DIR']),
+        ('norms', 'norms', ['--prompts', 'PROMPTS']),
+        ('pca', 'pca', ['--dir', 'DIR']),
+        ('grid', 'grid', ['--dir', 'DIR', '--labels', 'LABELS', '--classes-file', 'CLASSES']),
+        ('tokens', 'tokens', ['--dir', 'DIR']),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(name, written, flags, place, tmp_path, capsys):
+    for words, out in outputs_in_the_way(tmp_path, written).items():
+        code = main(['analyze', name, *given(place, flags), '--model', 'no such model', '--out', str(out)])  # which is looked for later
+        told = capsys.readouterr()
+        assert code in (2, 6) and words in told.err and told.err.count('\n') == 1
+
+
+@pytest.mark.parametrize('number', [1, 2])
+def test_a_full_disk_is_told_before_the_work_and_after(number, tmp_path):
+    """The disk is full at the first or the second write: of the trial, or of the table."""
+
+    def act():
+        check_output(tmp_path, ['x.csv'])
+        report.write(tmp_path, 'x', [{'a': 1}], np.zeros((4, 4, 3), np.uint8), {})
+
+    assert run_in_child(act, tmp_path, 'full', number) == ResourceExhausted.exit_code
 
 
 def test_other_families_are_refused_by_name(place, unet_folders, capsys):
