@@ -13,13 +13,14 @@ import click
 from padseg.commands.eval import NAMES
 from padseg.commands.flags import Several, lora_flags, refuse_lone_scale
 from padseg.commands.label import names_of
+from padseg.commands.run import SIGNALLED
 from padseg.generation.settings import PADS
 from padseg.methods.open_vocabulary import PROMPTS, SCORES, UNUSED
 from padseg.methods.options import require_family
 from padseg.methods.seg4diff import FAMILIES, Options
 from padseg.system.ledger import check_output
 from padseg.system.progress import shown
-from padseg.system.text import say
+from padseg.system.text import say, warn
 
 if TYPE_CHECKING:
     from padseg.analysis.asked import Asked
@@ -209,6 +210,7 @@ def pca_command(**given: Any) -> int:
     click.option('--prompt-branch-only', is_flag=True, help='leave the branch of the empty prompt as it is'),
     click.option('--clip', default='openai/clip-vit-base-patch32', show_default=True, help='CLIP to compare with: a hub id or a folder'),
     click.option('--dino', default='facebook/dino-vits16', show_default=True, help='DINO to compare with: a hub id or a folder'),
+    click.option('--overwrite', is_flag=True, help='make all pictures again, even over pictures made with other settings'),
     count_flag(50),
     *model_flags(),
     *PRINTED,
@@ -217,14 +219,21 @@ def perturb_command(**given: Any) -> int:
     """Make pictures with the attention from image to text blurred in one block at a time, and compare them with plain ones.
 
     Prints CLIP-I and DINO similarity to the plain picture of the same seed, and CLIP-T, the CLIPScore with the prompt. Makes one picture
-    more than there are blocks for every prompt and seed.
+    more than there are blocks for every prompt and seed, in OUT/pictures; running the command again continues.
     """
     from padseg.analysis import charts, perturb
     from padseg.analysis.asked import blurred_pictures
 
     refuse_lone_scale(given)
-    backbone, settings, found = blurred_pictures(how=how_of(given), progress=shown(given['quiet']), **but_for(given, *HOW, *TOLD))
-    return tell(backbone, settings, given, 'perturb', perturb.rows(found), perturb.summary(found), charts.perturb_figure(found))
+    folder, ready = given['out'] / 'pictures', ready_for(given, 'perturb')
+    asked = blurred_pictures(how=how_of(given), out=folder, ready=ready, **but_for(given, *HOW, *TOLD))
+    signal = perturb.make(asked.jobs, asked.sampler, shown(given['quiet']))
+    if signal:
+        warn(f'padseg: stopped; the pictures in {folder} are kept, and the same command continues')
+        return SIGNALLED + signal
+    found = perturb.measure(asked.items, asked.jobs, asked.clip, asked.dino)
+    rows, summary = perturb.rows(found), perturb.summary(found)
+    return tell(asked.sampler.backbone, asked.settings, given, 'perturb', rows, summary, charts.perturb_figure(found))
 
 
 @command.command('grid')

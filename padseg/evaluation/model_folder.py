@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ import PIL.Image
 import torch
 
 from padseg.backbones.configuration import Shape, check_network, numbers_in, read_json, refuse_specials, some_digits
+from padseg.backbones.lora_released import read_checkpoint
 from padseg.backbones.parts import told_errors
 from padseg.backbones.source import HUB_ID, chosen_weights, snapshot, tensor_shapes
 from padseg.errors import ModelUnavailable, UsageError
@@ -71,13 +71,12 @@ def files_of(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def shapes_in(path: pathlib.Path) -> dict[str, Shape]:
     """The shapes of the tensors in a file of weights; of a pickled one no memory is taken for them, and nothing but tensors is read."""
-    with told_errors(f'{path} is damaged'):
-        if path.name != PICKLED:
+    if path.name != PICKLED:
+        with told_errors(f'{path} is damaged'):
             return tensor_shapes(path)
-        if not zipfile.is_zipfile(path):
-            raise ModelUnavailable(f'{path} is not a file of torch 1.6 or later: save the model again as safetensors')
-        state = torch.load(path, map_location='meta', weights_only=True, mmap=True)
-        tensors = {str(name): tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    tensors = {str(name): tensor for name, tensor in read_checkpoint(path).items() if isinstance(tensor, torch.Tensor)}
+    if not all(tensor.layout == torch.strided and tensor.device.type == 'cpu' for tensor in tensors.values()):
+        raise ModelUnavailable(f'{path} is damaged: it holds other tensors than weights')
     if sum(tensor.nbytes for tensor in tensors.values()) > 2 * path.stat().st_size:  # tied weights are there once
         raise ModelUnavailable(f'{path} is damaged: it describes more weights than it holds')
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

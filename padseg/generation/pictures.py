@@ -49,7 +49,8 @@ if TYPE_CHECKING:
 
     from padseg.backbones import Backbone
     from padseg.backbones.spec import Spec
-    from padseg.generation.sample import Call, Guide, Sampler
+    from padseg.generation.guidance import Blurring
+    from padseg.generation.sample import Around, Call, Guide, Sampler
     from padseg.types import Image
 
 FOREIGN = 'scores.json'  # header of an evaluation
@@ -63,7 +64,8 @@ log = logging.getLogger(__name__)
 
 class GenerationJob(NamedTuple):
     """What `padseg generate` is asked to do. model … lora_scale, keep_texts: as for `open_sampler`; batch: pictures per forward pass on a
-    GPU; preview: moments on the strip that shows how a picture came about, 0 for none; selection: of pictures, by their names."""
+    GPU; preview: moments on the strip that shows how a picture came about, 0 for none; selection: of pictures, by their names; blurring:
+    attention that is blurred meanwhile."""
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -83,6 +85,7 @@ class GenerationJob(NamedTuple):
     retry_failed: bool = True
     max_failures: int | None = None
     selection: Selection = Selection()
+    blurring: Blurring | None = None
 
 
 class GenerationCounts(NamedTuple):
@@ -151,13 +154,21 @@ def is_file(path: Path) -> bool:
 
 def requested(job: GenerationJob) -> dict[str, Setting]:
     names = ('model', 'revision', 'dtype', 'vae', *(('lora', 'lora_scale') if job.lora else ()))
-    return {**{name: getattr(job, name) for name in names}, **relevant(job.settings)}
+    return {**{name: getattr(job, name) for name in names}, **relevant(job.settings), **blur_settings(job)}
 
 
 def relevant(settings: SamplingSettings) -> dict[str, Setting]:
     """The settings that affect pictures, as JSON values."""
     plain = plain_settings(settings)
     return {name: value for name, value in plain.items() if settings.guidance == 'perturbed' or not name.startswith(PERTURBED)}
+
+
+def blur_settings(job: GenerationJob) -> dict[str, Setting]:
+    if job.blurring is None:
+        return {}
+    blur = job.blurring.blur
+    known = {**blur._asdict(), 'layers': ','.join(map(str, blur.layers)), 'both_branches': job.blurring.both}
+    return {f'blur_{name}': value for name, value in known.items()}
 
 
 def settings_now(job: GenerationJob, earlier: Generation) -> dict[str, Setting]:
@@ -170,7 +181,7 @@ def settings_now(job: GenerationJob, earlier: Generation) -> dict[str, Setting]:
     made = identity(job.model, revision=job.revision, vae=job.vae, lora=job.lora, lora_scale=job.lora_scale)
     made = identity_with(made, source, str(settings.encoders))
     before = {name: earlier.settings[name] for name in ('threads',) if name in earlier.settings}
-    return {**settings_of(made._asdict(), job.dtype or earlier.dtype, settings, source.spec), **before}
+    return {**settings_of(made._asdict(), job.dtype or earlier.dtype, settings, source.spec), **blur_settings(job), **before}
 
 
 def settings_of(made: dict[str, Any], dtype: str, settings: SamplingSettings, spec: Spec) -> dict[str, Setting]:
@@ -195,7 +206,7 @@ def record_of(job: GenerationJob, sampler: Sampler, settings: SamplingSettings, 
 
     backbone = with_encoders(sampler.backbone, str(settings.encoders))
     made = backbone.identity._asdict()
-    values = settings_of(made, dtype_of(backbone), settings, backbone.spec)
+    values = settings_of(made, dtype_of(backbone), settings, backbone.spec) | blur_settings(job)
     if backbone.device.type == 'cpu':
         values['threads'] = threads
     return Generation(
@@ -220,9 +231,10 @@ def record_of(job: GenerationJob, sampler: Sampler, settings: SamplingSettings, 
 # the run
 
 
-def generate(job: GenerationJob, progress: Progress = Silent()) -> GenerationCounts:
+def generate(job: GenerationJob, progress: Progress = Silent(), sampler: Sampler | None = None) -> GenerationCounts:
     """Make all pictures of the job that its output lacks. A picture that fails is recorded, and the others continue.
 
+    sampler: the job's model, if it is loaded already.
     Raises UsageError, ModelUnavailable, ResourceExhausted, and OutputConflict if the output was made with other settings, if another run is
     writing to it, or if it cannot be used.
     """
@@ -238,7 +250,7 @@ def generate(job: GenerationJob, progress: Progress = Silent()) -> GenerationCou
             refuse_other_settings(job.out, earlier.settings, settings_now(job, earlier), 'pictures')
             record, own_threads = earlier, None
         else:
-            record, sampler, guide, own_threads = start(job, pending, records.values(), earlier)
+            record, sampler, guide, own_threads = start(job, pending, records.values(), earlier, sampler)
             try:
                 with contextlib.closing(progress):
                     progress.start(len(pending))
@@ -263,7 +275,7 @@ def held(job: GenerationJob) -> contextlib.AbstractContextManager[None]:
 
 
 def start(
-    job: GenerationJob, pending: Sequence[Item], kept: Iterable[Picture], earlier: Generation | None
+    job: GenerationJob, pending: Sequence[Item], kept: Iterable[Picture], earlier: Generation | None, sampler: Sampler | None = None
 ) -> tuple[Generation, Sampler, Guide, int]:
     """Load the model and write the header; also returns the number of threads before. Records of other settings are removed before that."""
     import torch
@@ -272,7 +284,7 @@ def start(
     from padseg.generation.sample import check_size, open_sampler
 
     shard, own = job.selection.shard, home(job.out, job.selection.shard)
-    sampler = open_sampler(
+    sampler = sampler or open_sampler(
         job.model,
         revision=job.revision,
         device=job.device,
@@ -381,7 +393,8 @@ def made(job: GenerationJob, sampler: Sampler, guide: Guide, record: Generation,
 
 def sampled(job: GenerationJob, sampler: Sampler, guide: Guide, some: list[Item], stop: Stop) -> tuple[list[Image], list[Image | None]]:
     """Pictures of a batch, with their strips, if they were asked for."""
-    from padseg.generation.sample import decode, sample
+    from padseg.generation.guidance import with_blur
+    from padseg.generation.sample import decode, encode, nothing, sample
 
     settings = job.settings.resolve(sampler.backbone.spec)
     moments: list[list[Image]] = []
@@ -394,7 +407,10 @@ def sampled(job: GenerationJob, sampler: Sampler, guide: Guide, some: list[Item]
 
     with_tokens = settings.guidance in WITH_TOKENS
     prompts, seeds = [item.prompt for item in some], [item.seed for item in some]
-    images = sample(sampler, prompts, seeds, settings, guide, with_tokens=with_tokens, seen=seen)
+    around: Around = nothing
+    if job.blurring:
+        around = with_blur(sampler.backbone, job.blurring, encode(sampler, prompts, settings, with_tokens=False).text)
+    images = sample(sampler, prompts, seeds, settings, guide, around, with_tokens, seen)
     strips: list[Image | None] = [strip(parts) for parts in zip(*moments, strict=True)] if moments else [None] * len(some)
     return images, strips
 

@@ -40,7 +40,7 @@ def analyze(place, model, name: str, *flags: str):
     """The record that a sub-command writes, the rows of its table, and its figure."""
     out = place / f'out-{name}'
     assert main(['analyze', name, '--model', str(model), '--device', 'cpu', '--out', str(out), '-q', *flags]) == 0
-    assert sorted(path.name for path in out.iterdir()) == [f'{name}.csv', f'{name}.json', f'{name}.png']
+    assert sorted(path.name for path in out.iterdir() if path.is_file()) == [f'{name}.csv', f'{name}.json', f'{name}.png']
     record = json.loads((out / f'{name}.json').read_text())
     rows = list(csv.DictReader((out / f'{name}.csv').open()))
     assert len(rows) == len(record['results']) and [*rows[0]] == [*record['results'][0]]
@@ -99,6 +99,11 @@ def test_perturb(place, sd3_folder, clip_folder, dino_folder):
     scorers = ['--clip', str(clip_folder), '--dino', str(dino_folder)]
     record, rows, _ = analyze(place, sd3_folder, 'perturb', *made(place), *scorers, '--layers', '0,3', '--pad', 'symmetric', '--count', '1')
     assert [row['layer'] for row in rows] == ['', '0', '3'] and rows[0]['clip_i'] == '1.0'
+    times = {path: path.stat().st_mtime_ns for path in (place / 'out-perturb' / 'pictures').glob('*/images/*.png')}
+    again = analyze(place, sd3_folder, 'perturb', *made(place), *scorers, '--layers', '0', '--pad', 'symmetric', '--count', '1')
+    assert again[1] == rows[:2] and len(times) == 3 and all(path.stat().st_mtime_ns == time for path, time in times.items())
+    flags = ['analyze', 'perturb', '--model', str(sd3_folder), '--device', 'cpu', '--out', str(place / 'out-perturb'), '-q']
+    assert main([*flags, *made(place), *scorers, '--layers', '0', '--count', '1']) == 6
     assert record['settings']['blur']['pad'] == 'symmetric' and len(record['settings']['clip']['weights']) == 64
 
 
@@ -145,6 +150,7 @@ def outputs_in_the_way(folder: Path, name: str) -> dict[str, Path]:
         ('pca', 'pca', ['--dir', 'DIR']),
         ('grid', 'grid', ['--dir', 'DIR', '--labels', 'LABELS', '--classes-file', 'CLASSES']),
         ('tokens', 'tokens', ['--dir', 'DIR']),
+        ('perturb', 'perturb', ['--prompts', 'PROMPTS', '--clip', 'no such CLIP']),
     ],
 )
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(name, written, flags, place, tmp_path, capsys):

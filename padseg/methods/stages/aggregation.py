@@ -122,7 +122,7 @@ def softmax_rows(seen: Attention, keys: Tensor, rows: Tensor) -> Tensor:
 
 
 def softmax_means(seen: Attention, queries: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield the mean over heads of `softmax_rows`, (B, rows, L) float32, some queries at a time, after which pictures and queries it is of."""
+    """Yield pictures, some of the queries, and the mean over heads of their `softmax_rows`, (B, rows, L) float32."""
     keys, start = seen.key.float().transpose(2, 3), 0
     for some in queries.split(chunk_of(seen.query, seen.key)):
         yield slice(None), slice(start, start + len(some)), softmax_rows(seen, keys, some).mean(1)
