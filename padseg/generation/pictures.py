@@ -13,6 +13,7 @@ import platform
 import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -24,13 +25,12 @@ from padseg.generation.records import LEDGER, Generation, GenerationTotals, Made
 from padseg.generation.settings import WITH_TOKENS, SamplingSettings
 from padseg.generation.sheet import COLUMNS, ROWS, Row, strip, write_sheet
 from padseg.methods.options import Setting, plain_settings
-from padseg.run.locks import briefly, exclusive, forget, forget_records, forget_shards, home, records_by, shard_homes, shared
+from padseg.run.locks import exclusive, first_decides, forget, forget_shards, home, records_by, shared
 from padseg.run.selection import Selection, select
 from padseg.run.threads import MOST as MOST_THREADS, use
 from padseg.system.disk import free_space, human
 from padseg.system.files import atomic, full_disk, inside, sweep
 from padseg.system.ledger import (
-    REMEDY,
     continued,
     line,
     refuse_other_settings,
@@ -199,12 +199,15 @@ def settings_of(made: dict[str, Any], dtype: str, settings: SamplingSettings, sp
     return {**hashes, **lora, 'dtype': dtype, **relevant(settings), **more}
 
 
-def record_of(job: GenerationJob, sampler: Sampler, settings: SamplingSettings, threads: int) -> Generation:
-    """The record of the run that begins. threads: recorded as a setting on a CPU, where another number rounds differently."""
+def record_of(job: GenerationJob, sampler: Sampler, settings: SamplingSettings, own: int, first: Generation | None) -> Generation:
+    """The record of the run that begins, which then has the threads of the one that it continues or joins, and `own` without it.
+
+    On a CPU they are a setting, as another number rounds differently.
+    """
     from padseg.backbones.texts import with_encoders
     from padseg.run.prepare import dtype_of, now, settings_key
 
-    backbone = with_encoders(sampler.backbone, str(settings.encoders))
+    backbone, threads = with_encoders(sampler.backbone, str(settings.encoders)), threads_like(first, own)
     made = backbone.identity._asdict()
     values = settings_of(made, dtype_of(backbone), settings, backbone.spec) | blur_settings(job)
     if backbone.device.type == 'cpu':
@@ -298,21 +301,13 @@ def start(
     check_size(sampler.backbone, settings.size)
     guide, threads = guide_of(sampler.backbone, settings), torch.get_num_threads()
     if not shard:
-        record = record_of(job, sampler, settings, threads_like(earlier, threads))
+        record = record_of(job, sampler, settings, threads, earlier)
         if earlier:
-            refuse_other_settings(job.out, earlier.settings, record.settings, 'pictures', REMEDY)
+            refuse_other_settings(job.out, earlier.settings, record.settings, 'pictures')
         else:
             forget(job.out)
     else:
-        with briefly(job.out):  # the first of several shards that start together determines the settings
-            others = shard_homes(job.out).keys() - {shard}
-            existing = read_generation(job.out / 'run.json') if earlier or others else None
-            record = record_of(job, sampler, settings, threads_like(existing, threads))
-            if existing:
-                refuse_other_settings(job.out, existing.settings, record.settings, 'pictures', 'choose another --out')
-            else:
-                forget_records(job.out)
-                write_header(record, job.out / 'run.json')
+        record = first_decides(LEDGER, job.out, shard, earlier, partial(record_of, job, sampler, settings, threads), 'pictures')
         write_lines((line(one) for one in kept), own / 'manifest.jsonl')
     write_header(record, own / 'run.json')
     for kind in FOLDERS:

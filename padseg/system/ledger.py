@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, TypeVar
+from typing import Annotated, Any, BinaryIO, Protocol, TypeVar
 
 import filelock
 from pydantic import BaseModel, PlainValidator
@@ -39,7 +39,17 @@ LARGEST = 2**26  # bytes of a header; some list many failures
 LONGEST_LINE = 2**24  # bytes of a line; in an evaluation, one can hold the scores of 65,536 classes
 
 
-def write_header(record: BaseModel, path: Path) -> None:
+class Header(Protocol):
+    """A record that says what a job's settings are."""
+
+    @property
+    def status(self) -> str: ...
+    @property
+    def settings(self) -> Settings: ...
+    def model_dump(self) -> dict[str, Any]: ...
+
+
+def write_header(record: BaseModel | Header, path: Path) -> None:
     """Write a record to a JSON file atomically."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(record.model_dump(), indent=1) + '\n', encoding='ascii')
