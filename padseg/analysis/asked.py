@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,23 +10,25 @@ from typing import Any, NamedTuple
 from padseg.analysis import grid, perturb
 from padseg.analysis.grid import Grid
 from padseg.analysis.measure import STEPS
-from padseg.analysis.perturb import Perturbed
 from padseg.analysis.recording import Made, Pictures, Source, Subject, subjects
 from padseg.backbones import Backbone, load
 from padseg.backbones.blur import Blur
 from padseg.backbones.texts import kept_texts
 from padseg.errors import UsageError
-from padseg.evaluation.similarity import load_clip, load_dino
+from padseg.evaluation.similarity import PictureModel, load_clip, load_dino
+from padseg.generation.pictures import GenerationJob
 from padseg.generation.prompts import Item, items, parse_seeds, read_prompts
 from padseg.generation.sample import Sampler
 from padseg.generation.settings import SamplingSettings
 from padseg.methods.open_vocabulary import LabelOptions
 from padseg.methods.options import in_list, plain_settings, require, require_family
 from padseg.methods.seg4diff import FAMILIES, Options
+from padseg.run.selection import Selection
 from padseg.system.progress import Progress
 
 REAL = ('labels', 'classes', 'text')  # that only real pictures have
 MADE = ('seeds', 'scale', 'denoising_steps', 'size')  # that only pictures in the making have
+Ready = Callable[[], None]
 ARMS = {'sd3': ('l', 'g', 'l+g')}  # text encoders that are compared, without T5, which models may lack
 
 
@@ -52,6 +54,10 @@ class Wanted:
     count: int = 50
 
 
+def nothing() -> None:
+    """The usual `ready`."""
+
+
 class Asked(NamedTuple):
     """A loaded model and where to read it. settings: all that decides the results, for a record."""
 
@@ -60,8 +66,10 @@ class Asked(NamedTuple):
     settings: dict[str, Any]
 
 
-def opened(wanted: Wanted, how: Mapping[str, Any], progress: Progress, last_too: bool = True) -> Asked:
+def opened(wanted: Wanted, how: Mapping[str, Any], progress: Progress, last_too: bool = True, ready: Ready = nothing) -> Asked:
     """Find the pictures, then load the model. how: arguments of `load`; last_too: read the noisiest step too, if no steps are given.
+
+    ready: called before the model is loaded.
 
     Raises UsageError for what does not fit together, NoImages without pictures, ModelUnavailable.
     """
@@ -71,11 +79,13 @@ def opened(wanted: Wanted, how: Mapping[str, Any], progress: Progress, last_too:
     if wanted.prompts is not None:
         refuse_others(wanted, REAL, '--prompts')
         made, settings = to_be_made(wanted)
+        ready()
         backbone = loaded(how)
         return in_the_making(made, wanted, settings.resolve(backbone.spec), backbone, progress, last_too)
     assert wanted.images is not None
     refuse_others(wanted, MADE, '--dir')
     found = subjects(wanted.images, wanted.labels, wanted.classes, wanted.text, wanted.count)
+    ready()
     return of_pictures(found, wanted, loaded(how), progress, last_too)
 
 
@@ -140,6 +150,17 @@ def layer_of(backbone: Backbone, layer: int | None) -> int:
     return chosen
 
 
+class Blurred(NamedTuple):
+    """What compares pictures with blurred blocks. items: the pictures; jobs: see `perturb.arms`; settings: for a record."""
+
+    sampler: Sampler
+    items: list[Item]
+    jobs: dict[int | None, GenerationJob]
+    clip: PictureModel
+    dino: PictureModel
+    settings: dict[str, Any]
+
+
 def blurred_pictures(
     prompts: Path,
     layers: Sequence[int],
@@ -151,21 +172,26 @@ def blurred_pictures(
     prompt_branch_only: bool,
     clip: str,
     dino: str,
+    overwrite: bool,
     how: Mapping[str, Any],
-    progress: Progress,
+    out: Path,
+    ready: Ready = nothing,
     **wanted: Any,
-) -> tuple[Backbone, dict[str, Any], Perturbed]:
-    """Make pictures with single blocks blurred, and compare them; arguments as of `padseg analyze perturb`. Also model, and settings."""
+) -> Blurred:
+    """Load what `padseg analyze perturb` needs; arguments are its, but for `out`, the folder for the pictures. ready: as for `opened`."""
     asked_blur = {'perturb_size': blur_size, 'perturb_sigma': blur_sigma, 'perturb_pad': pad, 'perturb_renorm': renorm}
-    made, asked_settings = to_be_made(Wanted(images=None, prompts=prompts, **wanted), **asked_blur)
+    asked = Wanted(images=None, prompts=prompts, **wanted)
+    made, asked_settings = to_be_made(asked, **asked_blur)
     blur = Blur((), blur_size, blur_sigma, pad, renorm, slots)
+    ready()
     device = how['device']
     clip_model = load_clip(clip, device, remedy='name a folder with --clip PATH')
     dino_model = load_dino(dino, device, remedy='name a folder with --dino PATH')
     backbone = loaded(how)
     settings = asked_settings.resolve(backbone.spec)
-    chosen = [layer_of(backbone, layer) for layer in layers] or list(range(backbone.layers))
-    found = perturb.measure(sampler_of(backbone), made, settings, chosen, blur, not prompt_branch_only, clip_model, dino_model, progress)
+    chosen = list(dict.fromkeys(layer_of(backbone, layer) for layer in layers)) or list(range(backbone.layers))
+    texts, seeds = tuple(dict.fromkeys(item.prompt for item in made)), parse_seeds(asked.seeds or '0')
+    job = GenerationJob(texts, seeds, out, asked_settings, overwrite=overwrite, selection=Selection(limit=asked.count), **how)
     recorded = {
         'sampling': sampling_record(settings),
         'pictures': [item._asdict() for item in made],
@@ -174,7 +200,8 @@ def blurred_pictures(
         'clip': {'name': clip, 'weights': clip_model.weights},
         'dino': {'name': dino, 'weights': dino_model.weights},
     }
-    return backbone, recorded, found
+    jobs = perturb.arms(job, chosen, blur, not prompt_branch_only)
+    return Blurred(sampler_of(backbone), made, jobs, clip_model, dino_model, recorded)
 
 
 def best_of_grid(
@@ -193,8 +220,9 @@ def best_of_grid(
     count: int,
     how: Mapping[str, Any],
     progress: Progress,
+    ready: Ready = nothing,
 ) -> tuple[Backbone, dict[str, Any], Grid]:
-    """Measure a grid; arguments as of `padseg analyze grid`. Also model, and settings."""
+    """Measure a grid; arguments as of `padseg analyze grid`; ready: as for `opened`. Also model, and settings."""
     require((val_dir is None) == (val_labels is None), 'give --val-dir and --val-labels together')
     train = subjects(images, labels, classes, '', count)
     val = subjects(val_dir, val_labels, classes, '', count) if val_dir else []
@@ -203,6 +231,7 @@ def best_of_grid(
         require(bool(train and val), 'there are too few pictures to choose by some and to report on others')
     given: dict[str, Any] = {'prompt': prompt, 'scores': scores, 'unused': unused}
     options = LabelOptions(**given)
+    ready()
     backbone = loaded(how)
     arms = tuple(encoders) or ARMS.get(backbone.spec.family, (backbone.spec.encoders,))
     levels = tuple(steps) or tuple(step for step in STEPS if step <= backbone.spec.steps)

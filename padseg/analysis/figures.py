@@ -15,9 +15,10 @@ from padseg.analysis.measure import Analysis, as_object
 from padseg.analysis.report import as_csv
 from padseg.backbones import Backbone
 from padseg.methods.seg4diff import Options, token_maps
-from padseg.system.files import atomic
+from padseg.system.files import BEGINS_ANEW, atomic, full_disk
 from padseg.types import Array, Image
 
+FILES = ('analysis.json', 'analysis.csv', 'maps.png', 'grouping.png', 'anatomy.png')
 COLUMNS = 11  # maps per row of the sheet
 WIDTH = 96  # of a map, in pixels
 SIZE = (11, 4)  # of a figure, in inches
@@ -25,7 +26,12 @@ DOTS = 110  # per inch
 
 
 def write_analysis(analysis: Analysis, sheet: Array, out: Path) -> None:
-    """Write analysis.json, analysis.csv, grouping.png and anatomy.png to OUT, and the sheet (H, W, 3) BGR as maps.png."""
+    """Write the files of FILES to OUT; the sheet, (H, W, 3) BGR, is maps.png. Raises ResourceExhausted, OutputConflict."""
+    with full_disk(out, BEGINS_ANEW):
+        write_files(analysis, sheet, out)
+
+
+def write_files(analysis: Analysis, sheet: Array, out: Path) -> None:
     with atomic(out / 'analysis.json') as temporary:
         temporary.write_text(json.dumps(as_object(analysis), indent=1) + '\n')
     with atomic(out / 'analysis.csv') as temporary:

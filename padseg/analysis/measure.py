@@ -9,11 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from padseg.analysis.blocks import Cell, anatomy, best, grouping, mean_iou, word_counts
+from padseg.analysis.recording import subjects
 from padseg.backbones import Backbone
-from padseg.datasets.own import label_folder
-from padseg.errors import NoImages
 from padseg.evaluation.metrics import region_scores
-from padseg.images import Reading, decode_apart
 from padseg.methods.open_vocabulary import LabelOptions
 from padseg.methods.seg4diff import Options
 from padseg.methods.stages.latents import encode
@@ -51,14 +49,10 @@ class Analysis(NamedTuple):
 def labelled_pictures(images: Path, labels: Path, count: int) -> list[tuple[Image, Array]]:
     """Load the first `count` pictures (H, W, 3) by name, with their regions (H, W) from the first annotator.
 
-    Raises NoImages if no picture has labels.
+    Raises NoImages if no picture has labels, ImageError for one that cannot be read.
     """
-    files = {path.stem: path for path in sorted(images.iterdir()) if path.is_file()}
-    dataset = label_folder(labels, None, pictures=files)
-    samples = [sample for sample in dataset.samples if sample.name in files][:count]
-    if not samples:
-        raise NoImages(f'no picture in {images} has labels in {labels}')
-    return [(decode_apart(files[sample.name], Reading()).image, dataset.read(sample)[0]) for sample in samples]
+    found = subjects(images, labels, (), '', count)
+    return [(subject.image, subject.truth) for subject in found if subject.truth is not None]
 
 
 def analyze(

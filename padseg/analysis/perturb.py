@@ -5,21 +5,24 @@ Seg4Diff, Sec. 3: the same noise and prompt, one block blurred at a time, at eve
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from padseg.backbones.blur import Blur, blurred
+from padseg.analysis.recording import read_picture
+from padseg.backbones.blur import Blur
+from padseg.errors import PadsegError
 from padseg.evaluation.similarity import PictureModel, clip_image_features, clip_text_features, cosines, dino_features, scores_of
-from padseg.generation.guidance import guide_of
+from padseg.generation.guidance import Blurring
+from padseg.generation.pictures import GenerationJob, generate, plan
 from padseg.generation.prompts import Item
-from padseg.generation.sample import Call, Sampler, encode, sample
-from padseg.generation.settings import SamplingSettings
+from padseg.generation.records import read_pictures
+from padseg.generation.sample import Sampler
+from padseg.system.files import inside
 from padseg.system.progress import Progress
-from padseg.types import Array, Image, Prompt
+from padseg.types import Array, Image
 
 SHOWN = 4  # prompts whose pictures are drawn
 MEASURES = ('clip_i', 'dino', 'clip_t')
@@ -50,26 +53,55 @@ class Perturbed(NamedTuple):
         return values.mean(0), values.std(0)
 
 
-def pictures_by_layer(
-    sampler: Sampler, item: Item, settings: SamplingSettings, layers: Sequence[int], blur: Blur, both: bool = True
-) -> Iterator[Image]:
-    """Make the plain picture of a prompt and seed, then one for each layer with that layer blurred: (size, size, 3) each.
+def arms(job: GenerationJob, layers: Sequence[int], blur: Blur, both: bool = True) -> dict[int | None, GenerationJob]:
+    """The jobs that make the pictures, each in a folder of its own in the job's OUT: of plain ones, None, and with each layer blurred.
 
-    settings: resolved; blur: how, whatever its own layers are; both: whether the branch of the empty prompt is blurred too.
+    blur: how, whatever its own layers are; both: whether the branch of the empty prompt is blurred too.
     """
-    guide = guide_of(sampler.backbone, settings)
-    prompt = encode(sampler, [item.prompt], settings, with_tokens=False).text
-    for layers_blurred in ((), *((layer,) for layer in layers)):
-        around = partial(blurred_call, sampler, blur._replace(layers=layers_blurred), prompt, both)
-        yield sample(sampler, [item.prompt], [item.seed], settings, guide, around, with_tokens=False)[0]
+    found: dict[int | None, GenerationJob] = {None: job._replace(out=job.out / 'plain')}
+    for layer in layers:
+        found[layer] = job._replace(out=job.out / f'block-{layer}', blurring=Blurring(blur._replace(layers=(layer,)), both))
+    return found
 
 
-def blurred_call(sampler: Sampler, blur: Blur, prompt: Prompt, both: bool, call: Call) -> AbstractContextManager[None]:
-    """The context in which the model is called for one picture. The last row of the batch is that of the prompt."""
-    patch = sampler.backbone.patch
-    tokens = (call.z.shape[2] // patch) * (call.z.shape[3] // patch)
-    rows = None if both else slice(-1, None)
-    return blurred(sampler.backbone, blur, prompt, tokens, rows) if blur.layers else nullcontext()
+def make(jobs: Mapping[int | None, GenerationJob], sampler: Sampler, progress: Progress) -> int | None:
+    """Make the pictures that are not there yet. Returns the signal that stopped it, if one did; errors are those of `generate`."""
+    progress.start(sum(len(plan(job).pending) for job in jobs.values()))
+    with contextlib.closing(progress):
+        for job in jobs.values():
+            counts = generate(job, Within(progress), sampler)
+            if counts.signal:
+                return counts.signal
+    return None
+
+
+class Within:
+    """The progress of a part of the work."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.step = progress.step
+
+    def start(self, total: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def pictures_of(jobs: Mapping[int | None, GenerationJob]) -> Callable[[Item], list[Image]]:
+    """What reads the pictures of an item, of all jobs. It raises PadsegError for one that could not be made, or cannot be read."""
+    known = {job.out: read_pictures(job.out / 'manifest.jsonl') for job in jobs.values()}
+
+    def read(item: Item) -> list[Image]:
+        images = []
+        for out, records in known.items():
+            record = records[item.name]
+            if record.file is None:
+                raise PadsegError(f'{item.name} could not be made: {record.reason}; {out / "failures.jsonl"} names all')
+            images.append(read_picture(inside(out, record.file)))
+        return images
+
+    return read
 
 
 def compared(pictures: Sequence[Image], prompt: str, clip: PictureModel, dino: PictureModel) -> tuple[Array, float]:
@@ -81,32 +113,20 @@ def compared(pictures: Sequence[Image], prompt: str, clip: PictureModel, dino: P
     return np.stack([*alike, to_text[1:]], axis=1).astype(float), float(to_text[0])
 
 
-def measure(
-    sampler: Sampler,
-    items: Sequence[Item],
-    settings: SamplingSettings,
-    layers: Sequence[int],
-    blur: Blur,
-    both: bool,
-    clip: PictureModel,
-    dino: PictureModel,
-    progress: Progress,
-) -> Perturbed:
-    """Make and compare the pictures of all items, each with every layer blurred in turn; progress counts items."""
+def measure(items: Sequence[Item], jobs: Mapping[int | None, GenerationJob], clip: PictureModel, dino: PictureModel) -> Perturbed:
+    """Compare the pictures of all items that `make` made. PadsegError if any of them is missing."""
     scores: list[Array] = []
     plain: list[float] = []
     shown: list[list[Image]] = []
-    progress.start(len(items))
+    read = pictures_of(jobs)
     for item in items:
-        pictures = list(pictures_by_layer(sampler, item, settings, layers, blur, both))
+        pictures = read(item)
         by_layer, own = compared(pictures, item.prompt, clip, dino)
         scores.append(by_layer)
         plain.append(own)
         if len(shown) < SHOWN:
             shown.append(pictures)
-        progress.step()
-    progress.close()
-    return Perturbed(items, list(layers), np.stack(scores), np.array(plain), shown)
+    return Perturbed(items, [layer for layer in jobs if layer is not None], np.stack(scores), np.array(plain), shown)
 
 
 def rows(perturbed: Perturbed) -> list[dict[str, Any]]:

@@ -141,14 +141,18 @@ def subjects(images: Path, labels: Path | None, classes: Sequence[str], text: st
     for file in found[:count]:
         truth = dataset.read(truths[file.path.stem])[0] if labels is not None else None
         said = text if text is not None else named(truth, classes)
-        try:
-            image = decode_apart(file.path, Reading()).image
-        except ImageError as error:
-            raise ImageError(f'{file.path}: {error}') from error
-        except OSError as error:
-            raise ImageError(f'{file.path}: {error.strerror}') from error
-        made.append(Subject(file.name, image, said, truth))
+        made.append(Subject(file.name, read_picture(file.path), said, truth))
     return made
+
+
+def read_picture(path: Path) -> Image:
+    """Read a picture, (H, W, 3). ImageError, which names it, if that fails."""
+    try:
+        return decode_apart(path, Reading()).image
+    except ImageError as error:
+        raise ImageError(f'{path}: {error}') from error
+    except OSError as error:
+        raise ImageError(f'{path}: {error.strerror}') from error
 
 
 def named(truth: Array | None, classes: Sequence[str]) -> str:

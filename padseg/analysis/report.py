@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from padseg.backbones import Backbone
-from padseg.system.files import atomic
+from padseg.system.files import BEGINS_ANEW, atomic, full_disk
 from padseg.system.text import csv_cell
 from padseg.version import __version__
 
@@ -22,16 +22,25 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def write(out: Path, name: str, rows: Rows, figure: Any, record: Mapping[str, Any]) -> None:
-    """Write OUT/name.csv, OUT/name.png and OUT/name.json. figure: of matplotlib, or a picture (H, W, 3) uint8 BGR."""
-    with atomic(out / f'{name}.csv') as temporary:
-        temporary.write_text(as_csv(rows), encoding='utf-8')
-    with atomic(out / f'{name}.png') as temporary:
-        if isinstance(figure, np.ndarray):
-            temporary.write_bytes(cv2.imencode('.png', figure)[1].tobytes())
-        else:
-            figure.savefig(temporary, format='png', dpi=DOTS)
-    with atomic(out / f'{name}.json') as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + '\n', encoding='utf-8')
+    """Write OUT/name.csv, OUT/name.png and OUT/name.json. figure: of matplotlib, or a picture (H, W, 3) uint8 BGR.
+
+    Raises ResourceExhausted, and OutputConflict if something came in the way since `check_output`.
+    """
+    with full_disk(out, BEGINS_ANEW):
+        with atomic(out / f'{name}.csv') as temporary:
+            temporary.write_text(as_csv(rows), encoding='utf-8')
+        with atomic(out / f'{name}.png') as temporary:
+            if isinstance(figure, np.ndarray):
+                temporary.write_bytes(cv2.imencode('.png', figure)[1].tobytes())
+            else:
+                figure.savefig(temporary, format='png', dpi=DOTS)
+        with atomic(out / f'{name}.json') as temporary:
+            temporary.write_text(json.dumps(record, indent=1) + '\n', encoding='utf-8')
+
+
+def files_of(name: str) -> tuple[str, ...]:
+    """What `write` writes."""
+    return f'{name}.csv', f'{name}.png', f'{name}.json'
 
 
 def as_csv(rows: Rows) -> str:

@@ -14,6 +14,7 @@ MOST_BYTES = 1 << 26  # of a JSON file; the weight index of a large model has a 
 MOST_BLOCKS = 128  # allowed even if the weights have fewer; Flux.1 has 57, and its files may lack those that are not needed
 MOST_PLACES = 1 << 16  # allowed for any number, even if no dimension of the weights is as large; SD3 has 36,864 positions
 SCHEDULE = 'scheduler_config.json'
+TEXTS, WEIGHTS = ('.json', '.txt', '.jinja', '.model'), ('.safetensors', '.bin')  # suffixes of what libraries open by themselves
 POINTER = b'version https://git-lfs'
 
 Shape = tuple[int, ...]
@@ -36,6 +37,19 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelUnavailable(f'{path} must hold a JSON object')
     return value
+
+
+def refuse_specials(folder: pathlib.Path) -> None:
+    """Raise ModelUnavailable for what a library that reads a folder would wait for or fail at: a pipe or the like, a folder under the name
+    of a file, or a text that is too large."""
+    try:
+        for path in sorted(folder.iterdir()):
+            if not path.is_file() and (not path.is_dir() or path.suffix in (*TEXTS, *WEIGHTS)):
+                raise ModelUnavailable(f'{path} is not a regular file')
+            if path.suffix in TEXTS and path.stat().st_size > MOST_BYTES:
+                raise ModelUnavailable(f'{path} is too large: at most {MOST_BYTES >> 20} MiB are read')
+    except OSError as error:
+        raise ModelUnavailable(f'{folder} cannot be read: {error.strerror}') from error
 
 
 def refuse_pointer(path: pathlib.Path) -> None:

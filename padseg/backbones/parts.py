@@ -14,7 +14,7 @@ from typing import Any
 import diffusers
 import torch
 
-from padseg.backbones.configuration import check_network, read_json
+from padseg.backbones.configuration import check_network, read_json, refuse_specials
 from padseg.backbones.family import Family
 from padseg.backbones.layout import config_name, network_class
 from padseg.backbones.source import Source, content_hash, part_files, tensor_shapes, text_encoders, weight_files, weights_variant
@@ -184,6 +184,7 @@ def read_part(kind: Any, source: Source, part: str, config: str, /, **options: A
     """Load a component from its folder, which must hold its configuration. Raises ModelUnavailable for missing or damaged files."""
     folder = source.folder / part
     read_json(folder / config)
+    refuse_specials(folder)
     try:
         return kind.from_pretrained(folder, local_files_only=True, **options)
     except DAMAGE as error:

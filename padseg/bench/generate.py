@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ SCALE = 7.5
 
 
 class GenerateSetting(NamedTuple):
-    """Settings of one process. steps: of which the fastest counts."""
+    """Settings of one process. steps: of plain guidance and of another one in turn."""
 
     model: str
     small: bool
@@ -40,10 +41,12 @@ class GenerateSetting(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """seconds: of a step; own: of them, processor time, which other programs change less; peak: memory in MiB, of the GPU on one."""
+    """seconds: of the fastest step; own: of them, processor time, which other programs change less; to_plain: by plain steps between its
+    own; peak: memory in MiB, of the GPU on one."""
 
     seconds: float
     own: float
+    to_plain: float
     peak: float
 
 
@@ -54,7 +57,7 @@ class Taken(NamedTuple):
 @click.option('--batch', type=click.IntRange(1), default=1, show_default=True, help='pictures at once')
 @click.option('--device', default='cpu', show_default=True, help='cpu or cuda')
 @click.option('--dtype', type=click.Choice(DTYPES), default='float32', show_default=True, help='of weights and activations')
-@click.option('--steps', type=click.IntRange(1), default=2, show_default=True, help='steps in each process, of which the fastest counts')
+@click.option('--steps', type=click.IntRange(1), default=2, show_default=True, help='steps in each process, in turn with plain ones')
 @click.option('--repeats', type=click.IntRange(1), default=3, show_default=True, help='repetitions, each in fresh processes')
 @output_flags
 def command(
@@ -114,26 +117,34 @@ def random_texts(backbone: Backbone, batch: int) -> Texts:
 
 @torch.no_grad()
 def taken(guidance: str, setting: GenerateSetting) -> Taken:
-    """Warm up on a small picture, then measure steps with one guidance."""
+    """Warm up on a small picture, then measure steps with one guidance, and plain ones between them.
+
+    What else the machine does changes both of a pair alike.
+    """
     backbone = backbone_of(setting)
     texts = random_texts(backbone, setting.batch)
-    guide = guide_of(backbone, SamplingSettings(guidance=guidance, scale=SCALE).resolve(backbone.spec))
-    found = []
+    names = dict.fromkeys((PLAIN, guidance))
+    guides = {name: guide_of(backbone, SamplingSettings(guidance=name, scale=SCALE).resolve(backbone.spec)) for name in names}
+    found: list[dict[str, tuple[float, float]]] = []
     for side in (min(WARM_UP, setting.side), *[setting.side] * setting.steps):
         cells = side * backbone.patch // backbone.multiple
         z = torch.randn(setting.batch, backbone.family.size(backbone.transformer.config).channels, cells, cells).to(backbone.device)
-        synchronize(setting.device)
-        start, before = time.perf_counter(), time.process_time()
-        guide(lambda prompts, call: predict(backbone, nothing, prompts, call), Call(14, STEPS, 500.0, z), texts)
-        synchronize(setting.device)
-        found.append((time.perf_counter() - start, time.process_time() - before))
-    return Taken(min(seconds for seconds, _ in found[1:]), min(own for _, own in found[1:]), memory(setting.device))
+        found.append({})
+        for name, guide in guides.items():
+            synchronize(setting.device)
+            start, before = time.perf_counter(), time.process_time()
+            guide(lambda prompts, call: predict(backbone, nothing, prompts, call), Call(14, STEPS, 500.0, z), texts)
+            synchronize(setting.device)
+            found[-1][name] = time.perf_counter() - start, time.process_time() - before
+    by = 1 if setting.device == 'cpu' else 0
+    ratio = statistics.median(turn[guidance][by] / turn[PLAIN][by] for turn in found[1:])
+    seconds, own = (min(turn[guidance][kind] for turn in found[1:]) for kind in range(2))
+    return Taken(seconds, own, ratio, memory(setting.device))
 
 
 def summary(setting: GenerateSetting, turns: list[dict[str, Taken]]) -> dict[str, Any]:
     """All figures, with the values of all repeats. Time is compared by the processor's on a CPU, by the clock on a GPU."""
-    by = 'own' if setting.device == 'cpu' else 'seconds'
-    ratios = {name: spread([getattr(turn[name], by) / getattr(turn[PLAIN], by) for turn in turns]) for name in BOUNDS}
+    ratios = {name: spread([turn[name].to_plain for turn in turns]) for name in BOUNDS}
     beyond = {name: [turn[name].peak - turn[PLAIN].peak for turn in turns] for name in BOUNDS}
     middle = {name: spread(values)['median'] for name, values in beyond.items()}
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,14 @@ import click
 from padseg.commands.eval import NAMES
 from padseg.commands.flags import Several, lora_flags, refuse_lone_scale
 from padseg.commands.label import names_of
+from padseg.commands.run import SIGNALLED
 from padseg.generation.settings import PADS
 from padseg.methods.open_vocabulary import PROMPTS, SCORES, UNUSED
 from padseg.methods.options import require_family
 from padseg.methods.seg4diff import FAMILIES, Options
+from padseg.system.ledger import check_output
 from padseg.system.progress import shown
-from padseg.system.text import say
+from padseg.system.text import say, warn
 
 if TYPE_CHECKING:
     from padseg.analysis.asked import Asked
@@ -131,13 +134,14 @@ def blocks_command(
     Results: OUT/analysis.json, OUT/analysis.csv, the figures OUT/grouping.png and OUT/anatomy.png, and OUT/maps.png with the token maps of
     the first picture.
     """
-    from padseg.analysis.figures import map_sheet, tables, write_analysis
+    from padseg.analysis.figures import FILES, map_sheet, tables, write_analysis
     from padseg.analysis.measure import analyze, as_object, labelled_pictures
     from padseg.backbones import load
 
     refuse_lone_scale(how)
     classes = names_of(None, classes_file) if classes_file else ()
     pairs = labelled_pictures(images, labels, count)
+    check_output(out, FILES)
     given: dict[str, Any] = {'normalisation': normalisation}
     backbone, options = load(whole=True, **how), Options(**given)
     require_family('analyze', FAMILIES, backbone)
@@ -158,7 +162,7 @@ def shares_command(**given: Any) -> int:
     """
     from padseg.analysis import charts, shares
 
-    asked = asked_for(given)
+    asked = asked_for(given, 'shares')
     found = shares.measure(asked.source)
     return tell(asked.backbone, asked.settings, given, 'shares', shares.rows(found), shares.summary(found), charts.shares_figure(found))
 
@@ -172,7 +176,7 @@ def norms_command(**given: Any) -> int:
     """
     from padseg.analysis import charts, norms
 
-    asked = asked_for(given)
+    asked = asked_for(given, 'norms')
     found = norms.measure(asked.source)
     return tell(asked.backbone, asked.settings, given, 'norms', norms.rows(found), norms.summary(found), charts.norms_figure(found))
 
@@ -188,7 +192,7 @@ def pca_command(**given: Any) -> int:
     """
     from padseg.analysis import charts, pca
 
-    asked = asked_for(given)
+    asked = asked_for(given, 'pca')
     found = pca.measure(asked.source)
     return tell(asked.backbone, asked.settings, given, 'pca', pca.rows(found), pca.summary(found), charts.pca_figure(found))
 
@@ -206,6 +210,7 @@ def pca_command(**given: Any) -> int:
     click.option('--prompt-branch-only', is_flag=True, help='leave the branch of the empty prompt as it is'),
     click.option('--clip', default='openai/clip-vit-base-patch32', show_default=True, help='CLIP to compare with: a hub id or a folder'),
     click.option('--dino', default='facebook/dino-vits16', show_default=True, help='DINO to compare with: a hub id or a folder'),
+    click.option('--overwrite', is_flag=True, help='make all pictures again, even over pictures made with other settings'),
     count_flag(50),
     *model_flags(),
     *PRINTED,
@@ -214,14 +219,21 @@ def perturb_command(**given: Any) -> int:
     """Make pictures with the attention from image to text blurred in one block at a time, and compare them with plain ones.
 
     Prints CLIP-I and DINO similarity to the plain picture of the same seed, and CLIP-T, the CLIPScore with the prompt. Makes one picture
-    more than there are blocks for every prompt and seed.
+    more than there are blocks for every prompt and seed, in OUT/pictures; running the command again continues.
     """
     from padseg.analysis import charts, perturb
     from padseg.analysis.asked import blurred_pictures
 
     refuse_lone_scale(given)
-    backbone, settings, found = blurred_pictures(how=how_of(given), progress=shown(given['quiet']), **but_for(given, *HOW, *TOLD))
-    return tell(backbone, settings, given, 'perturb', perturb.rows(found), perturb.summary(found), charts.perturb_figure(found))
+    folder, ready = given['out'] / 'pictures', ready_for(given, 'perturb')
+    asked = blurred_pictures(how=how_of(given), out=folder, ready=ready, **but_for(given, *HOW, *TOLD))
+    signal = perturb.make(asked.jobs, asked.sampler, shown(given['quiet']))
+    if signal:
+        warn(f'padseg: stopped; the pictures in {folder} are kept, and the same command continues')
+        return SIGNALLED + signal
+    found = perturb.measure(asked.items, asked.jobs, asked.clip, asked.dino)
+    rows, summary = perturb.rows(found), perturb.summary(found)
+    return tell(asked.sampler.backbone, asked.settings, given, 'perturb', rows, summary, charts.perturb_figure(found))
 
 
 @command.command('grid')
@@ -264,7 +276,9 @@ def grid_command(**given: Any) -> int:
 
     refuse_lone_scale(given)
     given['classes'] = names_of(None, given.pop('classes_file'))
-    backbone, settings, found = best_of_grid(how=how_of(given), progress=shown(given['quiet']), **but_for(given, *HOW, *TOLD))
+    backbone, settings, found = best_of_grid(
+        how=how_of(given), progress=shown(given['quiet']), ready=ready_for(given, 'grid'), **but_for(given, *HOW, *TOLD)
+    )
     return tell(backbone, settings, given, 'grid', grid.rows(found), grid.summary(found), charts.grid_figure(found))
 
 
@@ -286,7 +300,7 @@ def tokens_command(layer: int | None, **given: Any) -> int:
     from padseg.analysis import charts, tokens
     from padseg.analysis.asked import layer_of
 
-    asked = asked_for(given, last_too=False)
+    asked = asked_for(given, 'tokens', last_too=False)
     chosen = layer_of(asked.backbone, layer)
     found = tokens.measure(asked.source, chosen)
     rows = tokens.rows(found)
@@ -306,14 +320,21 @@ def but_for(given: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in names}
 
 
-def asked_for(given: Mapping[str, Any], last_too: bool = True) -> Asked:
-    """Open what the flags of a source ask for."""
+def asked_for(given: Mapping[str, Any], name: str, last_too: bool = True) -> Asked:
+    """Open what the flags of a source ask for. name: of the analysis."""
     from padseg.analysis.asked import Wanted, opened
 
     refuse_lone_scale(given)
     classes = names_of(None, given['classes_file']) if given['classes_file'] else ()
     wanted = Wanted(**but_for(given, 'classes_file', *HOW, *TOLD), classes=classes)
-    return opened(wanted, how_of(given), shown(given['quiet']), last_too)
+    return opened(wanted, how_of(given), shown(given['quiet']), last_too, ready_for(given, name))
+
+
+def ready_for(given: Mapping[str, Any], name: str) -> Callable[[], None]:
+    """What makes sure, before the work, that the results of an analysis can be written."""
+    from padseg.analysis.report import files_of
+
+    return partial(check_output, given['out'], files_of(name))
 
 
 def tell(

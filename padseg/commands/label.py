@@ -12,7 +12,10 @@ import click
 from padseg.commands.flags import MethodCommand, job_flags, options_given, reading_flags
 from padseg.commands.run import as_events, start_run
 from padseg.errors import UsageError
+from padseg.images import ImageError, Reading, contents
 from padseg.methods import METHODS
+
+MOST_BYTES = 2**24  # of a file of names
 
 
 class ClassesCommand(MethodCommand):
@@ -61,8 +64,8 @@ def names_of(classes: str | None, file: Path | None) -> tuple[str, ...]:
     if (classes is None) == (file is None):
         raise click.UsageError('Give either --classes or --classes-file.')
     try:
-        parts = file.read_text(encoding='utf-8-sig').splitlines() if file else (classes or '').split(',')
-    except (OSError, UnicodeDecodeError) as error:
+        parts = contents(file, Reading(max_bytes=MOST_BYTES)).decode('utf-8-sig').splitlines() if file else (classes or '').split(',')
+    except (OSError, ImageError, UnicodeDecodeError) as error:
         raise UsageError(f'{file} cannot be read as text: {error}') from error
     names = tuple(part.strip() for part in parts if part.strip())
     if not names:

@@ -10,6 +10,8 @@ import click
 
 from padseg.commands.flags import Several
 from padseg.methods.options import kind_of
+from padseg.system.files import full_disk
+from padseg.system.ledger import check_output
 from padseg.system.text import say, warn
 from padseg.train.lora_settings import PRESETS, LoraSettings, preset
 
@@ -139,7 +141,9 @@ def command(
         from padseg.train.lora_validation import loss_on
 
         parts.append(loss_on(open_annotated(held, captions, leave_out=leave_out), settings, given['at_once']))
-    folder = train_lora(LoraRun(settings=settings, check_every=eval_every, **given), annotated, parts)
+    check_output(given['out'], ('train.pt', 'train.csv', 'train.png', 'validation.csv', 'validation.png'))
+    with full_disk(given['out']):
+        folder = train_lora(LoraRun(settings=settings, check_every=eval_every, **given), annotated, parts)
     if not given['quiet']:
         warn(f'LoRA in {folder}')
     return 0

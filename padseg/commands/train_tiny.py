@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from padseg.system.files import full_disk
+from padseg.system.ledger import check_output
 from padseg.system.text import warn
 from padseg.train.settings import TrainingSettings, without_masks
 
@@ -62,6 +64,8 @@ def command(
         together=dataclasses.replace(DEFAULTS.together, steps=steps),
         transformer=dataclasses.replace(DEFAULTS.transformer, steps=transformer_steps),
     )
-    model = train_tiny(out, settings if masks else without_masks(settings), data, start, device, workers, save_every)
+    check_output(out)
+    with full_disk(out):
+        model = train_tiny(out, settings if masks else without_masks(settings), data, start, device, workers, save_every)
     warn(f'model in {model}')
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from padseg.backbones.parts import DAMAGE, choose_device
 from padseg.backbones.source import file_hash
-from padseg.errors import ModelUnavailable, PadsegError
+from padseg.errors import ModelUnavailable, NotFinite, PadsegError
 from padseg.evaluation.similarity import batches
 from padseg.types import Array, Image
 
@@ -93,7 +94,10 @@ def planes(picture: Image) -> list[Array]:
 
 
 def fid(ours: Tensor, theirs: Tensor) -> float:
-    """FID of two sets of features (N, D) and (M, D); at least two pictures each. PadsegError if torchmetrics is not installed."""
+    """FID of two sets of features (N, D) and (M, D); at least two pictures each.
+
+    PadsegError if torchmetrics is not installed, NotFinite if numbers overflow.
+    """
     require_library()
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -102,7 +106,10 @@ def fid(ours: Tensor, theirs: Tensor) -> float:
     distance = FrechetInceptionDistance(feature=Given(ours.shape[1]))
     distance.update(theirs.double(), real=True)
     distance.update(ours.double(), real=False)
-    return float(distance.compute())
+    found = float(distance.compute())
+    if not math.isfinite(found):
+        raise NotFinite('FID is not finite: the features are too large')
+    return found
 
 
 def require_library() -> None:

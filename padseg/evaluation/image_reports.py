@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from padseg.evaluation.image_scores import ImageRow, ImageScores, Mean, ScoringJob, inputs, loaded, scored
-from padseg.system.files import atomic
+from padseg.system.files import BEGINS_ANEW, atomic
 from padseg.system.ledger import owned, refuse_strange, write_header
 from padseg.system.progress import Progress
 from padseg.system.text import csv_cell, printable
@@ -22,12 +22,12 @@ NONE = '–'
 def run_image_scores(asked: ScoringJob, out: Path, progress: Progress) -> ImageScores:
     """Score pictures and write image-scores.json and per_image.csv to OUT.
 
-    Raises UsageError, NoImages, ModelUnavailable, and OutputConflict before anything is computed.
+    Raises UsageError, NoImages, ModelUnavailable, ResourceExhausted, and OutputConflict before anything is loaded or computed.
     """
     given = inputs(asked)
-    models = loaded(asked, given.scores)
-    with owned(out, *FOREIGN):
+    with owned(out, *FOREIGN, then=BEGINS_ANEW):
         refuse_strange(out, (RECORD, TABLE))
+        models = loaded(asked, given.scores)
         record, rows = scored(asked, given, models, progress)
         with atomic(out / TABLE) as temporary, temporary.open('w', newline='', encoding='utf-8', errors='backslashreplace') as file:
             table = csv.writer(file, lineterminator='\n')

@@ -191,7 +191,21 @@ def inputs(asked: ScoringJob) -> ScoringInput:
         raise UsageError('nothing to score: ' + '; '.join(f'{score} needs {what}' for score, what in NEEDS.items()))
     if asked.categories and 'clip' not in scores:
         raise UsageError('--categories divides CLIPScores: add clip to --scores')
-    return ScoringInput(ours, theirs, others, real, categories_of(asked.categories) if asked.categories else {}, scores)
+    given = ScoringInput(ours, theirs, others, real, categories_of(asked.categories) if asked.categories else {}, scores)
+    if 'fid' in scores:
+        refuse_few(given)
+    return given
+
+
+def refuse_few(given: ScoringInput) -> None:
+    """Raise UsageError if FID cannot be computed, even if all pictures can be read."""
+    from padseg.evaluation.fid import FEWEST
+
+    assert given.real  # `inputs` has seen to it
+    ours, real = len(given.others) if given.theirs else len(given.ours.pictures), len(given.real.pictures)
+    if min(ours, real) < FEWEST:
+        kind = 'pairs' if given.theirs else 'pictures'
+        raise UsageError(f'FID needs at least {FEWEST} pictures on both sides; got {ours} {kind} and {real} real ones')
 
 
 def with_text(picture: Shown, other: Shown | None) -> Shown:
@@ -398,6 +412,7 @@ def summarise_fid(record: ImageScores, given: ScoringInput, features: Features, 
     record.fid = fid_of([picture for picture in ours if not theirs or picture.name in given.others], real, features)
     if theirs:
         record.fid_against = fid_of(theirs, real, features)
+    if record.fid and record.fid_against:
         seeds = sorted(record.fid.by_seed.keys() & record.fid_against.by_seed.keys())
         values = [record.fid.by_seed[seed] - record.fid_against.by_seed[seed] for seed in seeds]
         own = intervals(values, {'seeds': seeds}, how) if values else {}
@@ -405,15 +420,15 @@ def summarise_fid(record: ImageScores, given: ScoringInput, features: Features, 
         record.fid_difference = Mean(mean=statistics.fmean(values) if values else whole, pictures=record.fid.pictures, intervals=own)
 
 
-def fid_of(pictures: Sequence[Shown], real: Sequence[Tensor], features: Features) -> Fid:
-    """FID of pictures, all and by seed. Raises UsageError if there are fewer than two on either side."""
+def fid_of(pictures: Sequence[Shown], real: Sequence[Tensor], features: Features) -> Fid | None:
+    """FID of pictures, all and by seed; None if there are fewer than two on either side that could be read."""
     import torch
 
     from padseg.evaluation.fid import FEWEST, fid
 
     own = vectors(pictures, features)
     if min(len(own), len(real)) < FEWEST:
-        raise UsageError(f'FID needs at least {FEWEST} pictures that can be read on both sides; got {len(own)} and {len(real)} real ones')
+        return None
     truth = torch.stack(list(real))
     by_seed = grouped((picture.seed, features.inception[picture.path]) for picture in pictures if picture.path in features.inception)
     several = None not in by_seed and 1 < len(by_seed) <= MOST_SEEDS and min(map(len, by_seed.values())) >= FEWEST
@@ -438,6 +453,8 @@ def vectors(pictures: Sequence[Shown], features: Features) -> list[Tensor]:
 def notes(record: ImageScores, given: ScoringInput, models: Models) -> list[str]:
     """What a reader of the scores must know."""
     said = []
+    if 'fid' in given.scores and not (record.fid and (record.fid_against or not given.theirs)):
+        said.append('not computed: FID, for which too few pictures could be read')
     if record.fid and record.fid.pictures < FEW:
         said.append(
             f'FID of {record.fid.pictures} pictures is too high: compare it only with FID of as many pictures and the same real ones'

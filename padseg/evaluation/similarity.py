@@ -7,20 +7,19 @@ cosines, as in DreamBooth (Ruiz et al. 2023).
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from padseg.backbones.configuration import check_network, read_json
 from padseg.backbones.parts import choose_device, told_errors
-from padseg.backbones.source import HUB_ID, content_hash, snapshot, tensor_shapes
-from padseg.errors import ModelUnavailable, UsageError
+from padseg.backbones.source import content_hash
+from padseg.errors import ModelUnavailable
+from padseg.evaluation.model_folder import files_of, filled, located, processor_in, tokenizer_in
 from padseg.types import Array, Image
 
 CLIP = 'openai/clip-vit-base-patch32'  # ViT-B/32, the usual one for CLIPScore
@@ -30,7 +29,7 @@ DINOS = ('vit', 'dinov2', 'dinov2_with_registers', 'dinov3_vit')
 SCALE = 100  # of CLIPScore
 BATCH = 32  # pictures a forward pass
 PERMITTED = ('pooler.', 'embeddings.mask_token')  # of DINO: not used here, so weights may lack them
-PROBE = 'a photo'
+GREY = np.full((32, 32, 3), 128, np.uint8)  # a picture to try a model on
 
 One = TypeVar('One')
 
@@ -56,23 +55,31 @@ def load_clip(name: str = CLIP, device: str | None = None, revision: str | None 
 
     Raises ModelUnavailable, UsageError.
     """
-    from transformers import AutoTokenizer, CLIPModel
+    from transformers import CLIPModel
 
-    folder, commit = located(name, revision, CLIPS, 'CLIP', remedy)
+    folder, commit = located(name, revision, CLIPS, 'CLIP', CLIP, remedy)
     network = filled(CLIPModel, folder, choose_device(device), ())
-    with told_errors(f'{folder} cannot be loaded'):
-        tokens = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        tokens(PROBE)
-    return PictureModel(network, processor(folder), tokens, name, commit, content_hash(folder, files_of(folder)))
+    text, picture = network.config.text_config, network.config.vision_config
+    tokens = tokenizer_in(folder, text.max_position_embeddings, text.vocab_size)
+    pictures = processor_in(folder, picture.patch_size)
+    model = PictureModel(network, pictures, tokens, name, commit, content_hash(folder, files_of(folder)))
+    with told_errors(f'{folder} cannot be used'):
+        clip_image_features(model, [GREY])
+        clip_text_features(model, ['a photo'])
+    return model
 
 
 def load_dino(name: str = DINO, device: str | None = None, revision: str | None = None, remedy: str = '') -> PictureModel:
     """Load a DINO, DINOv2 or DINOv3 of ViT's kind by hub id or from a folder, in float32; the arguments are those of `load_clip`."""
     from transformers import AutoModel
 
-    folder, commit = located(name, revision, DINOS, 'DINO', remedy)
+    folder, commit = located(name, revision, DINOS, 'DINO', DINO, remedy)
     network = filled(AutoModel, folder, choose_device(device), PERMITTED)
-    return PictureModel(network, processor(folder), None, name, commit, content_hash(folder, files_of(folder)))
+    pictures = processor_in(folder, network.config.patch_size)
+    model = PictureModel(network, pictures, None, name, commit, content_hash(folder, files_of(folder)))
+    with told_errors(f'{folder} cannot be used'):
+        dino_features(model, [GREY])
+    return model
 
 
 def clip_score(model: PictureModel, pictures: Sequence[Image], texts: Sequence[str]) -> Array:
@@ -105,19 +112,19 @@ def cosines(a: Tensor, b: Tensor) -> Array:
 @torch.no_grad()
 def clip_image_features(model: PictureModel, pictures: Sequence[Image]) -> Tensor:
     """CLIP's unit vectors of pictures (H, W, 3) uint8: (N, D) float32 on the CPU."""
-    return unit([model.network.get_image_features(**prepared(model, batch)).pooler_output for batch in batches(pictures)])
+    return unit(model, [model.network.get_image_features(**prepared(model, batch)).pooler_output for batch in batches(pictures)])
 
 
 @torch.no_grad()
 def clip_text_features(model: PictureModel, texts: Sequence[str]) -> Tensor:
     """CLIP's unit vectors of texts: (N, D) float32 on the CPU."""
-    return unit([model.network.get_text_features(**tokenized(model, batch)).pooler_output for batch in batches(texts)])
+    return unit(model, [model.network.get_text_features(**tokenized(model, batch)).pooler_output for batch in batches(texts)])
 
 
 @torch.no_grad()
 def dino_features(model: PictureModel, pictures: Sequence[Image]) -> Tensor:
     """DINO's unit vectors of pictures (H, W, 3) uint8, those of the class token: (N, D) float32 on the CPU."""
-    return unit([model.network(**prepared(model, batch)).last_hidden_state[:, 0] for batch in batches(pictures)])
+    return unit(model, [model.network(**prepared(model, batch)).last_hidden_state[:, 0] for batch in batches(pictures)])
 
 
 def texts_cut(model: PictureModel, texts: Sequence[str]) -> list[bool]:
@@ -141,82 +148,16 @@ def tokenized(model: PictureModel, texts: Sequence[str]) -> dict[str, Tensor]:
     return {name: values[name].to(model.device) for name in ('input_ids', 'attention_mask')}
 
 
-def unit(parts: Sequence[Tensor]) -> Tensor:
-    return functional.normalize(torch.cat([part.float() for part in parts]), dim=1).cpu() if parts else torch.zeros(0, 0)
+def unit(model: PictureModel, parts: Sequence[Tensor]) -> Tensor:
+    """Vectors (n, D) of all parts, scaled to unit length: (N, D) float32. ModelUnavailable if any is not finite."""
+    if not parts:
+        return torch.zeros(0, 0)
+    features = torch.cat([part.float() for part in parts])
+    if not features.isfinite().all():
+        raise ModelUnavailable(f'{model.name} gives features that are not finite')
+    return functional.normalize(features, dim=1).cpu()
 
 
 def batches(items: Sequence[One]) -> Iterator[Sequence[One]]:
     for start in range(0, len(items), BATCH):
         yield items[start : start + BATCH]
-
-
-def located(name: str, revision: str | None, kinds: Sequence[str], what: str, remedy: str) -> tuple[pathlib.Path, str | None]:
-    """The folder of a model in transformers' layout, downloaded if need be, and its commit. Raises ModelUnavailable, UsageError."""
-    folder, commit = pathlib.Path(name), None
-    if not folder.is_dir():
-        if not HUB_ID.fullmatch(name):
-            raise UsageError(f'unknown {what} {name}: use a hub id such as {CLIP if kinds == CLIPS else DINO}, or a folder')
-        try:
-            folder = downloaded(name, revision)
-        except ModelUnavailable as error:
-            raise ModelUnavailable(f'{what}: {str(error).partition("; `--model")[0]}{remedy and f"; {remedy}"}', error.state) from error
-        commit = folder.name
-    elif revision:
-        raise UsageError(f'{name} is a folder, which has no revisions; got revision {revision}')
-    if not (folder / 'config.json').is_file():
-        raise ModelUnavailable(f"{name} is no {what} in transformers' layout: it has no config.json", 'incomplete')
-    kind = read_json(folder / 'config.json').get('model_type')
-    if kind not in kinds:
-        raise ModelUnavailable(f'{folder / "config.json"} describes a {str(kind)[:100]}; expected {" or ".join(kinds)}')
-    return folder, commit
-
-
-def downloaded(repo: str, revision: str | None) -> pathlib.Path:
-    """A snapshot with safetensors, or with pickled weights if it has no others; of these, transformers reads tensors only."""
-    folder = snapshot(repo, revision, ('*.json', '*.txt', 'model*.safetensors'))
-    return folder if any(folder.glob('model*.safetensors')) else snapshot(repo, revision, ('*.json', '*.txt', 'pytorch_model.bin'))
-
-
-def files_of(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The files that decide a model's features, sorted."""
-    return sorted(path for glob in ('*.json', '*.txt', 'model*.safetensors', 'pytorch_model*.bin') for path in folder.glob(glob))
-
-
-def filled(kind: Any, folder: pathlib.Path, place: torch.device, permitted: tuple[str, ...]) -> Any:
-    """A network with the weights of a folder. ModelUnavailable if any are missing, which transformers would draw at random."""
-    with told_errors(f'{folder} is damaged'):
-        shapes = {name: shape for path in folder.glob('model*.safetensors') for name, shape in tensor_shapes(path).items()}
-    if shapes:
-        check_network(read_json(folder / 'config.json'), folder / 'config.json', shapes)
-    with without_bar(), told_errors(f'{folder} cannot be loaded'):
-        network, seen = kind.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
-        )
-    missing = sorted(name for name in seen['missing_keys'] if not name.startswith(permitted))
-    if missing:
-        raise ModelUnavailable(f'{folder} is incomplete: its weights lack {", ".join(missing[:3])}', 'incomplete')
-    if not all(weight.isfinite().all() for weight in network.parameters()):
-        raise ModelUnavailable(f'{folder} has weights that are not finite')
-    return network.eval().requires_grad_(False).to(place)
-
-
-@contextmanager
-def without_bar() -> Iterator[None]:
-    """Hide the progress of transformers, which draws it even for small models."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def processor(folder: pathlib.Path) -> Any:
-    """What resizes and scales pictures, as the folder says. By Pillow: torchvision, if it is installed, would give other values."""
-    from transformers import AutoImageProcessor
-
-    with told_errors(f'{folder} cannot be loaded'):
-        return AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False, backend='pil')

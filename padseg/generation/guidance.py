@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -11,9 +13,10 @@ from padseg.backbones import Backbone
 from padseg.backbones.blur import Blur, blurred
 from padseg.errors import UsageError
 from padseg.generation.goca_masks import goca_s_cfg
-from padseg.generation.sample import Call, Guide, Predict, Texts
+from padseg.generation.sample import Around, Call, Guide, Predict, Texts
 from padseg.generation.scfg import s_cfg
 from padseg.generation.settings import SamplingSettings
+from padseg.types import Prompt
 
 
 def guide_of(backbone: Backbone, settings: SamplingSettings) -> Guide:
@@ -62,6 +65,23 @@ def perturbed(backbone: Backbone, blur: Blur, strength: float, scale: float = 0.
         return guided + strength * (text - found[-1]) if strength else guided
 
     return guide
+
+
+class Blurring(NamedTuple):
+    """Pictures made with blurred attention, whatever guides them. both: whether the branch of the empty prompt is blurred too."""
+
+    blur: Blur
+    both: bool = True
+
+
+def with_blur(backbone: Backbone, blurring: Blurring, prompt: Prompt) -> Around:
+    """The context that the model is called in to make pictures from a prompt, whose rows are the last of the call's batch."""
+
+    def around(call: Call) -> AbstractContextManager[None]:
+        tokens = (call.z.shape[2] // backbone.patch) * (call.z.shape[3] // backbone.patch)
+        return blurred(backbone, blurring.blur, prompt, tokens, None if blurring.both else slice(-len(call.z), None))
+
+    return around
 
 
 def blur_of(backbone: Backbone, settings: SamplingSettings) -> Blur:

@@ -13,6 +13,7 @@ import platform
 import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -24,17 +25,17 @@ from padseg.generation.records import LEDGER, Generation, GenerationTotals, Made
 from padseg.generation.settings import WITH_TOKENS, SamplingSettings
 from padseg.generation.sheet import COLUMNS, ROWS, Row, strip, write_sheet
 from padseg.methods.options import Setting, plain_settings
-from padseg.run.locks import briefly, exclusive, forget, forget_records, forget_shards, home, records_by, shard_homes, shared
+from padseg.run.locks import exclusive, first_decides, forget, forget_shards, home, records_by, shared
 from padseg.run.selection import Selection, select
 from padseg.run.threads import MOST as MOST_THREADS, use
 from padseg.system.disk import free_space, human
 from padseg.system.files import atomic, full_disk, inside, sweep
 from padseg.system.ledger import (
-    REMEDY,
     continued,
     line,
     refuse_other_settings,
     refuse_others,
+    refuse_strange,
     write_header,
     write_lines,
 )
@@ -48,11 +49,13 @@ if TYPE_CHECKING:
 
     from padseg.backbones import Backbone
     from padseg.backbones.spec import Spec
-    from padseg.generation.sample import Call, Guide, Sampler
+    from padseg.generation.guidance import Blurring
+    from padseg.generation.sample import Around, Call, Guide, Sampler
     from padseg.types import Image
 
 FOREIGN = 'scores.json'  # header of an evaluation
 FOLDERS = ('images', 'previews')
+SHEET = 'sheet.png'
 PERTURBED = 'perturb_'  # settings of perturbed guidance begin so
 PER_PIXEL = 2.0  # bytes of a PNG, of photographs
 LONGEST = 500  # characters of a reason
@@ -61,7 +64,8 @@ log = logging.getLogger(__name__)
 
 class GenerationJob(NamedTuple):
     """What `padseg generate` is asked to do. model … lora_scale, keep_texts: as for `open_sampler`; batch: pictures per forward pass on a
-    GPU; preview: moments on the strip that shows how a picture came about, 0 for none; selection: of pictures, by their names."""
+    GPU; preview: moments on the strip that shows how a picture came about, 0 for none; selection: of pictures, by their names; blurring:
+    attention that is blurred meanwhile."""
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -81,6 +85,7 @@ class GenerationJob(NamedTuple):
     retry_failed: bool = True
     max_failures: int | None = None
     selection: Selection = Selection()
+    blurring: Blurring | None = None
 
 
 class GenerationCounts(NamedTuple):
@@ -131,8 +136,10 @@ def settled(item: Item, record: Picture | None, job: GenerationJob) -> bool:
     """Whether a picture needs no work: it is there, or it failed and must not be tried again."""
     if record is None or (record.prompt, record.seed) != (item.prompt, item.seed) or (record.status == 'failed' and job.retry_failed):
         return False
+    if record.status == 'failed':
+        return True
     files = [record.file, *([record.preview] if job.preview else [])]
-    return record.status == 'failed' or all(file is not None and is_file(job.out / file) for file in files)
+    return job.preview in (0, record.moments) and all(file is not None and is_file(job.out / file) for file in files)
 
 
 def is_file(path: Path) -> bool:
@@ -147,13 +154,21 @@ def is_file(path: Path) -> bool:
 
 def requested(job: GenerationJob) -> dict[str, Setting]:
     names = ('model', 'revision', 'dtype', 'vae', *(('lora', 'lora_scale') if job.lora else ()))
-    return {**{name: getattr(job, name) for name in names}, **relevant(job.settings)}
+    return {**{name: getattr(job, name) for name in names}, **relevant(job.settings), **blur_settings(job)}
 
 
 def relevant(settings: SamplingSettings) -> dict[str, Setting]:
     """The settings that affect pictures, as JSON values."""
     plain = plain_settings(settings)
     return {name: value for name, value in plain.items() if settings.guidance == 'perturbed' or not name.startswith(PERTURBED)}
+
+
+def blur_settings(job: GenerationJob) -> dict[str, Setting]:
+    if job.blurring is None:
+        return {}
+    blur = job.blurring.blur
+    known = {**blur._asdict(), 'layers': ','.join(map(str, blur.layers)), 'both_branches': job.blurring.both}
+    return {f'blur_{name}': value for name, value in known.items()}
 
 
 def settings_now(job: GenerationJob, earlier: Generation) -> dict[str, Setting]:
@@ -166,7 +181,7 @@ def settings_now(job: GenerationJob, earlier: Generation) -> dict[str, Setting]:
     made = identity(job.model, revision=job.revision, vae=job.vae, lora=job.lora, lora_scale=job.lora_scale)
     made = identity_with(made, source, str(settings.encoders))
     before = {name: earlier.settings[name] for name in ('threads',) if name in earlier.settings}
-    return {**settings_of(made._asdict(), job.dtype or earlier.dtype, settings, source.spec), **before}
+    return {**settings_of(made._asdict(), job.dtype or earlier.dtype, settings, source.spec), **blur_settings(job), **before}
 
 
 def settings_of(made: dict[str, Any], dtype: str, settings: SamplingSettings, spec: Spec) -> dict[str, Setting]:
@@ -184,14 +199,17 @@ def settings_of(made: dict[str, Any], dtype: str, settings: SamplingSettings, sp
     return {**hashes, **lora, 'dtype': dtype, **relevant(settings), **more}
 
 
-def record_of(job: GenerationJob, sampler: Sampler, settings: SamplingSettings, threads: int) -> Generation:
-    """The record of the run that begins. threads: recorded as a setting on a CPU, where another number rounds differently."""
+def record_of(job: GenerationJob, sampler: Sampler, settings: SamplingSettings, own: int, first: Generation | None) -> Generation:
+    """The record of the run that begins, which then has the threads of the one that it continues or joins, and `own` without it.
+
+    On a CPU they are a setting, as another number rounds differently.
+    """
     from padseg.backbones.texts import with_encoders
     from padseg.run.prepare import dtype_of, now, settings_key
 
-    backbone = with_encoders(sampler.backbone, str(settings.encoders))
+    backbone, threads = with_encoders(sampler.backbone, str(settings.encoders)), threads_like(first, own)
     made = backbone.identity._asdict()
-    values = settings_of(made, dtype_of(backbone), settings, backbone.spec)
+    values = settings_of(made, dtype_of(backbone), settings, backbone.spec) | blur_settings(job)
     if backbone.device.type == 'cpu':
         values['threads'] = threads
     return Generation(
@@ -216,9 +234,10 @@ def record_of(job: GenerationJob, sampler: Sampler, settings: SamplingSettings, 
 # the run
 
 
-def generate(job: GenerationJob, progress: Progress = Silent()) -> GenerationCounts:
+def generate(job: GenerationJob, progress: Progress = Silent(), sampler: Sampler | None = None) -> GenerationCounts:
     """Make all pictures of the job that its output lacks. A picture that fails is recorded, and the others continue.
 
+    sampler: the job's model, if it is loaded already.
     Raises UsageError, ModelUnavailable, ResourceExhausted, and OutputConflict if the output was made with other settings, if another run is
     writing to it, or if it cannot be used.
     """
@@ -227,13 +246,14 @@ def generate(job: GenerationJob, progress: Progress = Silent()) -> GenerationCou
     with full_disk(job.out), held(job), Stop() as stop:
         for kind in FOLDERS:
             inside(job.out, kind)
+        refuse_strange(job.out, [SHEET])
         chosen, pending, records, earlier = plan(job)
         skipped = len(chosen) - len(pending)
         if earlier and not pending:
             refuse_other_settings(job.out, earlier.settings, settings_now(job, earlier), 'pictures')
             record, own_threads = earlier, None
         else:
-            record, sampler, guide, own_threads = start(job, pending, records.values(), earlier)
+            record, sampler, guide, own_threads = start(job, pending, records.values(), earlier, sampler)
             try:
                 with contextlib.closing(progress):
                     progress.start(len(pending))
@@ -258,7 +278,7 @@ def held(job: GenerationJob) -> contextlib.AbstractContextManager[None]:
 
 
 def start(
-    job: GenerationJob, pending: Sequence[Item], kept: Iterable[Picture], earlier: Generation | None
+    job: GenerationJob, pending: Sequence[Item], kept: Iterable[Picture], earlier: Generation | None, sampler: Sampler | None = None
 ) -> tuple[Generation, Sampler, Guide, int]:
     """Load the model and write the header; also returns the number of threads before. Records of other settings are removed before that."""
     import torch
@@ -267,7 +287,7 @@ def start(
     from padseg.generation.sample import check_size, open_sampler
 
     shard, own = job.selection.shard, home(job.out, job.selection.shard)
-    sampler = open_sampler(
+    sampler = sampler or open_sampler(
         job.model,
         revision=job.revision,
         device=job.device,
@@ -281,21 +301,13 @@ def start(
     check_size(sampler.backbone, settings.size)
     guide, threads = guide_of(sampler.backbone, settings), torch.get_num_threads()
     if not shard:
-        record = record_of(job, sampler, settings, threads_like(earlier, threads))
+        record = record_of(job, sampler, settings, threads, earlier)
         if earlier:
-            refuse_other_settings(job.out, earlier.settings, record.settings, 'pictures', REMEDY)
+            refuse_other_settings(job.out, earlier.settings, record.settings, 'pictures')
         else:
             forget(job.out)
     else:
-        with briefly(job.out):  # the first of several shards that start together determines the settings
-            others = shard_homes(job.out).keys() - {shard}
-            existing = read_generation(job.out / 'run.json') if earlier or others else None
-            record = record_of(job, sampler, settings, threads_like(existing, threads))
-            if existing:
-                refuse_other_settings(job.out, existing.settings, record.settings, 'pictures', 'choose another --out')
-            else:
-                forget_records(job.out)
-                write_header(record, job.out / 'run.json')
+        record = first_decides(LEDGER, job.out, shard, earlier, partial(record_of, job, sampler, settings, threads), 'pictures')
         write_lines((line(one) for one in kept), own / 'manifest.jsonl')
     write_header(record, own / 'run.json')
     for kind in FOLDERS:
@@ -376,7 +388,8 @@ def made(job: GenerationJob, sampler: Sampler, guide: Guide, record: Generation,
 
 def sampled(job: GenerationJob, sampler: Sampler, guide: Guide, some: list[Item], stop: Stop) -> tuple[list[Image], list[Image | None]]:
     """Pictures of a batch, with their strips, if they were asked for."""
-    from padseg.generation.sample import decode, sample
+    from padseg.generation.guidance import with_blur
+    from padseg.generation.sample import decode, encode, nothing, sample
 
     settings = job.settings.resolve(sampler.backbone.spec)
     moments: list[list[Image]] = []
@@ -389,7 +402,10 @@ def sampled(job: GenerationJob, sampler: Sampler, guide: Guide, some: list[Item]
 
     with_tokens = settings.guidance in WITH_TOKENS
     prompts, seeds = [item.prompt for item in some], [item.seed for item in some]
-    images = sample(sampler, prompts, seeds, settings, guide, with_tokens=with_tokens, seen=seen)
+    around: Around = nothing
+    if job.blurring:
+        around = with_blur(sampler.backbone, job.blurring, encode(sampler, prompts, settings, with_tokens=False).text)
+    images = sample(sampler, prompts, seeds, settings, guide, around, with_tokens, seen)
     strips: list[Image | None] = [strip(parts) for parts in zip(*moments, strict=True)] if moments else [None] * len(some)
     return images, strips
 
@@ -413,8 +429,7 @@ def save(
             data = encoded('.png', pixels[..., ::-1])
             with atomic(inside(job.out, values[field])) as temporary:
                 temporary.write_bytes(data)
-            if kind == 'images':
-                values['sha256'] = hashlib.sha256(data).hexdigest()
+            values |= {'sha256': hashlib.sha256(data).hexdigest()} if kind == 'images' else {'moments': job.preview}
     return started(record, item, 'done', seconds, **values)
 
 
@@ -455,7 +470,7 @@ def finish(
     if cut and worked:
         log.warning('%d pictures have prompts that are too long for the text encoders: their ends do not count', cut)
     if not shard:
-        write_sheet(rows_of(job.out, chosen, records), job.out / 'sheet.png')
+        write_sheet(rows_of(job.out, chosen, records), job.out / SHEET)
     last = {
         'status': 'finished' if counts.done + counts.failed == counts.images else 'interrupted',
         'counts': GenerationTotals(**{name: getattr(counts, name) for name in GenerationTotals.model_fields}),

@@ -14,8 +14,9 @@ from padseg.system.ledger import Name, read_header, read_lines
 
 
 class Picture(BaseModel):
-    """A picture, a line of manifest.jsonl. file, preview: relative to OUT; sha256: of the file; size: (height, width); model: SHA-256 of
-    its weights; lora: of the LoRA; cut: whether the text encoders did not take the whole prompt."""
+    """A picture, a line of manifest.jsonl. file, preview: relative to OUT; moments: on the preview, as asked for; sha256: of the file;
+    size: (height, width); model: SHA-256 of its weights; lora: of the LoRA; cut: whether the text encoders did not take the whole
+    prompt."""
 
     model_config = ConfigDict(protected_namespaces=())
 
@@ -28,6 +29,7 @@ class Picture(BaseModel):
     lora: str | None = None
     file: Name | None = None
     preview: Name | None = None
+    moments: Whole | None = None
     sha256: str | None = None
     size: tuple[Side, Side] | None = None
     cut: bool = False

@@ -21,7 +21,7 @@ from padseg.run.job import (
     places,
     requested,
 )
-from padseg.run.locks import briefly, exclusive, forget, forget_records, forget_shards, home, shard_homes, shared
+from padseg.run.locks import RUN, exclusive, first_decides, forget, forget_shards, home, shared
 from padseg.run.picture import OutOfMemory, Stages, Taken, discard, labelled, mapped, save, take
 from padseg.run.plan import choose, is_result, look, plan, refuse_collisions
 from padseg.run.prepare import from_maps, from_model, now, settings_now, with_threads_of
@@ -33,12 +33,11 @@ from padseg.run.records import (
     RunTotals,
     as_recorded,
     entry_of,
-    read_run,
 )
 from padseg.run.space import warn_if_short
 from padseg.run.threads import as_before
 from padseg.system.files import full_disk, inside, sweep
-from padseg.system.ledger import REMEDY, continued, line, refuse_other_settings, write_header, write_lines
+from padseg.system.ledger import continued, line, refuse_other_settings, write_header, write_lines
 from padseg.system.progress import Progress, Silent
 from padseg.system.signals import Stop
 from padseg.system.threads import ahead, batches, threads
@@ -89,7 +88,7 @@ def run(job: Job, progress: Progress = Silent()) -> Counts:
                     records[entry.input] = as_recorded(entry)
                     progress.step(entry.model_dump())
         else:
-            agree(job.out, earlier, record, REMEDY)
+            agree(job.out, earlier, record)
         present = [records[picture.name] for picture in pictures if picture.name in records]
         counts = count(len(pictures), present, skipped, time.perf_counter() - began, stop.signal)
         counts = counts._replace(unreadable=len(found.unreadable))
@@ -135,24 +134,17 @@ def start(job: Job, pending: list[Found], kept: Iterable[Recorded], earlier: Run
 def prepare_job(job: Job, earlier: Run | None) -> tuple[Stages, Run]:
     """The stages of the job, and the record of the run. Raises OutputConflict if existing results were made with other settings."""
     stages, record = from_maps(job) if job.maps else from_model(job, earlier)
-    if not job.selection.shard:
-        agree(job.out, earlier, record, REMEDY)
-        return stages, record
-    with briefly(job.out):  # the first of several shards that start together determines the settings
-        others = shard_homes(job.out).keys() - {job.selection.shard}
-        existing = read_run(job.out / 'run.json') if earlier or others else None
-        record = with_threads_of(existing, job, record)
-        agree(job.out, existing, record)
-        if existing is None:
-            forget_records(job.out)
-            write_header(record, job.out / 'run.json')
+    if job.selection.shard:
+        own = partial(with_threads_of, job=job, record=record)
+        return stages, first_decides(RUN, job.out, job.selection.shard, earlier, own, 'results')
+    agree(job.out, earlier, record)
     return stages, record
 
 
-def agree(out: Path, earlier: Run | None, record: Run, remedy: str = 'choose another --out') -> None:
+def agree(out: Path, earlier: Run | None, record: Run) -> None:
     """Raise OutputConflict if results of an earlier run were made with other settings."""
     if earlier:
-        refuse_other_settings(out, earlier.settings, record.settings, remedy=remedy)
+        refuse_other_settings(out, earlier.settings, record.settings)
 
 
 def work(

@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from padseg.run.records import Recorded, Run, read_records, read_run
 from padseg.system.files import inside, remove, sweep
-from padseg.system.ledger import busy, differences, locked, make_output, refuse_strange
+from padseg.system.ledger import (
+    Header,
+    busy,
+    differences,
+    locked,
+    make_output,
+    refuse_other_settings,
+    refuse_strange,
+    write_header,
+)
 
 Shard = tuple[int, int]  # (i, N), i from 1
-
-
-class Header(Protocol):
-    """What is asked of a command's run.json."""
-
-    @property
-    def status(self) -> str: ...
-    @property
-    def settings(self) -> Mapping[str, Any]: ...
 
 
 OfRun = TypeVar('OfRun', bound=Header)
@@ -112,6 +112,26 @@ def shared(out: Path, shard: Shard, *foreign: str) -> Iterator[None]:
 def briefly(out: Path) -> contextlib.AbstractContextManager[None]:
     """Hold the output folder alone for a moment, among runs that share it."""
     return locked(out, busy(out), SECONDS)
+
+
+def first_decides(
+    ledger: Ledger[OfRun, Any], out: Path, shard: Shard, earlier: OfRun | None, record_of: Callable[[OfRun | None], OfRun], what: str
+) -> OfRun:
+    """The record of a shard's run. The first of several shards that start together writes it to OUT and so decides the settings of all.
+
+    earlier: the run that this one continues; record_of: makes the record, given that of the first shard, if there is one; what: the output
+    holds. Raises OutputConflict if that was made with other settings.
+    """
+    with briefly(out):
+        others = shard_homes(out).keys() - {shard}
+        existing = ledger.header(out / 'run.json') if earlier or others else None
+        record = record_of(existing)
+        if existing:
+            refuse_other_settings(out, existing.settings, record.settings, what, 'choose another --out')
+        else:
+            forget_records(out)
+            write_header(record, out / 'run.json')
+    return record
 
 
 def all_records(out: Path) -> dict[str, Recorded]:

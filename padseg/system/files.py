@@ -20,8 +20,10 @@ PREFIX = '.padseg-'  # prefix of temporary names; hidden, and short so that long
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Errors of a place that cannot be written to.
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
+CONTINUES, BEGINS_ANEW = 'finished results are kept, and the same command continues', 'make room, and run the command again'
 MARK = 12  # hexadecimal digits
 NO_NAMES = frozenset({'', '.', '..'})  # of files
+TRIAL = 1 << 16  # bytes
 LONGEST = 8192  # bytes of a recorded name; systems open at most half as many
 # A picture's own fault when its results cannot be written; any other error of the file system concerns the whole run.
 NAME_FAULTS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
@@ -111,8 +113,11 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def full_disk(out: Path) -> Iterator[None]:
-    """Inside the block, turn errors of a full disk or quota into ResourceExhausted, and of an unwritable place into OutputConflict."""
+def full_disk(out: Path, then: str = CONTINUES) -> Iterator[None]:
+    """Inside the block, turn errors of a full disk or quota into ResourceExhausted, and of an unwritable place into OutputConflict.
+
+    then: what the message says of the work so far.
+    """
     try:
         yield
     except OSError as error:
@@ -121,7 +126,20 @@ def full_disk(out: Path) -> Iterator[None]:
             raise OutputConflict(f'cannot write to {place}: {error.strerror}') from error
         if error.errno not in FULL:
             raise
-        raise ResourceExhausted(f'{out}: {error.strerror}; finished results are kept, and the same command continues') from error
+        raise ResourceExhausted(f'{out}: {error.strerror}; {then}') from error
+
+
+def try_to_write(folder: Path) -> None:
+    """Write a small file to a folder and remove it. Raises OSError, which names the folder, if that fails."""
+    path = temporary_beside(folder / 'trial')
+    try:
+        path.write_bytes(bytes(TRIAL))
+        flush(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            remove(path)
 
 
 def temporary_beside(path: Path) -> Path:

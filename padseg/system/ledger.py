@@ -11,13 +11,13 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, TypeVar
+from typing import Annotated, Any, BinaryIO, Protocol, TypeVar
 
 import filelock
 from pydantic import BaseModel, PlainValidator
 
 from padseg.errors import OutputConflict, UsageError
-from padseg.system.files import FULL, atomic, full_disk, opened, sweep
+from padseg.system.files import BEGINS_ANEW, CONTINUES, FULL, atomic, full_disk, opened, sweep, try_to_write
 
 
 def any_text(value: object) -> str:
@@ -39,7 +39,17 @@ LARGEST = 2**26  # bytes of a header; some list many failures
 LONGEST_LINE = 2**24  # bytes of a line; in an evaluation, one can hold the scores of 65,536 classes
 
 
-def write_header(record: BaseModel, path: Path) -> None:
+class Header(Protocol):
+    """A record that says what a job's settings are."""
+
+    @property
+    def status(self) -> str: ...
+    @property
+    def settings(self) -> Settings: ...
+    def model_dump(self) -> dict[str, Any]: ...
+
+
+def write_header(record: BaseModel | Header, path: Path) -> None:
     """Write a record to a JSON file atomically."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(record.model_dump(), indent=1) + '\n', encoding='ascii')
@@ -181,14 +191,25 @@ def refuse_others(out: Path, command: str | None) -> None:
             raise OutputConflict(f'{out} holds results of another command: choose another --out')
 
 
+def check_output(out: Path, names: Iterable[str] = ()) -> None:
+    """Create the output folder of a command that writes at its end, and make sure that files of these names can be written to it.
+
+    Raises UsageError, OutputConflict or ResourceExhausted.
+    """
+    with full_disk(out, BEGINS_ANEW):
+        make_output(out)
+        refuse_strange(out, names)
+        try_to_write(out)
+
+
 @contextlib.contextmanager
-def owned(out: Path, *foreign: str) -> Iterator[None]:
+def owned(out: Path, *foreign: str, then: str = CONTINUES) -> Iterator[None]:
     """Create the output folder, lock out all other jobs, and remove half-written files that killed jobs left next to the records.
 
     Raises OutputConflict if a job is using the folder or it holds a file in `foreign`, another command's header; ResourceExhausted if the
     disk is full.
     """
-    with full_disk(out):
+    with full_disk(out, then):
         make_output(out, *foreign)
         with locked(out, busy(out)):
             sweep(out)

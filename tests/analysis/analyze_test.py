@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from support.faults import run_in_child
 
+from padseg.analysis import report
 from padseg.commands import main
+from padseg.errors import ResourceExhausted
+from padseg.system.ledger import check_output
 
 NAMES = ('cat', 'dog', 'grass')
 
@@ -35,7 +40,7 @@ def analyze(place, model, name: str, *flags: str):
     """The record that a sub-command writes, the rows of its table, and its figure."""
     out = place / f'out-{name}'
     assert main(['analyze', name, '--model', str(model), '--device', 'cpu', '--out', str(out), '-q', *flags]) == 0
-    assert sorted(path.name for path in out.iterdir()) == [f'{name}.csv', f'{name}.json', f'{name}.png']
+    assert sorted(path.name for path in out.iterdir() if path.is_file()) == [f'{name}.csv', f'{name}.json', f'{name}.png']
     record = json.loads((out / f'{name}.json').read_text())
     rows = list(csv.DictReader((out / f'{name}.csv').open()))
     assert len(rows) == len(record['results']) and [*rows[0]] == [*record['results'][0]]
@@ -48,6 +53,11 @@ def real(place) -> list[str]:
 
 def made(place) -> list[str]:
     return ['--prompts', str(place / 'prompts.txt'), '--denoising-steps', '2', '--size', '32', '--scale', '2']
+
+
+def given(place, flags: list[str]) -> list[str]:
+    names = {'DIR': 'images', 'LABELS': 'labels', 'CLASSES': 'classes.txt', 'PROMPTS': 'prompts.txt'}
+    return [str(place / names[flag]) if flag in names else flag for flag in flags]
 
 
 @pytest.mark.parametrize('name', ['shares', 'norms', 'pca'])
@@ -89,6 +99,11 @@ def test_perturb(place, sd3_folder, clip_folder, dino_folder):
     scorers = ['--clip', str(clip_folder), '--dino', str(dino_folder)]
     record, rows, _ = analyze(place, sd3_folder, 'perturb', *made(place), *scorers, '--layers', '0,3', '--pad', 'symmetric', '--count', '1')
     assert [row['layer'] for row in rows] == ['', '0', '3'] and rows[0]['clip_i'] == '1.0'
+    times = {path: path.stat().st_mtime_ns for path in (place / 'out-perturb' / 'pictures').glob('*/images/*.png')}
+    again = analyze(place, sd3_folder, 'perturb', *made(place), *scorers, '--layers', '0', '--pad', 'symmetric', '--count', '1')
+    assert again[1] == rows[:2] and len(times) == 3 and all(path.stat().st_mtime_ns == time for path, time in times.items())
+    flags = ['analyze', 'perturb', '--model', str(sd3_folder), '--device', 'cpu', '--out', str(place / 'out-perturb'), '-q']
+    assert main([*flags, *made(place), *scorers, '--layers', '0', '--count', '1']) == 6
     assert record['settings']['blur']['pad'] == 'symmetric' and len(record['settings']['clip']['weights']) == 64
 
 
@@ -101,6 +116,7 @@ def test_perturb(place, sd3_folder, clip_folder, dino_folder):
         (['pca', '--dir', 'x', '--seeds', '1'], 2, '--seeds cannot be used with --dir'),
         (['pca', '--dir', 'DIR', '--classes-file', 'CLASSES'], 2, 'names of classes need the labels'),
         (['tokens', '--dir', 'nowhere'], 5, 'nowhere'),
+        (['blocks', '--dir', 'nowhere', '--labels', 'LABELS'], 5, 'nowhere'),
         (['shares', '--dir', 'DIR', '--model', 'MODEL', '--steps', '29'], 2, 'steps are in 1..28'),
         (['tokens', '--dir', 'DIR', '--model', 'MODEL', '--layer', '4'], 2, 'layer is in 0..3'),
         (['grid', '--dir', 'DIR', '--labels', 'LABELS', '--classes-file', 'CLASSES', '--val-dir', 'DIR'], 2, '--val-labels together'),
@@ -113,11 +129,46 @@ def test_perturb(place, sd3_folder, clip_folder, dino_folder):
     ],
 )
 def test_what_does_not_fit_is_refused(flags, code, words, place, sd3_folder, capsys):
-    names = {'DIR': 'images', 'LABELS': 'labels', 'CLASSES': 'classes.txt', 'PROMPTS': 'prompts.txt'}
-    given = [str(place / names[flag]) if flag in names else str(sd3_folder) if flag == 'MODEL' else flag for flag in flags]
-    assert main(['analyze', *given]) == code
+    assert main(['analyze', *[str(sd3_folder) if flag == 'MODEL' else flag for flag in given(place, flags)]]) == code
     captured = capsys.readouterr()
     assert words in captured.err and captured.out == ''
+
+
+def outputs_in_the_way(folder: Path, name: str) -> dict[str, Path]:
+    """Folders that results cannot be written to: a file, one below a file, and one with a folder in place of a figure."""
+    (folder / 'file').write_text('')
+    (folder / 'taken' / f'{name}.png').mkdir(parents=True)
+    return {'cannot create': folder / 'file', 'file/below': folder / 'file' / 'below', 'not a regular file': folder / 'taken'}
+
+
+@pytest.mark.parametrize(
+    ('name', 'written', 'flags'),
+    [
+        ('blocks', 'grouping', ['--dir', 'DIR', '--labels', 'LABELS']),
+        ('shares', 'shares', ['--dir', 'DIR']),
+        ('norms', 'norms', ['--prompts', 'PROMPTS']),
+        ('pca', 'pca', ['--dir', 'DIR']),
+        ('grid', 'grid', ['--dir', 'DIR', '--labels', 'LABELS', '--classes-file', 'CLASSES']),
+        ('tokens', 'tokens', ['--dir', 'DIR']),
+        ('perturb', 'perturb', ['--prompts', 'PROMPTS', '--clip', 'no such CLIP']),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(name, written, flags, place, tmp_path, capsys):
+    for words, out in outputs_in_the_way(tmp_path, written).items():
+        code = main(['analyze', name, *given(place, flags), '--model', 'no such model', '--out', str(out)])  # which is looked for later
+        told = capsys.readouterr()
+        assert code in (2, 6) and words in told.err and told.err.count('\n') == 1
+
+
+@pytest.mark.parametrize('number', [1, 2])
+def test_a_full_disk_is_told_before_the_work_and_after(number, tmp_path):
+    """The disk is full at the first or the second write: of the trial, or of the table."""
+
+    def act():
+        check_output(tmp_path, ['x.csv'])
+        report.write(tmp_path, 'x', [{'a': 1}], np.zeros((4, 4, 3), np.uint8), {})
+
+    assert run_in_child(act, tmp_path, 'full', number) == ResourceExhausted.exit_code
 
 
 def test_other_families_are_refused_by_name(place, unet_folders, capsys):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import signal
 
 import numpy as np
 import pytest
@@ -11,16 +13,19 @@ from padseg.analysis import perturb
 from padseg.analysis.asked import sampler_of
 from padseg.analysis.blocks import every_block
 from padseg.analysis.charts import perturb_figure
-from padseg.analysis.perturb import compared, pictures_by_layer
+from padseg.analysis.perturb import arms, compared, make, pictures_of
 from padseg.analysis.recording import Made, text_of
 from padseg.analysis.shares import set_shares
 from padseg.backbones.blur import Blur, blurred
-from padseg.errors import UsageError
+from padseg.errors import OutputConflict, PadsegError, UsageError
 from padseg.evaluation.similarity import clip_image_similarity, clip_score, dino_similarity, load_clip, load_dino
 from padseg.generation.guidance import guide_of
-from padseg.generation.prompts import Item
+from padseg.generation.pictures import GenerationJob
+from padseg.generation.prompts import Item, items
 from padseg.generation.sample import sample
 from padseg.generation.settings import SamplingSettings
+from padseg.images import ImageError
+from padseg.run.selection import Selection
 from padseg.system.progress import Silent
 from padseg.types import Frame, Latent
 
@@ -59,21 +64,31 @@ def test_steps_beyond_the_loop_are_refused(backbone):
         next(source(lambda seen, sight: None))
 
 
-def test_each_picture_has_one_block_blurred(backbone):
-    sampler, blur = sampler_of(backbone), Blur(())
+@pytest.fixture
+def job(tmp_path, sd3_folder):
+    settings = SamplingSettings(steps=3, size=32, scale=3.0)
+    return GenerationJob(('a cat', 'a dog on grass'), (3,), tmp_path / 'pictures', settings, model=str(sd3_folder), device='cpu')
+
+
+def test_each_picture_has_one_block_blurred(backbone, job):
+    sampler, item = sampler_of(backbone), items(job.prompts, job.seeds)[0]
     settings = settings_of(sampler)
+    one = job._replace(selection=Selection(limit=1))
+    jobs = arms(one, (0, 2), Blur(()))
+    assert make(jobs, sampler, Silent()) is None
+    plain, *others = pictures_of(jobs)(item)
     guide = guide_of(backbone, settings)
-    plain, *others = pictures_by_layer(sampler, ITEMS[0], settings, (0, 2), blur)
     text = text_of(sampler.encoders, 'a cat', settings.encoders).prompt
     assert np.array_equal(plain, sample(sampler, ['a cat'], [3], settings, guide)[0])
     for layer, picture in zip((0, 2), others, strict=True):
         around = lambda call, layer=layer: blurred(backbone, Blur((layer,)), text, 64)  # noqa: E731
         assert np.array_equal(picture, sample(sampler, ['a cat'], [3], settings, guide, around)[0])
     assert not np.array_equal(plain, others[0]) and not np.array_equal(others[0], others[1])
-    one_branch = list(pictures_by_layer(sampler, ITEMS[0], settings, (0,), blur, both=False))
-    assert np.array_equal(one_branch[0], plain) and not np.array_equal(one_branch[1], others[0])
-    for picture in pictures_by_layer(sampler, ITEMS[0], settings, (0,), Blur((), size=1)):  # a blur of one tap is none
-        assert np.array_equal(picture, plain)
+    for name, how, same in (('branch', {'both': False}, False), ('one tap', {'blur': Blur((), size=1)}, True)):
+        jobs = arms(one._replace(out=one.out / name), (0,), **{'blur': Blur(()), **how})
+        make(jobs, sampler, Silent())
+        found = pictures_of(jobs)(item)
+        assert np.array_equal(found[0], plain) and np.array_equal(found[1], plain) == same and not np.array_equal(found[1], others[0])
 
 
 def test_pictures_are_compared_with_the_plain_one(clip_folder, dino_folder):
@@ -88,14 +103,34 @@ def test_pictures_are_compared_with_the_plain_one(clip_folder, dino_folder):
         assert scores[row, 2] == pytest.approx(clip_score(clip, [other], ['a cat'])[0], abs=1e-3)
 
 
-def test_measured_by_layer(backbone, clip_folder, dino_folder):
+class Interrupt(Silent):
+    """Sends this process a signal after the third picture."""
+
+    pictures = 0
+
+    def step(self, record=None):
+        self.pictures += 1
+        if self.pictures == 3:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_pictures_are_kept_continued_and_measured_by_layer(backbone, job, clip_folder, dino_folder):
     sampler = sampler_of(backbone)
     clip, dino = load_clip(str(clip_folder), 'cpu'), load_dino(str(dino_folder), 'cpu')
-    found = perturb.measure(sampler, ITEMS, settings_of(sampler), (1, 3), Blur(()), True, clip, dino, Silent())
+    jobs = arms(job, (1, 3), Blur(()))
+    assert make(jobs, sampler, Interrupt()) == signal.SIGINT
+    made = {path: path.stat().st_mtime_ns for path in job.out.glob('*/images/*.png')}
+    assert len(made) == 3
+    assert make(jobs, sampler, Silent()) is None
+    assert len(list(job.out.glob('*/images/*.png'))) == 6 and all(path.stat().st_mtime_ns == time for path, time in made.items())
+    assert sorted(path.name for path in job.out.iterdir()) == ['block-1', 'block-3', 'plain']
+    with pytest.raises(OutputConflict, match='blur_sigma 9.0 there, 2.0 now'):
+        make(arms(job, (1,), Blur((), sigma=2.0)), sampler, Silent())
+    found = perturb.measure(items(job.prompts, job.seeds), jobs, clip, dino)
     assert found.scores.shape == (2, 2, 3) and len(found.shown) == 2 and len(found.shown[0]) == 3
     rows = perturb.rows(found)
     assert [(row['prompt'], row['seed'], row['layer']) for row in rows[:4]] == [
-        ('a cat', 3, None), ('a cat', 3, 1), ('a cat', 3, 3), ('a dog on grass', 4, None)
+        ('a cat', 3, None), ('a cat', 3, 1), ('a cat', 3, 3), ('a dog on grass', 3, None)
     ]  # fmt: skip
     plain, first, _ = perturb.summary(found)
     assert first['dino'] == pytest.approx((rows[1]['dino'] + rows[4]['dino']) / 2) and first['layer'] == 1
@@ -103,3 +138,20 @@ def test_measured_by_layer(backbone, clip_folder, dino_folder):
     left, right = perturb_figure(found).subfigs[0].axes
     assert left.lines[0].get_ydata() == pytest.approx(found.over('clip_i')[0])
     assert right.lines[-1].get_ydata() == pytest.approx([found.plain] * 2)
+    ((name, lost),) = [(path.stem, path) for path in (job.out / 'block-3' / 'images').iterdir() if path.name.startswith('a-dog')]
+    lost.write_bytes(b'nothing')
+    with pytest.raises(ImageError, match=f'{name}.png: '):
+        perturb.measure(items(job.prompts, job.seeds), jobs, clip, dino)
+    manifest = job.out / 'block-3' / 'manifest.jsonl'
+    failed = {
+        'name': name,
+        'status': 'failed',
+        'prompt': 'a dog on grass',
+        'seed': 3,
+        'guidance': 'cfg',
+        'model': '',
+        'reason': 'too large',
+    }
+    manifest.write_text(manifest.read_text() + json.dumps(failed) + '\n')
+    with pytest.raises(PadsegError, match=f'{name} could not be made: too large'):
+        perturb.measure(items(job.prompts, job.seeds), jobs, clip, dino)

@@ -42,6 +42,9 @@ def folders(tmp_path_factory):
     (root / 'real').mkdir()
     for number in range(5):
         PIL.Image.fromarray(picture(100 + number)).save(root / 'real' / f'{number}.png')
+    (root / 'one' / 'images').mkdir(parents=True)
+    PIL.Image.fromarray(picture(0)).save(root / 'one' / '0-0.png')
+    (root / 'c.csv').write_text('file,prompt\n0-0.png,a cat\n')
     return made(root / 'a', 1.0).parent, made(root / 'b', 0.5, order=-1).parent
 
 
@@ -161,6 +164,8 @@ def test_a_picture_that_cannot_be_read_fails_alone(run, tmp_path):
         (('--dir', 'a', '--scores', 'fid'), 'fid needs --reference'),
         (('--dir', 'a', '--scores', 'clip,dino'), 'dino needs --against'),
         (('--dir', 'a', '--scores', 'blip'), '--scores takes clip, fid, clip-i, dino; got blip'),
+        (('--dir', 'a', '--reference', 'one'), 'FID needs at least 2 pictures on both sides; got 6 pictures and 1 real ones'),
+        (('--dir', 'a', '--against', 'one', '--captions', 'c.csv', '--reference', 'real'), 'got 1 pairs and 5 real ones'),
         (('--dir', 'a', '--against', 'b', '--scores', 'dino', '--categories', 'real'), '--categories divides CLIPScores'),
     ],
 )
@@ -187,7 +192,28 @@ def test_without_weights_the_option_that_names_them_is_told(root, tmp_path, caps
         printed = capsys.readouterr()
         assert (printed.out, printed.err.count('\n')) == ('', 1)
         assert option in printed.err
-    assert not (tmp_path / 'out').exists()
+    assert [path.name for path in (tmp_path / 'out').iterdir()] == ['.lock']
+
+
+def test_without_enough_pictures_that_can_be_read_the_other_scores_are_kept(root, run, tmp_path):
+    folder = made(tmp_path / 'a', 1.0)
+    for name in NAMES[1:]:
+        (folder / 'images' / f'{name}.png').write_bytes(b'nothing')
+    code, printed = run('--dir', folder, '--reference', root / 'real', '--out', tmp_path / 'out')
+    record = record_in(tmp_path / 'out')
+    assert (code, record['fid'], record['clip']['pictures']) == (3, None, 1)
+    assert 'note: not computed: FID, for which too few pictures could be read' in printed.out
+
+
+@pytest.mark.parametrize('spoil', ['file', 'table'])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(spoil, root, tmp_path, capsys):
+    out = tmp_path / 'out'
+    out.write_text('') if spoil == 'file' else (out / 'per_image.csv').mkdir(parents=True)
+    code = main(
+        ['score-images', '--dir', str(root / 'a'), '--clip', str(root / 'a'), '--out', str(out), '-q']
+    )  # no CLIP, which comes later
+    told = capsys.readouterr().err
+    assert code == (2 if spoil == 'file' else 6) and told.count('\n') == 1 and str(out) in told
 
 
 def test_results_of_another_command_are_kept(root, run, tmp_path):

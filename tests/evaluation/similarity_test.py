@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import huggingface_hub.constants
@@ -11,11 +12,12 @@ import pytest
 import torch
 
 from padseg.errors import ModelUnavailable, UsageError
-from padseg.evaluation import similarity
+from padseg.evaluation import model_folder, similarity
 from padseg.evaluation.similarity import (
     clip_image_features,
     clip_image_similarity,
     clip_score,
+    dino_features,
     dino_similarity,
     load_clip,
     load_dino,
@@ -138,6 +140,91 @@ def test_what_is_no_such_model_is_refused_in_one_line(clip_folder, dino_folder, 
         load_clip('no such folder')
     with pytest.raises(UsageError, match='has no revisions'):
         load_clip(str(clip_folder), revision='main')
+
+
+def settings_changed(folder, place, **settings):
+    """A copy of a folder with other settings of what resizes pictures."""
+    shutil.copytree(folder, place)
+    path = place / 'preprocessor_config.json'
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    return str(place)
+
+
+@pytest.mark.parametrize(
+    ('settings', 'words'),
+    [
+        ({'crop_size': {'height': 10**9, 'width': 10**9}}, r'crop_size\.(width|height) is 1000000000; a model sees at most 1024 pixels'),
+        ({'size': {'shortest_edge': 1e300}}, r'size\.shortest_edge is 1e\+300'),
+        ({'crop_size': {'height': 512, 'width': 512}}, 'cannot be used'),  # not what the network was made for
+        ({'do_center_crop': False}, 'cannot be loaded'),  # pictures of several sizes
+        ({'image_std': [0, 0, 0]}, 'features that are not finite'),
+    ],
+)
+@pytest.mark.filterwarnings('ignore:divide by zero')
+def test_sizes_of_what_a_model_sees_are_not_trusted(settings, words, clip_folder, tmp_path):
+    with pytest.raises(ModelUnavailable, match=words) as caught:
+        load_clip(settings_changed(clip_folder, tmp_path / 'clip', **settings), device='cpu')
+    assert '\n' not in str(caught.value)
+
+
+def test_patches_are_counted_before_they_are_made(dino_folder, monkeypatch):
+    monkeypatch.setattr(model_folder, 'MOST_PATCHES', 15)
+    with pytest.raises(ModelUnavailable, match='32x32 pixels in patches of 8: at most 15 patches'):
+        load_dino(str(dino_folder), device='cpu')
+
+
+@pytest.mark.parametrize('name', ['config.json', 'preprocessor_config.json', 'special_tokens_map.json', 'model.safetensors', 'any'])
+def test_what_is_no_file_is_refused_not_waited_for(name, clip_folder, tmp_path):
+    for number, make in enumerate((os.mkfifo, os.mkdir)):
+        shutil.copytree(clip_folder, tmp_path / str(number))
+        path = tmp_path / str(number) / name
+        path.unlink(missing_ok=True)
+        make(path)
+        if make is os.mkdir and name == 'any':
+            load_clip(str(path.parent), device='cpu')
+        else:
+            with pytest.raises(ModelUnavailable, match=f'{name} is not a regular file'):
+                load_clip(str(path.parent), device='cpu')
+
+
+def test_pickled_weights_are_read_and_measured_first(clip, clip_folder, pictures, tmp_path):
+    folder = tmp_path / 'clip'
+    shutil.copytree(clip_folder, folder)
+    (folder / 'model.safetensors').unlink()
+    with pytest.raises(ModelUnavailable, match=r'it has no model\.safetensors'):
+        load_clip(str(folder), device='cpu')
+    weights, path = clip.network.state_dict(), folder / 'pytorch_model.bin'
+    torch.save(weights, path)
+    found = clip_image_features(load_clip(str(folder), device='cpu'), pictures).numpy()
+    assert found == pytest.approx(clip_image_features(clip, pictures).numpy(), abs=1e-5)
+    name = 'text_model.embeddings.token_embedding.weight'
+    torch.save({**weights, name: torch.zeros(1).expand(2**20, 2**20)}, path)  # says that it has 4 TB
+    with pytest.raises(ModelUnavailable, match='describes more weights than it holds'):
+        load_clip(str(folder), device='cpu')
+    torch.save({**weights, name: torch.zeros(2, 2).to_sparse()}, path)
+    with pytest.raises(ModelUnavailable, match='other tensors than weights'):
+        load_clip(str(folder), device='cpu')
+    torch.save(weights, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(ModelUnavailable, match='not a checkpoint as torch writes it since version 1.6'):
+        load_clip(str(folder), device='cpu')
+    path.write_bytes(b'nothing')
+    with pytest.raises(ModelUnavailable, match='not a checkpoint as torch writes it since version 1.6'):
+        load_clip(str(folder), device='cpu')
+
+
+def test_a_network_larger_than_its_weights_is_not_built(dino_folder, tmp_path):
+    with pytest.raises(ModelUnavailable, match='holds .* weights, and config.json describes'):
+        load_dino(copied(dino_folder, tmp_path / 'dino', hidden_size=32768, intermediate_size=65536), device='cpu')
+    (tmp_path / 'dino' / 'adapter_config.json').write_text('{}')
+    with pytest.raises(ModelUnavailable, match='has an adapter'):
+        load_dino(str(tmp_path / 'dino'), device='cpu')
+
+
+def test_features_that_are_not_finite_are_no_scores(clip, dino, pictures):
+    for model, features in ((clip, clip_image_features), (dino, dino_features)):
+        broken = model._replace(pictures=lambda *_, **__: {'pixel_values': torch.full((1, 3, 32, 32), torch.nan)})
+        with pytest.raises(ModelUnavailable, match='features that are not finite'):
+            features(broken, pictures[:1])
 
 
 def test_without_a_network_the_message_names_the_remedy(monkeypatch):

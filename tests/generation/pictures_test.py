@@ -144,6 +144,9 @@ def test_other_settings_need_another_folder(job, whole, tmp_path, monkeypatch):
     for overwrite in (False, True):
         with pytest.raises(OutputConflict, match='not a record of padseg generate|results of another command'):
             generate(job._replace(out=tmp_path / 'other', overwrite=overwrite))
+    (tmp_path / 'more' / 'sheet.png').mkdir(parents=True)
+    with pytest.raises(OutputConflict, match='sheet.png is not a regular file'):
+        generate(job._replace(out=tmp_path / 'more'))
     with filelock.FileLock(job.out / '.lock'), pytest.raises(OutputConflict, match='another run is writing'):
         generate(job)
     for flags in ([], ['--overwrite']):
@@ -192,6 +195,10 @@ def test_strips_of_the_way(job):
     (line,) = records(job.out)
     shown, image = cv2.imread(str(job.out / line['preview'])), cv2.imread(str(job.out / line['file']))
     assert shown.shape == (32, 64, 3) and np.array_equal(shown[:, 32:], image) and not np.array_equal(shown[:, :32], image)
+    assert generate(job._replace(preview=2, seeds=(0,), prompts=('a cat',))).skipped == 1
+    assert generate(job._replace(seeds=(0,), prompts=('a cat',))).skipped == 1  # which leaves the strip as it is
+    assert generate(job._replace(preview=1, seeds=(0,), prompts=('a cat',))).skipped == 0
+    assert cv2.imread(str(job.out / line['preview'])).shape == (32, 32, 3) and records(job.out)[0]['moments'] == 1
     assert moments_of(28, 4) == {6, 13, 20, 27} and moments_of(2, 9) == {0, 1}
 
 

@@ -7,7 +7,7 @@ Results have the dtype of their inputs. Where nothing can be divided, shares are
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from padseg.types import Attention
 
 Grid = tuple[int, int]  # (h, w) in tokens
 CELLS_CPU, CELLS_GPU = 2**21, 2**26  # attention weights that exist at any time: 8 MB, which a processor's cache nearly holds, and 256 MB
+CELLS_HEAD = 2**19  # the same of one head on a CPU: 2 MB
 SAFE, TINY = 64.0, 1e-30  # exp(SAFE) is far from overflow; sums of exponentials above TINY are as exact as others
 ROWS = 512  # of two affinities, compared at a time
 ADDED_TO_UNION = 1e-4  # by the released code
@@ -95,17 +96,12 @@ def layer_maps(
 
 def image_map(seen: Attention, first: int, grid: Grid, to: Grid, dtype: torch.dtype) -> Tensor:
     """See `self_map`."""
-    keys, kept = seen.key.float().transpose(2, 3), smaller_grid(grid, to)
-    longest = keys.norm(dim=2).amax(2)[..., None, None]  # (B, H, 1, 1)
-    queries = first + source_pixels(grid, kept).to(keys.device)
-    result = torch.empty((len(keys), len(queries), math.prod(kept)), dtype=dtype, device=keys.device)
-    chunk = min(chunk_of(seen.query, seen.key), len(queries))
-    powers, mean = (keys.new_empty(len(keys), chunk, keys.shape[3]) for _ in range(2))
-    for rows, part in zip(queries.split(chunk), result.split(chunk, 1), strict=True):
-        whole = part if part.shape[2] == keys.shape[3] and dtype == keys.dtype else mean[:, : len(rows)]  # (B, rows, L)
-        head_mean(seen, keys, rows, longest, powers[:, : len(rows)], whole)
-        if whole is not part:
-            part.copy_(resized_keys(whole[..., first : first + math.prod(grid)], grid, kept))
+    kept = smaller_grid(grid, to)
+    queries = first + source_pixels(grid, kept).to(seen.key.device)
+    result = torch.empty((len(seen.key), len(queries), math.prod(kept)), dtype=dtype, device=seen.key.device)
+    means = head_means(seen, queries) if seen.mask is None and seen.key.device.type == 'cpu' else softmax_means(seen, queries)
+    for number, rows, mean in means:
+        result[number, rows] = resized_keys(mean[..., first : first + math.prod(grid)], grid, kept)
     return result
 
 
@@ -125,27 +121,51 @@ def softmax_rows(seen: Attention, keys: Tensor, rows: Tensor) -> Tensor:
     return scores.softmax(-1)
 
 
-def head_mean(seen: Attention, keys: Tensor, rows: Tensor, longest: Tensor, powers: Tensor, mean: Tensor) -> None:
-    """Write to `mean` the mean over heads of `softmax_rows`, (B, rows, L) float32: on a CPU in two thirds of its time.
+def softmax_means(seen: Attention, queries: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield pictures, some of the queries, and the mean over heads of their `softmax_rows`, (B, rows, L) float32."""
+    keys, start = seen.key.float().transpose(2, 3), 0
+    for some in queries.split(chunk_of(seen.query, seen.key)):
+        yield slice(None), slice(start, start + len(some)), softmax_rows(seen, keys, some).mean(1)
+        start += len(some)
 
-    Heads come one after another, which the cache holds, and the largest score of a row is not searched: it is at most |q| |k|. What this
-    exceeds SAFE by is taken off the scores. longest: (B, H, 1, 1), the largest |k|; powers: (B, rows, L), overwritten.
+
+def head_means(seen: Attention, queries: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """`softmax_means` of attention without a mask on a CPU, in half the time; what it yields is overwritten by the next.
+
+    Heads come one after another, so that their scores stay in the cache, and the largest score of a row is not searched: it is at most
+    |q| |k|. What this exceeds SAFE by is taken off the scores by one more channel of queries and keys.
     """
-    if seen.mask is not None or keys.device.type != 'cpu':
-        mean.copy_(softmax_rows(seen, keys, rows).mean(1))
-        return
-    query = seen.query[:, :, rows].float() * seen.query.shape[-1] ** -0.5
-    excess = (query.norm(dim=3, keepdim=True) * longest - SAFE).clamp_min(0)  # (B, H, rows, 1)
-    for head in range(query.shape[1]):
-        torch.bmm(query[:, head], keys[:, head], out=powers)
-        if excess[:, head].any():
-            powers -= excess[:, head]
-        sums = powers.exp_().sum(2, keepdim=True)  # (B, rows, 1)
-        if not (sums > TINY).all():  # the largest score is far smaller, or something is not finite
-            mean.copy_(softmax_rows(seen, keys, rows).mean(1))
-            return
-        share = 1 / (query.shape[1] * sums)
+    query = seen.query[:, :, queries].float() * seen.query.shape[-1] ** -0.5  # (B, H, Q, d)
+    key = seen.key.float().transpose(2, 3)  # (B, H, d, L)
+    longest = key.norm(dim=2).amax(2)[..., None, None]  # (B, H, 1, 1)
+    excess = (query.norm(dim=3, keepdim=True) * longest - SAFE).clamp_min(0)  # (B, H, Q, 1)
+    query, key = torch.cat((query, -excess), 3), torch.cat((key, torch.ones_like(key[:, :, :1])), 2)
+    chunk = min(len(queries), max(1, CELLS_HEAD // key.shape[3]))
+    powers, mean = torch.empty((2, chunk, key.shape[3]))
+    for number in range(len(query)):
+        for start in range(0, len(queries), chunk):
+            rows = slice(start, start + chunk)
+            count = len(queries[rows])
+            if not head_mean(query[number, :, rows], key[number], powers[:count], mean[:count]):
+                one = seen._replace(query=seen.query[number : number + 1])
+                mean[:count] = softmax_rows(one, seen.key[number : number + 1].float().transpose(2, 3), queries[rows]).mean(1)
+            yield slice(number, number + 1), rows, mean[None, :count]
+
+
+def head_mean(query: Tensor, key: Tensor, powers: Tensor, mean: Tensor) -> bool:
+    """Write the mean over heads of softmax(query key), (H, Q, d) and (H, d, L), to `mean`, (Q, L); scores are at most SAFE.
+
+    False if a sum is too small to be exact, as the largest score is far smaller, or if something is not finite. powers: (Q, L), is
+    overwritten.
+    """
+    for head in range(len(query)):
+        torch.mm(query[head], key[head], out=powers)
+        sums = powers.exp_().sum(1, keepdim=True)  # (Q, 1)
+        if not (sums > TINY).all():
+            return False
+        share = 1 / (len(query) * sums)
         torch.mul(powers, share, out=mean) if head == 0 else mean.addcmul_(powers, share)
+    return True
 
 
 class Projection(NamedTuple):
@@ -244,7 +264,7 @@ def resized_keys(maps: Tensor, grid: Grid, to: Grid) -> Tensor:
     """(B, Q, N) -> (B, Q, N')."""
     if grid == to:
         return maps
-    return interpolate(maps.unflatten(2, grid), to, mode='bilinear', align_corners=False).flatten(2)
+    return enlarged(maps.unflatten(2, grid), to).flatten(2)
 
 
 def source_pixels(grid: Grid, to: Grid) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from padseg.backbones import Backbone
 from padseg.backbones.cpu_attention import by_rows
 from padseg.backbones.recorder import Request, What, watch
+from padseg.backbones.weights import all_finite
 from padseg.errors import NotFinite
 from padseg.methods.stages.aggregation import (
     Grid,
@@ -170,7 +171,7 @@ def finished(running: Running, dtype: torch.dtype) -> Aggregated:
     weights = torch.stack([running.weights[layer] for layer in sorted(running.weights)])  # (L, B)
     maps = token_shares(quotient(running.maps, weights.sum(0).to(running.maps.dtype)[:, None, None, None]))
     self_map = maps.new_empty(0) if running.self_map is None else running.self_map
-    if not (torch.isfinite(maps).all() and torch.isfinite(self_map).all()):
+    if not (all_finite(maps) and all_finite(self_map)):
         raise NotFinite(f'attention is not finite with {dtype}: try another --dtype')
     return Aggregated(maps, self_map, weights)
 
