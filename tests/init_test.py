@@ -13,6 +13,8 @@ import padseg
 ROOT = Path(__file__).parent.parent
 NAMES = [
     'ConceptOptions',
+    'DiffCutOptions',
+    'DiffSegOptions',
     'GocaOptions',
     'LabelOptions',
     'Options',

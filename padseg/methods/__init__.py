@@ -94,6 +94,15 @@ def method_named(name: str, task: str | None = None) -> Method:
     return METHODS[name]
 
 
+def options_of(method: Method, name: str, options: Any = None) -> Any:
+    """The options given, or the method's own as they are. UsageError for those of another method."""
+    if options is None:
+        return method.Options()
+    if not isinstance(options, method.Options):
+        raise UsageError(f'options of {name} are {method.Options.__name__}; got {type(options).__name__}')
+    return options
+
+
 def kept_method(name: str) -> Kept | None:
     """The method with this name, if its kept maps can be merged again."""
     method: Any = METHODS[name]
@@ -112,10 +121,11 @@ def open_backbone(method: Method, options: Any, model: str, revision: str | None
 
     name = next((key for key, known in METHODS.items() if known is method), 'the method')
     lora_named(how.get('lora'), how.get('lora_scale', 1.0))  # before gigabytes are downloaded for nothing
+    published = getattr(method, 'PUBLISHED', None)
     if model in BACKBONES:
-        refuse_family(name, method.FAMILIES, model, BACKBONES[model].family)
+        refuse_family(name, method.FAMILIES, model, BACKBONES[model].family, published)
     spec = locate(model, revision).spec
-    refuse_family(name, method.FAMILIES, model, spec.family)
+    refuse_family(name, method.FAMILIES, model, spec.family, published)
     check_settings(spec)
     layer = method.deepest(options, spec)
     backbone = load(model, revision=revision, layer=layer, whole=layer is None, **how)
