@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 NAMES = [
     'ConceptOptions',
     'DiffCutOptions',
+    'DiffSegNamesOptions',
     'DiffSegOptions',
     'GocaOptions',
     'LabelOptions',

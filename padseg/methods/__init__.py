@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from padseg.errors import ModelUnavailable, UsageError
-from padseg.methods import classical, concepts, diffcut, diffseg, goca, open_vocabulary, seg4diff
+from padseg.methods import classical, concepts, diffcut, diffseg, diffseg_names, goca, open_vocabulary, seg4diff
 from padseg.methods.options import refuse_family
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ METHODS: dict[str, Method] = {
     'diffseg': diffseg,
     'diffcut': diffcut,
     'concepts': concepts,
+    'diffseg-names': diffseg_names,
     'felzenszwalb': classical.FELZENSZWALB,
     'slic-rag': classical.SLIC_RAG,
     'kmeans': classical.KMEANS,

@@ -26,7 +26,7 @@ def test_scores_of_an_object_by_hand():
     rules = protocol('conceptattention-imagenet')
     totals = ScoreTotals(OBJECT, rules)
     # object 0, background 1: one of two pixels of the object found, one of background taken for it
-    totals.add(score_object('a', np.array([[0, 1, 0, 1]]), np.array([[0, 0, 1, 1]]), np.array([[4.0, 1, 3, 2]]), rules))
+    totals.add(score_object('a', np.array([[0, 1, 0, 1]]), np.array([[0, 0, 1, 1]]), np.array([[4.0, 0, 3, 1]]), rules))
     totals.add(score_object('b', np.array([[0, 0, 1, 1]]), np.array([[0, 0, 1, 1]]), np.array([[4.0, 3, 2, 1]]), rules))
     result = totals.result()
     assert result.accuracy == 6 / 8 and result.iou == {'object': 3 / 5, 'background': 3 / 5} and result.miou == 3 / 5
