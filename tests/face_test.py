@@ -105,6 +105,20 @@ def test_regions_of_kept_maps_are_those_of_segment(backbone, picture, options):
     assert same(padseg.regions(picture, maps, options), padseg.segment(picture, backbone, options))
 
 
+def test_segment_runs_other_methods_with_their_own_options(backbone, picture):
+    from padseg.methods import diffcut
+
+    options = padseg.DiffCutOptions(tau=0.9)
+    prepared = diffcut.prepare(backbone, options)
+    expected = diffcut.labels(picture, diffcut.maps([picture], prepared)[0], prepared)
+    assert same(padseg.segment(picture, backbone, options, method='diffcut'), expected) and expected.labels.max() > 1
+    assert padseg.segment(picture, backbone, method='grid').labels.max() > 1
+    with pytest.raises(UsageError, match='options of diffcut are DiffCutOptions; got DiffSegOptions'):
+        padseg.segment(picture, backbone, padseg.DiffSegOptions(), method='diffcut')
+    with pytest.raises(UsageError, match='method is one of seg4diff, diffseg, .*; got goca'):
+        padseg.segment(picture, backbone, method='goca')
+
+
 def test_regions_of_the_embedded_model_with_its_own_settings():
     path = Path(__file__).parents[1] / 'data' / 'images' / 'coffee.jpg'
     assert same(padseg.regions(path, padseg.token_maps(path)), padseg.segment(path))

@@ -13,6 +13,9 @@ import padseg
 ROOT = Path(__file__).parent.parent
 NAMES = [
     'ConceptOptions',
+    'DiffCutOptions',
+    'DiffSegNamesOptions',
+    'DiffSegOptions',
     'GocaOptions',
     'LabelOptions',
     'Options',

@@ -47,6 +47,7 @@ BACKBONES: dict[str, Spec] = {
     # Seg4Diff names blocks 12 and 17; the later one, because loading up to it covers both
     'flux': Spec(repo='black-forest-labs/FLUX.1-dev', family='flux', layers=57, layer=17, steps=50, encoders='t5'),
     # of the models below, the block whose queries are GoCA's dense feature
+    'sd1.4': Spec(repo='CompVis/stable-diffusion-v1-4', family='unet', layers=16, layer=11, steps=1000, side=512, encoders='clip'),
     'sd1.5': Spec(
         repo='stable-diffusion-v1-5/stable-diffusion-v1-5', family='unet', layers=16, layer=11, steps=1000, side=512, encoders='clip'
     ),
@@ -71,6 +72,7 @@ CARDS: dict[str, Card] = {
     'sd3': Card('Stability AI Community License', True),
     'sd3.5': Card('Stability AI Community License', True),
     'flux': Card('FLUX.1 [dev] Non-Commercial License', True),
+    'sd1.4': Card('CreativeML Open RAIL-M License', False),
     'sd1.5': Card('CreativeML Open RAIL-M License', False),
     'sd2.1': Card('CreativeML Open RAIL++-M License', False),
     'sdxl': Card('CreativeML Open RAIL++-M License', False),

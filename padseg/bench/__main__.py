@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from padseg.bench import engine, eval, generate, goca, label, load, merge, scale, sd3, train, vae
+from padseg.bench import engine, eval, generate, goca, label, load, merge, neighbours, scale, sd3, train, vae
 
 COMMANDS = (
     sd3.command,
@@ -17,6 +17,7 @@ COMMANDS = (
     label.command,
     goca.command,
     generate.command,
+    neighbours.command,
     train.command,
 )
 

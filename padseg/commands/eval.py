@@ -71,7 +71,8 @@ class EvalCommand(MethodCommand):
 @click.option(
     '--compare',
     help=(
-        "pixels that are compared: native, crop, 512, 128, whole-64, short-640, short-640-cut (default: the protocol's; native with --pred)"
+        'pixels that are compared: native, crop, 512, 128, whole-64, whole-224, short-640, short-640-cut '
+        "(default: the protocol's; native with --pred)"
     ),
 )
 @click.option('--raw-ids', is_flag=True, help='match ids of predictions as they are, gaps included, as released code does')

@@ -8,7 +8,8 @@ from padseg.datasets.base import VOID, LayoutError, Sample
 from padseg.datasets.dataset import Dataset
 from padseg.datasets.layouts import find_place, picture_name, samples
 from padseg.datasets.own import DEFAULT_SPLIT, FolderSettings, label_folder, open_folder, read_settings
-from padseg.datasets.rows import DATASETS, FOLDER
+from padseg.datasets.rows import DATASETS, FOLDER, SEGMENTED
+from padseg.datasets.segments import found_segments
 from padseg.datasets.tables import background_class, facts, row_class_names, value_table
 from padseg.errors import UnreadableLabels, UsageError
 
@@ -47,6 +48,12 @@ def open_dataset(name: str, root: Path, split: str | None = None, raw_labels: bo
     if split not in row.splits:
         raise UsageError(f'split of {name} is one of {", ".join(row.splits)}; got {split}')
     chosen = row.splits[split]
+    if name == SEGMENTED:
+        segments = found_segments(root)
+        return Dataset(
+            name, segments.classes, segments.background, split, 'official download', root, segments.samples, segments.table, 'segments',
+            segments.file, chosen.pictures,
+        )  # fmt: skip
     raw = raw_labels and bool(row.facts) and RAW in facts(row.facts)['values']
     layouts = [layout for layout in row.layouts if not raw or layout.values == 'index']
     place = find_place(root, layouts, f'{name} ({split})', split, chosen.folder)

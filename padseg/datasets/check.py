@@ -128,9 +128,9 @@ def look(dataset: Dataset, sample: Sample) -> Look:
     size, unreadable = None, []
     if sample.image is not None:
         try:
-            height, width, _ = images.read(sample.image).shape
+            height, width, _ = dataset.picture(sample).shape
             size = height, width
-        except (images.ImageError, OSError) as error:
+        except (images.ImageError, UnreadableLabels, OSError) as error:
             unreadable.append(Problem(sample.name, sample.image, str(error)))
     try:
         truths = dataset.read(sample)

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from padseg.datasets.base import Sample
 from padseg.datasets.readers import READERS
+from padseg.datasets.segments import segment_picture
 from padseg.datasets.tables import LISTED, UNDECLARED, Table, declared, histogram, histogram_text, look_up
 from padseg.errors import UsageError
+from padseg.images import Reading, decode_apart
 
 if TYPE_CHECKING:
-    from padseg.types import Array
+    from padseg.types import Array, Image
 
 
 class Dataset(NamedTuple):
@@ -38,6 +40,13 @@ class Dataset(NamedTuple):
     def read(self, sample: Sample) -> tuple[Array, ...]:
         """Read the raw labels of every annotator, (H, W) integers >= 0. Raises UnreadableLabels with the file and the reason."""
         return READERS[self.reader](sample, self.annotations or self.root)
+
+    def picture(self, sample: Sample) -> Image:
+        """Decode the sample's picture, (H, W, 3). Raises ImageError, OSError, or UnreadableLabels for one in a file of labels."""
+        if self.reader == 'segments':
+            return segment_picture(sample, self.annotations or self.root)
+        assert sample.image is not None
+        return decode_apart(sample.image, Reading()).image
 
     def to_classes(self, raw: Array) -> Array:
         """Map raw values (H, W) to classes 0..n-1 and VOID, int32; regions without classes stay unchanged.

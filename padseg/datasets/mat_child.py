@@ -1,8 +1,8 @@
 """The process that reads MATLAB files: scipy crashes on some damaged ones, and a small one can unpack to any size.
 
 It runs as a file, not as a module of the package, so that starting it costs no more than importing scipy. Requests are lines of JSON on
-stdin: [path, variable, field]. An answer is the length of a JSON text in 8 digits, that text, [reason, shapes], and the bytes of the
-matrices.
+stdin: [path, variable, field], or [path, SEGMENTS, what] for a file of ImageNet-Segmentation. An answer is the length of a JSON text in 8
+digits, that text, [reason, shapes], and the bytes of the matrices.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ LARGEST = 1 << 28  # bytes of a file, both compressed and decompressed
 HEADER, TAG, COMPRESSED = 128, 8, 15  # bytes, bytes, and the type of a compressed element
 PIECE = 1 << 16
 INT32 = 2**31 - 1
+SEGMENTS = '<segments>'  # in place of a variable
+MOST_PICTURES, LONGEST = 1 << 17, 256  # pictures of a file; letters of a name
 
 
 class Refused(Exception):
@@ -49,7 +51,7 @@ def serve(requests: BinaryIO, answers: BinaryIO, seconds: int) -> None:
 def answer(path: str, variable: str, field: str | None) -> tuple[str, list[Array]]:
     """The matrices, or the reason why there are none."""
     try:
-        return '', label_matrices(path, variable, field)
+        return '', segments(path, field or '') if variable == SEGMENTS else label_matrices(path, variable, field)
     except Refused as error:
         return str(error), []
     except MemoryError:
@@ -105,6 +107,15 @@ def read_variable(path: str, name: str) -> Array:
 
 def contents(path: str) -> bytes:
     """Read the bytes of a regular file."""
+    opened, size = regular(path)
+    with open(opened, 'rb') as file:
+        if size > LARGEST:
+            refuse(f'file of {size} bytes exceeds {LARGEST}')
+        return file.read(LARGEST)
+
+
+def regular(path: str) -> tuple[int, int]:
+    """Open a regular file: its descriptor, and its size in bytes."""
     import os
     import stat
 
@@ -113,10 +124,7 @@ def contents(path: str) -> bytes:
     if not stat.S_ISREG(status.st_mode):
         os.close(opened)
         refuse('not a regular file')
-    with open(opened, 'rb') as file:
-        if status.st_size > LARGEST:
-            refuse(f'file of {status.st_size} bytes exceeds {LARGEST}')
-        return file.read(LARGEST)
+    return opened, status.st_size
 
 
 def check(data: bytes) -> None:
@@ -165,6 +173,85 @@ def label_matrix(values: Any) -> Array:
     if not ((matrix >= 0) & (matrix <= INT32) & (matrix == np.floor(matrix))).all():
         refuse('labels must be whole numbers, 0 or larger')
     return np.ascontiguousarray(matrix, np.int32)
+
+
+def segments(path: str, what: str) -> list[Array]:
+    """Of a MATLAB file of version 7.3 (HDF5) with a structure `value` of four cell arrays, one cell a picture.
+
+    what: 'names', then the letters of `id` and `target`, (N, L) each, 0 behind the end; 'picture K', the red, green and blue of `img`,
+    (H, W) each; 'mask K', the first matrix of `gt`, (H, W). The file can refer to no other.
+    """
+    import os
+
+    os.environ['HDF5_PLUGIN_PRELOAD'] = '::'  # no filters but those of the library
+    try:
+        import h5py
+    except ImportError:
+        refuse("reading it needs h5py: pip install 'padseg[hdf5]'")
+    os.close(regular(path)[0])
+    with h5py.File(path, 'r') as file:
+        if what == 'names':
+            return [letters(file, name) for name in ('id', 'target')]
+        kind, number = what.split()
+        cell = referred(file, cells(file, {'picture': 'img', 'mask': 'gt'}[kind])[int(number)])
+        if kind == 'picture':
+            pixels = cell[()]
+            if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.dtype.kind != 'u' or pixels.dtype.itemsize != 1:
+                refuse(f'a picture must be a matrix of bytes in three channels, not {pixels.dtype} of shape {pixels.shape}')
+            return [label_matrix(channel.T) for channel in pixels]
+        return [label_matrix(referred(file, cell[()].ravel()[0])[()].T)]
+
+
+def cells(file: Any, name: str) -> Any:
+    """References to the cells of a field of `value`, (N,)."""
+    import h5py
+
+    for place, own in ((file, 'value'), (file.get('value'), name)):
+        if not isinstance(place, h5py.Group) or not isinstance(place.get(own, getlink=True), h5py.HardLink):
+            refuse(f'holds no structure `value` with the field {name}')
+    field = file['value'][name]
+    if (
+        not isinstance(field, h5py.Dataset)
+        or h5py.check_ref_dtype(field.dtype) is not h5py.Reference
+        or not 0 < field.size <= MOST_PICTURES
+    ):
+        refuse(f'{name} is not a cell array of at most {MOST_PICTURES} pictures')
+    return own_data(field)[()].ravel()
+
+
+def referred(file: Any, reference: Any) -> Any:
+    """What a cell holds."""
+    import h5py
+
+    found = file[reference] if isinstance(reference, h5py.Reference) and reference else None
+    if not isinstance(found, h5py.Dataset):
+        refuse('a cell holds no matrix')
+    return own_data(found)
+
+
+def own_data(found: Any) -> Any:
+    """A matrix whose numbers are in the file itself, and not too many. Refused otherwise."""
+    if found.is_virtual or found.external:
+        refuse('takes numbers from another file')
+    if not 0 < found.nbytes <= LARGEST:
+        refuse(f'a matrix of {found.nbytes} bytes, of at most {LARGEST}')
+    return found
+
+
+def letters(file: Any, name: str) -> Array:
+    """The texts in the cells of a field, as numbers of letters: (N, L)."""
+    import numpy as np
+
+    texts = []
+    for reference in cells(file, name):
+        cell = referred(file, reference)
+        if cell.dtype.kind != 'u' or cell.size > LONGEST:
+            refuse(f'{name} is not a cell array of short texts')
+        texts.append(cell[()].ravel())
+    found = np.zeros((len(texts), max(map(len, texts))), np.int64)
+    for row, text in zip(found, texts, strict=True):
+        row[: len(text)] = text
+    return label_matrix(found)
 
 
 def refuse(reason: str) -> NoReturn:

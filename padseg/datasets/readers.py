@@ -11,6 +11,7 @@ import numpy as np
 
 from padseg.datasets.base import Sample
 from padseg.datasets.mat import mat_matrices
+from padseg.datasets.segments import mask_labels
 from padseg.errors import UnreadableLabels
 from padseg.exports.png import png_pixels, read_label_map
 from padseg.images import MAX_PIXELS, ImageError, Reading, contents
@@ -183,4 +184,5 @@ READERS: dict[str, Reader] = {
     'bsds': bsds_labels,
     'panoptic': panoptic_labels,
     'detail': detail_labels,
+    'segments': mask_labels,
 }

@@ -110,6 +110,7 @@ BSDS_SPLITS = {'val': Split('val', pictures=100), 'train': Split('train', pictur
 CAMVID_SPLITS = {'val': Split('val', pictures=101), 'train': Split('train', pictures=367), 'test': Split('test', pictures=233)}
 
 FOLDER = 'folder'
+SEGMENTED = 'imagenet-segmentation'
 DATASETS: dict[str, DatasetRow] = {
     'voc21': DatasetRow(
         'PASCAL VOC 2012, 20 classes and background',
@@ -157,6 +158,7 @@ DATASETS: dict[str, DatasetRow] = {
             Layout('images and labels', ('camvid',), ('images/{split}',), ('labels/{split}',)),
         ),
     ),
+    SEGMENTED: DatasetRow('ImageNet-Segmentation, an object in each picture', '', {'val': Split('', pictures=4276)}, ()),
     FOLDER: DatasetRow(
         'your own data, described by a padseg.toml in the folder',
         '',

@@ -2,38 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from padseg.types import Array
-
-SIDE = 224  # pixels that are compared along a side
-
-
-class BinaryCounts(NamedTuple):
-    """Pixels of object and background that were found, missed, and taken for the object wrongly. Counts of pictures can be added."""
-
-    true_positive: int
-    true_negative: int
-    false_positive: int
-    false_negative: int
-
-    def plus(self, other: BinaryCounts) -> BinaryCounts:
-        return BinaryCounts(*(one + more for one, more in zip(self, other, strict=True)))
-
-
-class BinaryScores(NamedTuple):
-    """Shares in 0..1. miou: the mean of the IoU of object and background; acc_by_2_minus_acc: accuracy / (2 - accuracy).
-
-    The latter is what ConceptAttention's released script prints as mean IoU: it counts object and background, of every picture one above
-    the other, as if both were one mask.
-    """
-
-    accuracy: float
-    iou: tuple[float, float]
-    miou: float
-    acc_by_2_minus_acc: float
 
 
 def above_mean(values: Array) -> Array:
@@ -47,21 +18,12 @@ def nearest(values: Array, size: tuple[int, int]) -> Array:
     return np.asarray(values[..., rows[:, None], columns])
 
 
-def binary_counts(predicted: Array, truth: Array) -> BinaryCounts:
-    """Counts of a mask and the true one, (H, W) bool each."""
-    require_pair(predicted, truth)
-    found, missed = predicted & truth, truth & ~predicted
-    wrong = predicted & ~truth
-    counts = [int(np.count_nonzero(part)) for part in (found, wrong, missed)]
-    return BinaryCounts(counts[0], truth.size - sum(counts), counts[1], counts[2])
+def released_miou(accuracy: float) -> float:
+    """What ConceptAttention's released script prints as mean IoU: accuracy / (2 - accuracy).
 
-
-def binary_scores(counts: BinaryCounts) -> BinaryScores:
-    """Scores of the counts of all pictures; those of a class without pixels are nan."""
-    found, empty, wrong, missed = counts
-    accuracy = (found + empty) / max(1, sum(counts))
-    iou = tuple(right / (right + wrong + missed) if right + wrong + missed else float('nan') for right in (empty, found))
-    return BinaryScores(accuracy, (iou[0], iou[1]), float(np.mean(iou)), accuracy / (2 - accuracy))
+    It counts object and background, of every picture one above the other, as if both were one mask.
+    """
+    return accuracy / (2 - accuracy)
 
 
 def picture_precision(values: Array, truth: Array) -> float:

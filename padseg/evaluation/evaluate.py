@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from padseg.datasets import Dataset, Sample, label_folder, picture_name
+from padseg.datasets import VOID, Dataset, Sample, label_folder, picture_name
 from padseg.datasets.base import some
 from padseg.datasets.layouts import files_below
 from padseg.errors import NoImages, ResourceExhausted, UnreadableLabels, UsageError
@@ -23,6 +23,7 @@ from padseg.evaluation.protocols import (
     Classes,
     Protocol,
     View,
+    as_counted,
     class_counts,
     compared_view,
     nearest,
@@ -31,9 +32,9 @@ from padseg.evaluation.protocols import (
     seen,
     seen_prediction,
 )
-from padseg.evaluation.scores import PictureScores, Result, ScoreTotals, rows_of, score_classes, score_regions
+from padseg.evaluation.scores import PictureScores, Result, ScoreTotals, rows_of, score_classes, score_object, score_regions
 from padseg.exports.png import read_label_map
-from padseg.images import ImageError, Reading, decode_apart
+from padseg.images import ImageError
 
 if TYPE_CHECKING:
     from padseg.evaluation.predict import Predict
@@ -118,8 +119,11 @@ def score_sample(task: Task, sample: Sample, predictor: Predict | None = None) -
     try:
         truths = task.dataset.read(sample)  # (H, W) each
         size = size_of(sample, truths)
-        source = read_picture(sample, size) if predictor else stored_map(task, sample, size)
-        shown = present(task, sample, truths) if predictor else []
+        alone = shown_classes(task, sample, truths) if task.rules.pictures == 'one class' else None
+        if alone is not None and len(alone) != 1:
+            return PictureScores(name=sample.name, stamp=stamp, status='ignored')
+        source = read_picture(task.dataset, sample, size) if predictor else stored_map(task, sample, size)
+        shown = (alone or present(task, sample, truths)) if predictor else []
     except (ImageError, UnreadableLabels, OSError, MemoryError, *unfit) as error:
         return failed(sample, stamp, error)
     where = compared_view(size, task.rules.compare)
@@ -139,6 +143,9 @@ def scored(task: Task, sample: Sample, preds: Sequence[Array], truths: Sequence[
     if not task.dataset.classes:
         return score_regions(sample.name, preds, [seen(truth, where) for truth in truths])
     truth = seen(classes_of(task, sample, truths[0]), where)
+    if task.rules.counted == 'object':
+        truth, pred = (as_counted(labels, task.dataset.background, task.rules) for labels in (truth, preds[0]))
+        return score_object(sample.name, pred, truth, preds[1] if len(preds) > 1 else None, task.rules)
     record = score_classes(sample.name, preds[0], truth, task.classes, task.rules)
     if not task.beside and len(preds) == 1:
         return record
@@ -162,6 +169,12 @@ def present(task: Task, sample: Sample, truths: Sequence[Array]) -> list[int]:
     return [number for number in np.unique(reduced).tolist() if number >= 0]
 
 
+def shown_classes(task: Task, sample: Sample, truths: Sequence[Array]) -> list[int]:
+    """Classes in the ground truth beside background."""
+    every = np.unique(classes_of(task, sample, truths[0])).tolist()
+    return [number for number in every if number not in (VOID, task.dataset.background)]
+
+
 def classes_of(task: Task, sample: Sample, raw: Array) -> Array:
     """Map raw values to classes and VOID. UsageError names the file if it has undeclared values."""
     try:
@@ -182,11 +195,11 @@ def stamp_of(*paths: Path | None) -> str:
     return ' '.join(marks)
 
 
-def read_picture(sample: Sample, size: tuple[int, int]) -> Image:
+def read_picture(dataset: Dataset, sample: Sample, size: tuple[int, int]) -> Image:
     """Read the sample's picture (H, W, 3). UsageError if the ground truth has another size."""
     if sample.image is None:
         raise UsageError(f'there is no picture for {sample.name}: give label maps with --pred')
-    image = decode_apart(sample.image, Reading()).image
+    image = dataset.picture(sample)
     if image.shape[:2] != size:
         raise UsageError(
             f'{sample.image} is {size_in_words(image.shape)}, but its ground truth {sample.truths[0]} is {size_in_words(size)}'

@@ -13,7 +13,7 @@ from padseg.datasets import FOLDER, Dataset, FolderSettings, Sample, label_folde
 from padseg.datasets.check import Check, check_dataset
 from padseg.errors import UsageError
 from padseg.evaluation.evaluate import Task, paired, stored
-from padseg.evaluation.protocols import CONTEXT, DEFAULT, WARNINGS, Protocol, protocol, scored_classes
+from padseg.evaluation.protocols import CONTEXT, DEFAULT, NAMINGS, WARNINGS, Protocol, protocol, scored_classes
 from padseg.methods import DEFAULTS, Method, method_named, open_backbone
 from padseg.methods.options import filled
 from padseg.system.progress import Progress
@@ -202,7 +202,7 @@ def as_released(options: Any, ground: Ground, method: Method) -> Any:
     prompt where the released code puts it there.
     """
     of_paper = getattr(method, 'DATASETS', {}).get(ground.dataset.name, {})
-    options = filled(options, of_paper)
+    options = filled(options, {**of_paper, **getattr(method, 'PROTOCOLS', {}).get(ground.protocol, {})})
     by_rule = method.BACKGROUND_BY_RULE and ground.protocol == 'goca' and ground.dataset.name in WITH_WORD
     if by_rule and not getattr(options, 'background_words', ()):
         return dataclasses.replace(options, background_words=('background',))
@@ -221,7 +221,8 @@ def predictor_of(asked: Asked, ground: Ground, contender: Contender, method: Met
         names = contender.names or PRESENT
         classes = ground.dataset.classes
         if not method.BACKGROUND_BY_RULE:
-            return predict_classes(method, backbone, contender.options, classes, ground.dataset.background, names, asked.out)
+            background, naming = ground.dataset.background, NAMINGS.get(ground.protocol)
+            return predict_classes(method, backbone, contender.options, classes, background, names, asked.out, (), ground.rules, naming)
         background = scored_classes(classes, ground.dataset.background, ground.rules).background
         return predict_classes(method, backbone, contender.options, classes, background, names, asked.out, ground.thresholds)
     prepared = method.prepare(backbone, contender.options)

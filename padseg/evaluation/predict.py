@@ -12,7 +12,8 @@ import numpy as np
 
 from padseg.backbones import Backbone
 from padseg.errors import UsageError
-from padseg.evaluation.protocols import RELEASED_CUT, Protocol, View, seen_prediction
+from padseg.evaluation.binary_maps import above_mean, nearest
+from padseg.evaluation.protocols import RELEASED_CUT, Naming, Protocol, View, seen_prediction
 from padseg.exports.png import write_label_map
 from padseg.methods import Method, seg4diff
 from padseg.methods.stages.enlarging import upsample
@@ -122,18 +123,27 @@ def predict_classes(
     names: str = 'present',
     out: Path | None = None,
     taus: Sequence[float] = (),
+    rules: Protocol | None = None,
+    naming: Naming | None = None,
 ) -> Predict:
     """Predict the class of every compared pixel, as a number from 0. classes: of the data set; background: number of that class.
 
     names: 'present' looks only for classes in the picture's ground truth, as Seg4Diff does; 'all' looks for all of them, but not for
     background if the method leaves it to a rule. taus: thresholds of that rule to predict with, too, after the method's own.
+    rules: if they count an object, its map follows the prediction. naming: what the protocol calls classes and background.
     """
-    unnamed = background if method.BACKGROUND_BY_RULE else None  # a class that is not looked for
+    told = naming if naming and background is not None and can_be_told(method, options) else None
+    unnamed = background if method.BACKGROUND_BY_RULE or told else None  # a class that is not looked for
+    of_object = rules is not None and rules.counted == 'object'
     keep = names == 'all'  # prompts for single pictures would fill the cache
 
     @lru_cache(PROMPTS_KEPT)
     def prepared_for(chosen: tuple[int, ...]) -> Any:
-        return method.prepare(backbone, options, [classes[number] for number in chosen], keep)
+        names = [classes[number] for number in chosen]
+        if not told:
+            return method.prepare(backbone, options, names, keep)
+        names = [told.called.get(name, name) for name in names]
+        return method.prepare(backbone, as_told(options, names, told), names, keep)
 
     def predict(name: str, image: Image, where: View, present: Sequence[int] = ()) -> list[Array]:
         wanted = present if names == 'present' else range(len(classes))
@@ -145,11 +155,37 @@ def predict_classes(
             settings = [prepared, *(prepared._replace(options=dataclasses.replace(prepared.options, tau=tau)) for tau in taus)]
             found = [method.labels(image, maps, setting).labels for setting in settings]
             predictions = [np.array([otherwise(labels, background), *chosen], np.int32)[seen_prediction(labels, where)] for labels in found]
+            if rules and of_object and not method.BACKGROUND_BY_RULE:
+                values = object_map(maps, where)
+                if rules.decision == 'above mean':
+                    assert background is not None
+                    predictions = [np.where(nearest(above_mean(values), where.size), chosen[0], background).astype(np.int32)]
+                predictions = [predictions[0], nearest(values, where.size)]
         if out:
             write_label_map(LabelMap(predictions[0], ()), inside(out, f'labels/{name}.png', linked=True))
         return predictions
 
     return predict
+
+
+def can_be_told(method: Method, options: Any) -> bool:
+    """Whether a method takes names of background, and none were given."""
+    return not method.BACKGROUND_BY_RULE and getattr(options, 'background_words', None) == ()
+
+
+def as_told(options: Any, names: Sequence[str], told: Naming) -> Any:
+    """Options with a protocol's names of background and, for a method that takes one, its prompt, unless another was given."""
+    given: dict[str, Any] = {'background_words': tuple(word for word in told.background if word not in names)}
+    if hasattr(options, 'caption') and options.caption is None and options.captions is None and options.on == 'words':
+        given['caption'] = ','.join(told.caption.format(name) for name in names)
+    return dataclasses.replace(options, **given)
+
+
+def object_map(maps: TokenMaps, where: View) -> Array:
+    """The map of the first name, (h, w). UsageError if the model did not see all that is compared."""
+    if maps.frame.box != where.box:
+        raise UsageError('the map of an object must show the whole picture: leave out --geometry')
+    return np.asarray(maps.maps[0].double().cpu())
 
 
 def otherwise(labels: Array, background: int | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -29,10 +30,21 @@ class Protocol:
     absent: str = 'unless-predicted'
     raw_labels: bool = False  # use ADE20K's file values as classes, unlabelled included
     ids: str = 'compact'
+    counted: str = 'classes'
+    decision: str = 'strongest'
+    pictures: str = 'all'
+
+
+class Naming(NamedTuple):
+    """What a method is told in a protocol. background: names for it; called: other names of classes; caption: a prompt, of each class."""
+
+    background: tuple[str, ...]
+    called: Mapping[str, str]
+    caption: str
 
 
 RELEASED_CUT = 'short-640-cut'
-WHOLE_64 = 'whole-64'
+WHOLE_64, WHOLE_224 = 'whole-64', 'whole-224'
 CONTEXT = 'for PASCAL Context with background it passes 59 classes, not 60: score context59'
 PROTOCOLS: dict[str, Protocol] = {
     'diffseg': Protocol('DiffSeg (Tian et al., CVPR 2024), google/diffseg', 'diffseg', '512', ids='as they are'),
@@ -74,6 +86,43 @@ PROTOCOLS: dict[str, Protocol] = {
         void='wrong',
         ids='as they are',
     ),
+    'conceptattention-single': Protocol(
+        'ConceptAttention, VOC with one class in a picture (helblazer811/ConceptAttention)',
+        'stretch',
+        WHOLE_224,
+        matching='none',
+        void='wrong',
+        ids='as they are',
+        counted='object',
+        pictures='one class',
+    ),
+    'conceptattention-imagenet': Protocol(
+        'ConceptAttention, ImageNet-Segmentation (helblazer811/ConceptAttention)',
+        'stretch',
+        WHOLE_224,
+        matching='none',
+        ids='as they are',
+        counted='object',
+        decision='above mean',
+        pictures='one class',
+    ),
+}
+OF_VOC = Naming(
+    ('background', 'floor', 'grass', 'tree', 'sky'),
+    {
+        'aeroplane': 'plane',
+        'bicycle': 'bike',
+        'motorbike': 'motorcycle',
+        'dining table': 'table',
+        'potted plant': 'pot',
+        'tv monitor': 'monitor',
+    },
+    'a {}',
+)
+NAMINGS = {
+    'conceptattention': OF_VOC,
+    'conceptattention-single': OF_VOC,
+    'conceptattention-imagenet': Naming(('background', 'floor', 'tree', 'person', 'grass', 'face'), {}, 'a {}'),
 }
 DEFAULT = 'seg4diff-paper'
 
@@ -84,6 +133,7 @@ WORDS: dict[str, dict[str | bool, str]] = {
         '512': 'the square cut from the centre, ground truth to 512 x 512 by nearest neighbour',
         '128': 'the square cut from the centre, side = shorter edge - 1, ground truth by nearest neighbour to 1024, every 8th pixel of it',
         WHOLE_64: 'the whole picture, squashed to 64 x 64 by nearest neighbour',
+        WHOLE_224: 'the whole picture, squashed to 224 x 224 by nearest neighbour',
         'short-640': 'the whole picture, shorter edge 640 pixels (the longer at most 2560), ground truth by nearest neighbour',
         RELEASED_CUT: (
             'the ground truth of the whole picture as for short-640, but of the prediction at the size of the picture only the upper left '
@@ -119,7 +169,20 @@ WORDS: dict[str, dict[str | bool, str]] = {
         'compact': 'ids of a prediction are renumbered 0..K-1 in order of first appearance before matching',
         'as they are': 'ids of a prediction are taken as they are, gaps included',
     },
+    'counted': {
+        'classes': 'every class is counted',
+        'object': 'all classes but background are counted as one, the object',
+    },
+    'decision': {
+        'strongest': 'a pixel has the class of the strongest map',
+        'above mean': 'the object is where the map of its name is above its own mean',
+    },
+    'pictures': {
+        'all': 'all pictures are scored',
+        'one class': 'only pictures with one class beside background are scored',
+    },
 }
+LATER = ('counted', 'decision', 'pictures')  # rules that are told only where they are not as usual
 SUMS = 'true positives, false positives and false negatives are summed over all pictures before any ratio'
 WARNINGS = {'row': 'regions are matched in every row of pixels, which inflates the score: use it for reproduction only'}
 
@@ -137,10 +200,11 @@ def protocol(name: str, **changes: Any) -> Protocol:
 
 def rules(chosen: Protocol) -> dict[str, str]:
     """Describe every rule in words."""
+    told = [field for field in WORDS if field not in LATER or getattr(chosen, field) != getattr(Protocol, field)]
     return {
         'source': chosen.source,
         'geometry': chosen.geometry,
-        **{field: f'{getattr(chosen, field)}: {words[getattr(chosen, field)]}' for field, words in WORDS.items()},
+        **{field: f'{getattr(chosen, field)}: {WORDS[field][getattr(chosen, field)]}' for field in told},
         'sums': SUMS,
     }
 
@@ -152,8 +216,22 @@ class Classes(NamedTuple):
     background: int | None
 
 
+OBJECT = Classes(('object', 'background'), 1)
+
+
+def as_counted(labels: Array, background: int | None, rules: Protocol) -> Array:
+    """Object and background in place of a data set's classes if the protocol counts only these: (H, W) -> (H, W). VOID stays."""
+    if rules.counted != 'object':
+        return labels
+    return np.where(labels == VOID, VOID, labels == background)
+
+
 def scored_classes(names: tuple[str, ...], background: int | None, rules: Protocol) -> Classes:
     """Return a data set's classes, adding background if the protocol needs it and it is missing."""
+    if rules.counted == 'object':
+        if background is None:
+            raise UsageError('the protocol counts object and background: score a data set with background as a class, such as voc21')
+        return OBJECT
     if rules.void == 'class' and background is None:
         return Classes((*names, 'background'), len(names))
     return Classes(names, background)
@@ -232,8 +310,9 @@ def compared_view(size: tuple[int, int], compare: str) -> View:
     everything = (0, 0, *size)
     if compare == 'native':
         return View(np.arange(size[0]), np.arange(size[1]), everything, size)
-    if compare == WHOLE_64:
-        return View(nearest(size[0], 64), nearest(size[1], 64), everything, (64, 64))
+    if compare in (WHOLE_64, WHOLE_224):
+        side = 64 if compare == WHOLE_64 else 224
+        return View(nearest(size[0], side), nearest(size[1], side), everything, (side, side))
     if compare in ('short-640', RELEASED_CUT):
         height, width = detectron_size(size)
         cut = (0, 0, min(size[0], height), min(size[1], width))

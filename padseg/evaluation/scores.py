@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, Field, field_validator
 
+from padseg.evaluation.binary_maps import picture_precision, released_miou
 from padseg.evaluation.boundaries import BoundaryCounts, boundary_counts, boundary_sweep, precision_recall_f, score_sweep, total_counts
 from padseg.evaluation.metrics import ClassCounts, class_scores, count_ids, region_scores
-from padseg.evaluation.protocols import Classes, Protocol, class_counts
+from padseg.evaluation.protocols import OBJECT, Classes, Protocol, class_counts
 from padseg.system.ledger import Name
 from padseg.version import __version__
 
@@ -44,7 +45,8 @@ class PictureScores(BaseModel):
     """One picture's scores. stamp: state of its files, so that a later run knows whether they changed.
 
     counts: true positives, false positives, false negatives and spilled pixels of each class that has any; regions: one per threshold,
-    without classes. tried: counts of every threshold and every rule for unlabelled pixels, if there are several.
+    without classes. tried: counts of every threshold and every rule for unlabelled pixels, if there are several. precision: average
+    precision of an object's map.
     """
 
     name: Name
@@ -58,6 +60,7 @@ class PictureScores(BaseModel):
     miou: float | None = None
     regions: tuple[Regions, ...] = ()
     tried: tuple[dict[int, tuple[Count, Count, Count, Count]], ...] = ()
+    precision: Annotated[float, Field(ge=0, le=1)] | None = None
 
     @field_validator('name', 'stamp', 'reason')
     @classmethod
@@ -116,7 +119,24 @@ class RegionResult(NamedTuple):
     regions: float
 
 
-Result = ClassResult | RegionResult
+class ObjectResult(NamedTuple):
+    """Scores of one object in each picture, shares in 0..1. miou: the mean of the IoU of object and background.
+
+    acc_by_2_minus_acc: accuracy / (2 - accuracy), which ConceptAttention's released code calls mean IoU. mean_average_precision: over
+    pictures, nan without maps.
+    """
+
+    pictures: int
+    ignored: int
+    failed: int
+    accuracy: float
+    miou: float
+    acc_by_2_minus_acc: float
+    mean_average_precision: float
+    iou: dict[str, float]
+
+
+Result = ClassResult | RegionResult | ObjectResult
 
 
 def score_classes(name: str, pred: Array, truth: Array, classes: Classes, rules: Protocol) -> PictureScores:
@@ -133,6 +153,14 @@ def score_classes(name: str, pred: Array, truth: Array, classes: Classes, rules:
         accuracy=scores.accuracy,
         miou=scores.miou,
     )
+
+
+def score_object(name: str, pred: Array, truth: Array, values: Array | None, rules: Protocol) -> PictureScores:
+    """Score object and background of one picture: prediction, ground truth and the map of the object, if there is one, (h, w) each."""
+    record = score_classes(name, pred, truth, OBJECT, rules)
+    if record.status != 'done' or values is None:
+        return record
+    return record.model_copy(update={'precision': picture_precision(values, truth == OBJECT.names.index('object'))})
 
 
 def rows_of(counts: ClassCounts) -> dict[int, tuple[int, int, int, int]]:
@@ -167,6 +195,8 @@ class ScoreTotals:
         self.counts = ClassCounts.none(len(classes.names))
         self.variants: list[ClassCounts] = []  # of `tried`, summed
         self.tried: list[list[Regions]] = []  # for each picture without classes, one per threshold
+        self.precisions = 0.0
+        self.rated = 0  # pictures with a precision
         self.found = 0
         self.number = {'done': 0, 'ignored': 0, 'failed': 0}
 
@@ -175,6 +205,9 @@ class ScoreTotals:
         if picture.status != 'done':
             return
         self.found += picture.found
+        if picture.precision is not None:
+            self.precisions += picture.precision
+            self.rated += 1
         if picture.regions:
             self.tried.append(list(picture.regions))
         if picture.counts:
@@ -190,6 +223,10 @@ class ScoreTotals:
         numbers = self.number['done'], self.number['ignored'], self.number['failed']
         if self.classes.names:
             scores = class_scores(self.counts, self.rules.absent)
+            if self.rules.counted == 'object':
+                mean = self.precisions / self.rated if self.rated else float('nan')
+                iou = dict(zip(self.classes.names, scores.iou, strict=True))
+                return ObjectResult(*numbers, scores.accuracy, scores.miou, released_miou(scores.accuracy), mean, iou)
             return ClassResult(*numbers, *scores[:4], dict(zip(self.classes.names, scores.iou, strict=True)))
         first = [rows[0] for rows in self.tried]
         covering, pri, vi = np.mean([(row.covering, row.pri, row.vi) for row in first], axis=0).tolist() if first else [float('nan')] * 3

@@ -21,6 +21,7 @@ from padseg.evaluation.protocols import (
     Classes,
     Protocol,
     View,
+    as_counted,
     assignment,
     class_map,
     compared_view,
@@ -100,7 +101,8 @@ def sheet_row(task: Task, sample: Sample, title: str, out: Path) -> SheetRow:
     image = cropped(task, sample, truth.shape, where)
     truth = seen(truth, where)
     if task.classes.names:
-        truth = class_map(task.dataset.to_classes(truth), task.classes, task.rules)
+        truth, pred = (as_counted(labels, task.dataset.background, task.rules) for labels in (task.dataset.to_classes(truth), pred))
+        truth = class_map(truth, task.classes, task.rules)
         pred = matched(pred, truth, task.classes, task.rules)
         cells = [painted_labels(labels, len(task.classes.names)) for labels in (truth, pred)]
     else:
@@ -120,7 +122,7 @@ def prediction(task: Task, sample: Sample, size: tuple[int, int], where: View, o
 def cropped(task: Task, sample: Sample, size: tuple[int, int], where: View) -> Image | None:
     """Thumbnail of the compared part of the picture; None if no picture can be read or fits."""
     try:
-        image = read_picture(sample, size)
+        image = read_picture(task.dataset, sample, size)
     except (PadsegError, OSError):
         return None
     top, left, height, width = where.box

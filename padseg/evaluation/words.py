@@ -16,6 +16,8 @@ MEASURES = {
     'mean_accuracy': 'mean accuracy',
     'miou': 'mIoU',
     'miou_order_free': 'mIoU, order-free',
+    'acc_by_2_minus_acc': 'accuracy / (2 - accuracy), which the released code calls mIoU',
+    'mean_average_precision': 'mean average precision',
     'pri': 'probabilistic Rand index',
     'vi': 'variation of information (bits)',
     'precision': 'boundary precision',

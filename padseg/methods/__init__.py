@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from padseg.errors import ModelUnavailable, UsageError
-from padseg.methods import classical, concepts, diffcut, diffseg, goca, open_vocabulary, seg4diff
+from padseg.methods import classical, concepts, diffcut, diffseg, diffseg_names, goca, open_vocabulary, seg4diff
 from padseg.methods.options import refuse_family
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ METHODS: dict[str, Method] = {
     'diffseg': diffseg,
     'diffcut': diffcut,
     'concepts': concepts,
+    'diffseg-names': diffseg_names,
     'felzenszwalb': classical.FELZENSZWALB,
     'slic-rag': classical.SLIC_RAG,
     'kmeans': classical.KMEANS,
@@ -92,6 +93,15 @@ def method_named(name: str, task: str | None = None) -> Method:
     if name not in known:
         raise UsageError(f'method is one of {", ".join(known)}; got {name}')
     return METHODS[name]
+
+
+def options_of(method: Method, name: str, options: Any = None) -> Any:
+    """The options given, or the method's own as they are. UsageError for those of another method."""
+    if options is None:
+        return method.Options()
+    if not isinstance(options, method.Options):
+        raise UsageError(f'options of {name} are {method.Options.__name__}; got {type(options).__name__}')
+    return options
 
 
 def kept_method(name: str) -> Kept | None:
@@ -112,10 +122,11 @@ def open_backbone(method: Method, options: Any, model: str, revision: str | None
 
     name = next((key for key, known in METHODS.items() if known is method), 'the method')
     lora_named(how.get('lora'), how.get('lora_scale', 1.0))  # before gigabytes are downloaded for nothing
+    published = getattr(method, 'PUBLISHED', None)
     if model in BACKBONES:
-        refuse_family(name, method.FAMILIES, model, BACKBONES[model].family)
+        refuse_family(name, method.FAMILIES, model, BACKBONES[model].family, published)
     spec = locate(model, revision).spec
-    refuse_family(name, method.FAMILIES, model, spec.family)
+    refuse_family(name, method.FAMILIES, model, spec.family, published)
     check_settings(spec)
     layer = method.deepest(options, spec)
     backbone = load(model, revision=revision, layer=layer, whole=layer is None, **how)

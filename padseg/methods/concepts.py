@@ -60,6 +60,12 @@ SEES = ('both', 'image', 'concepts', 'itself')  # as in backbones/third_stream.p
 POOLED = ('prompt', 'zeros', 'apart')
 NAMED = ('words', 'proposals')
 FLUX_LAYERS = 5  # the last double blocks
+OFF = {'softmax': False}
+PROTOCOLS: Mapping[str, Mapping[str, Any]] = {  # options of the released scripts
+    'conceptattention': {**OFF, 'normalise': 'linear'},
+    'conceptattention-single': {**OFF, 'normalise': 'linear'},
+    'conceptattention-imagenet': OFF,
+}
 FLUX = {'wording': 'alone', 'normalise': 'none', 'pooled': 'zeros', 'guidance': 0.0, 'noise': (0.5,)}
 SD3 = {'wording': 'joined', 'normalise': 'length', 'pooled': 'prompt', 'noise': (0.602,)}  # the third of SD3.5 Turbo's four steps
 
@@ -87,7 +93,7 @@ class ConceptOptions:
     normalise: str = own(
         "what becomes of names' outputs: nothing, shares over names in each channel, or vectors of length 1", choices=NORMALISATIONS
     )
-    softmax: bool = option(True, 'softmax over names in each layer, before layers are averaged')
+    softmax: bool = own('softmax over names in each layer, before layers are averaged', default='on')
     sees: str = option('both', 'what names attend to: image and names, one of these, or each token only to itself', choices=SEES)
     pooled: str = own(
         "the pooled text vector: the prompt's for all, zeros for all, or the prompt's with zeros for names alone", choices=POOLED
@@ -151,7 +157,13 @@ def settings_of(spec: Spec) -> dict[str, Any]:
     """The method's settings for a model: those of the released code, overridden by the model folder's `padseg.json`."""
     regions = seg4diff.settings_of(spec)
     shared = {name: regions[name] for name in ('side', 'refine', 'superpixels', 'min_area')}
-    row = {**(FLUX if spec.family == 'flux' else SD3), 'layers': layers_of(spec), 'refine_layers': (spec.layer,), 'encoders': spec.encoders}
+    row = {
+        'softmax': True,
+        **(FLUX if spec.family == 'flux' else SD3),
+        'layers': layers_of(spec),
+        'refine_layers': (spec.layer,),
+        'encoders': spec.encoders,
+    }
     return model_settings(ConceptOptions, 'concepts', spec, row | shared)
 
 

@@ -34,11 +34,13 @@ if TYPE_CHECKING:
     from padseg.backbones import Backbone
     from padseg.backbones.spec import Spec
     from padseg.methods.options import Setting
+    from padseg.methods.stages.self_attention import MapsByGrid
     from padseg.types import Image, LabelMap, Latent
 
 TASK = 'regions'
 FAMILIES = frozenset({'unet'})
 BACKGROUND_BY_RULE = False
+PUBLISHED = 'sd1.4'  # the model of the paper
 LATER = ('refine', 'components', 'min_area')  # options that come after the proposals
 SWEPT = None  # proposals are what is kept, and they depend on the threshold
 DATASETS: Mapping[str, Mapping[str, Any]] = {'coco-stuff27': {'threshold': 1.1}, 'cityscapes27': {'threshold': 0.9}}  # of the paper
@@ -123,26 +125,37 @@ def maps(images: Sequence[Image], prepared: Prepared, names: Sequence[str] = ())
     """The proposals, (M, h, w) for each picture, whose values sum to 1 (DiffSeg, Sec. 3.2 and 3.3)."""
     options, backbone = prepared.options, prepared.backbone
     assert backbone is not None
+    return stages.batched(latents_of(images, prepared), backbone, partial(proposals_of, backbone=backbone, options=options))
+
+
+def latents_of(images: Sequence[Image], prepared: Prepared) -> list[Latent]:
+    options, backbone = prepared.options, prepared.backbone
+    assert backbone is not None
     scheduled = dataclasses.replace(backbone, spec=backbone.spec._replace(steps=options.schedule))
-    latents = [
+    return [
         stages.encode_steps(image, scheduled, options, (options.step,))[0]
         if options.noise == 'ddpm'
         else stages.encode_without_noise(image, scheduled, options, options.step)
         for image in images
     ]
-    return stages.batched(latents, backbone, partial(proposals_of, backbone=backbone, options=options))
 
 
 def proposals_of(latents: Sequence[Latent], backbone: Backbone, options: DiffSegOptions) -> list[TokenMaps]:
     """The proposals of latents with the same shape, from one forward pass."""
-    from padseg.methods.stages import anchor_merging as merging
     from padseg.methods.stages.self_attention import maps_by_grid
 
-    by_grid, grid = maps_by_grid(latents, backbone)
-    points = merging.anchors(grid, options.anchors).to(backbone.device)
+    return merged_maps(latents, maps_by_grid(latents, backbone), options)
+
+
+def merged_maps(latents: Sequence[Latent], found_maps: MapsByGrid, options: DiffSegOptions) -> list[TokenMaps]:
+    """The proposals of latents from their self-attention, which is overwritten."""
+    from padseg.methods.stages import anchor_merging as merging
+
+    by_grid, _, grid = found_maps
     found = []
     for number, latent in enumerate(latents):
         every = merging.aggregated_maps({own: maps[number] for own, maps in by_grid.items()}, grid)  # (N, N)
+        points = merging.anchors(grid, options.anchors).to(every.device)
         means = merging.merged(every, points, (options.threshold,) * options.passes, options.comparison == 'float16')
         if options.kmeans:
             means = merging.clustered(every, means)

@@ -305,11 +305,10 @@ def label(
     image, backbone: as for `padseg.segment`. classes: a list or tuple of names. method: one of `padseg label --method`. options: the
     method's, by default as they are.
     """
-    from padseg.methods import method_named  # which imports this module
+    from padseg.methods import method_named, options_of  # which imports this module
 
     chosen = method_named(method, TASK)
-    options = chosen.Options() if options is None else options
-    require(isinstance(options, chosen.Options), f'options of {method} are {chosen.Options.__name__}; got {type(options).__name__}')
+    options = options_of(chosen, method, options)
     pictures = as_images(image)
     prepared = chosen.prepare(opened(backbone, partial(chosen.deepest, options)), options, classes)
     found = chosen.maps(pictures, prepared)

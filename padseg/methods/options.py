@@ -201,9 +201,9 @@ def require_family(method: str, families: Collection[str], backbone: Backbone) -
     refuse_family(method, families, backbone.identity.model, backbone.spec.family)
 
 
-def refuse_family(method: str, families: Collection[str], model: str, family: str) -> None:
-    """As `require_family`, for a model that is not loaded."""
-    known = ', '.join(sorted(families))
+def refuse_family(method: str, families: Collection[str], model: str, family: str, published: str | None = None) -> None:
+    """As `require_family`, for a model that is not loaded. published: name of the model of the method's paper, to propose it."""
+    known = ', '.join(sorted(families)) + (f', such as --model {published}, as in its paper' if published else '')
     require(family in families, f'{method} does not support {model} of the family {family}; supported: {known}')
 
 

@@ -312,9 +312,13 @@ def test_methods_for_other_models_refuse_it_by_name(unets, unet_folders, picture
         segment(picture, unets['sd15'])
     with pytest.raises(UsageError, match='^open-vocabulary does not support .* of the family unet; supported: flux, sd3$'):
         label(picture, unets['sdxl'], ['cat'])
-    for model in ('sd1.5', 'pixart-sigma'):  # before anything is downloaded
+    for model in ('sd1.4', 'pixart-sigma'):  # before anything is downloaded
         with pytest.raises(UsageError, match=f'^seg4diff does not support {model} of the family'):
             open_backbone(METHODS['seg4diff'], METHODS['seg4diff'].Options(), model)
+    with pytest.raises(
+        UsageError, match='diffseg does not support tiny of the family sd3; supported: unet, such as --model sd1.4, as in its'
+    ):
+        open_backbone(METHODS['diffseg'], METHODS['diffseg'].Options(), 'tiny')
     for folder, pixels in (('pictures', picture), ('labels', picture[..., 0] // 100)):
         (tmp_path / folder).mkdir()
         Image.fromarray(pixels).save(tmp_path / folder / 'a.png')
@@ -324,7 +328,7 @@ def test_methods_for_other_models_refuse_it_by_name(unets, unet_folders, picture
 
 
 def test_named_rows():
-    for name in ('sd1.5', 'sd2.1', 'sdxl', 'ssd-1b', 'pixart-sigma'):
+    for name in ('sd1.4', 'sd1.5', 'sd2.1', 'sdxl', 'ssd-1b', 'pixart-sigma'):
         spec = BACKBONES[name]
         assert spec.layer < spec.layers and not CARDS[name].gated and spec.family in ('unet', 'pixart')
 

@@ -260,6 +260,7 @@ def test_where_background_stands():
         'ade150': (150, None),
         'bsds500': (0, None),
         'camvid': (11, None),
+        'imagenet-segmentation': (0, None),
         'folder': (0, None),
     }
 

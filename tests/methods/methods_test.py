@@ -36,7 +36,7 @@ def test_unknown_methods_and_methods_of_another_task():
     assert method_named('kmeans', 'regions') is METHODS['kmeans']
     with pytest.raises(UsageError, match='^method is one of seg4diff, open-vocabulary, .*; got watershed$'):
         method_named('watershed')
-    with pytest.raises(UsageError, match='^method is one of open-vocabulary, goca, concepts; got seg4diff$'):
+    with pytest.raises(UsageError, match='^method is one of open-vocabulary, goca, concepts, diffseg-names; got seg4diff$'):
         method_named('seg4diff', 'classes')
 
 

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,35 +19,55 @@ from padseg.errors import NotFinite
 from padseg.methods.stages.aggregation import Grid, self_map, smaller_grid
 from padseg.methods.stages.attention import token_attention
 from padseg.methods.stages.cross_maps import result_grid
-from padseg.types import Attention, Latent, TokenMaps
+from padseg.types import Attention, Latent, Prompt, TokenMaps
 
 READ: dict[str, tuple[What, ...]] = {'output': ('queries', 'keys', 'output'), 'keys': ('queries', 'keys'), 'maps': ('queries', 'keys')}
 
 
-@torch.no_grad()
-def maps_by_grid(latents: Sequence[Latent], backbone: Backbone) -> tuple[dict[Grid, Tensor], Grid]:
-    """The mean self-attention of all layers of each grid, (B, N, N) float32, from one forward pass, and the grid for the result.
+class MapsByGrid(NamedTuple):
+    """Means over heads and layers of each grid. own: self-attention, (B, N, N) float32; words: attention to the prompt's tokens, (B, N, T).
 
-    That is the finest with at most 6144 pixels; layers of finer grids are reduced to it.
+    to: the grid for the result, the finest with at most 6144 pixels; self-attention of layers of finer grids is reduced to it.
     """
+
+    own: dict[Grid, Tensor]
+    words: dict[Grid, Tensor]
+    to: Grid
+
+
+@torch.no_grad()
+def maps_by_grid(latents: Sequence[Latent], backbone: Backbone, prompt: Prompt | None = None) -> MapsByGrid:
+    """The attention of a U-Net by grid, from one forward pass. Without a prompt, it runs with the empty one, whose words are left out."""
     z, timestep = torch.cat([latent.z for latent in latents]), latents[0].timestep
     grids = {layer: backbone.grid(layer, tuple(z.shape)) for layer in range(backbone.layers)}
     to = result_grid(grids.values())
     counts = Counter(smaller_grid(grid, to) for grid in grids.values())
     first = backbone.first_image_token(backbone.null_prompt)
     means: dict[Grid, Tensor] = {}
+    words: dict[Grid, Tensor] = {}
+    layers = Counter(grids.values())
+
+    def add_words(seen: Attention, grid: Grid) -> None:
+        assert prompt is not None
+        columns = backbone.text_columns(prompt._replace(picked=tuple(range(prompt.embeds.shape[1]))), math.prod(grid))
+        own = token_attention(seen, math.prod(grid), columns) / layers[grid]
+        words[grid] = words[grid].add_(own) if grid in words else own
 
     def add(seen: Attention, grid: Grid) -> None:
         kept = smaller_grid(grid, to)
         own = self_map(seen, grid, kept, first)
         means[kept] = means[kept].add_(own, alpha=1 / counts[kept]) if kept in means else own.mul_(1 / counts[kept])
 
-    requests = {layer: Request(backbone.self_attention_module(layer), partial(add, grid=grid)) for layer, grid in grids.items()}
+    requests: dict[tuple[int, bool], Request[None]] = {}
+    for layer, grid in grids.items():
+        requests[layer, False] = Request(backbone.self_attention_module(layer), partial(add, grid=grid))
+        if prompt:
+            requests[layer, True] = Request(backbone.attention_module(layer), partial(add_words, grid=grid))
     with by_rows(), watch(requests):
-        backbone.denoise(z, timestep, backbone.null_prompt)
-    if not all(torch.isfinite(maps).all() for maps in means.values()):
+        backbone.denoise(z, timestep, prompt or backbone.null_prompt)
+    if not all(torch.isfinite(maps).all() for maps in (*means.values(), *words.values())):
         raise NotFinite(f'attention is not finite with {backbone.dtype}: try another --dtype')
-    return means, to
+    return MapsByGrid(means, words, to)
 
 
 @torch.no_grad()

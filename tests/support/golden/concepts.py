@@ -13,6 +13,8 @@ from padseg.backbones.recorder import requests_of, watch
 from padseg.backbones.spec import Spec
 from padseg.backbones.third_stream import places_of, third_stream, with_concepts
 from padseg.evaluation import binary_maps
+from padseg.evaluation.protocols import OBJECT, protocol
+from padseg.evaluation.scores import ScoreTotals, score_object
 from padseg.methods.stages.concept_maps import concept_scores, head_joined, linear_normalised
 from padseg.types import Prompt
 
@@ -166,17 +168,19 @@ def conceptattention_protocol(case, arrays):
     size = (case['hyper']['size'],) * 2
     masks = binary_maps.above_mean(maps)
     yield 'out.masks', torch.from_numpy(masks).byte()
-    counts = binary_maps.BinaryCounts(0, 0, 0, 0)
-    precisions = []
-    for values, mask, truth in zip(maps, masks, truths, strict=True):
-        counts = counts.plus(binary_maps.binary_counts(binary_maps.nearest(mask, size), truth))
-        precisions.append(binary_maps.picture_precision(binary_maps.nearest(values, size), truth))
-    scores = binary_maps.binary_scores(counts)
+    rules = protocol('conceptattention-imagenet')
+    totals, precisions = ScoreTotals(OBJECT, rules), []
+    for number, (values, mask, truth) in enumerate(zip(maps, masks, truths, strict=True)):
+        large = binary_maps.nearest(values, size)
+        picture = score_object(str(number), 1 - binary_maps.nearest(mask, size), 1 - truth, large, rules)
+        precisions.append(picture.precision)
+        totals.add(picture)
+    scores = totals.result()
     yield 'out.pixel_accuracy', torch.tensor(scores.accuracy)
     yield 'out.iou', torch.tensor([scores.acc_by_2_minus_acc] * 2)
     yield 'out.miou', torch.tensor(scores.acc_by_2_minus_acc)
     yield 'out.ap', torch.tensor(precisions)
-    yield 'out.map', torch.tensor(precisions).mean()
+    yield 'out.map', torch.tensor(scores.mean_average_precision)
 
 
 def conceptattention_sd3(case, arrays):
