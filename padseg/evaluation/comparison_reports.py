@@ -128,17 +128,8 @@ def rules_text(ground: Ground) -> str:
 def table_text(rows: Sequence[Row]) -> str:
     names = measures(rows)
     on_gpu = any(row.gpu is not None for row in rows)
-    heads = (
-        'method',
-        'model',
-        'settings',
-        'hash',
-        'pictures',
-        *(MEASURES.get(name, name) for name in names),
-        's a picture',
-        'processor s',
-        'MiB',
-    )
+    scores = (MEASURES.get(name, name) for name in names)
+    heads = ('method', 'model', 'settings', 'hash', 'pictures', *scores, 's a picture', 'of processors', 'MiB')
     lines = []
     sources: list[str] = []
     for row in rows:
