@@ -32,8 +32,8 @@ class Shown(NamedTuple):
 class Row(NamedTuple):
     """A row. settings: options that differ from the defaults; mark: a hash of all settings; scores: shares, but VI in bits.
 
-    seconds, processor, memory, gpu: what a picture takes, memory in bytes; None where nothing was measured. folder: of the evaluation, below
-    the output. reason: why there are no scores. source, measured_with: of a published figure. rules: what the rows of a table share.
+    seconds, processor, memory, gpu: what a picture takes, memory in bytes; None where not measured. folder: of the evaluation, in the
+    output. reason: why there are no scores. source, measured_with: of a published figure. rules: what the rows of a table share.
     """
 
     shown: Shown
