@@ -83,7 +83,7 @@ def test_each_row_is_an_evaluation_and_an_impossible_pair_is_named(bsds, sd3_fol
     assert list(rows) == ['seg4diff', 'diffcut', 'diffseg', *CLASSICAL]
     assert rows['diffseg']['state'] == 'not possible' and rows['diffseg']['folder'] == rows['diffseg']['partitions: covering'] == ''
     assert (rows['seg4diff']['settings'], rows['diffcut']['settings']) == ('threshold 0.001', '')
-    for name in ('seg4diff', *CLASSICAL):
+    for name in ('seg4diff', 'grid'):
         options = ('--model', sd3_folder, '--threshold', '0.001') if name == 'seg4diff' else ()
         single = tmp_path / 'single' / name
         arguments = ('bsds500', '--root', bsds, '--method', name, *options, '-q')
@@ -101,7 +101,7 @@ def test_each_row_is_an_evaluation_and_an_impossible_pair_is_named(bsds, sd3_fol
 
     cut = tmp_path / 'cut'  # as if it had been killed at the third picture of the second method
     shutil.copytree(out, cut)
-    for name in (*TABLES, *(rows[name]['folder'] for name in CLASSICAL)):
+    for name in (*TABLES, rows['grid']['folder']):
         shutil.rmtree(cut / name) if (cut / name).is_dir() else (cut / name).unlink()
     for file in ('pictures.jsonl', COSTS):
         lines = (cut / rows['diffcut']['folder'] / file).read_text().splitlines(keepends=True)
