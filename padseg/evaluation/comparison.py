@@ -86,6 +86,10 @@ def compare(
     """
     if sheet not in SHEETS:
         raise UsageError(f'sheet is one of {", ".join(SHEETS)}; got {sheet}')
+    if names not in (None, PRESENT, ALL):
+        raise UsageError(f'names is one of {PRESENT}, {ALL}; got {names}')
+    if sample is not None and sample < 1:
+        raise UsageError(f'sample is a number of pictures >= 1; got {sample}')
     if papers and sample is not None:
         raise UsageError('published figures are for all pictures of a split: give either --papers or --sample')
     asked = Asked(
@@ -109,6 +113,9 @@ def compare(
         out=None,
         overwrite=overwrite,
     )
+    for name, value in {'methods': methods, 'models': models, 'protocols': protocols}.items():
+        if isinstance(value, str):
+            raise UsageError(f'{name} is a list of names; got {value!r}')
     entries = parsed_methods(methods, classical)
     pairs = planned(grounds_of(asked, entries, protocols, sample), entries, tuple(dict.fromkeys(models)))
     if names and all(method_named(pair.entry.method).TASK == 'regions' for pair in pairs):
@@ -233,7 +240,7 @@ def planned(grounds: Sequence[Ground], entries: Sequence[Entry], models: Sequenc
     for entry in entries:
         if not entry.everywhere and not any(fits(entry, ground) for ground in grounds):
             raise UsageError(misfit(entry, grounds[0]))
-    families = {model: family_of(model) for model in models}
+    families = {model: family_of(model) for model in models if any(entry.method not in CLASSICAL for entry in entries)}
     pairs: list[Pair] = []
     for ground in grounds:
         of_protocol = [pair for entry in entries if fits(entry, ground) for pair in pairs_of(ground, entry, families)]

@@ -176,6 +176,20 @@ def test_what_cannot_be_compared_is_said_in_one_line(bsds, tmp_path, options, ca
     assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        ({'methods': 'grid'}, "methods is a list of names; got 'grid'"),
+        ({'names': 'some'}, 'names is one of present, all; got some'),
+        ({'sample': 0}, 'sample is a number of pictures >= 1; got 0'),
+        ({'sheet': 'best'}, 'sheet is one of even, worst; got best'),
+    ],
+)
+def test_what_python_cannot_compare(bsds, tmp_path, options, words):
+    with pytest.raises(UsageError, match=f'^{words}$'):
+        compare('bsds500', bsds, tmp_path / 'out', **options)
+
+
 def test_a_method_needs_a_protocol_and_a_protocol_a_method(named, tmp_path, capsys):
     words = ('folder', '--root', named, '--out', tmp_path / 'out', '--protocols')
     command(*words, 'diffcut', '--methods', 'goca', code=2)
