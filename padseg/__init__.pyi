@@ -1,4 +1,5 @@
 from .backbones import load as load
+from .evaluation.comparison import compare as compare
 from .evaluation.evaluate import evaluate as evaluate
 from .exports import export as export
 from .methods.concepts import ConceptOptions as ConceptOptions

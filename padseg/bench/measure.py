@@ -7,10 +7,8 @@ import multiprocessing
 import os
 import platform
 import re
-import resource
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -21,6 +19,7 @@ import click
 import cv2
 import numpy as np
 
+from padseg.system.machine import peak_memory
 from padseg.system.versions import versions
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 T = TypeVar('T')
 
-STATUS = Path('/proc/self/status')
 CHECKOUT = Path(__file__).parents[2]
 RECORDS = CHECKOUT / 'data/benchmarks'
 
@@ -58,10 +56,7 @@ def timed(taken: list[float], function: Callable[..., T], *arguments: object) ->
 
 def peak() -> float:
     """Return the peak memory of this process so far, in MiB."""
-    if STATUS.is_file():  # getrusage would include the parent's memory at the time of the fork
-        return int(re.findall(r'^VmHWM:\s+(\d+) kB$', STATUS.read_text(), re.MULTILINE)[0]) / 2**10
-    per_mib = 2**20 if sys.platform == 'darwin' else 2**10  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_mib
+    return peak_memory() / 2**20
 
 
 def surface(rng: np.random.Generator, size: int) -> Array:

@@ -15,7 +15,7 @@ from padseg.version import __version__
 
 # Modules of padseg.commands, imported on demand.
 COMMANDS = (
-    *('run', 'label', 'merge', 'export', 'eval', 'score-images', 'analyze', 'generate'),
+    *('run', 'label', 'merge', 'export', 'eval', 'compare', 'score-images', 'analyze', 'generate'),
     *('train', 'train-tiny', 'convert-lora', 'models', 'doctor'),
 )
 INTERRUPTED = 130

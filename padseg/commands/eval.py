@@ -148,7 +148,7 @@ def must_fit_together(given: dict[str, Any], check: bool) -> None:
 
 def job_of(ctx: click.Context, given: dict[str, Any]) -> Evaluation:
     """Build the evaluation that the options describe."""
-    from padseg.evaluation.job import ground_of, of_method, of_stored
+    from padseg.evaluation.job import ground_of, of_method, of_stored, seen_as
 
     asked = asked_of(given)
     ground = ground_of(asked)
@@ -156,9 +156,10 @@ def job_of(ctx: click.Context, given: dict[str, Any]) -> Evaluation:
         warn(f'padseg: {ground.protocol}: {ground.warning}')
     if asked.pred:
         return of_stored(asked, ground)
+    contender = contender_of(given)
     if ctx.get_parameter_source('geometry') is click.core.ParameterSource.DEFAULT:
-        given['geometry'] = ground.rules.geometry
-    return of_method(asked, ground, contender_of(given))
+        contender = contender._replace(options=seen_as(contender.options, ground.rules))
+    return of_method(asked, ground, contender)
 
 
 def asked_of(given: dict[str, Any]) -> Asked:

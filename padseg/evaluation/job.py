@@ -209,6 +209,11 @@ def as_released(options: Any, ground: Ground, method: Method) -> Any:
     return options
 
 
+def seen_as(options: Any, rules: Protocol) -> Any:
+    """The options with a protocol's geometry, for a method that has one."""
+    return dataclasses.replace(options, geometry=rules.geometry) if 'geometry' in options.__dataclass_fields__ else options
+
+
 def beside(ground: Ground, method: Method) -> tuple[str, ...]:
     """Rules for unlabelled pixels by which a method's predictions are scored, too."""
     return ('class', 'ignored') if method.BACKGROUND_BY_RULE and ground.rules.void == 'class' else ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -66,7 +66,11 @@ def write_sheet(task: Task, pictures: Iterable[PictureScores], out: Path) -> Non
     """Write sheet.jpg: the best pictures, then the worst, each with its ground truth and prediction."""
     samples = {sample.name: sample for sample in task.dataset.samples}
     rows = [sheet_row(task, samples[picture.name], title, out) for title, picture in ranked(pictures)]
-    drawn = sheet(rows, 3 if any(sample.image for sample in samples.values()) else 2)
+    save_sheet(sheet(rows, ('picture', 'ground truth', 'prediction')[0 if any(sample.image for sample in samples.values()) else 1 :]), out)
+
+
+def save_sheet(drawn: PIL.Image.Image, out: Path) -> None:
+    """Write sheet.jpg."""
     data = io.BytesIO()
     drawn.save(data, 'JPEG', quality=QUALITY)  # which would not say that the disk is full
     with atomic(out / 'sheet.jpg') as temporary:
@@ -90,24 +94,56 @@ def ranked(pictures: Iterable[PictureScores]) -> list[tuple[str, PictureScores]]
     ]
 
 
+class Seen(NamedTuple):
+    """A picture at its compared pixels. truth: (h, w), with the protocol's classes if there are any; size: height and width of the whole.
+
+    image: thumbnail (h, w, 3) of these pixels, or None.
+    """
+
+    truth: Array
+    where: View
+    size: tuple[int, int]
+    image: Image | None
+
+
 def sheet_row(task: Task, sample: Sample, title: str, out: Path) -> SheetRow:
     """Build a picture's row; if its files can no longer be read, the row has the reason in its title and no cells."""
     try:
-        truth = task.dataset.read(sample)[0]  # (H, W)
-        where = compared_view(truth.shape, task.rules.compare)
-        pred = prediction(task, sample, truth.shape, where, out)
+        picture = seen_picture(task, sample)
+        found = prediction_cell(task, sample, picture, out)
     except (PadsegError, OSError) as error:
         return SheetRow(f'{title}: {ascii(str(error))[1:-1]}', [])
-    image = cropped(task, sample, truth.shape, where)
-    truth = seen(truth, where)
+    return SheetRow(title, [*first_cells(task, sample, picture), found])
+
+
+def seen_picture(task: Task, sample: Sample) -> Seen:
+    """Read a picture and its first ground truth. Raises PadsegError or OSError for a ground truth that cannot be read."""
+    whole = task.dataset.read(sample)[0]  # (H, W)
+    where = compared_view(whole.shape, task.rules.compare)
+    truth = seen(whole, where)
     if task.classes.names:
-        truth, pred = (as_counted(labels, task.dataset.background, task.rules) for labels in (task.dataset.to_classes(truth), pred))
-        truth = class_map(truth, task.classes, task.rules)
-        pred = matched(pred, truth, task.classes, task.rules)
-        cells = [painted_labels(labels, len(task.classes.names)) for labels in (truth, pred)]
-    else:
-        cells = [outlined(labels, image) for labels in (truth, pred)]
-    return SheetRow(title, cells if sample.image is None else [blank() if image is None else image, *cells])
+        counted = as_counted(task.dataset.to_classes(truth), task.dataset.background, task.rules)
+        truth = class_map(counted, task.classes, task.rules)
+    return Seen(truth, where, whole.shape, cropped(task, sample, whole.shape, where))
+
+
+def first_cells(task: Task, sample: Sample, picture: Seen) -> list[Image]:
+    """The picture, if the data set has pictures, and its ground truth."""
+    truth = drawn_labels(task, picture.truth, picture)
+    return [truth] if sample.image is None else [blank() if picture.image is None else picture.image, truth]
+
+
+def prediction_cell(task: Task, sample: Sample, picture: Seen, out: Path) -> Image:
+    """The prediction that was scored. Raises PadsegError or OSError if it cannot be read."""
+    pred = prediction(task, sample, picture.size, picture.where, out)
+    if task.classes.names:
+        counted = as_counted(pred, task.dataset.background, task.rules)
+        pred = matched(counted, picture.truth, task.classes, task.rules)
+    return drawn_labels(task, pred, picture)
+
+
+def drawn_labels(task: Task, labels: Array, picture: Seen) -> Image:
+    return painted_labels(labels, len(task.classes.names)) if task.classes.names else outlined(labels, picture.image)
 
 
 def prediction(task: Task, sample: Sample, size: tuple[int, int], where: View, out: Path) -> Array:
@@ -187,16 +223,15 @@ def small(labels: Array) -> Array:
     return labels[nearest(labels.shape[0], height)[:, None], nearest(labels.shape[1], width)]
 
 
-def sheet(rows: list[SheetRow], columns: int) -> PIL.Image.Image:
-    """Stack the rows vertically, each under its title."""
+def sheet(rows: list[SheetRow], heads: Sequence[str]) -> PIL.Image.Image:
+    """Stack the rows vertically, each under its title. heads: of the columns."""
     line = LETTERS + GAP
-    width = GAP + columns * (WIDTH + GAP)
-    heads = ('picture', 'ground truth', 'prediction')[-columns:]
+    width = GAP + len(heads) * (WIDTH + GAP)
     places = np.cumsum([line, *(line + max((len(cell) for cell in row.cells), default=0) + GAP for row in rows)]).tolist()
     drawn = PIL.Image.new('RGB', (width, places[-1]), 'white')
     pen, font = ImageDraw.Draw(drawn), ImageFont.load_default(LETTERS)
     for column, head in enumerate(heads):
-        pen.text((GAP + column * (WIDTH + GAP), GAP // 2), head, 'black', font)
+        pen.text((GAP + column * (WIDTH + GAP), GAP // 2), within(head, font, WIDTH), 'black', font)
     for top, row in zip(places, rows, strict=False):
         pen.text((GAP, top), within(row.title, font, width - 2 * GAP), 'black', font)
         for column, cell in enumerate(row.cells):

@@ -1,13 +1,18 @@
-"""CPU cores and memory of this machine."""
+"""CPU cores and memory of this machine and of this process."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import resource
+import sys
 from pathlib import Path
 
 MEMINFO = Path('/proc/meminfo')
 CONTAINER = Path('/sys/fs/cgroup/memory.max')
+STATUS = Path('/proc/self/status')
+RESTART = Path('/proc/self/clear_refs')
 
 
 def usable_cpus() -> int:
@@ -29,3 +34,16 @@ def memory_available() -> int | None:
     text = MEMINFO.read_text() if MEMINFO.is_file() else ''
     match = re.search(r'^MemAvailable: +(\d+) kB$', text, re.MULTILINE)
     return int(match[1]) * 1024 if match else None
+
+
+def peak_memory() -> int:
+    """Most memory in bytes that this process has had in RAM, since its start or since `restart_peak`."""
+    if STATUS.is_file():  # getrusage would include the parent's memory at the time of the fork
+        return 1024 * int(re.findall(r'^VmHWM:\s+(\d+) kB$', STATUS.read_text(), re.MULTILINE)[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+def restart_peak() -> None:
+    """Let `peak_memory` begin anew, at the memory of this moment; where the system has no such thing it goes on."""
+    with contextlib.suppress(OSError):
+        RESTART.write_text('5')
