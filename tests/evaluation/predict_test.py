@@ -84,7 +84,7 @@ def test_options_of_names_reach_the_model(root, texts_folder, capsys):
     assert (said['encoders'], said['geometry'], said['proposals_layer']) == ('l', 'whole', 2)
     for wrong, words in (
         (('--layer', '1', '--layers', '2'), 'Give either --layer or --layers'),
-        (('--threshold', '0.1'), '--threshold is an option of --method seg4diff and diffseg.'),
+        (('--threshold', '0.1'), '--threshold is an option of --method seg4diff, diffseg and diffseg-names.'),
         (('--protocol', 'diffseg', '--names', 'all'), '--names is for methods that take class names; seg4diff takes none'),
         (
             ('--protocol', 'diffseg', '--background-words', 'sky'),
