@@ -47,7 +47,7 @@ class ResourceExhausted(PadsegError):
 
 
 class NotFinite(PadsegError):
-    """Attention that overflowed; the message names the layer and the dtype."""
+    """Numbers that overflowed; the message says which, and names the dtype if another one may help."""
 
 
 class UnreadableLabels(PadsegError):

@@ -350,6 +350,15 @@ def test_the_command_validates_and_keeps_the_best(sd3_folder, source, tmp_path, 
     assert 'was made with seed=0, but this run has seed=1: choose another --out' in capsys.readouterr().err
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(source, tmp_path, capsys):
+    (tmp_path / 'file').write_text('')
+    (tmp_path / 'taken' / 'train.png').mkdir(parents=True)
+    for name, code in (('file', 2), ('taken', 6)):  # the model is looked for later
+        assert main(['train', '-q', '--data', source, '--model', 'no such model', '--out', str(tmp_path / name)]) == code
+        said = capsys.readouterr().err
+        assert str(tmp_path / name) in said and said.count('\n') == 1
+
+
 def test_the_loss_on_held_out_pictures_is_their_mean_over_even_noise(sd3_folder, source, tmp_path):
     backbone, data = load(str(sd3_folder), device='cpu', whole=True), open_annotated([source])
     found = loss_on(data, dataclasses.replace(SMALL, seed=5, flip=True), at_once=2)(backbone, tmp_path, 0)

@@ -98,6 +98,12 @@ def test_the_command_refuses_a_checkpoint_of_other_settings(trained, capsys):
     assert 'choose another --out' in capsys.readouterr().err
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys):
+    (tmp_path / 'file').write_text('')
+    assert main(['train-tiny', '--out', str(tmp_path / 'file'), '--device', 'no such device']) == 2
+    assert 'cannot create the output folder' in capsys.readouterr().err
+
+
 def test_a_model_is_trained_further_without_its_autoencoder_and_masks(trained, tmp_path):
     ended(start(train_small, tmp_path, trained / 'model').wait())
     assert not list(tmp_path.glob('autoencoder*')) and not list(tmp_path.glob('together*'))
