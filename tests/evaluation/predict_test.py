@@ -84,11 +84,11 @@ def test_options_of_names_reach_the_model(root, texts_folder, capsys):
     assert (said['encoders'], said['geometry'], said['proposals_layer']) == ('l', 'whole', 2)
     for wrong, words in (
         (('--layer', '1', '--layers', '2'), 'Give either --layer or --layers'),
-        (('--threshold', '0.1'), '--threshold is an option of --method seg4diff and diffseg.'),
+        (('--threshold', '0.1'), '--threshold is an option of --method seg4diff, diffseg and diffseg-names.'),
         (('--protocol', 'diffseg', '--names', 'all'), '--names is for methods that take class names; seg4diff takes none'),
         (
             ('--protocol', 'diffseg', '--background-words', 'sky'),
-            '--background-words is an option of --method open-vocabulary, goca and concepts.',
+            '--background-words is an option of --method open-vocabulary, goca, concepts and diffseg-names.',
         ),
         (('--protocol', 'goca'), 'scores named regions'),
         (('--names', 'some'), "'some' is not one of"),
