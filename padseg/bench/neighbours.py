@@ -80,11 +80,12 @@ BYTES = 4  # of a float32
 
 
 class NeighbourSetting(NamedTuple):
-    """Settings of one process. size: full or small; side: of the picture in pixels."""
+    """Settings of one process. size: full or small; side: of the picture in pixels; blocks: of ConceptAttention's network, None for all."""
 
     method: str
     size: str
     side: int
+    blocks: int | None = None
 
 
 class Taken(NamedTuple):
@@ -100,9 +101,10 @@ class Taken(NamedTuple):
 @click.option('--method', type=click.Choice(tuple(MODELS)), default='diffseg', show_default=True, help='which method to measure')
 @click.option('--size', type=click.Choice(('full', 'small')), default='full', show_default=True, help='as published, or small for tests')
 @click.option('--side', type=click.IntRange(SMALL_SIDE), help="side of the picture in pixels (default: the paper's)")
+@click.option('--blocks', type=click.IntRange(1), help='concepts: so many blocks of the network, where memory is short (default: all)')
 @click.option('--repeats', type=click.IntRange(1), default=1, show_default=True, help='repetitions, each in fresh processes')
 @output_flags
-def command(method: str, size: str, side: int | None, repeats: int, record: bool, as_json: bool) -> None:
+def command(method: str, size: str, side: int | None, blocks: int | None, repeats: int, record: bool, as_json: bool) -> None:
     """Measure DiffSeg, DiffCut or ConceptAttention in float32 on random weights: seconds and memory a picture, without encoding texts.
 
     `forward` is the VAE and the whole network alone. The obvious way keeps the attention maps of all heads, compares maps by their full
@@ -111,10 +113,11 @@ def command(method: str, size: str, side: int | None, repeats: int, record: bool
     """
     os.environ |= QUIET  # inherited by the processes
     own = {'diffseg': 512, 'diffcut': 1024, 'concepts': 1024}[method]
-    setting = NeighbourSetting(method, size, side or (own if size == 'full' else SMALL_SIDE))
+    setting = NeighbourSetting(method, size, side or (own if size == 'full' else SMALL_SIDE), blocks if method == 'concepts' else None)
     turns = [{name: fresh(taken, name, setting) for name in ways(method)} for _ in range(repeats)]
     measured = summary(setting, turns)
-    finish_bench('neighbours', f'{size}-{method}-{setting.side}', measured, record, as_json, in_words)
+    some = f'-{setting.blocks}-blocks' if setting.blocks else ''
+    finish_bench('neighbours', f'{size}-{method}-{setting.side}{some}', measured, record, as_json, in_words)
     if not measured['difference'] <= LIMIT[method]:
         raise click.ClickException(f'both ways differ by {measured["difference"]:.2g}')
 
@@ -133,7 +136,7 @@ def taken(way: str, setting: NeighbourSetting) -> Taken:
 
 def prepared_picture(way: str, setting: NeighbourSetting) -> Callable[[], Array | None]:
     """A network with random weights and a picture, and what to do with them."""
-    backbone = random_model(setting.method, setting.size)
+    backbone = random_model(setting.method, setting.size, setting.blocks)
     picture = bench_picture(setting.side, 0)
     run = {
         ('diffseg', 'ours'): diffseg_labels,
@@ -146,13 +149,13 @@ def prepared_picture(way: str, setting: NeighbourSetting) -> Callable[[], Array 
     return lambda: run(picture, backbone, setting)
 
 
-def random_model(method: str, size: str) -> Backbone:
+def random_model(method: str, size: str, blocks: int | None = None) -> Backbone:
     """A backbone with a VAE's encoder, a schedule and a random prompt; without text encoders."""
     from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
     full = size == 'full'
     if method == 'concepts':
-        configuration = SIZES[size].transformer
+        configuration = {**SIZES[size].transformer, **({'num_layers': blocks} if blocks else {})}
         width = configuration['num_attention_heads'] * configuration['attention_head_dim']
         backbone = random_network('sd3', 'SD3Transformer2DModel', {**configuration, 'caption_projection_dim': width}, 'cpu')
         vae, scheduler = random_vae(SIZES[size].vae), FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -449,7 +452,8 @@ def in_words(measured: Mapping[str, Any]) -> str:
     names = [name for name in measured['seconds'] if not name.startswith('stage')]
     parts = [name for name in measured['seconds'] if name.startswith('stage')]
     side = measured['side']
-    lines = [f'{measured["method"]}, {measured["model"]}, {measured["size"]} size, {side} x {side}, float32; {measured_on(dict(measured))}']
+    size = f'{measured["size"]} size, {measured["blocks"]} blocks' if measured['blocks'] else f'{measured["size"]} size'
+    lines = [f'{measured["method"]}, {measured["model"]}, {size}, {side} x {side}, float32; {measured_on(dict(measured))}']
     for title, columns in (('a picture', names), ('the stage alone', parts)):
         if columns:
             lines += [

@@ -49,11 +49,20 @@ def open_dataset(name: str, root: Path, split: str | None = None, raw_labels: bo
         raise UsageError(f'split of {name} is one of {", ".join(row.splits)}; got {split}')
     chosen = row.splits[split]
     if name == SEGMENTED:
-        segments = found_segments(root)
+        found = found_segments(root)
         return Dataset(
-            name, segments.classes, segments.background, split, 'official download', root, segments.samples, segments.table, 'segments',
-            segments.file, chosen.pictures,
-        )  # fmt: skip
+            name=name,
+            classes=found.classes,
+            background=found.background,
+            split=split,
+            layout='official download',
+            root=root,
+            samples=found.samples,
+            table=found.table,
+            reader='segments',
+            annotations=found.file,
+            pictures=chosen.pictures,
+        )
     raw = raw_labels and bool(row.facts) and RAW in facts(row.facts)['values']
     layouts = [layout for layout in row.layouts if not raw or layout.values == 'index']
     place = find_place(root, layouts, f'{name} ({split})', split, chosen.folder)

@@ -13,7 +13,7 @@ from padseg.datasets import FOLDER, Dataset, FolderSettings, Sample, label_folde
 from padseg.datasets.check import Check, check_dataset
 from padseg.errors import UsageError
 from padseg.evaluation.evaluate import Task, paired, stored
-from padseg.evaluation.protocols import CONTEXT, DEFAULT, NAMINGS, WARNINGS, Protocol, protocol, scored_classes
+from padseg.evaluation.protocols import CONTEXT, DEFAULT, WARNINGS, Protocol, protocol, scored_classes
 from padseg.methods import DEFAULTS, Method, method_named, open_backbone
 from padseg.methods.options import filled
 from padseg.system.progress import Progress
@@ -168,7 +168,7 @@ def of_method(asked: Asked, ground: Ground, contender: Contender) -> Evaluation:
     return Evaluation(
         Task(ground.dataset, ground.rules, lenient=asked.allow_missing, beside=beside(ground, method)),
         ground.protocol,
-        {**source_of(contender, method, backbone), **numbers_of(ground, method)},
+        {**source_of(contender, method, backbone), **numbers_of(ground, method), **told_by(ground, contender)},
         predictor_of(asked, ground, contender, method, backbone),
         ground.thresholds,
         ground.dataset.missing,
@@ -220,13 +220,14 @@ def beside(ground: Ground, method: Method) -> tuple[str, ...]:
 
 
 def predictor_of(asked: Asked, ground: Ground, contender: Contender, method: Method, backbone: Backbone | None) -> Predict:
-    from padseg.evaluation.predict import predict_classes, predict_regions
+    from padseg.evaluation.predict import naming_for, predict_classes, predict_regions
 
     if method.TASK == 'classes':
         names = contender.names or PRESENT
         classes = ground.dataset.classes
         if not method.BACKGROUND_BY_RULE:
-            background, naming = ground.dataset.background, NAMINGS.get(ground.protocol)
+            background = ground.dataset.background
+            naming = naming_for(method, contender.options, ground.protocol, background)
             return predict_classes(method, backbone, contender.options, classes, background, names, asked.out, (), ground.rules, naming)
         background = scored_classes(classes, ground.dataset.background, ground.rules).background
         return predict_classes(method, backbone, contender.options, classes, background, names, asked.out, ground.thresholds)
@@ -248,6 +249,14 @@ def source_of(contender: Contender, method: Method, backbone: Backbone | None) -
 def numbers_of(ground: Ground, method: Method) -> dict[str, str]:
     """How regions are numbered where that decides figures."""
     return {'numbers': 'of proposals, from 0'} if hasattr(method, 'proposals') and ground.rules.ids == 'as they are' else {}
+
+
+def told_by(ground: Ground, contender: Contender) -> dict[str, Any]:
+    """What the protocol tells the method beside its options."""
+    from padseg.evaluation.predict import naming_for
+
+    told = naming_for(method_named(contender.method), contender.options, ground.protocol, ground.dataset.background)
+    return {'told': {**told._asdict(), 'background': list(told.background)}} if told else {}
 
 
 def numbers(text: str | None) -> tuple[float, ...]:

@@ -13,7 +13,7 @@ import numpy as np
 from padseg.backbones import Backbone
 from padseg.errors import UsageError
 from padseg.evaluation.binary_maps import above_mean, nearest
-from padseg.evaluation.protocols import RELEASED_CUT, Naming, Protocol, View, seen_prediction
+from padseg.evaluation.protocols import NAMINGS, RELEASED_CUT, Naming, Protocol, View, seen_prediction
 from padseg.exports.png import write_label_map
 from padseg.methods import Method, seg4diff
 from padseg.methods.stages.enlarging import upsample
@@ -132,18 +132,17 @@ def predict_classes(
     background if the method leaves it to a rule. taus: thresholds of that rule to predict with, too, after the method's own.
     rules: if they count an object, its map follows the prediction. naming: what the protocol calls classes and background.
     """
-    told = naming if naming and background is not None and can_be_told(method, options) else None
-    unnamed = background if method.BACKGROUND_BY_RULE or told else None  # a class that is not looked for
+    unnamed = background if method.BACKGROUND_BY_RULE or naming else None  # a class that is not looked for
     of_object = rules is not None and rules.counted == 'object'
     keep = names == 'all'  # prompts for single pictures would fill the cache
 
     @lru_cache(PROMPTS_KEPT)
     def prepared_for(chosen: tuple[int, ...]) -> Any:
         names = [classes[number] for number in chosen]
-        if not told:
+        if not naming:
             return method.prepare(backbone, options, names, keep)
-        names = [told.called.get(name, name) for name in names]
-        return method.prepare(backbone, as_told(options, names, told), names, keep)
+        names = [naming.called.get(name, name) for name in names]
+        return method.prepare(backbone, as_told(options, names, naming), names, keep)
 
     def predict(name: str, image: Image, where: View, present: Sequence[int] = ()) -> list[Array]:
         wanted = present if names == 'present' else range(len(classes))
@@ -168,9 +167,10 @@ def predict_classes(
     return predict
 
 
-def can_be_told(method: Method, options: Any) -> bool:
-    """Whether a method takes names of background, and none were given."""
-    return not method.BACKGROUND_BY_RULE and getattr(options, 'background_words', None) == ()
+def naming_for(method: Method, options: Any, protocol: str, background: int | None) -> Naming | None:
+    """What a protocol tells a method on a data set with this class for background, if the method takes words for it and none were given."""
+    takes = not method.BACKGROUND_BY_RULE and getattr(options, 'background_words', None) == ()
+    return NAMINGS.get(protocol) if takes and background is not None else None
 
 
 def as_told(options: Any, names: Sequence[str], told: Naming) -> Any:

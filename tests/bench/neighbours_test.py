@@ -11,10 +11,10 @@ from padseg.bench import neighbours
 
 
 def test_a_small_run(bench):
-    measured, seconds = bench('neighbours', '--method', 'concepts', '--size', 'small')
+    measured, seconds = bench('neighbours', '--method', 'concepts', '--size', 'small', '--blocks', '2')
     taken, own = measured['seconds'], measured['processor_seconds']
     assert list(taken) == ['forward', 'ours', 'obvious'] and min(map(min, taken.values())) > 0 and sum(map(sum, taken.values())) < seconds
-    assert (measured['method'], measured['side'], measured['reckoned']) == ('concepts', 64, {})
+    assert (measured['method'], measured['side'], measured['blocks'], measured['reckoned']) == ('concepts', 64, 2, {})
     assert measured['obvious_to_ours']['median'] == own['obvious'][0] / own['ours'][0]
     assert measured['difference'] <= neighbours.LIMIT['concepts'] and len(neighbours.in_words(measured).splitlines()) == 8
 

@@ -13,8 +13,8 @@ import torch
 from padseg.commands import main
 from padseg.datasets import VOID
 from padseg.errors import UsageError
-from padseg.evaluation.predict import predict_classes
-from padseg.evaluation.protocols import NAMINGS, OBJECT, compared_view, protocol, scored_classes
+from padseg.evaluation.predict import naming_for, predict_classes
+from padseg.evaluation.protocols import OBJECT, compared_view, protocol, scored_classes
 from padseg.evaluation.scores import ScoreTotals, score_object
 from padseg.methods import concepts
 from padseg.types import Frame, LabelMap, TokenMaps
@@ -68,7 +68,8 @@ class Told:
 def predicted(name, options, shown, classes=CLASSES):
     rules, method = protocol(name), Told()
     image = np.zeros((8, 8, 3), np.uint8)
-    predict = predict_classes(method, None, options, classes, len(classes) - 1, rules=rules, naming=NAMINGS.get(name))
+    naming = naming_for(method, options, name, len(classes) - 1)
+    predict = predict_classes(method, None, options, classes, len(classes) - 1, rules=rules, naming=naming)
     return method.told, predict('a', image, compared_view((8, 8), rules.compare), shown)
 
 
@@ -122,3 +123,8 @@ def test_pictures_of_one_class_end_to_end(name, texts_folder, picture, tmp_path)
     assert main([*stored, '-q', '--out', str(tmp_path / 'perfect')]) == 0
     perfect = json.loads((tmp_path / 'perfect/scores.json').read_text())['scores']
     assert perfect == {'accuracy': 1, 'miou': 1, 'acc_by_2_minus_acc': 1, 'mean_average_precision': None}
+
+
+def test_nothing_is_told_where_there_is_no_background():
+    assert naming_for(Told(), concepts.Options(), 'conceptattention', None) is None
+    assert naming_for(Told(), concepts.Options(), 'conceptattention', 0).called['potted plant'] == 'pot'

@@ -88,7 +88,7 @@ def test_options_of_names_reach_the_model(root, texts_folder, capsys):
         (('--protocol', 'diffseg', '--names', 'all'), '--names is for methods that take class names; seg4diff takes none'),
         (
             ('--protocol', 'diffseg', '--background-words', 'sky'),
-            '--background-words is an option of --method open-vocabulary, goca and concepts.',
+            '--background-words is an option of --method open-vocabulary, goca, concepts and diffseg-names.',
         ),
         (('--protocol', 'goca'), 'scores named regions'),
         (('--names', 'some'), "'some' is not one of"),
