@@ -322,7 +322,7 @@ def test_a_picture_that_cannot_be_shown_is_grey_and_one_that_is_gone_has_no_cell
     sample.truths[0].unlink()
     gone = sheet.sheet_row(task, sample, 'title', tmp_path)
     assert gone.cells == [] and gone.title.startswith('title: ') and 'a.png' in gone.title
-    assert sheet.sheet([gone], 3).size == (752, 21 + 21 + 8)
+    assert sheet.sheet([gone], ('picture', 'ground truth', 'prediction')).size == (752, 21 + 21 + 8)
 
 
 def test_the_best_and_the_worst_are_chosen_once_each():
