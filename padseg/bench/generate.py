@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import statistics
 import time
+from functools import partial
 from typing import Any, NamedTuple
 
 import click
@@ -38,6 +40,7 @@ class GenerateSetting(NamedTuple):
     device: str
     dtype: str
     steps: int
+    shared: bool = False
 
 
 class Taken(NamedTuple):
@@ -58,6 +61,8 @@ class Taken(NamedTuple):
 @click.option('--device', default='cpu', show_default=True, help='cpu or cuda')
 @click.option('--dtype', type=click.Choice(DTYPES), default='float32', show_default=True, help='of weights and activations')
 @click.option('--steps', type=click.IntRange(1), default=2, show_default=True, help='steps in each process, in turn with plain ones')
+@click.option('--only', type=click.Choice(tuple(BOUNDS)), multiple=True, help='these guidances beside the plain one (default: all)')
+@click.option('--share-blocks', is_flag=True, help="let all blocks of SD3 but the last have one block's weights: 1.5 GB instead of 8 GB")
 @click.option('--repeats', type=click.IntRange(1), default=3, show_default=True, help='repetitions, each in fresh processes')
 @output_flags
 def command(
@@ -68,6 +73,8 @@ def command(
     device: str,
     dtype: str,
     steps: int,
+    only: tuple[str, ...],
+    share_blocks: bool,
     repeats: int,
     record: bool,
     as_json: bool,
@@ -79,8 +86,10 @@ def command(
     """
     os.environ |= QUIET  # inherited by the processes
     own = WARM_UP if scale_down else {'sd1.5': 512, 'sd3': 1024}[model]
-    setting = GenerateSetting(model, scale_down, side or own, batch, device, dtype, steps)
-    turns = [{name: fresh(taken, name, setting) for name in (PLAIN, *BOUNDS)} for _ in range(repeats)]
+    if share_blocks and model != 'sd3':
+        raise click.UsageError('--share-blocks is for --model sd3')
+    setting = GenerateSetting(model, scale_down, side or own, batch, device, dtype, steps, share_blocks)
+    turns = [{name: fresh(taken, name, setting) for name in (PLAIN, *(only or BOUNDS))} for _ in range(repeats)]
     case = f'{"small" if scale_down else "full"}-{model}-{setting.side}-{dtype}'
     finish_bench('generate', case, summary(setting, turns), record, as_json, in_words)
 
@@ -91,6 +100,11 @@ def backbone_of(setting: GenerateSetting) -> Backbone:
         kind, configuration = 'SD3Transformer2DModel', SIZES['small' if setting.small else 'full'].transformer
         heads = configuration['num_attention_heads'] * configuration['attention_head_dim']
         configuration = {**configuration, 'caption_projection_dim': heads}
+        if setting.shared:
+            count = configuration['num_layers']
+            backbone = random_network('sd3', kind, {**configuration, 'num_layers': 2}, setting.device, partial(repeat_block, count=count))
+            backbone.transformer.to(getattr(torch, setting.dtype))
+            return backbone
     else:
         kind, configuration = NETWORKS[setting.model]
         configuration = {**configuration, **SMALL[setting.model]} if setting.small else configuration
@@ -98,6 +112,13 @@ def backbone_of(setting: GenerateSetting) -> Backbone:
     if setting.dtype != 'float32':
         backbone.transformer.to(getattr(torch, setting.dtype))
     return backbone
+
+
+def repeat_block(network: Any, count: int) -> None:
+    """Give a network of two blocks `count` of them: the first ones share its weights, which takes as long as if each had its own."""
+    first, last = network.transformer_blocks
+    others = [copy.deepcopy(first, {id(weight): weight for weight in first.parameters()}) for _ in range(count - 2)]
+    network.transformer_blocks = torch.nn.ModuleList([first, *others, last])
 
 
 def random_texts(backbone: Backbone, batch: int) -> Texts:
@@ -144,8 +165,9 @@ def taken(guidance: str, setting: GenerateSetting) -> Taken:
 
 def summary(setting: GenerateSetting, turns: list[dict[str, Taken]]) -> dict[str, Any]:
     """All figures, with the values of all repeats. Time is compared by the processor's on a CPU, by the clock on a GPU."""
-    ratios = {name: spread([turn[name].to_plain for turn in turns]) for name in BOUNDS}
-    beyond = {name: [turn[name].peak - turn[PLAIN].peak for turn in turns] for name in BOUNDS}
+    names = [name for name in BOUNDS if name in turns[0]]
+    ratios = {name: spread([turn[name].to_plain for turn in turns]) for name in names}
+    beyond = {name: [turn[name].peak - turn[PLAIN].peak for turn in turns] for name in names}
     middle = {name: spread(values)['median'] for name, values in beyond.items()}
     return {
         **surroundings(setting.device),
@@ -156,13 +178,13 @@ def summary(setting: GenerateSetting, turns: list[dict[str, Taken]]) -> dict[str
         'peak_mib': {name: [turn[name].peak for turn in turns] for name in turns[0]},
         'beyond_plain_mib': beyond,
         'to_plain': ratios,
-        'held': {name: ratios[name]['median'] <= bound and middle[name] <= MOST for name, bound in BOUNDS.items()},
+        'held': {name: ratios[name]['median'] <= bound and middle[name] <= MOST for name, bound in BOUNDS.items() if name in names},
     }
 
 
 def in_words(measured: dict[str, Any]) -> str:
     """A table: medians with minimum and maximum, and which bounds hold."""
-    kind = 'small model' if measured['small'] else 'full size'
+    kind = ('small model' if measured['small'] else 'full size') + (', blocks share weights' if measured['shared'] else '')
     side = measured['side']
     lines = [
         f'{measured["model"]}, {kind}, {measured["batch"]} of {side} x {side}, {measured["dtype"]}; {measured_on(measured)}',
@@ -173,6 +195,8 @@ def in_words(measured: dict[str, Any]) -> str:
         f'{"  beyond plain":22}{"":28}' + row_of_numbers('', *measured['beyond_plain_mib'].values(), digits=0)[22:],
     ]
     for name, bound in BOUNDS.items():
+        if name not in measured['held']:
+            continue
         held = 'within' if measured['held'][name] else 'NOT within'
         lines.append(f'{name} takes {between(measured["to_plain"][name], 3)} x plain guidance; {held} {bound} x and {MOST:.0f} MiB')
     return '\n'.join(lines)

@@ -141,8 +141,10 @@ def random_backbone(model: str, size: str = 'full', device: str = 'cpu') -> Back
     return random_network(model, kind, published if size == 'full' else {**published, **SMALL[model]}, device)
 
 
-def random_network(model: str, kind: str, configuration: dict[str, Any], device: str) -> Backbone:
-    """As `random_backbone`, of diffusers' class `kind`. model: whose row has the other facts."""
+def random_network(
+    model: str, kind: str, configuration: dict[str, Any], device: str, adapt: Callable[[Any], None] = lambda network: None
+) -> Backbone:
+    """As `random_backbone`, of diffusers' class `kind`. model: whose row has the other facts; adapt: changes the network."""
     import diffusers
 
     torch.manual_seed(0)
@@ -151,6 +153,7 @@ def random_network(model: str, kind: str, configuration: dict[str, Any], device:
         for name, weight in network.named_parameters():
             if name.endswith(('to_q.weight', 'to_k.weight')):
                 weight.mul_(SHARPER)
+    adapt(network)
     family = family_of(BACKBONES[model])
     layers = len(family.blocks(network))
     spec = BACKBONES[model]._replace(layers=layers, layer=min(BACKBONES[model].layer, layers - 1))
