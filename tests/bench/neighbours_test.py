@@ -10,6 +10,7 @@ import pytest
 from padseg.bench import neighbours
 
 
+@pytest.mark.slow
 def test_a_small_run(bench):
     measured, seconds = bench('neighbours', '--method', 'concepts', '--size', 'small', '--blocks', '2')
     taken, own = measured['seconds'], measured['processor_seconds']
