@@ -37,6 +37,7 @@ from padseg.bench.measure import (
 )
 from padseg.bench.model import SIZES, random_vae
 from padseg.bench.setting import QUIET, bench_picture
+from padseg.evaluation.metrics import compact
 from padseg.methods import concepts, diffcut, diffseg, stages
 from padseg.methods.stages import anchor_merging as merging, normalised_cut as cuts
 from padseg.methods.stages.concept_maps import Concepts, Reading, concept_maps, scores_of
@@ -425,12 +426,12 @@ def summary(setting: NeighbourSetting, turns: list[dict[str, Taken]]) -> dict[st
 
 
 def difference(method: str, one: Array | None, other: Array | None) -> float:
-    """Of maps, by their maximum, inf if their number differs; of regions the share of tokens whose regions differ."""
+    """Of maps, by their maximum, inf if their number differs; of regions the share of tokens in others, whatever their numbers."""
     assert one is not None and other is not None
     if one.shape != other.shape:
         return math.inf
     if method == 'diffcut':
-        return float((one != other).mean())
+        return float((compact(one) != compact(other)).mean())
     return float(np.abs(one - other).max() / np.abs(other).max())
 
 
