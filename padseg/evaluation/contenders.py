@@ -24,7 +24,7 @@ from padseg.evaluation.job import Asked, Contender, Evaluation, Ground, ground_o
 from padseg.evaluation.scores import Count, ScoresRecord
 from padseg.methods import method_named
 from padseg.system.files import inside
-from padseg.system.ledger import Name, continued, line, read_lines
+from padseg.system.ledger import Name, continued, flattened, line, read_lines
 from padseg.system.machine import peak_memory, restart_peak
 from padseg.system.progress import Progress, shown
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 COSTS = 'costs.jsonl'
 MARK = 12  # hexadecimal digits
+PLACES = ('root', 'predictions.folder')  # settings that say where something is
 STOPPING: tuple[type[PadsegError], ...] = (OutputConflict, ResourceExhausted, NoImages)  # which end the whole comparison
 START = 'import sys; sys.path[:] = sys.argv[2:]; from padseg.evaluation.contenders import serve; serve(int(sys.argv[1]))'
 KILLED = 'its process was killed, most likely because memory ran out'
@@ -136,8 +137,9 @@ def unusual(source: Mapping[str, Any], turn: Turn, ground: Ground) -> dict[str, 
 
 
 def mark_of(recorded: Mapping[str, Any]) -> str:
-    """A short hash of all settings of an evaluation, but for the place of the data set."""
-    text = json.dumps({name: value for name, value in recorded.items() if name != 'root'}, sort_keys=True)
+    """A short hash of all settings of an evaluation, but for where the data set and the model are."""
+    settled = {name: value for name, value in flattened(recorded).items() if name not in PLACES}
+    text = json.dumps(settled, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:MARK]
 
 

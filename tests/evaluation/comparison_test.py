@@ -20,7 +20,7 @@ from padseg.errors import UsageError
 from padseg.evaluation.comparison import compare
 from padseg.evaluation.comparison_reports import in_words, write_csv
 from padseg.evaluation.comparison_rows import Row, Shown, measured_row, published_row, tables
-from padseg.evaluation.contenders import COSTS, Cost, evenly
+from padseg.evaluation.contenders import COSTS, Cost, evenly, mark_of
 from padseg.evaluation.job import Asked, ground_of
 from padseg.evaluation.papers import figures
 from padseg.evaluation.protocols import PROTOCOLS
@@ -264,6 +264,12 @@ def test_a_table_by_hand(bsds, tmp_path):
         '| diffcut | ssd-1b | published, not measured here, note 1 | – | – | 0.7500 | – | – | – |',
         '1. A paper, table 1. Measured with: PAMR.\n',
     ]
+
+
+def test_the_hash_does_not_depend_on_where_things_are():
+    settings = {'root': '/a', 'rules': {'void': 'ignored'}, 'predictions': {'folder': '/b', 'weights': '01'}}
+    assert mark_of(settings) == mark_of(settings | {'root': '/c', 'predictions': {'folder': '/d', 'weights': '01'}})
+    assert mark_of(settings) != mark_of(settings | {'predictions': {'folder': '/b', 'weights': '02'}})
 
 
 def test_figures_of_two_protocols_are_refused_in_one_column(tmp_path):
