@@ -19,6 +19,7 @@ NAMES = [
     'GocaOptions',
     'LabelOptions',
     'Options',
+    'compare',
     'evaluate',
     'export',
     'label',

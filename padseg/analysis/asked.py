@@ -13,6 +13,7 @@ from padseg.analysis.measure import STEPS
 from padseg.analysis.recording import Made, Pictures, Source, Subject, subjects
 from padseg.backbones import Backbone, load
 from padseg.backbones.blur import Blur
+from padseg.backbones.source import family_named
 from padseg.backbones.texts import kept_texts
 from padseg.errors import UsageError
 from padseg.evaluation.similarity import PictureModel, load_clip, load_dino
@@ -21,7 +22,7 @@ from padseg.generation.prompts import Item, items, parse_seeds, read_prompts
 from padseg.generation.sample import Sampler
 from padseg.generation.settings import SamplingSettings
 from padseg.methods.open_vocabulary import LabelOptions
-from padseg.methods.options import in_list, plain_settings, require, require_family
+from padseg.methods.options import in_list, plain_settings, refuse_family, require
 from padseg.methods.seg4diff import FAMILIES, Options
 from padseg.run.selection import Selection
 from padseg.system.progress import Progress
@@ -79,12 +80,14 @@ def opened(wanted: Wanted, how: Mapping[str, Any], progress: Progress, last_too:
     if wanted.prompts is not None:
         refuse_others(wanted, REAL, '--prompts')
         made, settings = to_be_made(wanted)
+        refuse_unsupported(how)
         ready()
         backbone = loaded(how)
         return in_the_making(made, wanted, settings.resolve(backbone.spec), backbone, progress, last_too)
     assert wanted.images is not None
     refuse_others(wanted, MADE, '--dir')
     found = subjects(wanted.images, wanted.labels, wanted.classes, wanted.text, wanted.count)
+    refuse_unsupported(how)
     ready()
     return of_pictures(found, wanted, loaded(how), progress, last_too)
 
@@ -95,11 +98,14 @@ def refuse_others(wanted: Wanted, names: Sequence[str], flag: str) -> None:
     require(not given, f'{in_list(given).replace("--classes", "--classes-file")} cannot be used with {flag}')
 
 
+def refuse_unsupported(how: Mapping[str, Any]) -> None:
+    """Raise UsageError for a model of a family without joint attention. how: arguments of `load`."""
+    refuse_family('analyze', FAMILIES, how['model'], family_named(how['model'], how.get('revision')))
+
+
 def loaded(how: Mapping[str, Any]) -> Backbone:
-    """The whole model. UsageError for a family without joint attention."""
-    backbone = load(**how, whole=True)
-    require_family('analyze', FAMILIES, backbone)
-    return backbone
+    """The whole model."""
+    return load(**how, whole=True)
 
 
 def of_pictures(found: Sequence[Subject], wanted: Wanted, backbone: Backbone, progress: Progress, last_too: bool) -> Asked:

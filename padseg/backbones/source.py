@@ -83,6 +83,11 @@ def locate(model: str, revision: str | None = None, *, fetch: bool = True) -> So
     return source
 
 
+def family_named(model: str, revision: str | None = None) -> str:
+    """A model's family; for a model of `padseg models`, its files are not needed. Raises as `locate`."""
+    return BACKBONES[model].family if model in BACKBONES else locate(model, revision).spec.family
+
+
 def locate_vae(name: str, source: Source, *, fetch: bool = True) -> Source:
     """The files of a small VAE that comes by itself: `tiny`, a hub id or a folder. Raises UsageError, ModelUnavailable.
 

@@ -16,8 +16,7 @@ from padseg.commands.label import names_of
 from padseg.commands.run import SIGNALLED
 from padseg.generation.settings import PADS
 from padseg.methods.open_vocabulary import PROMPTS, SCORES, UNUSED
-from padseg.methods.options import require_family
-from padseg.methods.seg4diff import FAMILIES, Options
+from padseg.methods.seg4diff import Options
 from padseg.system.ledger import check_output
 from padseg.system.progress import shown
 from padseg.system.text import say, warn
@@ -134,6 +133,7 @@ def blocks_command(
     Results: OUT/analysis.json, OUT/analysis.csv, the figures OUT/grouping.png and OUT/anatomy.png, and OUT/maps.png with the token maps of
     the first picture.
     """
+    from padseg.analysis.asked import refuse_unsupported
     from padseg.analysis.figures import FILES, map_sheet, tables, write_analysis
     from padseg.analysis.measure import analyze, as_object, labelled_pictures
     from padseg.backbones import load
@@ -141,10 +141,10 @@ def blocks_command(
     refuse_lone_scale(how)
     classes = names_of(None, classes_file) if classes_file else ()
     pairs = labelled_pictures(images, labels, count)
+    refuse_unsupported(how)
     check_output(out, FILES)
     given: dict[str, Any] = {'normalisation': normalisation}
     backbone, options = load(whole=True, **how), Options(**given)
-    require_family('analyze', FAMILIES, backbone)
     analysis = analyze(pairs, backbone, options, classes, shown(quiet))
     write_analysis(analysis, map_sheet(pairs[0][0], backbone, options), out)
     say(*[json.dumps(as_object(analysis))] if as_json else '\n'.join(tables(analysis)).split('\n'))

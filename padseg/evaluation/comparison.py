@@ -279,12 +279,10 @@ def pairs_of(ground: Ground, entry: Entry, families: Families) -> list[Pair]:
 
 def family_of(model: str) -> str | ModelUnavailable:
     """A model's family, or why its files cannot be read. UsageError for an unknown name."""
-    from padseg.backbones.source import locate
+    from padseg.backbones.source import family_named
 
-    if model in BACKBONES:
-        return BACKBONES[model].family
     try:
-        return locate(model).spec.family
+        return family_named(model)
     except ModelUnavailable as error:
         return error
 

@@ -14,8 +14,6 @@ IMPORTED = (
     'pytest',
     'diffusers.models.autoencoders',
     'diffusers.models.transformers.transformer_sd3',
-    'matplotlib.backends.backend_agg',
-    'matplotlib.figure',
     'padseg.backbones.loading',
     'padseg.backbones.sd3',
     'padseg.commands.eval',
@@ -31,11 +29,7 @@ IMPORTED = (
     'padseg.methods.seg4diff',
     'padseg.run.collect',
     'padseg.run.engine',
-    'padseg.train.lora',
-    'padseg.train.tiny',
     'skimage.segmentation',
-    'transformers.models.clip.image_processing_clip',
-    'transformers.models.clip.modeling_clip',
 )
 SHARED = sys.version_info < (3, 14)
 
