@@ -33,7 +33,7 @@ def say(*lines: str, to: TextIO | None = None) -> None:
         return
     encoding = getattr(stream, 'encoding', None) or 'utf-8'
     for line in map(printable, lines):
-        print(line.encode(encoding, 'backslashreplace').decode(encoding), file=stream)
+        print(line.encode(encoding, 'backslashreplace').decode(encoding), file=stream, flush=stream is sys.stderr)
 
 
 def warn(*lines: str) -> None:

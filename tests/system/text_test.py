@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from hypothesis import given, strategies
 from support.runs import HAND_MADE, put_run
 
 from padseg.commands import main
-from padseg.system.text import csv_cell, printable, say
+from padseg.system.streams import Messages
+from padseg.system.text import csv_cell, printable, say, warn
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = 'a\x1b]0;OWNED\x07\x1b[2J\n0 failed\u202e\u2028\x85.png'
@@ -130,3 +132,10 @@ def test_log_records_that_nothing_handles_are_printed_as_one_line(capsys, monkey
     record = logging.LogRecord('padseg', logging.WARNING, '', 1, '%s: first of 2', (HOSTILE,), None)
     logging.lastResort.emit(record)
     assert capsys.readouterr().err == f'{SHOWN}: first of 2\n'
+
+
+def test_a_message_is_written_at_once(tmp_path, monkeypatch):
+    with (tmp_path / 'messages').open('wb') as file:
+        monkeypatch.setattr(sys, 'stderr', Messages(file, encoding='utf-8'))
+        warn('one')
+        assert (tmp_path / 'messages').read_text() == 'one\n'
