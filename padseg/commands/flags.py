@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import click
 
 from padseg.images import EXIF, FRAMES, MAX_BYTES, MAX_MEMORY, MAX_PIXELS, MAX_SECONDS, Reading
-from padseg.methods import DEFAULTS, METHODS
+from padseg.methods import DEFAULTS, METHODS, Method, usual_model
 from padseg.methods.options import MethodOptions, kind_of
 from padseg.run.job import ENGINES
 
@@ -215,7 +216,17 @@ class MethodCommand(click.Command):
             show_default=self.shown_default,
             help='how to segment pictures; its options are below, those of another with --method NAME --help',
         )
+        own = [with_usual_model(param, METHODS[name]) for param in own]
         return [*own, choice, *option_flags(METHODS[name].Options), help_flag]
+
+
+def with_usual_model(param: click.Parameter, method: Method) -> click.Parameter:
+    """A parameter of a command as it is for a method: --model has the method's default."""
+    if param.name != 'model':
+        return param
+    own = copy.copy(param)
+    own.default = usual_model(method)
+    return own
 
 
 def named_in(args: Sequence[str], flag: str) -> str | None:

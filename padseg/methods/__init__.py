@@ -110,6 +110,11 @@ def kept_method(name: str) -> Kept | None:
     return method if hasattr(method, 'LATER') else None
 
 
+def usual_model(method: Method) -> str:
+    """The model to use if none is named: `tiny`, or that of the method's paper where `tiny` is of no family that the method supports."""
+    return getattr(method, 'PUBLISHED', 'tiny')
+
+
 def open_backbone(method: Method, options: Any, model: str, revision: str | None = None, **how: Any) -> Backbone | None:
     """Load a method's model as far as the method needs it; None for a method without a model. how: as for `padseg.load`."""
     if not method.FAMILIES:

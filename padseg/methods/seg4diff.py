@@ -147,22 +147,25 @@ def recorded(options: Options, spec: Spec) -> dict[str, Setting]:
 
 
 @overload
-def segment(image: Readable, backbone: Backbone | str = ..., options: Any = ..., *, method: str = ...) -> LabelMap: ...
+def segment(image: Readable, backbone: Backbone | str | None = ..., options: Any = ..., *, method: str = ...) -> LabelMap: ...
 @overload
-def segment(image: list[Any], backbone: Backbone | str = ..., options: Any = ..., *, method: str = ...) -> list[LabelMap]: ...
-def segment(image: Any, backbone: Backbone | str = 'tiny', options: Any = None, *, method: str = 'seg4diff') -> LabelMap | list[LabelMap]:
+def segment(image: list[Any], backbone: Backbone | str | None = ..., options: Any = ..., *, method: str = ...) -> list[LabelMap]: ...
+def segment(
+    image: Any, backbone: Backbone | str | None = None, options: Any = None, *, method: str = 'seg4diff'
+) -> LabelMap | list[LabelMap]:
     """Segment a picture into regions: a label map (H, W), or a list of label maps for several pictures.
 
     image: a path, a file object, a PIL image, a uint8 array (H, W), (H, W, 3) or (H, W, 4), or a list of these. backbone: a loaded model,
-    or a model name, which is loaded once per process; methods without a model ignore it. method: one of `padseg run --method`. options: the
-    method's, by default as they are.
+    or a model name, which is loaded once per process; by default `tiny`, or the model of the method's paper where the method does not
+    support `tiny`; methods without a model ignore it. method: one of `padseg run --method`. options: the method's, by default as they are.
     """
-    from padseg.methods import method_named, options_of  # which imports this module
+    from padseg.methods import method_named, options_of, usual_model  # which imports this module
 
     chosen = method_named(method, TASK)
     options = options_of(chosen, method, options)
     pictures = as_images(image)
-    prepared = chosen.prepare(opened(backbone, partial(chosen.deepest, options)) if chosen.FAMILIES else None, options)
+    model = usual_model(chosen) if backbone is None else backbone
+    prepared = chosen.prepare(opened(model, partial(chosen.deepest, options)) if chosen.FAMILIES else None, options)
     found = chosen.maps(pictures, prepared)
     results = [chosen.labels(picture, picture_maps, prepared) for picture, picture_maps in zip(pictures, found, strict=True)]
     return results if isinstance(image, (list, tuple)) else results[0]

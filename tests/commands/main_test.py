@@ -13,13 +13,16 @@ import termios
 from pathlib import Path
 
 import click
+import huggingface_hub.constants
 import numpy as np
 import PIL.Image
 import pytest
 from support.processes import padseg, start
 
+from padseg import segment
 from padseg.backbones.spec import BACKBONES
 from padseg.commands import COMMANDS, main
+from padseg.errors import ModelUnavailable
 from padseg.methods.seg4diff import Options
 from padseg.system import progress
 from padseg.version import __version__
@@ -253,3 +256,14 @@ def test_plain_progress_is_a_line_now_and_then(monkeypatch, capsys):
         printed = capsys.readouterr().err.splitlines()
         assert len(printed) == lines
     assert isinstance(progress.shown(quiet=True), progress.Silent)
+
+
+def test_a_method_has_its_papers_model_where_the_embedded_one_is_of_no_use_to_it(capsys, tmp_path, monkeypatch, picture):
+    for method, model in (('seg4diff', 'tiny'), ('diffcut', 'tiny'), ('diffseg', 'sd1.4'), ('felzenszwalb', 'tiny')):
+        assert main(['run', '--method', method, '--help']) == 0
+        shown = ' '.join(capsys.readouterr().out.split())
+        assert f'or a folder [default: {model}]' in shown, shown
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
+    with pytest.raises(ModelUnavailable, match='stable-diffusion-v1-4'):
+        segment(picture, method='diffseg')
