@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # sums of another number of threads are rounded otherwise
+os.environ.setdefault('MKL_DISABLE_FAST_MM', '1')  # its lists of buffers may be in disorder after a fork, and then it searches them forever
 os.environ.setdefault('TORCHINDUCTOR_COMPILE_THREADS', '1')  # or what compiles would start processes that import torch
 hypothesis.settings.register_profile('padseg', deadline=None)  # how long an example takes is the machine's business
 hypothesis.settings.load_profile('padseg')
