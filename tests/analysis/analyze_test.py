@@ -155,7 +155,7 @@ def outputs_in_the_way(folder: Path, name: str) -> dict[str, Path]:
 )
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(name, written, flags, place, tmp_path, capsys):
     for words, out in outputs_in_the_way(tmp_path, written).items():
-        code = main(['analyze', name, *given(place, flags), '--model', 'no such model', '--out', str(out)])  # which is looked for later
+        code = main(['analyze', name, *given(place, flags), '--model', 'sd3', '--out', str(out)])  # whose files are not here
         told = capsys.readouterr()
         assert code in (2, 6) and words in told.err and told.err.count('\n') == 1
 
