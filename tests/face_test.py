@@ -173,7 +173,7 @@ def test_classes_are_a_list(classes, speller, picture):
         padseg.label(picture, speller, classes)
 
 
-@pytest.mark.parametrize('model', [5, None, Path('model')])
+@pytest.mark.parametrize('model', [5, Path('model')])
 def test_a_model_is_a_loaded_one_or_a_name(model, picture):
     with pytest.raises(UsageError, match='expected a loaded model or a model name'):
         padseg.segment(picture, model)

@@ -234,6 +234,7 @@ def test_rows_of_folders(unet_folders, tmp_path):
         assert spec.encoders == ('l+g' if large else 'clip') and spec.layer < spec.layers
 
 
+@pytest.mark.slow
 def test_half_precision_and_shards(unet_folders, unets, tmp_path):
     """Weights of fp16 alone are read; where both are there, the whole precision."""
     folder = tmp_path / 'model'

@@ -125,6 +125,7 @@ def first_then_killed(arguments, line):
     assert started.wait().returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_killed_and_continued_it_says_what_it_would_have_said(bsds, tmp_path):
     words = ['compare', 'bsds500', '--root', str(bsds), '--methods', 'kmeans,grid', '--no-classical', '--out']
     os.mkfifo(tmp_path / 'said')

@@ -269,6 +269,7 @@ def test_other_weights_on_a_machine_are_refused(job):
         assert Actor(job, other, 'cpu').stages
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_a_worker_is_one_in_the_run(quick, cluster):
     job = quick._replace(out=quick.out / 'full' / 'out')
     with pytest.raises(ResourceExhausted, match='No space left on device'):

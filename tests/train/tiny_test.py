@@ -76,6 +76,7 @@ def test_what_is_written(trained):
     assert all(0 < float(row['mask']) < 10 for row in rows)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_exactly(trained, tmp_path):
     """Stopped by a kill after the first checkpoint of the second stage, then continued: the same weights to the last bit."""
     for path in trained.glob('autoencoder.*'):
