@@ -27,7 +27,9 @@ from padseg.backbones.source import (
     tensor_shapes,
     text_parts,
     weight_files,
+    with_advice,
 )
+from padseg.backbones.spec import Spec
 from padseg.errors import ModelUnavailable
 from padseg.system.disk import human
 
@@ -72,7 +74,7 @@ def model_state(model: str, revision: str | None = None, whole: bool = False) ->
         spec, wanted = named_row(model, revision)
         if error.state not in ABSENT or Path(spec.repo).exists() or not on_hub(spec.repo):
             return here, None
-        return ask_hub(spec.repo, wanted, here), None
+        return ask_hub(spec, wanted, here), None
     return State(READY, 'all files are present; the model loads without a network', str(source.folder), source.commit), source
 
 
@@ -83,10 +85,11 @@ def on_hub(repo: str) -> bool:
     return not Path(repo).is_absolute() and not is_offline_mode()
 
 
-def ask_hub(repo: str, revision: str | None, here: State) -> State:
+def ask_hub(spec: Spec, revision: str | None, here: State) -> State:
     """Check whether the files could be downloaded now, by the same requests as a download; return `here` if the hub adds nothing."""
     from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
+    repo = spec.repo
     try:
         info = HfApi().model_info(repo, revision=revision, timeout=HUB_SECONDS, files_metadata=True)
         listed = {file.rfilename: file.size for file in info.siblings or ()}
@@ -99,7 +102,7 @@ def ask_hub(repo: str, revision: str | None, here: State) -> State:
         probe = next((name for name in wanted if name.endswith('.safetensors')), config)
         get_hf_file_metadata(hf_hub_url(repo, probe, revision=info.sha), timeout=HUB_SECONDS)
     except hub_errors() as error:
-        refused = refusal(repo, revision, error)
+        refused = with_advice(refusal(repo, revision, error), spec)
         if not isinstance(refused, ModelUnavailable):
             raise refused from error
         return here if here.state == 'incomplete' and refused.state in ABSENT else State(refused.state, str(refused))

@@ -27,6 +27,7 @@ from padseg.backbones.layout import (
 from padseg.backbones.spec import BACKBONES, CELL, DEPTHS, UNET_INPUTS, Spec
 from padseg.errors import ModelUnavailable, PadsegError, UsageError
 
+OFFLINE = 'offline and not cached'  # a state
 SMALL_VAE = 'tiny'  # stands for the family's small VAE on the hub
 # settings of Seg4Diff that version 0.1 kept at the top level of `padseg.json`
 BESIDE_FACTS = ('step', 'normalisation', 'threshold', 'refine', 'superpixels', 'join', 'components', 'min_area')
@@ -65,7 +66,10 @@ def locate(model: str, revision: str | None = None, *, fetch: bool = True) -> So
     if not folder.is_dir():
         if not HUB_ID.fullmatch(spec.repo):
             raise ModelUnavailable(f'the files of {model} should be in {folder}, which does not exist', 'incomplete')
-        folder = snapshot(spec.repo, commit_or_branch, main_files(), fetch=fetch)
+        try:
+            folder = snapshot(spec.repo, commit_or_branch, main_files(), fetch=fetch)
+        except ModelUnavailable as error:
+            raise with_advice(error, spec) from error.__cause__
         commit = folder.name
         if fetch:
             fetch_other_forms(spec.repo, folder, (denoiser_in(folder), 'vae'))
@@ -81,6 +85,13 @@ def locate(model: str, revision: str | None = None, *, fetch: bool = True) -> So
     source = source._replace(spec=read_row(source))
     check_files(source, LAYOUTS[source.spec.family].main)
     return source
+
+
+def with_advice(error: PadsegError, spec: Spec) -> PadsegError:
+    """An error of the hub; that the embedded model needs no download is said for models of its family, whose place it can take."""
+    if isinstance(error, ModelUnavailable) and error.state == OFFLINE and spec.family == BACKBONES['tiny'].family:
+        return ModelUnavailable(f'{error}; `--model tiny` needs no download', error.state)
+    return error
 
 
 def family_named(model: str, revision: str | None = None) -> str:
@@ -232,12 +243,10 @@ def refusal(repo: str, revision: str | None, error: Exception) -> PadsegError:
     if is_offline_mode():
         return ModelUnavailable(
             f'{repo} is not in the cache and the hub cannot be reached (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set): '
-            'unset it for the first run; `--model tiny` needs no download',
-            'offline and not cached',
+            'unset it for the first run',
+            OFFLINE,
         )
-    return ModelUnavailable(
-        f'{repo} is not in the cache and the hub cannot be reached ({first}); `--model tiny` needs no download', 'offline and not cached'
-    )
+    return ModelUnavailable(f'{repo} is not in the cache and the hub cannot be reached ({first})', OFFLINE)
 
 
 def check_files(source: Source, parts: Sequence[str]) -> None:

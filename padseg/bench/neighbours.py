@@ -139,14 +139,15 @@ def prepared_picture(way: str, setting: NeighbourSetting) -> Callable[[], Array 
     """A network with random weights and a picture, and what to do with them."""
     backbone = random_model(setting.method, setting.size, setting.blocks)
     picture = bench_picture(setting.side, 0)
-    run = {
-        ('diffseg', 'ours'): diffseg_labels,
-        ('diffcut', 'ours'): diffcut_labels,
+    known: dict[tuple[str, str], Callable[..., Array | None]] = {
+        ('diffseg', 'ours'): partial(region_labels, diffseg),
+        ('diffcut', 'ours'): partial(region_labels, diffcut),
         ('concepts', 'ours'): concept_scores,
         ('diffseg', 'obvious'): obvious_diffseg,
         ('diffcut', 'obvious'): obvious_diffcut,
         ('concepts', 'obvious'): obvious_concepts,
-    }.get((setting.method, way), forward)
+    }
+    run = known.get((setting.method, way), forward)
     return lambda: run(picture, backbone, setting)
 
 
@@ -199,12 +200,13 @@ def latent_of(picture: Image, backbone: Backbone, setting: NeighbourSetting) -> 
     return stages.encode_steps(picture, backbone, diffcut.Options(side=setting.side), (50,))[0]
 
 
+def region_labels(method: Any, picture: Image, backbone: Backbone, setting: NeighbourSetting) -> Array:
+    """As `padseg run` has them."""
+    prepared = method.prepare(backbone, method.Options(side=setting.side))
+    return np.asarray(method.labels(picture, method.maps([picture], prepared)[0], prepared).labels)
+
+
 # DiffSeg
-
-
-def diffseg_labels(picture: Image, backbone: Backbone, setting: NeighbourSetting) -> Array:
-    prepared = diffseg.prepare(backbone, diffseg.Options(side=setting.side))
-    return diffseg.labels(picture, diffseg.maps([picture], prepared)[0], prepared).labels
 
 
 @torch.no_grad()
@@ -256,11 +258,6 @@ def merged_obviously(maps: Tensor, points: Tensor) -> Tensor:
 
 
 # DiffCut
-
-
-def diffcut_labels(picture: Image, backbone: Backbone, setting: NeighbourSetting) -> Array:
-    prepared = diffcut.prepare(backbone, diffcut.Options(side=setting.side))
-    return diffcut.labels(picture, diffcut.maps([picture], prepared)[0], prepared).labels
 
 
 @torch.no_grad()

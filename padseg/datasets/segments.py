@@ -53,7 +53,7 @@ def found_segments(root: Path) -> Segments:
     nameless = sorted({synset for synset in listed.synsets if synset not in names})
     if nameless:
         raise LayoutError(f'no name for {some(nameless)}: give names in {root / NAMES}, such as {{"n02084071": "dog"}}')
-    classes = tuple(sorted({names[synset] for synset in listed.synsets} - {BACKGROUND}))
+    classes = tuple(sorted({names[synset] for synset in listed.synsets}))
     samples = tuple(Sample(name, file, (file,)) for name in listed.names)
     return Segments(file, (*classes, BACKGROUND), len(classes), samples, (len(classes), *range(len(classes))))
 
@@ -76,7 +76,7 @@ def text(letters: Array) -> str:
 def synset_names(root: Path) -> dict[str, str]:
     """Names by WordNet's number: those of the classes of ImageNet's challenge, and those in a file of one's own, which come first.
 
-    LayoutError for a file that is no JSON object of names.
+    LayoutError for a file that is no JSON object of names, or calls a class background.
     """
     known: dict[str, str] = facts('imagenet1000')['names']
     own = root / NAMES
@@ -84,7 +84,9 @@ def synset_names(root: Path) -> dict[str, str]:
         return known
     try:
         given = json.loads(contents(own, Reading(max_bytes=1 << 24)))
-        if not isinstance(given, dict) or not all(isinstance(name, str) and WORD.fullmatch(name) for name in given.values()):
+        if not isinstance(given, dict) or not all(
+            isinstance(name, str) and WORD.fullmatch(name) and name != BACKGROUND for name in given.values()
+        ):
             raise ValueError('expected an object of names')
     except (ImageError, OSError, ValueError, RecursionError) as error:
         raise LayoutError(f'{own} holds no names of classes such as {{"n02084071": "dog"}}: {error}') from error

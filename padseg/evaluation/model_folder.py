@@ -34,7 +34,7 @@ def located(name: str, revision: str | None, kinds: Sequence[str], what: str, us
         try:
             folder = downloaded(name, revision)
         except ModelUnavailable as error:
-            raise ModelUnavailable(f'{what}: {str(error).partition("; `--model")[0]}{remedy and f"; {remedy}"}', error.state) from error
+            raise ModelUnavailable(f'{what}: {error}{remedy and f"; {remedy}"}', error.state) from error
         commit = folder.name
     elif revision:
         raise UsageError(f'{name} is a folder, which has no revisions; got revision {revision}')

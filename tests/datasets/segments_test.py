@@ -135,7 +135,7 @@ def test_what_is_no_such_file(pictures, tmp_path):
     write(tmp_path / 'gtsegs_ijcv.mat', pictures[:2] + pictures[:1])
     with pytest.raises(UnreadableLabels, match='not distinct words'):
         open_dataset(NAME, tmp_path)
-    for text in ('[]', '{"n01440764": "=1"}', '{"n01440764": 5}', '{'):
+    for text in ('[]', '{"n01440764": "=1"}', '{"n01440764": 5}', '{"n01440764": "background"}', '{'):
         (tmp_path / 'names.json').write_text(text)
         write(tmp_path / 'gtsegs_ijcv.mat', pictures[:1])
         with pytest.raises((LayoutError, UnreadableLabels), match='names of classes|distinct'):

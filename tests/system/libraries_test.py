@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import gc
 import json
 import os
 import subprocess
@@ -9,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from padseg.system.libraries import imported
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,6 +35,22 @@ codes = [
 import padseg.train.tiny
 print('codes', codes)
 """
+
+
+def test_no_garbage_is_collected_while_a_library_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, end in (('padseg_test_whole', ''), ('padseg_test_broken', '1 / 0')):
+        (tmp_path / f'{name}.py').write_text(f'import gc\nimport builtins\nbuiltins.padseg_test_enabled = gc.isenabled()\n{end}\n')
+    assert imported('padseg_test_whole').__name__ == 'padseg_test_whole'
+    assert vars(builtins).pop('padseg_test_enabled') is False and gc.isenabled()
+    with pytest.raises(ZeroDivisionError):
+        imported('padseg_test_broken')
+    assert vars(builtins).pop('padseg_test_enabled') is False and gc.isenabled()
+    gc.disable()
+    try:
+        assert imported('padseg_test_whole') and not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow
