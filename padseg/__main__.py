@@ -14,7 +14,7 @@ def start() -> int:
         from padseg.commands import main
 
         code = close_stdout(main())
-        gc.freeze()  # or the end of the process would search all libraries for garbage, which takes a second
+        gc.freeze()  # or the end of the process would search all that was imported for garbage
         return code
     except KeyboardInterrupt:  # while libraries were imported
         return 130

@@ -10,7 +10,7 @@ from types import ModuleType
 
 
 def imported(name: str) -> ModuleType:
-    """Import a module that brings large libraries, without collecting garbage meanwhile, which would take a fifth of the time."""
+    """Import a module that brings large libraries, without looking for garbage meanwhile, over and over in all that was imported."""
     if name in sys.modules or not gc.isenabled():
         return importlib.import_module(name)
     gc.disable()
