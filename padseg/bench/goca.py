@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from padseg.backbones import Backbone, Identity, family_of
+from padseg.backbones import DTYPES, Backbone, Identity, family_of
 from padseg.backbones.recorder import Request, What, watch
 from padseg.backbones.spec import BACKBONES, CELL
-from padseg.bench.measure import between, finish_bench, fresh, measured_on, output_flags, peak, row_of_numbers, spread, surroundings
+from padseg.bench.measure import between, finish_bench, fresh, measured_on, output_flags, row_of_numbers, spread, surroundings
 from padseg.bench.model import SHARPER
-from padseg.bench.setting import QUIET
+from padseg.bench.setting import QUIET, memory, synchronize
 from padseg.methods.goca import GocaOptions, plan_of
 from padseg.methods.stages.aggregation import Grid, propagated
 from padseg.methods.stages.cross_maps import MOST_PIXELS, Plan, aggregated, result_grid
@@ -69,6 +69,7 @@ WORDS = 30  # tokens of the random prompt that are no pads, where pads are maske
 MOST = 12e9  # bytes that the obvious way may keep; with network and copies it takes 6 GB more
 LIMIT = 1e-4  # on the difference of maps, by their maximum
 BYTES = 4  # of a float32
+PASSES = 5  # on a GPU, of which the fastest counts
 EVERY: tuple[What, ...] = ('queries', 'keys', 'values', 'output')
 
 Found = tuple[Tensor, Tensor]  # (n, h, w) maps and (N, N) mean self-attention
@@ -82,11 +83,13 @@ class GocaSetting(NamedTuple):
     size: str
     side: int
     read: tuple[int, ...]
+    device: str
+    dtype: str
 
 
 class Taken(NamedTuple):
-    """seconds: of a forward pass; own: of them, processor time, which other programs change less; peak: memory of the process in MiB; maps:
-    (2, n, h, w), aggregated and refined, or None."""
+    """seconds: of a forward pass; own: of them, processor time, which other programs change less; peak: memory in MiB, of the GPU on one;
+    maps: (2, n, h, w), aggregated and refined, or None."""
 
     seconds: float
     own: float
@@ -110,10 +113,22 @@ class Layer(NamedTuple):
 @click.option(
     '--layers', type=click.IntRange(0), help='layers that the obvious way reads, 0 to leave it out (default: as many as keep 12 GB at most)'
 )
+@click.option('--device', default='cpu', show_default=True, help='cpu or cuda')
+@click.option('--dtype', type=click.Choice(DTYPES), default='float32', show_default=True, help='of weights and activations')
 @click.option('--repeats', type=click.IntRange(1), default=3, show_default=True, help='repetitions, each in fresh processes')
 @output_flags
-def command(model: str, size: str, side: int | None, layers: int | None, repeats: int, record: bool, as_json: bool) -> None:
-    """Measure GoCA's aggregation in float32 on random weights: time and memory beyond those of the plain forward pass.
+def command(
+    model: str,
+    size: str,
+    side: int | None,
+    layers: int | None,
+    device: str,
+    dtype: str,
+    repeats: int,
+    record: bool,
+    as_json: bool,
+) -> None:
+    """Measure GoCA's aggregation on random weights: time and memory beyond those of the plain forward pass.
 
     The obvious way keeps the maps of all heads of all layers, then aggregates them by the paper's formulas. It must find the same maps. If
     it cannot keep all layers, it reads those around the dense feature's, and ours is measured on these, too. For SDXL and Flux, what both
@@ -122,7 +137,7 @@ def command(model: str, size: str, side: int | None, layers: int | None, repeats
     os.environ |= QUIET  # inherited by the processes
     unfilled = random_backbone(model, size, 'meta')
     everything, dense = tuple(range(unfilled.layers)), goca_plan(unfilled).dense
-    setting = GocaSetting(model, size, side or (unfilled.spec.side if size == 'full' else SMALL_SIDE), everything)
+    setting = GocaSetting(model, size, side or (unfilled.spec.side if size == 'full' else SMALL_SIDE), everything, device, dtype)
     read = around(dense, layers_of(unfilled, setting.side), layers)
     ways = {'plain': (plain, everything), 'ours': (ours, everything)}
     if read:
@@ -130,8 +145,10 @@ def command(model: str, size: str, side: int | None, layers: int | None, repeats
         ways['obvious'] = (obvious, read)
     turns = [{name: fresh(taken, way, setting._replace(read=some)) for name, (way, some) in ways.items()} for _ in range(repeats)]
     measured = summary(setting, read, turns)
-    finish_bench('goca', f'{size}-{model}-{setting.side}', measured, record, as_json, in_words)
-    if not (measured['difference'] or 0.0) <= LIMIT:
+    finish_bench(
+        'goca', f'{size}-{model}-{setting.side}' + (f'-{dtype}' if dtype != 'float32' else ''), measured, record, as_json, in_words
+    )
+    if dtype == 'float32' and not (measured['difference'] or 0.0) <= LIMIT:
         raise click.ClickException(f'the maps differ by {measured["difference"]:.2g} of their maximum')
 
 
@@ -224,27 +241,34 @@ def ours(latent: Latent, backbone: Backbone, prompt: Prompt, plan: Plan) -> Foun
 
 
 def taken(run: Way, setting: GocaSetting) -> Taken:
-    """Warm up on a small picture, then measure one way."""
-    backbone = random_backbone(setting.model, setting.size)
+    """Warm up, on a CPU on a small picture, then measure one way."""
+    backbone = random_backbone(setting.model, setting.size, setting.device)
+    backbone.transformer.to(getattr(torch, setting.dtype))
     plan, prompt = goca_plan(backbone, setting.read), random_prompt(backbone)
-    run(random_latent(min(WARM_UP, setting.side)), backbone, prompt, plan)
-    latent, start, before = random_latent(setting.side), time.perf_counter(), time.process_time()
-    found = run(latent, backbone, prompt, plan)
-    seconds, own, most = time.perf_counter() - start, time.process_time() - before, peak()
-    return Taken(seconds, own, most, torch.stack((found[0], propagated(*found))).numpy() if found else None)
+    on_cpu = setting.device == 'cpu'
+    run(random_latent(min(WARM_UP, setting.side) if on_cpu else setting.side, backbone), backbone, prompt, plan)
+    latent, times = random_latent(setting.side, backbone), []
+    for _ in range(1 if on_cpu else PASSES):
+        synchronize(setting.device)
+        start, before = time.perf_counter(), time.process_time()
+        found = run(latent, backbone, prompt, plan)
+        synchronize(setting.device)
+        times.append((time.perf_counter() - start, time.process_time() - before))
+    most = memory(setting.device)
+    return Taken(*min(times), most, torch.stack((found[0], propagated(*found))).float().cpu().numpy() if found else None)
 
 
 def random_prompt(backbone: Backbone) -> Prompt:
     slots, generator = backbone.spec.sequence, torch.Generator().manual_seed(1)
     shapes = backbone.family.prompt_shapes(slots, backbone.transformer.config)
-    embeds = torch.randn(shapes['embeds'], generator=generator)
-    mask = (torch.arange(slots) < WORDS).float()[None] if 'mask' in shapes else None
+    embeds = torch.randn(shapes['embeds'], generator=generator).to(backbone.device, backbone.dtype)
+    mask = (torch.arange(slots) < WORDS).to(backbone.device, backbone.dtype)[None] if 'mask' in shapes else None
     return Prompt(embeds, torch.zeros(1, 0), (), (), mask=mask)
 
 
-def random_latent(side: int) -> Latent:
+def random_latent(side: int, backbone: Backbone) -> Latent:
     z = torch.randn(1, 4, side // CELL, side // CELL, generator=torch.Generator().manual_seed(2))
-    return Latent(z, 0.3, 100.0, Frame((side, side), (0, 0, side, side)))
+    return Latent(z.to(backbone.device, backbone.dtype), 0.3, 100.0, Frame((side, side), (0, 0, side, side)))
 
 
 class AllHeads(NamedTuple):
@@ -275,7 +299,7 @@ def obvious(latent: Latent, backbone: Backbone, prompt: Prompt, plan: Plan) -> F
 
     feature = kept[plan.dense, 'cross'].query.transpose(0, 1).flatten(1)  # (N, C)
     dense = (feature @ feature.T / math.sqrt(feature.shape[1])).softmax(1)  # Eq. 8
-    maps, total = torch.zeros(prompt.embeds.shape[1], *finest), torch.zeros(())
+    maps, total = feature.new_zeros(prompt.embeds.shape[1], *finest), feature.new_zeros(())
     for layer in plan.cross:
         attention, z, _ = kept[layer, 'cross']
         projection = backbone.output_projection(layer)
@@ -304,17 +328,22 @@ def summary(setting: GocaSetting, read: tuple[int, ...], turns: list[dict[str, T
     beside = 'same_layers' if 'same_layers' in turns[0] else 'ours'
     others = [name for name in turns[0] if name != 'plain']
     compared = 'obvious' in turns[0]
+
+    def spent(one: Taken) -> float:
+        return one.own if setting.device == 'cpu' else one.seconds
+
     return {
         **setting._asdict(),
         'read': read,
         'layers': len(setting.read),
-        **surroundings(),
+        **surroundings(setting.device),
+        'device': surroundings(setting.device)['device'],
         'seconds': {name: [turn[name].seconds for turn in turns] for name in turns[0]},
         'processor_seconds': {name: [turn[name].own for turn in turns] for name in turns[0]},
         'peak_mib': {name: [turn[name].peak for turn in turns] for name in turns[0]},
         'beyond_plain_mib': {name: [turn[name].peak - turn['plain'].peak for turn in turns] for name in others},
-        'ours_to_plain': spread([turn['ours'].own / turn['plain'].own for turn in turns]),
-        'obvious_to_ours': spread([turn['obvious'].own / turn[beside].own for turn in turns]) if compared else None,
+        'ours_to_plain': spread([spent(turn['ours']) / spent(turn['plain']) for turn in turns]),
+        'obvious_to_ours': spread([spent(turn['obvious']) / spent(turn[beside]) for turn in turns]) if compared else None,
         'difference': difference(turns[0][beside].maps, turns[0]['obvious'].maps) if compared else None,
         'reckoned': {f'{name} {RECKONED_SIDE}': reckoned(name, 'full', RECKONED_SIDE) for name in NETWORKS}
         | {f'{setting.model} {setting.side}': reckoned(setting.model, setting.size, setting.side)},
@@ -338,14 +367,15 @@ def in_words(measured: dict[str, Any]) -> str:
     """Format a table of the plain forward pass and the others: medians with minimum and maximum."""
     seconds, beyond, some = measured['seconds'], measured['beyond_plain_mib'], f'{len(measured["read"])} of {measured["layers"]} layers'
     headings = {'plain': 'plain', 'ours': 'ours', 'same_layers': f'ours, {some}', 'obvious': f'obvious, {some}'}
+    kind = 'processor time' if measured['device'] == 'cpu' else 'time'
     lines = [
-        f'{measured["model"]}, {measured["size"]} size, {measured["side"]} x {measured["side"]}, float32; {measured_on(measured)}',
+        f'{measured["model"]}, {measured["size"]} size, {measured["side"]} pixels, {measured["dtype"]}; {measured_on(measured)}',
         f'{"":22}' + ''.join(f'{headings[name]:>28}' for name in seconds),
         row_of_numbers('forward pass, s', *seconds.values()),
         row_of_numbers('  processor time, s', *measured['processor_seconds'].values()),
         row_of_numbers('peak memory, MiB', *measured['peak_mib'].values(), digits=0),
         f'{"  beyond plain":22}{"":28}' + row_of_numbers('', *beyond.values(), digits=0)[22:],
-        f'ours takes {between(measured["ours_to_plain"], 3)} x the processor time of the plain forward pass',
+        f'ours takes {between(measured["ours_to_plain"], 3)} x the {kind} of the plain forward pass',
     ]
     if measured['obvious_to_ours']:
         lines.append(

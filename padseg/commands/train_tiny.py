@@ -25,7 +25,10 @@ DEFAULTS = TrainingSettings()
     '--transformer-steps', type=click.IntRange(min=0), default=DEFAULTS.transformer.steps, help='then steps without the autoencoder'
 )
 @click.option(
-    '--start', type=click.Path(exists=True, path_type=Path), help='a model made by this command, to train further in the last stage only'
+    '--further-steps', type=click.IntRange(min=0), default=DEFAULTS.further.steps, help='then steps with large batches, for a GPU'
+)
+@click.option(
+    '--start', type=click.Path(exists=True, path_type=Path), help='a model made by this command, to train further in the last stages only'
 )
 @click.option('--batch', type=POSITIVE, default=DEFAULTS.size, help='new images per step, after the stage of the autoencoder alone')
 @click.option('--seed', type=int, default=DEFAULTS.seed, help='seed of all random numbers')
@@ -39,6 +42,7 @@ def command(
     vae_steps: int,
     steps: int,
     transformer_steps: int,
+    further_steps: int,
     start: Path | None,
     batch: int,
     seed: int,
@@ -63,6 +67,7 @@ def command(
         vae_steps=vae_steps,
         together=dataclasses.replace(DEFAULTS.together, steps=steps),
         transformer=dataclasses.replace(DEFAULTS.transformer, steps=transformer_steps),
+        further=dataclasses.replace(DEFAULTS.further, steps=further_steps),
     )
     check_output(out)
     with full_disk(out):

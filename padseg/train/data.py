@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from padseg.errors import NoImages
-from padseg.train.scenes import CLASSES, Scene, scene
+from padseg.train.scenes import CLASSES, Scene, compressed, scene
 from padseg.train.settings import Mixture
 from padseg.train.vocabulary import SLOTS
 from padseg.types import Array
@@ -37,7 +38,7 @@ class Photographs(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """images: (B, 3, H, W) in -1..1; masks: (B, ROWS, H/CELL, W/CELL) uint8, covered pixels per cell, 0..64; counts: (B,) masks in use.
+    """images: (B, H, W, 3) uint8 RGB; masks: (B, ROWS, H/CELL, W/CELL) uint8, covered pixels per cell, 0..64; counts: (B,) masks in use.
 
     prompts: B texts. The words of a non-empty prompt name the masks, and words (B, ROWS, SLOTS) holds, for each mask, the weights that
     average the maps of its tokens. captions: B descriptions of the scenes, empty for photographs.
@@ -86,7 +87,7 @@ def batch(seed: int, index: int, size: int, folders: Sequence[Photographs], mixt
     examples = []
     for _ in range(size):
         if folders and rng.random() >= mixture.synthetic:
-            image, labels = photograph(rng, folders, view)
+            image, labels = photograph(rng, folders, view, mixture.varied)
             examples.append(Example(image, soft_masks(labels)))
             continue
         drawn = scene(rng, *view)
@@ -99,7 +100,7 @@ def batch(seed: int, index: int, size: int, folders: Sequence[Photographs], mixt
     pixels = np.stack([example.image for example in examples])
     masks = np.stack([np.pad(example.masks, ((0, ROWS - len(example.masks)), (0, 0), (0, 0))) for example in examples])
     return Batch(
-        torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1,
+        torch.from_numpy(pixels),
         torch.from_numpy(masks),
         torch.tensor([len(example.masks) for example in examples]),
         [example.caption for example in examples],
@@ -127,12 +128,25 @@ def word_weights(names: Sequence[str]) -> Array:
     return weights
 
 
-def photograph(rng: np.random.Generator, folders: Sequence[Photographs], view: tuple[int, int]) -> tuple[Array, Array]:
-    """Crop a random photograph, often pasting in a region of another: (H, W, 3) uint8 and labels (H, W), -1 = ignore."""
-    image, labels = crop(rng, *read_pair(rng, folders), view)
-    if rng.random() < 0.35:
-        image, labels = paste(rng, image, labels, *crop(rng, *read_pair(rng, folders), view))
-    return recolour(rng, image), labels
+def photograph(
+    rng: np.random.Generator, folders: Sequence[Photographs], view: tuple[int, int], varied: bool = False
+) -> tuple[Array, Array]:
+    """Crop a random photograph, often pasting in a region of another: (H, W, 3) uint8 and labels (H, W), -1 = ignore.
+
+    varied: see `Mixture`.
+    """
+
+    def part() -> tuple[Array, Array]:
+        cut = turned_crop if varied and rng.random() < 0.4 else crop
+        return cut(rng, *read_pair(rng, folders), view)
+
+    image, labels = part()
+    while rng.random() < 0.35:
+        image, labels = paste(rng, image, labels, *part())
+        if not varied:
+            break
+    image = recolour(rng, image)
+    return (worn(rng, image) if varied else image), labels
 
 
 def read_pair(rng: np.random.Generator, folders: Sequence[Photographs]) -> tuple[Array, Array]:
@@ -163,6 +177,35 @@ def crop(rng: np.random.Generator, image: Array, labels: Array, view: tuple[int,
     image = cv2.resize(image[part], view[::-1], interpolation=cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR)
     labels = cv2.resize(labels[part], view[::-1], interpolation=cv2.INTER_NEAREST)
     return (image[:, ::-1], labels[:, ::-1]) if rng.random() < 0.5 else (image, labels)
+
+
+def turned_crop(rng: np.random.Generator, image: Array, labels: Array, view: tuple[int, int]) -> tuple[Array, Array]:
+    """Like `crop`, of a part that is turned by up to 20 degrees and stretched by up to 20 %, mirrored where it reaches beyond the edge."""
+    height, width = labels.shape
+    scale = min(height / view[0], width / view[1]) * rng.uniform(0.3, 1) ** 0.5
+    angle, stretch, flip = rng.uniform(-0.35, 0.35), math.exp(rng.uniform(-0.18, 0.18)), 1 if rng.random() < 0.5 else -1
+    cos, sin = math.cos(angle), math.sin(angle)
+    to_picture = scale * np.array([[cos * stretch * flip, -sin], [sin * stretch * flip, cos]])
+    size = np.array([view[1], view[0]])
+    reach = np.abs(to_picture) @ (size / 2)
+    centre = [rng.uniform(min(part, whole / 2), max(whole - part, whole / 2)) for part, whole in zip(reach, (width, height), strict=True)]
+    matrix = np.concatenate([to_picture, (np.array(centre) - to_picture @ (size / 2))[:, None]], 1)
+    edge = cv2.BORDER_REFLECT
+    image = cv2.warpAffine(image, matrix, view[::-1], flags=cv2.WARP_INVERSE_MAP | cv2.INTER_LINEAR, borderMode=edge)
+    numbers = labels.astype(np.float32)  # OpenCV warps no int32
+    numbers = cv2.warpAffine(numbers, matrix, view[::-1], flags=cv2.WARP_INVERSE_MAP | cv2.INTER_NEAREST, borderMode=edge)
+    return image, numbers.astype(np.int32)
+
+
+def worn(rng: np.random.Generator, image: Array) -> Array:
+    """Blur one image in ten, add noise to 15 % and compress 10 %: (H, W, 3) uint8 -> the same."""
+    chance = rng.random()
+    if chance < 0.1:
+        return np.asarray(cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 1.1)))
+    if chance < 0.25:
+        noise = rng.standard_normal(image.shape, dtype=np.float32) * min(rng.exponential(4), 12.0)
+        return np.asarray(np.clip(image + noise, 0, 255).astype(np.uint8))
+    return compressed(np.ascontiguousarray(image), int(rng.integers(30, 90))) if chance < 0.35 else image
 
 
 def paste(rng: np.random.Generator, image: Array, labels: Array, source: Array, regions: Array) -> tuple[Array, Array]:

@@ -47,6 +47,7 @@ class Stage:
     made_with: str
     save_every: int
     device: torch.device
+    unwritten: list[tuple[dict[str, float], Mapping[str, Tensor]]] = dataclasses.field(default_factory=list)
 
     def file(self, suffix: str) -> pathlib.Path:
         return self.out / f'{self.name}{suffix}'
@@ -96,12 +97,15 @@ def finish_step(
 
     last: whether training stops here for now, which needs a checkpoint; said: whether anything is printed.
     """
-    row = {'step': step, 'time': round(time.time(), 1), **{name: round(value.item(), 5) for name, value in losses.items()}}
-    with stage.file('.csv').open('a', newline='') as file:
-        csv.DictWriter(file, ('step', 'time', *stage.columns)).writerow(row)
+    kept = {name: value.detach() for name, value in losses.items()}
+    stage.unwritten.append(({'step': step, 'time': round(time.time(), 1)}, kept))
+    saves = last or stage.saves_after(step)
+    if saves or stage.device.type == 'cpu' or len(stage.unwritten) == WINDOW:  # reading a loss makes the program wait for a GPU
+        append_rows(stage)
     if said and (step + 1) % WINDOW == 0:
+        append_rows(stage)
         print(training_summary(stage, read_rows(stage)[-WINDOW:]), file=sys.stderr, flush=True)
-    if last or stage.saves_after(step):
+    if saves:
         state = {
             'step': step + 1,
             'model': model.state_dict(),
@@ -112,6 +116,15 @@ def finish_step(
         with atomic(stage.file('.pt')) as temporary, temporary.open('wb') as file:
             torch.save(state, file)  # given a path, torch refuses to create a hidden file
         draw_curves(stage)
+
+
+def append_rows(stage: Stage) -> None:
+    """Write the losses that were kept back."""
+    with stage.file('.csv').open('a', newline='') as file:
+        for row, losses in stage.unwritten:
+            values = {name: round(value.item(), 5) for name, value in losses.items()}
+            csv.DictWriter(file, ('step', 'time', *stage.columns)).writerow({**row, **values})
+    stage.unwritten.clear()
 
 
 def training_summary(stage: Stage, rows: Sequence[Mapping[str, str]]) -> str:

@@ -6,6 +6,7 @@ torch.optim.Muon orthogonalises in bfloat16 everywhere. A CPU that emulates bflo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,25 +22,32 @@ class Muon(torch.optim.Muon):
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             rate, momentum = group['lr'], group['momentum']
-            for weight in group['params']:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                average = state.setdefault('momentum_buffer', torch.zeros_like(weight.grad))
-                average.lerp_(weight.grad, 1 - momentum)
-                update = orthogonalise(weight.grad.lerp(average, momentum), group['ns_coefficients'], group['ns_steps'], group['eps'])
-                weight.mul_(1 - rate * group['weight_decay'])
-                weight.add_(update, alpha=-rate * 0.2 * math.sqrt(max(weight.shape)))
+            for weights in alike([weight for weight in group['params'] if weight.grad is not None]):
+                gradients = [weight.grad for weight in weights]
+                averages = [self.state[weight].setdefault('momentum_buffer', torch.zeros_like(weight)) for weight in weights]
+                torch._foreach_lerp_(averages, gradients, 1 - momentum)
+                matrices = torch.stack(torch._foreach_lerp(gradients, averages, momentum))
+                updates = orthogonalise(matrices, group['ns_coefficients'], group['ns_steps'], group['eps'])
+                torch._foreach_mul_(weights, 1 - rate * group['weight_decay'])
+                torch._foreach_add_(weights, list(updates.float().unbind()), alpha=-rate * 0.2 * math.sqrt(max(weights[0].shape)))
 
 
-def orthogonalise(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Move the singular values of a matrix (M, N) towards 1 by so many Newton-Schulz iterations of the fifth order."""
+def alike(weights: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Group matrices by shape, so that all of one shape are worked on in one product, which a GPU needs."""
+    groups: dict[torch.Size, list[Tensor]] = {}
+    for weight in weights:
+        groups.setdefault(weight.shape, []).append(weight)
+    return list(groups.values())
+
+
+def orthogonalise(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Move the singular values of matrices (..., M, N) towards 1 by so many Newton-Schulz iterations of the fifth order."""
     a, b, c = coefficients
-    x = matrix.to(torch.bfloat16 if has_bfloat16(matrix.device) else torch.float32)
-    if tall := matrix.shape[0] > matrix.shape[1]:
-        x = x.T.contiguous()
-    x = x / x.norm().clamp(min=eps)
+    x = matrices.to(torch.bfloat16 if has_bfloat16(matrices.device) else torch.float32)
+    if tall := x.shape[-2] > x.shape[-1]:
+        x = x.mT.contiguous()
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.mT if tall else x

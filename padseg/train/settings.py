@@ -12,13 +12,24 @@ class Mixture(NamedTuple):
     """Composition of a batch.
 
     synthetic: share of scenes, if there are photographs too; named: share of the scenes whose masks are the classes named in the prompt;
-    others: maximum number of absent classes in a prompt; alone: share of the named prompts that get no absent classes.
+    others: maximum number of absent classes in a prompt; alone: share of the named prompts that get no absent classes; varied: whether
+    photographs are also turned, stretched, blurred and compressed, and get several regions of others.
     """
 
     synthetic: float
     named: float = 0.0
     others: int = 3
     alone: float = 0.0
+    varied: bool = False
+
+
+class FlowMatching(NamedTuple):
+    """How a stage learns to denoise. every: interval in steps; part: share of the batch; dropout: share of the captions left out."""
+
+    every: int = 10
+    part: float = 1.0
+    weight: float = 1.0
+    dropout: float = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +42,9 @@ class Course:
     mixtures: tuple[tuple[int, Mixture], ...]  # each with the step from which it is used
     warmup: int = 60  # steps
     decay: float = 0.2  # share of the steps, at the end, over which the rate falls to 0
+    encoder_share: float = 1.0  # of the steps: after them the autoencoder stays as it is
+    rebuilt: int = 4  # pictures of which the autoencoder rebuilds a crop
+    flow: FlowMatching = FlowMatching()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +72,16 @@ class TrainingSettings:
         mixtures=((0, Mixture(synthetic=0.6, named=0.75, others=len(CLASSES), alone=0.6)),),
         decay=0.5,
     )
+    further: Course = Course(
+        steps=0,
+        rate=1e-3,
+        encoder_rate=4e-4,
+        mixtures=((0, Mixture(synthetic=0.45, named=0.7, others=len(CLASSES), alone=0.4, varied=True)),),
+        decay=0.6,
+        encoder_share=0.5,
+        rebuilt=32,
+        flow=FlowMatching(every=1, part=0.25, weight=0.3, dropout=0.3),
+    )
     size: int = 12  # new images per step
     weight_decay: float = 0.02
     layer: int = 4  # expert block
@@ -66,14 +90,14 @@ class TrainingSettings:
     mask_weight: float = 1.0  # lambda
     affinity_weight: float = 1.0
     words_weight: float = 1.0
-    flow_every: int = 10  # interval, in steps, of the flow-matching loss
-    caption_dropout: float = 0.5
     average: float = 0.998  # decay of the moving average of the weights, which is what is saved
 
     def course(self, stage: str) -> Course:
-        return {'together': self.together, 'transformer': self.transformer}[stage]
+        return {'together': self.together, 'transformer': self.transformer, 'further': self.further}[stage]
 
 
 def without_masks(settings: TrainingSettings) -> TrainingSettings:
     """Return the same settings for flow matching alone, at every step: a baseline for comparison."""
-    return dataclasses.replace(settings, supervised=(), flow_every=1)
+    names = ('together', 'transformer', 'further')
+    courses = {name: dataclasses.replace(settings.course(name), flow=settings.course(name).flow._replace(every=1)) for name in names}
+    return dataclasses.replace(settings, supervised=(), **courses)

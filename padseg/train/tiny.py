@@ -38,7 +38,7 @@ from padseg.train.settings import Course, Mixture, TrainingSettings
 from padseg.train.vocabulary import SLOTS, WORDS
 from padseg.types import Array, Attention
 
-STAGES = ('autoencoder', 'together', 'transformer')
+STAGES = ('autoencoder', 'together', 'transformer', 'further')
 HELD_OUT = 2**32  # seed of scenes for display, never for training
 
 
@@ -67,7 +67,7 @@ def train_tiny(
     transformer: dict[str, Any] = tiny.TRANSFORMER,
     vae: dict[str, Any] = tiny.VAE,
 ) -> pathlib.Path:
-    """Train all stages, or with `start` only the last one from that model, and return the model's folder.
+    """Train all stages, or with `start` only the last ones from that model, and return the model's folder.
 
     An interrupted training resumes. data: folders of annotated photographs, see `photographs`; workers: processes that make examples;
     save_every: steps between checkpoints; shown: held-out scenes on the sheet that is drawn at each; transformer, vae: sizes of the
@@ -84,8 +84,9 @@ def train_tiny(
         train_autoencoder(parts, run)
         learner = make_learner(parts, run)
         train(learner, run, 'together')
-    if settings.transformer.steps:
-        train(learner, run, 'transformer')
+    for name in STAGES[2:]:
+        if settings.course(name).steps:
+            train(learner, run, name)
     return run.model
 
 
@@ -106,7 +107,7 @@ class Training:
     def model(self) -> pathlib.Path:
         return self.out / 'model'
 
-    def batches(self, stage: str, start: int, stop: int, size: int) -> Iterator[Batch]:
+    def batches(self, stage: str, start: int, stop: int, size: int) -> Iterator[tuple[Batch, Tensor]]:
         """Yield batches start..stop-1 of a stage, prefetched by the workers; batch i is the same in every run."""
         examples = Examples(self.settings, self.data, stage, size)
         loader = torch.utils.data.DataLoader(
@@ -116,6 +117,7 @@ class Training:
             num_workers=self.workers,
             worker_init_fn=leave_cores,
             prefetch_factor=4 if self.workers else None,
+            pin_memory=self.device.type == 'cuda',
         )
         return iter(loader)
 
@@ -137,18 +139,20 @@ def leave_cores(worker: int) -> None:
     cv2.setNumThreads(1)
 
 
-class Examples(torch.utils.data.Dataset[Batch]):
-    """The batches of one stage, by index."""
+class Examples(torch.utils.data.Dataset[tuple[Batch, Tensor]]):
+    """The batches of one stage, by index, each with the tokens of its prompts and captions, (2, 2 B, 77): for both text encoders."""
 
     def __init__(self, settings: TrainingSettings, data: tuple[str, ...], stage: str, size: int) -> None:
         self.folders = [photographs(argument) for argument in data]
         self.settings, self.stage, self.size = settings, stage, size
+        self.tokenizers = tiny.make_tokenizers(WORDS)
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> tuple[Batch, Tensor]:
         settings = self.settings
         mixtures = ((0, Mixture(settings.vae_synthetic)),) if self.stage == 'autoencoder' else settings.course(self.stage).mixtures
         mixture = [mixture for first, mixture in mixtures if first <= index][-1]
-        return batch(settings.seed * len(STAGES) + STAGES.index(self.stage), index, self.size, self.folders, mixture)
+        examples = batch(settings.seed * len(STAGES) + STAGES.index(self.stage), index, self.size, self.folders, mixture)
+        return examples, tokens_of(self.tokenizers, [*examples.prompts, *examples.captions])
 
 
 def train_autoencoder(parts: tiny.Parts, run: Training) -> None:
@@ -158,9 +162,9 @@ def train_autoencoder(parts: tiny.Parts, run: Training) -> None:
     stage = run.stage('autoencoder', settings.vae_steps, settings.vae_batch, ('reconstruction',))
     start = resume(stage, vae, [optimiser])
     schedule = cosine(optimiser, settings.vae_steps, 50, start)
-    for step, examples in enumerate(run.batches(stage.name, start, settings.vae_steps, settings.vae_batch), start):
+    for step, (examples, _) in enumerate(run.batches(stage.name, start, settings.vae_steps, settings.vae_batch), start):
         generator = torch.Generator().manual_seed(settings.seed + step)
-        pixels = random_crops(examples.images, settings.vae_crops, settings.vae_side, generator).to(run.device)
+        pixels = random_crops(pixels_of(examples, run.device), settings.vae_crops, settings.vae_side, generator)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         with autocast(run.device):
             posterior = vae.encode(pixels).latent_dist
@@ -173,6 +177,11 @@ def train_autoencoder(parts: tiny.Parts, run: Training) -> None:
         finish_step(stage, step, {'reconstruction': loss}, vae, [optimiser])
         if stage.saves_after(step):
             draw_rebuilt(vae, stage, run.shown)
+
+
+def pixels_of(examples: Batch, device: torch.device) -> Tensor:
+    """The images of a batch on the device: (B, 3, H, W) in -1..1, channels last."""
+    return examples.images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def random_crops(images: Tensor, count: int, side: int, generator: torch.Generator) -> Tensor:
@@ -210,10 +219,8 @@ def reconstruction(decoded: Tensor, pixels: Tensor) -> Tensor:
 def latent_statistics(vae: Any, run: Training) -> Tensor:
     """Mean and standard deviation (2,) of the latents of two batches of 8 pictures not used to train the autoencoder."""
     steps = run.settings.vae_steps
-    latents = [
-        vae.encode(examples.images.to(run.device)).latent_dist.mean.flatten() for examples in run.batches(STAGES[0], steps, steps + 2, 8)
-    ]
-    values = torch.cat(latents)
+    batches = run.batches(STAGES[0], steps, steps + 2, 8)
+    values = torch.cat([vae.encode(pixels_of(examples, run.device)).latent_dist.mean.flatten() for examples, _ in batches])
     return torch.stack([values.mean(), values.std()])
 
 
@@ -227,14 +234,14 @@ def make_learner(parts: tiny.Parts, run: Training) -> nn.ModuleDict:
 
 
 def train(learner: nn.ModuleDict, run: Training, name: str) -> None:
-    """Train one stage: mask losses at every step, flow matching every `flow_every` steps.
+    """Train one stage: mask losses at every step, flow matching at some or all, as the course says.
 
     The mask losses reach the autoencoder through the transformer. The autoencoder also keeps its own loss, so that its latents still encode
     the image while they become features (as in REPA-E, Leng et al. 2025). The latents drift, so their mean and deviation are tracked. A
-    moving average of the weights is saved. With an encoder rate of 0 the autoencoder is frozen.
+    moving average of the weights is saved. With an encoder rate of 0 the autoencoder is frozen, else after its share of the steps.
     """
     settings, course, device = run.settings, run.settings.course(name), run.device
-    tokenizers = tiny.make_tokenizers(WORDS)
+    empty = tokens_of(tiny.make_tokenizers(WORDS), [''])  # (2, 1, 77)
     vae: Any = learner['vae']
     transformer: Any = learner['transformer']
     statistics = learner.get_buffer('statistics')
@@ -242,20 +249,26 @@ def train(learner: nn.ModuleDict, run: Training, name: str) -> None:
     optimisers = make_optimisers(learner, settings, course)
     stage = run.stage(name, course.steps, settings.size, ('reconstruction', 'mask', 'affinity', 'words', 'flow'))
     start = resume(stage, learner, optimisers, averaged)
-    schedules = [trapezoid(optimiser, course.steps, course.warmup, course.decay, start) for optimiser in optimisers]
-    for step, examples in enumerate(run.batches(name, start, course.steps, settings.size), start):
+    encoder_steps = round(course.encoder_share * course.steps) if course.encoder_rate else 0
+    lengths = (course.steps, course.steps, encoder_steps or course.steps)
+    schedules = [
+        trapezoid(optimiser, steps, course.warmup, course.decay, start) for optimiser, steps in zip(optimisers, lengths, strict=True)
+    ]
+    for step, (examples, tokens) in enumerate(run.batches(name, start, course.steps, settings.size), start):
         generator = torch.Generator().manual_seed(settings.seed + step)
-        pixels = examples.images.to(device).contiguous(memory_format=torch.channels_last)  # (B, 3, H, W)
-        masks = examples.masks.to(device).float() / CELL**2  # (B, M, H/8, W/8)
+        pixels = pixels_of(examples, device).contiguous(memory_format=torch.channels_last)  # (B, 3, H, W)
+        masks = examples.masks.to(device, non_blocking=True).float() / CELL**2  # (B, M, H/8, W/8)
+        learns = step < encoder_steps
 
-        # reconstruction: one crop of the first 4 images
+        # reconstruction: one crop of the first images
         losses = {}
-        with autocast(device), torch.set_grad_enabled(course.encoder_rate > 0):
+        with autocast(device), torch.set_grad_enabled(learns):
             posterior = vae.encode(pixels).latent_dist
-        if course.encoder_rate:
+        if learns:
             track_statistics(statistics, posterior.mean)
             top, left = (int(torch.randint(length - 7, (), generator=generator)) for length in posterior.mean.shape[2:])
-            cells, crop = np.s_[:4, :, top : top + 8, left : left + 8], np.s_[:4, :, 8 * top : 8 * top + 64, 8 * left : 8 * left + 64]
+            some = slice(course.rebuilt)
+            cells, crop = np.s_[some, :, top : top + 8, left : left + 8], np.s_[some, :, 8 * top : 8 * top + 64, 8 * left : 8 * left + 64]
             with autocast(device):
                 rebuilt = decoding_loss(vae, posterior.mean[cells], posterior.std[cells], pixels[crop], generator)
             losses['reconstruction'] = rebuilt + settings.vae_kl * divergence(posterior)
@@ -265,29 +278,35 @@ def train(learner: nn.ModuleDict, run: Training, name: str) -> None:
         if settings.supervised:
             sigma = torch.rand(len(z), generator=generator).to(device) * settings.noise  # (B,)
             with autocast(device):
-                embeds, pooled = encode_batch(learner, tokenizers, examples.prompts)
+                embeds, pooled = encode_batch(learner, tokens[:, : len(z)])
                 reduce = partial(training_maps, shape=z.shape)
                 requests = {layer: Request(transformer.transformer_blocks[layer].attn, reduce) for layer in settings.supervised}
                 with watch(requests) as kept:
                     transformer(noised_batch(z, sigma, generator), embeds, pooled, sigma * 1000)
-            words = examples.words.to(device)  # (B, M, 77)
-            named = words.any(dim=(1, 2))  # (B,)
             maps = [kept[layer] for layer in settings.supervised]  # (B, 77, h, w) each
-            if not named.all():
-                losses |= grouping_losses(
-                    [share_over_tokens(layer[~named]) for layer in maps], masks[~named], examples.counts.to(device)[~named]
-                )
-            if named.any():
-                by_name = [share_over_tokens(torch.einsum('bmt,bthw->bmhw', words[named], layer[named])) for layer in maps]
-                losses['words'] = torch.stack([named_mask_loss(layer, masks[named]) for layer in by_name]).mean() * named.float().mean()
+            is_named = examples.words.any(2).any(1)  # (B,)
+            named, others = is_named.nonzero()[:, 0].to(device), (~is_named).nonzero()[:, 0].to(device)
+            if len(others):
+                counts = examples.counts.to(device)[others]
+                losses |= grouping_losses([share_over_tokens(layer[others]) for layer in maps], masks[others], counts)
+            if len(named):
+                words = examples.words.to(device)[named]  # (b, M, 77)
+                by_name = [share_over_tokens(torch.einsum('bmt,bthw->bmhw', words, layer[named])) for layer in maps]
+                losses['words'] = torch.stack([named_mask_loss(layer, masks[named]) for layer in by_name]).mean() * (len(named) / len(z))
 
         # flow matching: captions or the null prompt, all noise levels, full forward pass; no gradient to the autoencoder
-        if step % settings.flow_every == 0:
-            dropped = torch.rand(len(z), generator=generator) < settings.caption_dropout
-            captions = ['' if drop else text for text, drop in zip(examples.captions, dropped, strict=True)]
-            losses['flow'] = flow_loss(transformer, z.detach(), *encode_batch(learner, tokenizers, captions), generator)
+        if step % course.flow.every == 0:
+            count = max(1, round(course.flow.part * len(z)))
+            dropped = torch.rand(count, generator=generator) < course.flow.dropout
+            captions = torch.where(dropped[:, None], empty, tokens[:, len(z) : len(z) + count])
+            losses['flow'] = flow_loss(transformer, z[:count].detach(), *encode_batch(learner, captions), generator)
 
-        weights = {'mask': settings.mask_weight, 'affinity': settings.affinity_weight, 'words': settings.words_weight}
+        weights = {
+            'mask': settings.mask_weight,
+            'affinity': settings.affinity_weight,
+            'words': settings.words_weight,
+            'flow': course.flow.weight,
+        }
         loss = torch.stack([value * weights.get(name, 1.0) for name, value in losses.items()]).sum()
         for optimiser in optimisers:
             optimiser.zero_grad(set_to_none=True)
@@ -316,7 +335,7 @@ def write_model(learner: nn.Module, run: Training) -> None:
 
 
 def make_optimisers(learner: nn.ModuleDict, settings: TrainingSettings, course: Course) -> list[torch.optim.Optimizer]:
-    """Make Muon (Jordan et al. 2024) for the matrices of attention and MLP, and AdamW for the rest.
+    """Make Muon (Jordan et al. 2024) for the matrices of attention and MLP, and AdamW for the rest and for the autoencoder.
 
     The `initial_lr` of a group is its peak learning rate.
     """
@@ -333,9 +352,9 @@ def make_optimisers(learner: nn.ModuleDict, settings: TrainingSettings, course: 
     groups: list[dict[str, Any]] = [
         {'params': [named[name] for name in sorted(rest) if named[name].ndim > 1], 'initial_lr': rate, 'weight_decay': decay},
         {'params': [named[name] for name in sorted(rest) if named[name].ndim <= 1], 'initial_lr': rate},
-        {'params': [named[name] for name in sorted(encoder)], 'initial_lr': course.encoder_rate},
     ]
-    return [muon, torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, foreach=True)]
+    autoencoder: list[dict[str, Any]] = [{'params': [named[name] for name in sorted(encoder)], 'initial_lr': course.encoder_rate}]
+    return [muon, *(torch.optim.AdamW(each, betas=(0.9, 0.98), weight_decay=0.0, foreach=True) for each in (groups, autoencoder))]
 
 
 @torch.no_grad()
@@ -345,7 +364,7 @@ def track_statistics(statistics: Tensor, latents: Tensor) -> None:
 
 
 def normalised(latents: Tensor, statistics: Tensor) -> Tensor:
-    mean, deviation = statistics.tolist()
+    mean, deviation = statistics
     return ((latents.float() - mean) / deviation).contiguous()
 
 
@@ -400,13 +419,18 @@ def write_training_sheet(above: Sequence[Array], below: Sequence[Array], stage: 
     PIL.Image.fromarray(np.concatenate(rows)).save(stage.file('.sheet.png'))
 
 
-def encode_batch(learner: nn.ModuleDict, tokenizers: tuple[Any, Any], captions: list[str]) -> tuple[Tensor, Tensor]:
-    """Encode captions as SD3 does without T5: embeddings (B, 2 x 77, D) with zeros in the second half, and pooled (B, D)."""
-    device = next(learner.parameters()).device
-    outputs = []
-    for name, tokenizer in zip(('text_encoder', 'text_encoder_2'), tokenizers, strict=True):
-        ids = tokenizer(captions, padding='max_length', max_length=SLOTS, truncation=True, return_tensors='pt').input_ids
-        outputs.append(learner[name](ids.to(device), output_hidden_states=True))
+def tokens_of(tokenizers: tuple[Any, Any], texts: list[str]) -> Tensor:
+    """The tokens of texts for both text encoders: (2, B, 77) int64."""
+    return torch.stack(
+        [each(texts, padding='max_length', max_length=SLOTS, truncation=True, return_tensors='pt').input_ids for each in tokenizers]
+    )
+
+
+def encode_batch(learner: nn.ModuleDict, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode tokens (2, B, 77) as SD3 does without T5: embeddings (B, 2 x 77, D) with zeros in the second half, and pooled (B, D)."""
+    tokens = tokens.to(next(learner.parameters()).device, non_blocking=True)
+    encoders = (learner[name] for name in ('text_encoder', 'text_encoder_2'))
+    outputs = [encoder(ids, output_hidden_states=True) for encoder, ids in zip(encoders, tokens, strict=True)]
     embeds = torch.cat([output.hidden_states[-2] for output in outputs], -1)  # (B, 77, D)
     return F.pad(embeds, (0, 0, 0, SLOTS)), torch.cat([output.text_embeds for output in outputs], -1)
 

@@ -42,7 +42,7 @@ def test_of_fewer_layers_both_ways_are_compared(bench):
 
 def test_a_run_that_the_obvious_way_has_no_memory_for():
     turn = {'plain': goca.Taken(2.5, 2.0, 1000.0, None), 'ours': goca.Taken(9.0, 3.0, 1100.5, np.ones((2, 1, 1, 1)))}
-    measured = goca.summary(goca.GocaSetting('sd1.5', 'small', 64, tuple(range(16))), (), [turn])
+    measured = goca.summary(goca.GocaSetting('sd1.5', 'small', 64, tuple(range(16)), 'cpu', 'float32'), (), [turn])
     assert (measured['difference'], measured['obvious_to_ours'], measured['beyond_plain_mib']) == (None, None, {'ours': [100.5]})
     lines = goca.in_words(measured).splitlines()
     assert lines[6].startswith('ours takes 1.500 (1.500..1.500) x') and lines[7] == 'the obvious way was left out'
@@ -56,7 +56,7 @@ def test_other_maps_are_told(monkeypatch, bench):
 
 def test_the_obvious_way_weighs_heads_and_layers():
     backbone = goca.random_backbone('sd1.5', 'small')
-    prompt, latent, plan = goca.random_prompt(backbone), goca.random_latent(64), goca.goca_plan(backbone)
+    prompt, latent, plan = goca.random_prompt(backbone), goca.random_latent(64, backbone), goca.goca_plan(backbone)
     expected = goca.obvious(latent, backbone, prompt, plan)
     same = goca.ours(latent, backbone, prompt, plan)
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(same, expected, strict=True))

@@ -92,9 +92,9 @@ def test_batches_depend_on_seed_and_index_only(folder):
     for left, right in zip(first, again, strict=True):
         assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
     assert first.images.shape != other.images.shape or not torch.equal(first.images, other.images)
-    assert tuple(first.images.shape[2:]) in VIEWS
-    assert first.masks.shape == (3, ROWS, first.images.shape[2] // CELL, first.images.shape[3] // CELL)
-    assert first.images.min() >= -1 and first.images.max() <= 1
+    assert tuple(first.images.shape[1:3]) in VIEWS
+    assert first.masks.shape == (3, ROWS, first.images.shape[1] // CELL, first.images.shape[2] // CELL)
+    assert first.images.dtype == torch.uint8
 
 
 def test_masks_cover_what_is_labelled_once(folder):

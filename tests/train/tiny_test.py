@@ -166,9 +166,10 @@ def test_muon_has_the_matrices_of_the_blocks_and_every_weight_is_learnt_once():
     from padseg.train.tiny import WORDS, TrainingSettings, make_optimisers
 
     learner = nn.ModuleDict(tiny.build_tiny(WORDS)._asdict())
-    muon, adam = make_optimisers(learner, TrainingSettings(), TrainingSettings.together)
-    of_muon, of_adam = ([id(weight) for group in optimiser.param_groups for weight in group['params']] for optimiser in (muon, adam))
-    assert sorted(of_muon + of_adam) == sorted(id(weight) for weight in learner.parameters())
+    optimisers = make_optimisers(learner, TrainingSettings(), TrainingSettings.together)
+    of_muon, of_adam, of_encoder = ([id(weight) for group in each.param_groups for weight in group['params']] for each in optimisers)
+    assert sorted(of_muon + of_adam + of_encoder) == sorted(id(weight) for weight in learner.parameters())
+    assert sorted(of_encoder) == sorted(id(weight) for weight in learner['vae'].parameters())
     block = learner['transformer'].transformer_blocks[2]
     assert {id(block.attn.to_q.weight), id(block.ff.net[2].weight)} <= set(of_muon)
     assert id(block.norm1.linear.weight) in of_adam and id(block.attn.to_q.bias) in of_adam
