@@ -80,7 +80,7 @@ class TrainingSettings:
         decay=0.6,
         encoder_share=0.5,
         rebuilt=32,
-        flow=FlowMatching(every=1, part=0.25, weight=0.3, dropout=0.3),
+        flow=FlowMatching(every=1, part=0.3, weight=0.5, dropout=0.3),
     )
     size: int = 12  # new images per step
     weight_decay: float = 0.02
