@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from padseg.bench import goca
+from padseg.methods.stages import cross_maps
 
 
 @pytest.mark.slow
@@ -63,6 +64,16 @@ def test_the_obvious_way_weighs_heads_and_layers():
     for other in (plan._replace(heads='average'), plan._replace(by='uniform')):
         maps, _ = goca.ours(latent, backbone, prompt, other)
         assert goca.difference(maps[None].numpy(), expected[0][None].numpy()) > goca.LIMIT
+
+
+def test_layers_that_refine_may_be_finer_than_the_result(monkeypatch):
+    """As those of SD1.5 at 1024 pixels, whose 128 x 128 are reduced to 64 x 64: of square pixels, bilinear means of four neighbours."""
+    monkeypatch.setattr(cross_maps, 'MOST_PIXELS', 16)
+    backbone = goca.random_backbone('sd1.5', 'small')
+    prompt, latent, plan = goca.random_prompt(backbone), goca.random_latent(64, backbone), goca.goca_plan(backbone)
+    for refine in ((0, 11), (15,), (2, 3)):  # of 8 x 8 and 4 x 4 pixels, 8 x 8 alone, and 4 x 4 and 2 x 2
+        same, expected = (way(latent, backbone, prompt, plan._replace(refine=refine)) for way in (goca.ours, goca.obvious))
+        assert all(one.shape == other.shape and torch.allclose(one, other, atol=1e-6) for one, other in zip(same, expected, strict=True))
 
 
 def test_difference_by_hand():

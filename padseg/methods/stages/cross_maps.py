@@ -89,10 +89,11 @@ class Running:
         """Take in maps of a layer, (B, N, n) and (B, N, N); whatever is weighted already is added up."""
         plan = self.plan
         waits = layer in plan.cross and plan.by != 'uniform'
+        given = smaller_grid(self.grids[layer], self.to)  # grid of `own` of a layer that refines
         if own is not None and layer in plan.refine and not (waits and self.same_grid()):
-            self.refine(resized(own.float(), self.grids[layer], self.to))
+            self.refine(resized(own.float(), given, self.to))
         if own is not None and waits:
-            self.own[layer] = own if layer not in plan.refine else reduced(own, self.grids[layer], self.read_grid(plan.dense))
+            self.own[layer] = own if layer not in plan.refine else reduced(own, given, self.read_grid(plan.dense))
         if cross is not None:
             grid = self.read_grid(layer)
             self.cross[layer] = enlarged(cross.transpose(1, 2).unflatten(2, grid), smaller_grid(grid, self.to))  # (B, n, h, w)
@@ -108,7 +109,8 @@ class Running:
             weight = torch.ones(len(cross), dtype=torch.float64, device=cross.device)
         else:
             to = self.read_grid(plan.dense)
-            own = resized(own.to(self.dense.dtype), smaller_grid(self.grids[layer], to), to)
+            given = smaller_grid(self.grids[layer], self.to) if layer in plan.refine else self.grids[layer]
+            own = resized(own.to(self.dense.dtype), smaller_grid(given, to), to)
             scaled = quotient(own, own.sum(2, keepdim=True)) if plan.renormalise else own
             weight = similarity(self.dense, scaled, plan.by).clamp_min(0)  # (B,)
             if layer in plan.refine and self.same_grid():
