@@ -18,7 +18,7 @@ from padseg.methods.stages.captions import Roles
 from padseg.types import Attention
 
 Grid = tuple[int, int]  # (h, w) in tokens
-CELLS_CPU, CELLS_GPU = 2**21, 2**26  # attention weights that exist at any time: 8 MB, which a processor's cache nearly holds, and 256 MB
+CELLS_CPU, CELLS_GPU = 2**21, 2**24  # attention weights that exist at any time: 8 MB, which a processor's cache nearly holds, and 64 MB
 CELLS_HEAD = 2**19  # the same of one head on a CPU: 2 MB
 SAFE, TINY = 64.0, 1e-30  # exp(SAFE) is far from overflow; sums of exponentials above TINY are as exact as others
 ROWS = 512  # of two affinities, compared at a time
