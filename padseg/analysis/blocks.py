@@ -23,6 +23,7 @@ from padseg.methods.stages.labels import label_map
 from padseg.methods.stages.latents import encode_steps
 from padseg.methods.stages.proposals import merge
 from padseg.methods.stages.scores import means, scale_scores
+from padseg.methods.stages.token_maps import read_prompt
 from padseg.types import Array, Attention, Frame, Image, Latent, Prompt, TokenMaps
 
 T = TypeVar('T')
@@ -135,10 +136,11 @@ def grouping(image: Image, truth: Array, backbone: Backbone, options: Options, s
     if resolved.geometry not in ('whole', 'stretch'):
         raise UsageError(f'analysis needs geometry whole or stretch; got {resolved.geometry}')
     by_cell: dict[Cell, Array] = {}
+    prompt = read_prompt(backbone, resolved.tokens)
     wanted = [resolved.step, *(step for step in steps if step != resolved.step)]
     for step, latent in zip(wanted, encode_steps(image, backbone, resolved, wanted), strict=True):
         reduce = partial(head_coverings, truth=truth, normalisation=resolved.normalisation, heads=step == resolved.step)
-        for layer, scores in enumerate(block_maps(latent, backbone, backbone.null_prompt, reduce)):
+        for layer, scores in enumerate(block_maps(latent, backbone, prompt, reduce)):
             by_cell |= {Cell(step, layer, head): covering for head, covering in scores.items()}
     return by_cell
 
