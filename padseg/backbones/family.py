@@ -66,10 +66,10 @@ class Family(Protocol):
         """Shapes of a prompt's tensors: `embeds`, `pooled`, and `mask` if pads are masked."""
 
     def compute_null_prompt(self, source: Source, transformer: Any, slots: int) -> dict[str, Tensor]:
-        """Encode the empty prompt with the text encoders: the tensors of `prompt_shapes`, float32, and any others to keep with them."""
+        """Encode the empty prompt with the text encoders: the tensors of `prompt_shapes`, float32."""
 
-    def null_tokens(self, slots: int, kept: Mapping[str, Tensor]) -> Sequence[TextToken]:
-        """The null prompt's picked tokens, which are the first ones. kept: the tensors of `compute_null_prompt`."""
+    def null_tokens(self, slots: int) -> Sequence[TextToken]:
+        """The null prompt's picked tokens, which are the first ones."""
 
     def attention_module(self, transformer: Any, layer: int) -> nn.Module:
         """Return the attention of a block in which image queries meet text keys: the joint one, or the cross-attention."""

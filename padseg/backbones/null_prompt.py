@@ -28,14 +28,14 @@ def null_prompt(family: Family, source: Source, transformer: Any, device: torch.
     shapes = family.prompt_shapes(slots, transformer.config)
     cached = cache_path(source)
     tensors, encoders = read_cache(cached)
-    if not have_shapes(tensors, shapes):
+    if shapes_of(tensors) != shapes:
         tensors = family.compute_null_prompt(source, transformer, slots)
-        if not have_shapes(tensors, shapes):
+        if shapes_of(tensors) != shapes:
             raise ModelUnavailable(f'the text encoders of {source.model} give {shapes_of(tensors)}; its transformer takes {shapes}')
         refuse_not_finite(source, tensors)
         encoders = content_hash(source.folder, part_files(source.folder, text_parts(source)))
         write_cache(tensors, cached, encoders=encoders)
-    names, kinds = zip(*family.null_tokens(slots, tensors), strict=True)
+    names, kinds = zip(*family.null_tokens(slots), strict=True)
     values = {name: tensors[name].to(device, dtype) for name in shapes}
     picked = tuple(range(len(names)))
     return Prompt(values['embeds'], values['pooled'], picked, names, mask=values.get('mask'), kinds=kinds), encoders
@@ -47,7 +47,7 @@ def cached_embedding(
     """The tensors of an encoded text from the cache, or from `encode`, and then cached if `keep`. shapes: of these tensors, by name."""
     path = cache_path(source, text)
     tensors, _ = read_cache(path)
-    if not have_shapes(tensors, shapes):
+    if shapes_of(tensors) != shapes:
         tensors = encode()
         refuse_not_finite(source, tensors)
         if keep:
@@ -77,11 +77,6 @@ def encoders_hash(source: Source) -> str | None:
     except ModelUnavailable:
         return None
     return content_hash(source.folder, part_files(source.folder, text_parts(source)))
-
-
-def have_shapes(tensors: dict[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether tensors of all these names have these shapes; a family may keep others with them."""
-    return shapes_of({name: tensor for name, tensor in tensors.items() if name in shapes}) == shapes
 
 
 def shapes_of(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
