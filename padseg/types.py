@@ -40,8 +40,9 @@ class TextToken(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """An encoded text. embeds: (1, L, D); pooled: (1, E), E = 0 if the model takes none; picked: the T columns to read, each in 0..L-1;
-    names: T words; kinds: of the empty prompt's T tokens, as of `TextToken`; empty for other texts.
+    """An encoded text. embeds: (1, L, D); pooled: (1, E), E = 0 if the model takes none; picked: the T columns to read, each in 0..L-1, or
+    below 0 for registers in front of the text; names: T words; kinds: of the empty prompt's T tokens, as of `TextToken`; empty for other
+    texts.
 
     weights: factors for summing the maps of all columns with the same name into one map; empty if each column has its own map.
     mask: (1, L), 0 for pads that the model does not attend to, else 1; None if it attends to all.

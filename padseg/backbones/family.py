@@ -68,8 +68,8 @@ class Family(Protocol):
     def compute_null_prompt(self, source: Source, transformer: Any, slots: int) -> dict[str, Tensor]:
         """Encode the empty prompt with the text encoders: the tensors of `prompt_shapes`, float32."""
 
-    def null_tokens(self, slots: int) -> Sequence[TextToken]:
-        """The null prompt's picked tokens, which are the first ones."""
+    def null_tokens(self, slots: int, tensors: Mapping[str, Tensor]) -> Sequence[TextToken]:
+        """The null prompt's picked tokens: registers, then the text's first ones. tensors: those of `prompt_shapes`."""
 
     def attention_module(self, transformer: Any, layer: int) -> nn.Module:
         """Return the attention of a block in which image queries meet text keys: the joint one, or the cross-attention."""

@@ -86,7 +86,7 @@ def prompt_shapes(slots: int, config: Any) -> dict[str, tuple[int, ...]]:
     return {'embeds': (1, slots, config.joint_attention_dim), 'pooled': (1, config.pooled_projection_dim)}
 
 
-def null_tokens(slots: int) -> Sequence[TextToken]:
+def null_tokens(slots: int, tensors: Mapping[str, Tensor]) -> Sequence[TextToken]:
     return padded(('</s>',), slots)
 
 

@@ -60,6 +60,15 @@ LAYOUTS: dict[str, FamilyLayout] = {
         tokenizers=('tokenizer', 'tokenizer_2'),
         small_vae='madebyollin/taef1',
     ),
+    'auraflow': FamilyLayout(
+        denoiser='transformer',
+        network='AuraFlowTransformer2DModel',
+        vae='AutoencoderKL',
+        schedulers=('FlowMatchEulerDiscreteScheduler',),
+        text_encoders={'text_encoder': 'UMT5EncoderModel'},
+        tokenizers=('tokenizer',),
+        small_vae='madebyollin/taesdxl',
+    ),
     'unet': FamilyLayout(
         denoiser='unet',
         network='UNet2DConditionModel',

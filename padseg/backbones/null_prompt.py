@@ -35,9 +35,10 @@ def null_prompt(family: Family, source: Source, transformer: Any, device: torch.
         refuse_not_finite(source, tensors)
         encoders = content_hash(source.folder, part_files(source.folder, text_parts(source)))
         write_cache(tensors, cached, encoders=encoders)
-    names, kinds = zip(*family.null_tokens(slots), strict=True)
+    names, kinds = zip(*family.null_tokens(slots, tensors), strict=True)
     values = {name: tensors[name].to(device, dtype) for name in shapes}
-    picked = tuple(range(len(names)))
+    before = kinds.count('register')  # in front of the text, so that they have the numbers below 0
+    picked = tuple(range(-before, len(names) - before))
     return Prompt(values['embeds'], values['pooled'], picked, names, mask=values.get('mask'), kinds=kinds), encoders
 
 

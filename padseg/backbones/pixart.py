@@ -57,7 +57,7 @@ def prompt_shapes(slots: int, config: Any) -> dict[str, tuple[int, ...]]:
     return {'embeds': (1, slots, config.caption_channels), 'pooled': (1, 0), 'mask': (1, slots)}
 
 
-def null_tokens(slots: int) -> Sequence[TextToken]:
+def null_tokens(slots: int, tensors: Mapping[str, Tensor]) -> Sequence[TextToken]:
     """The pads of the empty prompt are masked; nothing else is there to be read."""
     return padded(('</s>',), 1)
 

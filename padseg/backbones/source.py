@@ -357,7 +357,7 @@ def read_row(source: Source) -> Spec:
 def family_row(family: str, folder: pathlib.Path, values: Mapping[str, Any]) -> Spec:
     """Facts of a model that has no name here: those of a named one of its kind, with the side that its network was trained on."""
     if family not in ('unet', 'pixart'):
-        return BACKBONES[family]
+        return next(spec for spec in BACKBONES.values() if spec.family == family)
     spec = BACKBONES['pixart-sigma' if family == 'pixart' else 'sdxl' if values.get('addition_embed_type') else 'sd1.5']
     index = folder / 'model_index.json'
     if family == 'pixart' and index.is_file() and read_json(index).get('_class_name') == 'PixArtAlphaPipeline':

@@ -28,7 +28,13 @@ class Spec(NamedTuple):
 
 
 # configuration keys that give the number of blocks; those of a UNet are counted in its weights
-DEPTHS = {'sd3': ('num_layers',), 'flux': ('num_layers', 'num_single_layers'), 'unet': (), 'pixart': ('num_layers',)}
+DEPTHS = {
+    'sd3': ('num_layers',),
+    'flux': ('num_layers', 'num_single_layers'),
+    'auraflow': ('num_mmdit_layers', 'num_single_dit_layers'),
+    'unet': (),
+    'pixart': ('num_layers',),
+}
 # what padseg can give a UNet besides picture, time and text, by configuration key: SDXL's pooled text and sizes
 UNET_INPUTS = {
     'addition_embed_type': (None, 'text_time'),
@@ -46,6 +52,8 @@ BACKBONES: dict[str, Spec] = {
     'sd3.5': Spec(repo='stabilityai/stable-diffusion-3.5-medium'),
     # Seg4Diff names blocks 12 and 17; the later one, because loading up to it covers both
     'flux': Spec(repo='black-forest-labs/FLUX.1-dev', family='flux', layers=57, layer=17, steps=50, encoders='t5'),
+    # nobody has published an expert block of the next ones: theirs is at a third of the depth, as those of SD3 and Flux.1
+    'auraflow': Spec(repo='fal/AuraFlow-v0.3', family='auraflow', layers=36, layer=12, steps=50, sequence=256, encoders='t5'),
     # of the models below, the block whose queries are GoCA's dense feature
     'sd1.4': Spec(repo='CompVis/stable-diffusion-v1-4', family='unet', layers=16, layer=11, steps=1000, side=512, encoders='clip'),
     'sd1.5': Spec(
@@ -72,6 +80,7 @@ CARDS: dict[str, Card] = {
     'sd3': Card('Stability AI Community License', True),
     'sd3.5': Card('Stability AI Community License', True),
     'flux': Card('FLUX.1 [dev] Non-Commercial License', True),
+    'auraflow': Card('Apache-2.0', False),
     'sd1.4': Card('CreativeML Open RAIL-M License', False),
     'sd1.5': Card('CreativeML Open RAIL-M License', False),
     'sd2.1': Card('CreativeML Open RAIL++-M License', False),

@@ -88,7 +88,7 @@ def prompt_shapes(slots: int, config: Any) -> dict[str, tuple[int, ...]]:
     return {'embeds': (1, slots, config.cross_attention_dim), 'pooled': (1, pooled)}
 
 
-def null_tokens(slots: int) -> Sequence[TextToken]:
+def null_tokens(slots: int, tensors: Mapping[str, Tensor]) -> Sequence[TextToken]:
     return padded(('<|startoftext|>', '<|endoftext|>'), slots)
 
 

@@ -17,6 +17,7 @@ STRENGTH = Range('a strength from 0 to below 1000', 0, 1000)
 ROWS: dict[str, dict[str, Any]] = {
     'sd3': {'steps': 28, 'scale': 7.5},  # Seg4Diff's
     'flux': {'steps': 50, 'scale': 1.0},  # what the distilled model is told is apart from this
+    'auraflow': {'steps': 50, 'scale': 3.5},
     'unet': {'steps': 50, 'scale': 7.5},
     'pixart': {'steps': 20, 'scale': 4.5},
 }

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from padseg.types import Array, Image, Prompt
 
 TASK = 'classes'
-FAMILIES = frozenset({'sd3', 'flux'})
+FAMILIES = frozenset({'sd3', 'flux', 'auraflow'})
 BACKGROUND_BY_RULE = False
 PROMPTS = ('joined', 'template', 'per-class')
 ENCODERS = ('l', 'g', 'l+g', 't5', 'l+g+t5')

@@ -328,7 +328,7 @@ def test_sizes_for_people(size, text):
 # the list of models
 
 
-OPEN = ('sd1.4', 'sd1.5', 'sd2.1', 'sdxl', 'ssd-1b', 'pixart-sigma')  # models on the hub that anybody may download
+OPEN = ('auraflow', 'sd1.4', 'sd1.5', 'sd2.1', 'sdxl', 'ssd-1b', 'pixart-sigma')  # models on the hub that anybody may download
 
 
 def test_models_say_what_is_cached(tmp_path, sd3_folder):
