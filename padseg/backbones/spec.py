@@ -28,7 +28,13 @@ class Spec(NamedTuple):
 
 
 # configuration keys that give the number of blocks; those of a UNet are counted in its weights
-DEPTHS = {'sd3': ('num_layers',), 'flux': ('num_layers', 'num_single_layers'), 'unet': (), 'pixart': ('num_layers',)}
+DEPTHS = {
+    'sd3': ('num_layers',),
+    'flux': ('num_layers', 'num_single_layers'),
+    'flux2': ('num_layers', 'num_single_layers'),
+    'unet': (),
+    'pixart': ('num_layers',),
+}
 # what padseg can give a UNet besides picture, time and text, by configuration key: SDXL's pooled text and sizes
 UNET_INPUTS = {
     'addition_embed_type': (None, 'text_time'),
@@ -46,6 +52,12 @@ BACKBONES: dict[str, Spec] = {
     'sd3.5': Spec(repo='stabilityai/stable-diffusion-3.5-medium'),
     # Seg4Diff names blocks 12 and 17; the later one, because loading up to it covers both
     'flux': Spec(repo='black-forest-labs/FLUX.1-dev', family='flux', layers=57, layer=17, steps=50, encoders='t5'),
+    'flux2-klein-base': Spec(
+        repo='black-forest-labs/FLUX.2-klein-base-4B', family='flux2', layers=25, layer=8, steps=50, sequence=512, encoders='qwen3'
+    ),
+    'flux2-klein': Spec(
+        repo='black-forest-labs/FLUX.2-klein-4B', family='flux2', layers=25, layer=8, steps=50, sequence=512, encoders='qwen3'
+    ),
     # of the models below, the block whose queries are GoCA's dense feature
     'sd1.4': Spec(repo='CompVis/stable-diffusion-v1-4', family='unet', layers=16, layer=11, steps=1000, side=512, encoders='clip'),
     'sd1.5': Spec(
@@ -72,6 +84,8 @@ CARDS: dict[str, Card] = {
     'sd3': Card('Stability AI Community License', True),
     'sd3.5': Card('Stability AI Community License', True),
     'flux': Card('FLUX.1 [dev] Non-Commercial License', True),
+    'flux2-klein-base': Card('Apache-2.0', False),
+    'flux2-klein': Card('Apache-2.0', False),
     'sd1.4': Card('CreativeML Open RAIL-M License', False),
     'sd1.5': Card('CreativeML Open RAIL-M License', False),
     'sd2.1': Card('CreativeML Open RAIL++-M License', False),
