@@ -105,6 +105,8 @@ def locate_vae(name: str, source: Source, *, fetch: bool = True) -> Source:
     source: the model whose latents it makes.
     """
     repo = small_vae(source) if name == SMALL_VAE else name
+    if not repo:
+        raise UsageError(f"there is no small VAE in AutoencoderTiny's layout for {source.model}: use its own")
     folder, commit = pathlib.Path(repo), None
     if not folder.is_dir():
         if not HUB_ID.fullmatch(repo):

@@ -31,6 +31,7 @@ class Spec(NamedTuple):
 DEPTHS = {
     'sd3': ('num_layers',),
     'flux': ('num_layers', 'num_single_layers'),
+    'flux2': ('num_layers', 'num_single_layers'),
     'auraflow': ('num_mmdit_layers', 'num_single_dit_layers'),
     'unet': (),
     'pixart': ('num_layers',),
@@ -52,6 +53,12 @@ BACKBONES: dict[str, Spec] = {
     'sd3.5': Spec(repo='stabilityai/stable-diffusion-3.5-medium'),
     # Seg4Diff names blocks 12 and 17; the later one, because loading up to it covers both
     'flux': Spec(repo='black-forest-labs/FLUX.1-dev', family='flux', layers=57, layer=17, steps=50, encoders='t5'),
+    'flux2-klein-base': Spec(
+        repo='black-forest-labs/FLUX.2-klein-base-4B', family='flux2', layers=25, layer=8, steps=50, sequence=512, encoders='qwen3'
+    ),
+    'flux2-klein': Spec(
+        repo='black-forest-labs/FLUX.2-klein-4B', family='flux2', layers=25, layer=8, steps=50, sequence=512, encoders='qwen3'
+    ),
     # nobody has published an expert block of the next ones: theirs is at a third of the depth, as those of SD3 and Flux.1
     'auraflow': Spec(repo='fal/AuraFlow-v0.3', family='auraflow', layers=36, layer=12, steps=50, sequence=256, encoders='t5'),
     # of the models below, the block whose queries are GoCA's dense feature
@@ -80,6 +87,8 @@ CARDS: dict[str, Card] = {
     'sd3': Card('Stability AI Community License', True),
     'sd3.5': Card('Stability AI Community License', True),
     'flux': Card('FLUX.1 [dev] Non-Commercial License', True),
+    'flux2-klein-base': Card('Apache-2.0', False),
+    'flux2-klein': Card('Apache-2.0', False),
     'auraflow': Card('Apache-2.0', False),
     'sd1.4': Card('CreativeML Open RAIL-M License', False),
     'sd1.5': Card('CreativeML Open RAIL-M License', False),

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from padseg.types import Array, Image, LabelMap, TokenMaps
 
 TASK = 'regions'
-FAMILIES = frozenset({'sd3', 'flux', 'unet', 'pixart'})
+FAMILIES = frozenset({'sd3', 'flux', 'flux2', 'unet', 'pixart'})
 BACKGROUND_BY_RULE = False
 # options that come after the features
 LATER = ('tau', 'alpha', 'graph', 'clusters', 'tokens', 'refine', 'pamr_times', 'pamr_side', 'components', 'min_area', 'levels')
