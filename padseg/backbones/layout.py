@@ -78,6 +78,15 @@ LAYOUTS: dict[str, FamilyLayout] = {
         tokenizers=('tokenizer',),
         small_vae='madebyollin/taesdxl',
     ),
+    'zimage': FamilyLayout(
+        denoiser='transformer',
+        network='ZImageTransformer2DModel',
+        vae='AutoencoderKL',
+        schedulers=('FlowMatchEulerDiscreteScheduler',),
+        text_encoders={'text_encoder': 'Qwen3Model'},
+        tokenizers=('tokenizer',),
+        small_vae='madebyollin/taef1',
+    ),
     'unet': FamilyLayout(
         denoiser='unet',
         network='UNet2DConditionModel',

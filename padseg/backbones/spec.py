@@ -33,6 +33,7 @@ DEPTHS = {
     'flux': ('num_layers', 'num_single_layers'),
     'flux2': ('num_layers', 'num_single_layers'),
     'auraflow': ('num_mmdit_layers', 'num_single_dit_layers'),
+    'zimage': ('n_layers',),
     'unet': (),
     'pixart': ('num_layers',),
 }
@@ -61,6 +62,17 @@ BACKBONES: dict[str, Spec] = {
     ),
     # nobody has published an expert block of the next ones: theirs is at a third of the depth, as those of SD3 and Flux.1
     'auraflow': Spec(repo='fal/AuraFlow-v0.3', family='auraflow', layers=36, layer=12, steps=50, sequence=256, encoders='t5'),
+    'z-image': Spec(repo='Tongyi-MAI/Z-Image', family='zimage', layers=30, layer=10, steps=50, sequence=512, encoders='qwen3'),
+    'z-image-turbo': Spec(
+        repo='Tongyi-MAI/Z-Image-Turbo',
+        family='zimage',
+        layers=30,
+        layer=10,
+        steps=50,
+        sequence=512,
+        encoders='qwen3',
+        own={'generate': {'steps': 9, 'scale': 1.0}},  # it was distilled to few steps without guidance
+    ),
     # of the models below, the block whose queries are GoCA's dense feature
     'sd1.4': Spec(repo='CompVis/stable-diffusion-v1-4', family='unet', layers=16, layer=11, steps=1000, side=512, encoders='clip'),
     'sd1.5': Spec(
@@ -90,6 +102,8 @@ CARDS: dict[str, Card] = {
     'flux2-klein-base': Card('Apache-2.0', False),
     'flux2-klein': Card('Apache-2.0', False),
     'auraflow': Card('Apache-2.0', False),
+    'z-image': Card('Apache-2.0', False),
+    'z-image-turbo': Card('Apache-2.0', False),
     'sd1.4': Card('CreativeML Open RAIL-M License', False),
     'sd1.5': Card('CreativeML Open RAIL-M License', False),
     'sd2.1': Card('CreativeML Open RAIL++-M License', False),

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from padseg.types import Array, Image, Prompt
 
 TASK = 'classes'
-FAMILIES = frozenset({'sd3', 'flux', 'flux2', 'auraflow'})
+FAMILIES = frozenset({'sd3', 'flux', 'flux2', 'auraflow', 'zimage'})
 BACKGROUND_BY_RULE = False
 PROMPTS = ('joined', 'template', 'per-class')
 ENCODERS = ('l', 'g', 'l+g', 't5', 'l+g+t5', 'qwen3')
@@ -178,7 +178,7 @@ def prepare(backbone: Backbone, options: LabelOptions, classes: Sequence[str] = 
     resolved = options.resolve(backbone.spec)
     for layer in (*resolved.layers, *(resolved.refine_layers if resolved.order else ())):
         backbone.attention_module(layer)  # fails early if the block was not loaded
-    heads = backbone.transformer.config.num_attention_heads
+    heads: Any = backbone.attention_module(resolved.layers[0]).heads
     if resolved.head is not None and resolved.head >= heads:
         raise UsageError(f'head is one of 0..{heads - 1} for {backbone.identity.model}; got {resolved.head}')
     everything = stages.checked_names([*names, *resolved.background_words])

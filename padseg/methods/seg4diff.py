@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from padseg.types import Image, LabelMap, Proposals, TokenMaps
 
 TASK = 'regions'
-FAMILIES = frozenset({'sd3', 'flux', 'flux2', 'auraflow'})
+FAMILIES = frozenset({'sd3', 'flux', 'flux2', 'auraflow', 'zimage'})
 BACKGROUND_BY_RULE = False
 LATER = ('normalisation', 'threshold', 'refine', 'superpixels', 'join', 'components', 'min_area')  # options that come after the token maps
 UNREFINED = {'refine': 'none', 'superpixels': 0.0, 'join': 0.0, 'components': False, 'min_area': 0.0}  # the papers end with the argmax

@@ -140,6 +140,29 @@ def test_stopping_early_changes_nothing(backbone):
     assert not after and torch.equal(whole[2].query, stopped[2].query) and torch.equal(whole[2].key, stopped[2].key)
 
 
+def test_recording_changes_no_bit_and_outputs_are_projected(backbone):
+    """Every block's attention is recorded once; what it gives is what its projection takes, and behind that the block's own."""
+    z, projected, handles = latents(2, 4, 12, 20), {}, []
+    for layer in range(backbone.layers):
+        module = backbone.attention_module(layer)
+        assert module is backbone.self_attention_module(layer) and backbone.grid(layer, z.shape) == (6, 10)
+        handles.append(module.to_out[0].register_forward_hook(lambda _, __, out, layer=layer: projected.update({layer: out})))
+    requests = requests_of(backbone, range(backbone.layers), lambda seen: seen, ('queries', 'keys', 'output'))
+    with torch.no_grad():
+        plain = backbone.denoise(z, 100.0, backbone.null_prompt)
+        with watch(requests, stop=False) as kept:
+            recorded = backbone.denoise(z, 100.0, backbone.null_prompt)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(plain, recorded) and plain.shape == z.shape
+    first = backbone.first_image_token(backbone.null_prompt)
+    for layer in range(backbone.layers):
+        weight, bias = backbone.output_projection(layer)
+        mixed = kept[layer].output.transpose(1, 2).flatten(2)[:, first : first + 60]
+        assert bias is None
+        torch.testing.assert_close(mixed @ weight.T, projected[layer][:, -60:], atol=1e-5, rtol=1e-5)
+
+
 def test_registers_pads_and_template_are_told_apart(backbones, picture):
     """The end token comes before the pads or behind them, as the tokenizer says; each option reads the maps of its kind."""
     names = [f'<register {number}>' for number in range(8)]

@@ -328,7 +328,10 @@ def test_sizes_for_people(size, text):
 # the list of models
 
 
-OPEN = ('auraflow', 'sd1.4', 'sd1.5', 'sd2.1', 'sdxl', 'ssd-1b', 'pixart-sigma')  # models on the hub that anybody may download
+OPEN = (  # models on the hub that anybody may download
+    *('flux2-klein-base', 'flux2-klein', 'auraflow', 'z-image', 'z-image-turbo'),
+    *('sd1.4', 'sd1.5', 'sd2.1', 'sdxl', 'ssd-1b', 'pixart-sigma'),
+)
 
 
 def test_models_say_what_is_cached(tmp_path, sd3_folder):
