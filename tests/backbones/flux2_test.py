@@ -44,16 +44,6 @@ VOC = (
 ).split(', ')
 
 
-@pytest.fixture(scope='session')
-def flux2_folder(made_once):
-    return made_once('flux2', random_flux2)
-
-
-@pytest.fixture(scope='session')
-def flux2(flux2_folder):
-    return load(str(flux2_folder), device='cpu', whole=True)
-
-
 @pytest.fixture
 def folder(flux2_folder, tmp_path):
     """A copy of the model, to be changed."""
