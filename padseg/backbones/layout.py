@@ -12,8 +12,8 @@ class FamilyLayout(NamedTuple):
 
     denoiser: folder of the denoising network; network: its class; schedulers: the ones a model may come with, the first being the default
     if the configuration names none; text_encoders, tokenizers: the ones that every text goes through; small_vae: hub id of another VAE for
-    the same latents, in AutoencoderTiny's layout; '' if there is none. The second ones are of models whose network takes added text embeddings; large_vae: the
-    small VAE for latents scaled as SDXL's.
+    the same latents, in AutoencoderTiny's layout, or '' without one. The second ones are of models whose network takes added text
+    embeddings; large_vae: the small VAE for latents scaled as SDXL's.
     """
 
     denoiser: str

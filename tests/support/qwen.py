@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-WORDS = ('user', 'assistant', 'cat', 'Ġcat', 'Ġdog', 'Ġgrass', 'ĊĊ')
+WORDS = ('Ġcat', 'Ġdog', 'Ġgrass', 'cat', 'user', 'assistant', 'ĊĊ')  # earlier ones are made of letters first
 MARKS = ('<|endoftext|>', '<|im_start|>', '<|im_end|>')
 # what Qwen3's own template makes of one message of a user
 TEMPLATE = (
