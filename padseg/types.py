@@ -45,7 +45,8 @@ class Prompt(NamedTuple):
     texts.
 
     weights: factors for summing the maps of all columns with the same name into one map; empty if each column has its own map.
-    mask: (1, L), 0 for pads that the model does not attend to, else 1; None if it attends to all.
+    mask: (1, L), 0 for pads that the model does not attend to, or for which Z-Image puts its learned token, else 1; None if it attends to
+    all as they are.
     """
 
     embeds: Tensor

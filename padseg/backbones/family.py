@@ -63,7 +63,7 @@ class Family(Protocol):
         """Whether the VAE of a model with this configuration of its transformer runs in float32, because it overflows in 16 bits."""
 
     def prompt_shapes(self, slots: int, config: Any) -> dict[str, tuple[int, ...]]:
-        """Shapes of a prompt's tensors: `embeds`, `pooled`, and `mask` if pads are masked."""
+        """Shapes of a prompt's tensors: `embeds`, `pooled`, and `mask` if pads are masked or replaced."""
 
     def compute_null_prompt(self, source: Source, transformer: Any, slots: int) -> dict[str, Tensor]:
         """Encode the empty prompt with the text encoders: the tensors of `prompt_shapes`, float32."""

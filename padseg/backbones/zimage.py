@@ -66,7 +66,13 @@ def needs_exact_vae(config: Mapping[str, Any]) -> bool:
 
 
 def prompt_shapes(slots: int, config: Any) -> dict[str, tuple[int, ...]]:
-    return {'embeds': (1, slots, config.cap_feat_dim), 'pooled': (1, 0), 'mask': (1, slots)}
+    return text_shapes(len(THINKING.tokens), config)
+
+
+def text_shapes(count: int, config: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a text with so many tokens, those of its template included."""
+    length = filled_up(count)
+    return {'embeds': (1, length, config.cap_feat_dim), 'pooled': (1, 0), 'mask': (1, length)}
 
 
 def compute_null_prompt(source: Source, transformer: ZImageTransformer2DModel, slots: int) -> dict[str, Tensor]:
@@ -74,7 +80,7 @@ def compute_null_prompt(source: Source, transformer: ZImageTransformer2DModel, s
 
 
 def null_tokens(slots: int, tensors: Mapping[str, Tensor]) -> Sequence[TextToken]:
-    """The tokens of the chat's template, and the learned ones that fill them up: the transformer gets none for the slots behind."""
+    """The tokens of the chat's template, and the learned ones that fill them up."""
     tokens = [TextToken(name, 'template') for name in THINKING.names]
     return tokens + [TextToken(f'<learned pad {number}>', 'pad') for number in range(len(tokens), filled_up(len(tokens)))]
 
@@ -88,10 +94,13 @@ def text_encoder(source: Source) -> tuple[Any, Any]:
 
 
 def encode_text(encoder: Any, tokenizer: Any, slots: int, text: str) -> dict[str, Tensor]:
-    """Encode a text: the hidden states before the last layer, embeds (1, slots, D), zeros where no token is; mask (1, slots), 0 there;
-    pooled (1, 0)."""
+    """Encode a text, cut off behind `slots` tokens: the hidden states before the last layer, embeds (1, L, D), zeros where the transformer
+    fills up; mask (1, L), 0 there; pooled (1, 0)."""
     states, mask = qwen_states(encoder, tokenizer, text, slots, THINKING)
-    return {'embeds': states[-2].float() * mask[..., None], 'pooled': torch.zeros(1, 0), 'mask': mask.float()}
+    tokens = states[-2][mask.bool()].float()  # (n, D)
+    more = filled_up(len(tokens)) - len(tokens)
+    embeds, filled = nn.functional.pad(tokens, (0, 0, 0, more)), nn.functional.pad(torch.ones(len(tokens)), (0, more))
+    return {'embeds': embeds[None], 'pooled': torch.zeros(1, 0), 'mask': filled[None]}
 
 
 def attention_module(transformer: ZImageTransformer2DModel, layer: int) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor
 from padseg.backbones.null_prompt import cached_embedding
 from padseg.backbones.qwen_text import THINKING, qwen_tokens
 from padseg.backbones.source import Source, text_files
-from padseg.backbones.zimage import encode_text, prompt_shapes, text_encoder, tokenizers
+from padseg.backbones.zimage import encode_text, filled_up, text_encoder, text_shapes, tokenizers
 from padseg.errors import UsageError
 from padseg.types import Tokens
 
@@ -42,18 +42,21 @@ class ZImageTexts:
         return {'qwen3': qwen_tokens(self.qwen_tokenizer, text, self.source.spec.sequence, THINKING)}
 
     def mask(self, text: str) -> Tensor:
-        """1 for the slots of the template and the text, 0 for those behind, of which the transformer gets no token: (1, L)."""
-        slots = self.source.spec.sequence
-        count = len(self.tokens(text, 'qwen3')['qwen3'].spans)
-        return (torch.arange(slots)[None] < count).to(self.transformer.device, self.transformer.dtype)
+        """1 for the tokens of the template and the text, 0 where learned tokens fill up, which are attended to all the same: (1, L)."""
+        count = self.count(text)
+        return (torch.arange(filled_up(count))[None] < count).to(self.transformer.device, self.transformer.dtype)
+
+    def count(self, text: str) -> int:
+        """The number of tokens, those of the template included, without what is cut off."""
+        return min(len(self.tokens(text, 'qwen3')['qwen3'].spans), self.source.spec.sequence)
 
     def identity(self, encoders: str) -> str:
         return self.encoders_identity
 
     def encode(self, text: str, encoders: str, unused: str) -> tuple[Tensor, Tensor]:
         """Encode with Qwen3, or read the cache; the empty text is the null prompt."""
+        shapes = text_shapes(self.count(text), self.transformer.config)
         slots = self.source.spec.sequence
-        shapes = prompt_shapes(slots, self.transformer.config)
         tensors = cached_embedding(self.source, text, shapes, lambda: encode_text(*self.encoder, slots, text), self.keep)
         place, kind = self.transformer.device, self.transformer.dtype
         return tensors['embeds'].to(place, kind), tensors['pooled'].to(place, kind)

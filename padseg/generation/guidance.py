@@ -85,9 +85,7 @@ def with_blur(backbone: Backbone, blurring: Blurring, prompt: Prompt) -> Around:
 
 
 def blur_of(backbone: Backbone, settings: SamplingSettings) -> Blur:
-    """The blur that the settings ask for. UsageError for a block that the model does not have, or a model without slots."""
-    if backbone.spec.family == 'zimage':
-        raise UsageError(f'attention cannot be blurred in {backbone.identity.model}, whose texts have no fixed number of slots')
+    """The blur that the settings ask for. UsageError for a block that the model does not have."""
     names = backbone.layer_names()
     strange = [name for name in settings.perturb_layer if name not in names and not (name.isdecimal() and int(name) < len(names))]
     if strange:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from padseg.backbones import Backbone, load
 from padseg.backbones.cpu_attention import by_rows
@@ -144,10 +145,12 @@ def predict(backbone: Backbone, around: Around, prompts: Sequence[Prompt], call:
 
 
 def joined(prompts: Sequence[Prompt], count: int) -> Prompt:
-    """One prompt with `count` rows of each of several."""
-    embeds, pooled = (torch.cat([part.expand(count, *part.shape[1:]) for part in parts]) for parts in list(zip(*prompts, strict=True))[:2])
-    masks = [prompt.mask.expand(count, -1) for prompt in prompts if prompt.mask is not None]
-    return Prompt(embeds, pooled, (), (), mask=torch.cat(masks) if masks else None)
+    """One prompt with `count` rows of each of several, which are as long as the longest: those of Z-Image have lengths of their own."""
+    more = [max(other.embeds.shape[1] for other in prompts) - prompt.embeds.shape[1] for prompt in prompts]
+    embeds = [pad(prompt.embeds, (0, 0, 0, by)).expand(count, -1, -1) for prompt, by in zip(prompts, more, strict=True)]
+    pooled = [prompt.pooled.expand(count, -1) for prompt in prompts]
+    masks = [pad(prompt.mask, (0, by)).expand(count, -1) for prompt, by in zip(prompts, more, strict=True) if prompt.mask is not None]
+    return Prompt(torch.cat(embeds), torch.cat(pooled), (), (), mask=torch.cat(masks) if masks else None)
 
 
 def first_noise(backbone: Backbone, cells: int, generators: Sequence[torch.Generator]) -> Tensor:
