@@ -16,6 +16,9 @@ from safetensors.torch import load_file, save_file
 from support.flux2 import SLOTS, random_flux2
 from torch import nn
 
+from padseg.analysis.blocks import token_groups
+from padseg.analysis.recording import Text
+from padseg.analysis.tokens import slot_names
 from padseg.backbones import load
 from padseg.backbones.availability import model_state, reckon_memory
 from padseg.backbones.cpu_attention import by_rows
@@ -28,6 +31,9 @@ from padseg.backbones.spec import BACKBONES
 from padseg.backbones.texts import texts_of
 from padseg.commands import main
 from padseg.errors import ModelUnavailable, UsageError
+from padseg.generation.guidance import guide_of
+from padseg.generation.sample import sample, sampler_of
+from padseg.generation.settings import SamplingSettings
 from padseg.methods.diffcut import DiffCutOptions
 from padseg.methods.open_vocabulary import LabelOptions, label, score_maps
 from padseg.methods.seg4diff import Options, segment, token_maps
@@ -431,6 +437,28 @@ def test_names_for_the_pictures_of_a_folder(flux2_folder, flux2, tmp_path, pictu
     assert np.array_equal(np.asarray(Image.open(tmp_path / 'out' / 'labels' / 'wide.png.png')), expected)
     settings = json.loads((tmp_path / 'out' / 'run.json').read_text())['settings']
     assert (settings['encoders'], settings['columns'], settings['layers']) == ('qwen3', 'qwen3', '2')
+
+
+def test_pictures_are_those_of_the_pipeline(flux2, pipeline):
+    """With classifier-free guidance, from the same noise."""
+    settings = SamplingSettings(steps=3, size=32, scale=3.0).resolve(flux2.spec)
+    (found,) = sample(sampler_of(flux2), ['a cat on grass'], [3], settings, guide_of(flux2, settings), with_tokens=False)
+    noise = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        text, empty = (pipeline.encode_prompt(one, max_sequence_length=SLOTS)[0].float() for one in ('a cat on grass', ''))
+    given = {'latents': pipeline._patchify_latents(noise), 'num_inference_steps': 3, 'guidance_scale': 3.0, 'height': 32, 'width': 32}
+    (expected,) = pipeline(prompt_embeds=text, negative_prompt_embeds=empty, output_type='np', **given).images
+    assert found.shape == (32, 32, 3) and np.abs(found - 255 * expected).max() < 1.01 and found.std() > 2
+
+
+def test_measures_tell_the_template_from_pads(flux2, picture):
+    """Groups of tokens, and names of single ones."""
+    groups = token_groups(flux2, flux2.null_prompt, 60)
+    assert groups['first'] == [0] and groups['template'] == list(range(1, TEMPLATE)) and groups['pads'] == list(range(TEMPLATE, SLOTS))
+    tokens = texts_of(flux2).tokens('cat dog', 'qwen3')
+    names = slot_names(Text('cat dog', flux2.null_prompt, tokens))
+    assert [names[column] for column in range(3, 6)] == ['cat', ' dog', '(template)']
+    assert names[0] == '(template)' and names[SLOTS - 1] == '(pad)'
 
 
 @pytest.mark.parametrize('layer', [1, 3])

@@ -34,6 +34,7 @@ def made(name: str, make_model, make_flux, folder: pathlib.Path) -> pathlib.Path
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['sd3.5-large', 'openflux', 'flux2-klein'])
 def test_a_model_of_the_rows_blocks(name, make_model, make_flux, tmp_path, picture):
     """It has as many blocks as the row says; up to the row's own block the maps are those of the whole model."""
