@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from support.auraflow import AURAFLOW, SLOTS, random_auraflow
 from support.crossing import changed_by_files
 
+from padseg.analysis.blocks import token_groups
+from padseg.analysis.recording import text_of, token_sets
 from padseg.backbones import auraflow, load
 from padseg.backbones.availability import model_state, reckon_memory
 from padseg.backbones.recorder import requests_of, watch
@@ -178,6 +180,17 @@ def test_registers_pads_and_template_are_told_apart(backbones, picture):
             kept = [number for number, other in enumerate(prompt.kinds) if other == kind]
             assert some.names == tuple(prompt.names[number] for number in kept)
             assert torch.equal(some.maps, everything.maps[kept])
+
+
+def test_analyses_know_all_tokens(backbones):
+    """Each is in one group; registers are neither of the image nor of the text."""
+    for side, backbone in backbones.items():
+        groups = token_groups(backbone, backbone.null_prompt, 6)
+        assert sorted(token for group in groups.values() for token in group) == list(range(TEXT + 6))
+        assert groups['registers'] == list(range(8)) and groups['image'] == list(range(TEXT, TEXT + 6)) and 'rest' not in groups
+        sets = token_sets(backbone, text_of(texts_of(backbone), 'cat', 't5'), 6)
+        assert sets['text'] == list(range(8, TEXT)) and sets['others'] == list(range(8)) and set(sets['t5']) <= set(sets['text'])
+        assert sets['prompt'] == [8 if side == 'right' else TEXT - 2]
 
 
 # loading

@@ -17,6 +17,8 @@ from support.crossing import changed_by_files
 from support.zimage import SLOTS, WIDTH, ZIMAGE, random_zimage
 from transformers import Qwen3Model
 
+from padseg.analysis.blocks import token_groups
+from padseg.analysis.recording import text_of, token_sets
 from padseg.backbones import load, zimage
 from padseg.backbones.availability import model_state, reckon_memory
 from padseg.backbones.recorder import requests_of, watch
@@ -202,6 +204,15 @@ def test_pads_are_the_learned_token(copied, picture):
     assert (maps[0] - maps[1])[8:].abs().max() > 1e-3
     save_file({name: tensor for name, tensor in tensors.items() if name != 'cap_pad_token'}, path, {'format': 'pt'})
     assert 'lack 1 tensors, cap_pad_token first' in refusal(copied)
+
+
+def test_analyses_know_all_tokens(backbone):
+    """Each is in one group; what fills up an image is neither of the image nor of the text."""
+    groups = token_groups(backbone, backbone.null_prompt, 60)
+    assert sorted(token for group in groups.values() for token in group) == list(range(96))
+    assert groups['rest'] == list(range(60, 64)) and groups['first'] == [64] and groups['pads'] == list(range(72, 96))
+    sets = token_sets(backbone, text_of(texts_of(backbone), 'cat', 'qwen3'), 60)
+    assert sets['text'] == list(range(64, 96)) and sets['others'] == list(range(60, 64)) and sets['prompt'] == [67]
 
 
 # loading
