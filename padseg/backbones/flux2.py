@@ -11,7 +11,7 @@ from diffusers import Flux2Transformer2DModel
 from torch import Tensor, nn
 
 from padseg.backbones.family import Dimensions, padded
-from padseg.backbones.flux import PATCH, blocks, grid, layer_names, packed, unpacked
+from padseg.backbones.flux import PATCH, blocks as blocks, grid as grid, layer_names as layer_names, packed, unpacked
 from padseg.backbones.layout import LAYOUTS
 from padseg.backbones.noise import NoiseLevel, flow_level, scheduled
 from padseg.backbones.parts import read_text_encoders
@@ -25,8 +25,6 @@ TEXT_DTYPE = torch.bfloat16  # Qwen3's published precision
 LIMIT = 192  # tokens along a side, as for Flux.1
 GUIDANCE = 4.0  # the pipeline's default, for models that are told one, such as FLUX.2-dev
 STATES = (9, 18, 27)  # whose hidden states of Qwen3 are the embedding, side by side
-
-__all__ = ['blocks', 'grid', 'layer_names']  # as of Flux.1
 
 
 def size(config: Any) -> Dimensions:

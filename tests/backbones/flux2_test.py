@@ -227,6 +227,17 @@ def test_whole_numbers_are_counters_and_no_weights(folder, empty_cache):
         load(str(folder), device='cpu')
 
 
+def test_other_patches_are_refused(folder):
+    path = folder / 'vae' / 'diffusion_pytorch_model.safetensors'
+    tensors = load_file(path)
+    save_file(
+        {name: tensor[:4].clone() if name.startswith('bn.run') else tensor for name, tensor in tensors.items()}, path, {'format': 'pt'}
+    )
+    changed(folder / 'vae' / 'config.json', patch_size=[1, 1])
+    with pytest.raises(ModelUnavailable, match=r'vae/config.json: patch_size is \[2, 2\]; got'):
+        load(str(folder), device='cpu')
+
+
 def test_doctor_says_whether_it_loads(folder, empty_cache):
     state, source = model_state(str(folder))
     assert state.usable and source is not None
