@@ -26,6 +26,7 @@ COLOURS = {
     'empty': '#aa3377',
     'prompt': '#228833',
     'sos': '#ee6677',
+    'others': '#bbbbbb',
 }
 SIDE = 3.4  # of a panel, in inches
 

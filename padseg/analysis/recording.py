@@ -96,14 +96,15 @@ def token_sets(backbone: Backbone, text: Text, image_tokens: int) -> dict[str, l
     """Positions among the keys of sets of tokens, some of them empty.
 
     image: the image tokens; text: all text slots, and of these: clip, t5: the slots of that tokenizer; empty: slots that no text encoder
-    fills, T5's in SD3 without T5; prompt: tokens of the text itself, without start, end and pads; sos: CLIP's start token.
+    fills, T5's in SD3 without T5; prompt: tokens of the text itself, without start, end and pads; sos: CLIP's start token. others, if there
+    are any: those of neither image nor text, such as AuraFlow's registers.
     """
     start, slots = backbone.first_image_token(text.prompt), text.prompt.embeds.shape[1]
 
     def among_keys(columns: Sequence[int]) -> list[int]:
         return backbone.text_columns(text.prompt._replace(picked=tuple(columns)), image_tokens)
 
-    filled = {kind: [tokens.first + place for place in range(tokens.slots)] for kind, tokens in text.tokens.items()}
+    filled = {kind: list(range(tokens.first, min(tokens.first + tokens.slots, slots))) for kind, tokens in text.tokens.items()}
     known = {column for columns in filled.values() for column in columns}
     own = [
         tokens.first + place
@@ -111,13 +112,16 @@ def token_sets(backbone: Backbone, text: Text, image_tokens: int) -> dict[str, l
         for place, (begin, end) in enumerate(tokens.spans)
         if begin < end or place in tokens.blanks
     ]
+    image, words = list(range(start, start + image_tokens)), among_keys(range(slots))
+    others = sorted({*range(max(*image, *words))}.difference(image, words))
     return {
-        'image': list(range(start, start + image_tokens)),
-        'text': among_keys(range(slots)),
+        'image': image,
+        'text': words,
         **{kind: among_keys(filled.get(kind, ())) for kind in ('clip', 't5')},
         'empty': among_keys([column for column in range(slots) if column not in known]),
         'prompt': among_keys(own),
         'sos': among_keys([text.tokens['clip'].first] if 'clip' in text.tokens else ()),
+        **({'others': others} if others else {}),
     }
 
 

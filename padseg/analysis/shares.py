@@ -92,7 +92,7 @@ def measure(source: Source) -> Shares:
 
 def uniform_of(sight: Sight) -> Array:
     """Part of the keys that is in each set: (G,)."""
-    return sizes(sight.sets) / (len(sight.sets['image']) + len(sight.sets['text']))
+    return sizes(sight.sets) / sum(len(sight.sets.get(name, ())) for name in ('image', 'text', 'others'))
 
 
 def rows(shares: Shares) -> list[dict[str, Any]]:

@@ -216,7 +216,7 @@ def lora_named(lora: str | os.PathLike[str] | None, scale: float) -> str | None:
 
 
 def family_of(spec: Spec) -> Family:
-    """Return the module for the architecture that a spec names: flux, pixart, sd3 or unet."""
+    """Return the module for the architecture that a spec names, such as flux or sd3."""
     assert spec.family in DEPTHS
     return cast('Family', imported(f'padseg.backbones.{spec.family}'))
 

@@ -21,9 +21,11 @@ class _ByRows(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _plain(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *others: Any, **named: Any) -> bool:
-    """Return whether this is 16-bit attention on a CPU without a mask, dropout, causality or a custom scale."""
-    unusual = attn_mask is not None or any(others) or any(named.values())
+def _plain(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *others: Any, scale: float | None = None, **named: Any
+) -> bool:
+    """Return whether this is 16-bit attention on a CPU without a mask, dropout, causality or a scale other than the usual."""
+    unusual = attn_mask is not None or any(others) or any(named.values()) or scale not in (None, query.shape[-1] ** -0.5)
     return not unusual and query.device.type == 'cpu' and query.dtype in (torch.bfloat16, torch.float16)
 
 

@@ -35,9 +35,11 @@ def null_prompt(family: Family, source: Source, transformer: Any, device: torch.
         refuse_not_finite(source, tensors)
         encoders = content_hash(source.folder, part_files(source.folder, text_parts(source)))
         write_cache(tensors, cached, encoders=encoders)
-    names = tuple(family.null_names(slots))
+    names, kinds = zip(*family.null_tokens(slots, tensors), strict=True)
     values = {name: tensors[name].to(device, dtype) for name in shapes}
-    return Prompt(values['embeds'], values['pooled'], tuple(range(len(names))), names, mask=values.get('mask')), encoders
+    before = kinds.count('register')  # in front of the text, so that they have the numbers below 0
+    picked = tuple(range(-before, len(names) - before))
+    return Prompt(values['embeds'], values['pooled'], picked, names, mask=values.get('mask'), kinds=kinds), encoders
 
 
 def cached_embedding(

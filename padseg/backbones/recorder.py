@@ -81,7 +81,7 @@ def inputs_of(
     enable_gqa: bool = False,
 ) -> Attention:
     """The inputs of a call of fused attention, with the names of torch's arguments. PadsegError for a kind that padseg cannot read."""
-    if is_causal or scale is not None or enable_gqa:
+    if is_causal or scale not in (None, query.shape[-1] ** -0.5) or enable_gqa:
         raise PadsegError('padseg cannot read attention that is causal, has its own scale or groups heads')
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)

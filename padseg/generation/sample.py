@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from padseg.backbones import Backbone, load
 from padseg.backbones.cpu_attention import by_rows
 from padseg.backbones.cpu_norm import exact_norms
+from padseg.backbones.latent_scale import unscaled
 from padseg.backbones.texts import Texts as Encoders, texts_of
 from padseg.backbones.unet import empty_is_zeros
 from padseg.errors import NotFinite, UsageError
@@ -143,10 +145,12 @@ def predict(backbone: Backbone, around: Around, prompts: Sequence[Prompt], call:
 
 
 def joined(prompts: Sequence[Prompt], count: int) -> Prompt:
-    """One prompt with `count` rows of each of several."""
-    embeds, pooled = (torch.cat([part.expand(count, *part.shape[1:]) for part in parts]) for parts in list(zip(*prompts, strict=True))[:2])
-    masks = [prompt.mask.expand(count, -1) for prompt in prompts if prompt.mask is not None]
-    return Prompt(embeds, pooled, (), (), mask=torch.cat(masks) if masks else None)
+    """One prompt with `count` rows of each of several, which are as long as the longest: those of Z-Image have lengths of their own."""
+    more = [max(other.embeds.shape[1] for other in prompts) - prompt.embeds.shape[1] for prompt in prompts]
+    embeds = [pad(prompt.embeds, (0, 0, 0, by)).expand(count, -1, -1) for prompt, by in zip(prompts, more, strict=True)]
+    pooled = [prompt.pooled.expand(count, -1) for prompt in prompts]
+    masks = [pad(prompt.mask, (0, by)).expand(count, -1) for prompt, by in zip(prompts, more, strict=True) if prompt.mask is not None]
+    return Prompt(torch.cat(embeds), torch.cat(pooled), (), (), mask=torch.cat(masks) if masks else None)
 
 
 def first_noise(backbone: Backbone, cells: int, generators: Sequence[torch.Generator]) -> Tensor:
@@ -193,8 +197,8 @@ def encoded(sampler: Sampler, text: str, settings: SamplingSettings) -> Prompt:
 @torch.no_grad()
 def decode(backbone: Backbone, z: Tensor) -> list[Image]:
     """Decode clean latents (B, C, h, w), one at a time: (H, W, 3) RGB. NotFinite if numbers overflow."""
-    config, images = backbone.vae.config, []
-    z = z / config.scaling_factor + (config.shift_factor or 0.0)
+    images = []
+    z = unscaled(backbone.vae, z)
     for one in z.to(backbone.vae.dtype).split(1):
         with by_rows(), exact_norms():
             pixels = backbone.vae.decode(one.contiguous(memory_format=torch.channels_last), return_dict=False)[0].float()

@@ -27,7 +27,8 @@ def test_sixteen_bits_on_a_cpu_go_by_rows(dtype, bound):
     query, key, value = drawn(1, 2, 50, 8, dtype=dtype), drawn(1, 2, 60, 8, dtype=dtype), drawn(1, 2, 60, 8, dtype=dtype)
     with by_rows():
         found = scaled_dot_product_attention(query, key, value, dropout_p=0.0, is_causal=False)
-    assert found.dtype == dtype and torch.equal(found, attention_by_rows(query, key, value))
+        usual = scaled_dot_product_attention(query, key, value, dropout_p=0.0, scale=8**-0.5, is_causal=False)  # as AuraFlow's
+    assert found.dtype == dtype and torch.equal(found, attention_by_rows(query, key, value)) and torch.equal(found, usual)
     exact = scaled_dot_product_attention(query.float(), key.float(), value.float())
     assert (found.float() - exact).abs().max() < bound
 

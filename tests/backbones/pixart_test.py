@@ -19,6 +19,7 @@ from padseg.backbones.source import locate
 from padseg.backbones.spec import BACKBONES
 from padseg.backbones.texts import texts_of
 from padseg.errors import ModelUnavailable, UsageError
+from padseg.methods import seg4diff
 from padseg.methods.seg4diff import segment
 from padseg.methods.stages.attention import token_attention
 from padseg.types import Prompt
@@ -180,7 +181,8 @@ def test_rows(pixart_folders, tmp_path):
 
 
 def test_methods_for_other_models_refuse_it_by_name(pixarts, picture):
-    with pytest.raises(UsageError, match='^seg4diff does not support .* of the family pixart; supported: flux, sd3$'):
+    known = ', '.join(sorted(seg4diff.FAMILIES))
+    with pytest.raises(UsageError, match=f'^seg4diff does not support .* of the family pixart; supported: {known}$'):
         segment(picture, pixarts['sigma'])
 
 

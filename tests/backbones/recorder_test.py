@@ -225,6 +225,14 @@ def test_masks_of_truth_values_become_additive():
     torch.testing.assert_close((tokens @ tokens.transpose(2, 3) / 8**0.5)[..., mask].softmax(-1).mean(1)[0], weights[:, mask])
 
 
+def test_a_scale_that_is_the_usual_one_changes_nothing():
+    """AuraFlow names it."""
+    module, tokens = Plain(), torch.randn((1, 2, 6, 8), generator=torch.Generator().manual_seed(0))
+    with watch({0: Request(module, whole_call, ALL)}, stop=False) as kept:
+        module(tokens, scale=8**-0.5)
+    assert torch.equal(kept[0].query, tokens) and torch.equal(kept[0].output, module(tokens))
+
+
 @pytest.mark.parametrize('options', [{'is_causal': True}, {'scale': 0.1}, {'enable_gqa': True}])
 def test_attention_of_another_kind_is_refused(options):
     module = Plain()
