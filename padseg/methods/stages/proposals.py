@@ -22,11 +22,32 @@ def merge(maps: TokenMaps, threshold: float = 0.1, normalisation: str = 'release
 
     threshold >= 0 bounds half the symmetric KL divergence between maps as distributions over space: 0 merges none, inf merges all.
     """
+    check_threshold(threshold)
+    normalised = normalise(maps.maps, normalisation).flatten(1)  # (T, h w)
+    return averaged(maps, normalised, near_groups(as_shares(normalised, normalisation), threshold))
+
+
+def merge_each(maps: TokenMaps, thresholds: Sequence[float], normalisation: str) -> list[Proposals]:
+    """As `merge`, at each of several thresholds, for which all maps are compared once."""
+    for threshold in thresholds:
+        check_threshold(threshold)
+    normalised = normalise(maps.maps, normalisation).flatten(1)  # (T, h w)
+    distance = symmetric_kl(as_shares(normalised, normalisation))
+    return [averaged(maps, normalised, greedy_groups(distance, threshold)) for threshold in thresholds]
+
+
+def check_threshold(threshold: float) -> None:
     if not threshold >= 0:
         raise UsageError(f'threshold is a number >= 0 or inf; got {threshold}')
-    normalised = normalise(maps.maps, normalisation).flatten(1)  # (T, h w)
-    shares = spatial(normalised) if normalisation == 'share' else normalised  # the others are distributions over space already
-    groups = near_groups(shares, threshold)
+
+
+def as_shares(normalised: Tensor, normalisation: str) -> Tensor:
+    """Normalised maps as distributions over space, (T, N); all but `share` gives those already."""
+    return spatial(normalised) if normalisation == 'share' else normalised
+
+
+def averaged(maps: TokenMaps, normalised: Tensor, groups: tuple[tuple[int, ...], ...]) -> Proposals:
+    """The means of groups of normalised maps (T, h w)."""
     merged = torch.stack([mean_of(normalised, group) for group in groups])  # (M, h w)
     return Proposals(merged.unflatten(1, maps.maps.shape[1:]), groups, maps.frame)
 
