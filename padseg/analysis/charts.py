@@ -194,7 +194,7 @@ def expert_figure(expert: Expert) -> Any:
             curves.plot(expert.thresholds, values, 'o-', ms=3, lw=1, label=name)
     curves.axvline(expert.threshold, linestyle=':', lw=1, color='red')
     best = f'block {expert.best.layer}, step {expert.best.step}, {expert.best.normalisation}'
-    curves.set(title=best, xlabel='threshold', xscale='symlog' if 0 in expert.thresholds else 'log', ylim=(-0.05, 1.05))
+    curves.set(title=best, xlabel='threshold', xscale='log')
     curves.legend(fontsize=7)
     axes = below.subplots(lines, columns, squeeze=False)
     for axis in axes.flat:

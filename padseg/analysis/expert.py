@@ -29,6 +29,7 @@ from padseg.types import Array, Attention, Latent
 THRESHOLDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # for merging; distances between maps differ from block to block
 LARGEST = 100.0  # no distance is as large, so that it stands for inf
 SEEDS = 2  # of the noise, for pictures without labels
+NEAR = 1e-3  # between scores that are as good as the same
 MEASURES = ('score', 'covering', 'agreement', 'chance', 'coherence', 'groups')
 
 
@@ -136,8 +137,8 @@ def figures_of(subject: Subject, found: Sequence[Sequence[Array]], other: Sequen
     nothing = np.full(len(first), np.nan)
     rows = {
         'covering': nothing if subject.truth is None else covered(first, subject.truth),
-        'agreement': np.array([agreement(*pair) for pair in zip(*found, strict=True)]) if len(found) > 1 else nothing,
-        'chance': nothing if other is None else np.array([agreement(labels, as_large(rest, labels)) for labels, rest in zip(first, other)]),
+        'agreement': np.array([shared(*pair) for pair in zip(*found, strict=True)]) if len(found) > 1 else nothing,
+        'chance': nothing if other is None else np.array([shared(labels, as_large(rest, labels)) for labels, rest in zip(first, other, strict=True)]),
         'coherence': np.array([coherence(labels) for labels in first]),
         'groups': np.array([len(np.unique(labels)) for labels in first], float),
     }
@@ -149,11 +150,10 @@ def as_large(labels: Array, like: Array) -> Array:
     return cv2.resize(labels, like.shape[::-1], interpolation=cv2.INTER_NEAREST) if labels.shape != like.shape else labels
 
 
-def agreement(one: Array, other: Array) -> float:
-    """Information that two label maps (h, w) share, as part of the mean of what each has: 0..1, 0 if each is a single region."""
+def shared(one: Array, other: Array) -> float:
+    """Information in bits that two label maps (h, w) share, >= 0: what one tells of the other's region at a pixel."""
     table = contingency(one, other) / one.size
-    rows, columns, both = entropy(table.sum(1)), entropy(table.sum(0)), entropy(table)
-    return 2 * (rows + columns - both) / (rows + columns) if rows + columns > 0 else 0.0
+    return entropy(table.sum(1)) + entropy(table.sum(0)) - entropy(table)
 
 
 def coherence(labels: Array) -> float:
@@ -171,16 +171,27 @@ def mean_of(readings: Sequence[Array]) -> Array:
 
 
 def scored(means: Array, labelled: bool) -> Array:
-    """Fill in the score: the covering; or the agreement beyond chance, times the square of the coherence."""
+    """Fill in the score: the covering; or the agreement beyond chance, in bits, times the square of the coherence."""
     row = dict(zip(MEASURES, means, strict=True))
     score = row['covering'] if labelled else (row['agreement'] - row['chance']) * np.maximum(row['coherence'], 0) ** 2
     return np.stack([score, *means[1:]])
 
 
 def best_of(figures: Mapping[Cell, Array]) -> tuple[Cell, int]:
-    """The cell and the place of the threshold with the highest score, of equal ones the first."""
+    """The cell with the highest score, of equal ones the first, and the place of its threshold."""
     best = max(figures, key=lambda cell: float(figures[cell][0].max()))
-    return best, int(figures[best][0].argmax())
+    return best, best_threshold(figures[best])
+
+
+def best_threshold(values: Array) -> int:
+    """The place of the highest score; where its neighbours have nearly the same, the middle of them, which is the safest."""
+    good = values[0] >= values[0].max() - NEAR
+    first = last = int(values[0].argmax())
+    while first > 0 and good[first - 1]:
+        first -= 1
+    while last + 1 < len(good) and good[last + 1]:
+        last += 1
+    return (first + last) // 2
 
 
 def settings(expert: Expert) -> dict[str, Any]:
@@ -195,7 +206,7 @@ def settings(expert: Expert) -> dict[str, Any]:
 
 def rows(expert: Expert) -> list[dict[str, Any]]:
     """A row for every cell, with the measures at its best threshold; None for what was not measured."""
-    return [row_of(expert, cell, int(expert.figures[cell][0].argmax())) for cell in expert.figures]
+    return [row_of(expert, cell, best_threshold(expert.figures[cell])) for cell in expert.figures]
 
 
 def summary(expert: Expert) -> list[dict[str, Any]]:

@@ -303,9 +303,8 @@ def grid_command(**given: Any) -> int:
 def expert_command(**given: Any) -> int:
     """Find the block, noise level and threshold with which a model groups pictures best, and write them as settings.
 
-    With labels, the score is the covering of their regions. Without, it is how far regions stay the same with another noise, more than
-    they are like those of another picture, times the square of their coherence. Writes OUT/padseg.json besides, which `padseg run --config`
-    reads.
+    With labels, the score is the covering of their regions. Without, it is how much regions tell of those with another noise, more than of
+    those of another picture, in bits, times the square of their coherence. Also writes OUT/padseg.json, which `padseg run --config` reads.
     """
     from padseg.analysis import charts, expert
     from padseg.analysis.asked import found_expert

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from padseg.commands.config import METHOD, config_flag
 from padseg.commands.flags import (
-    METHOD,
     MethodCommand,
     compile_flag,
     lora_flags,
@@ -90,6 +90,7 @@ class EvalCommand(MethodCommand):
 @click.option('--vae', help="a faster VAE for SD3's latents: tiny (TAESD3), a hub id, or a folder with an AutoencoderTiny")
 @compile_flag
 @lora_flags
+@config_flag
 @click.option('--names', type=click.Choice(NAMES), help=f'{NAMING}: use the class names present in a picture, or all (default: {NAMES[0]})')
 @click.option('--quiet', '-q', is_flag=True, help='no progress on stderr')
 @click.option('--json', 'as_json', is_flag=True, help='print one JSON object')

@@ -10,13 +10,13 @@ from typing import Any
 
 import click
 
+from padseg.commands.config import METHOD, config_flag
 from padseg.images import EXIF, FRAMES, MAX_BYTES, MAX_MEMORY, MAX_PIXELS, MAX_SECONDS, Reading
 from padseg.methods import DEFAULTS, METHODS, Method, usual_model
 from padseg.methods.options import MethodOptions, kind_of
 from padseg.run.job import ENGINES
 
 POSITIVE = click.IntRange(min=1)
-METHOD = 'padseg.method'  # key of the method's name in a context's meta
 compile_flag = click.option(
     '--compile', is_flag=True, help='compile the transformer at the first picture; pays off for many pictures and needs a C++ compiler'
 )
@@ -36,6 +36,7 @@ JOB = (
     ),
     compile_flag,
     *LORA,
+    config_flag,
     click.option(
         '--batch', type=click.IntRange(min=1), default=1, show_default=True, help='pictures per forward pass; does not change results'
     ),
