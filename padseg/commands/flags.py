@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from padseg.backbones import QUANTIZED
 from padseg.commands.config import METHOD, config_flag
 from padseg.images import EXIF, FRAMES, MAX_BYTES, MAX_MEMORY, MAX_PIXELS, MAX_SECONDS, Reading
 from padseg.methods import DEFAULTS, METHODS, Method, usual_model
@@ -19,6 +20,11 @@ from padseg.run.job import ENGINES
 POSITIVE = click.IntRange(min=1)
 compile_flag = click.option(
     '--compile', is_flag=True, help='compile the transformer at the first picture; pays off for many pictures and needs a C++ compiler'
+)
+quantize_flag = click.option(
+    '--quantize',
+    type=click.Choice(QUANTIZED),
+    help="keep the weights of the transformer's linear layers in 8 bits, which halves their memory; needs padseg[quantize]",
 )
 LORA = (
     click.option('--lora', metavar='PATH', help="a LoRA for the model in diffusers' layout: a safetensors file, or a folder with one"),
@@ -35,6 +41,7 @@ JOB = (
         '--vae', help="a faster VAE: tiny (TAESD3, or the one for the model's family), a hub id, or a folder with an AutoencoderTiny"
     ),
     compile_flag,
+    quantize_flag,
     *LORA,
     config_flag,
     click.option(
