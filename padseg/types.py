@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,9 +31,17 @@ class Latent(NamedTuple):
     frame: Frame
 
 
+class TextToken(NamedTuple):
+    """A token of the empty prompt. kind: template, what stands before or behind any text; pad, what fills the slots that no text takes;
+    register, a learned vector that stands for no text at all."""
+
+    name: str
+    kind: Literal['template', 'pad', 'register']
+
+
 class Prompt(NamedTuple):
     """An encoded text. embeds: (1, L, D); pooled: (1, E), E = 0 if the model takes none; picked: the T columns to read, each in 0..L-1;
-    names: T words.
+    names: T words; kinds: of the empty prompt's T tokens, as of `TextToken`; empty for other texts.
 
     weights: factors for summing the maps of all columns with the same name into one map; empty if each column has its own map.
     mask: (1, L), 0 for pads that the model does not attend to, else 1; None if it attends to all.
@@ -45,6 +53,7 @@ class Prompt(NamedTuple):
     names: tuple[str, ...]
     weights: tuple[float, ...] = ()
     mask: Tensor | None = None
+    kinds: tuple[str, ...] = ()
 
 
 class Attention(NamedTuple):

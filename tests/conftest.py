@@ -270,6 +270,21 @@ def flux(flux_folder: pathlib.Path):  # type: ignore[no-untyped-def]
 
 
 @pytest.fixture(scope='session')
+def flux2_folder(made_once: Callable[..., pathlib.Path]) -> pathlib.Path:
+    """FLUX.2-klein in small."""
+    from support.flux2 import random_flux2
+
+    return made_once('flux2', random_flux2)
+
+
+@pytest.fixture(scope='session')
+def flux2(flux2_folder: pathlib.Path):  # type: ignore[no-untyped-def]
+    from padseg.backbones import load
+
+    return load(str(flux2_folder), device='cpu', whole=True)
+
+
+@pytest.fixture(scope='session')
 def backbone(sd3_folder: pathlib.Path):  # type: ignore[no-untyped-def]
     from padseg.backbones import load
 

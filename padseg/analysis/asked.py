@@ -265,6 +265,7 @@ def found_expert(
     labels: Path | None,
     steps: Sequence[int],
     normalisations: Sequence[str],
+    tokens: str | None,
     count: int,
     how: Mapping[str, Any],
     progress: Progress,
@@ -278,13 +279,15 @@ def found_expert(
     ready()
     backbone = loaded(how)
     levels = wanted_levels(steps, backbone)
-    measured = expert.measure(found, backbone, levels, normalisations, progress)
-    options = Options().resolve(backbone.spec)
+    given: dict[str, Any] = {'tokens': tokens}
+    options = Options(**given).resolve(backbone.spec)
+    measured = expert.measure(found, backbone, levels, normalisations, progress, options)
     recorded = {
         'steps': sorted({cell.step for cell in measured.figures}),
         'normalisations': list(dict.fromkeys(cell.normalisation for cell in measured.figures)),
         'thresholds': list(measured.thresholds),
         'labelled': measured.labelled,
+        'tokens': options.tokens,
         'geometry': options.geometry,
         'side': options.side,
         'seed': options.seed,

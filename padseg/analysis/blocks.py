@@ -23,6 +23,7 @@ from padseg.methods.stages.labels import label_map
 from padseg.methods.stages.latents import encode_steps
 from padseg.methods.stages.proposals import merge_each
 from padseg.methods.stages.scores import means, scale_scores
+from padseg.methods.stages.token_maps import read_prompt
 from padseg.types import Array, Attention, Frame, Image, Latent, Prompt, TokenMaps
 
 T = TypeVar('T')
@@ -64,12 +65,18 @@ def grid_of(latent: Latent, backbone: Backbone) -> tuple[int, int]:
 def token_groups(backbone: Backbone, prompt: Prompt, image_tokens: int) -> dict[str, list[int]]:
     """Group the token indices by kind.
 
-    image: image tokens; first: the first of the text tokens whose maps are read; pads: the others of them; rest: all remaining tokens, if
-    there are any.
+    image: image tokens; first: the first of the text tokens whose maps are read; pads: the others of them; template: those of them that are
+    of a template of more than a start and an end; rest: all remaining tokens, if there are any.
     """
     start, tokens = backbone.first_image_token(prompt), image_tokens + prompt.embeds.shape[1]
     first, *pads = backbone.text_columns(prompt, image_tokens)
     groups = {'image': list(range(start, start + image_tokens)), 'first': [first], 'pads': pads}
+    if prompt.kinds.count('template') > 2:
+        kinds = dict(zip(pads, prompt.kinds[1:], strict=True))
+        groups |= {
+            'pads': [token for token in pads if kinds[token] == 'pad'],
+            'template': [token for token in pads if kinds[token] != 'pad'],
+        }
     known = {token for group in groups.values() for token in group}
     rest = [token for token in range(tokens) if token not in known]  # T5's tokens in SD3
     return {**groups, 'rest': rest} if rest else groups
@@ -149,10 +156,11 @@ def grouping(image: Image, truth: Array, backbone: Backbone, options: Options, s
     if resolved.geometry not in ('whole', 'stretch'):
         raise UsageError(f'analysis needs geometry whole or stretch; got {resolved.geometry}')
     by_cell: dict[Cell, Array] = {}
+    prompt = read_prompt(backbone, resolved.tokens)
     wanted = [resolved.step, *(step for step in steps if step != resolved.step)]
     for step, latent in zip(wanted, encode_steps(image, backbone, resolved, wanted), strict=True):
         reduce = partial(head_coverings, truth=truth, normalisation=resolved.normalisation, heads=step == resolved.step)
-        for layer, scores in enumerate(block_maps(latent, backbone, backbone.null_prompt, reduce)):
+        for layer, scores in enumerate(block_maps(latent, backbone, prompt, reduce)):
             by_cell |= {Cell(step, layer, head): covering for head, covering in scores.items()}
     return by_cell
 

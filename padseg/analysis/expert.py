@@ -23,8 +23,9 @@ from padseg.evaluation.metrics import contingency, entropy
 from padseg.methods.options import require
 from padseg.methods.seg4diff import Options
 from padseg.methods.stages.latents import encode_steps
+from padseg.methods.stages.token_maps import read_prompt
 from padseg.system.progress import Progress
-from padseg.types import Array, Attention, Latent
+from padseg.types import Array, Attention, Latent, Prompt
 
 THRESHOLDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # for merging; distances between maps differ from block to block
 LARGEST = 100.0  # no distance is as large, so that it stands for inf
@@ -62,14 +63,22 @@ Regions = Mapping[Cell, Sequence[Array]]  # label maps (h, w) at each threshold
 
 
 def measure(
-    subjects: Sequence[Subject], backbone: Backbone, steps: Sequence[int], normalisations: Sequence[str], progress: Progress
+    subjects: Sequence[Subject],
+    backbone: Backbone,
+    steps: Sequence[int],
+    normalisations: Sequence[str],
+    progress: Progress,
+    options: Options = Options(),
 ) -> Expert:
     """Measure every block at these noise levels, without refinement. Labels are used if the pictures have them.
+
+    options: how the picture is seen, and which tokens are read; and what `own` is.
 
     There is one forward pass for each picture and noise level, or SEEDS of them without labels. The model's own settings are measured too.
     Raises UsageError for a single picture without labels, and if the model was not loaded whole.
     """
-    options = Options().resolve(backbone.spec)
+    options = options.resolve(backbone.spec)
+    prompt = read_prompt(backbone, options.tokens)
     labelled = all(subject.truth is not None for subject in subjects)
     require(labelled or len(subjects) > 1, 'without labels, regions are compared with those of another picture: give more than one')
     own = Cell(options.step, options.layer, options.normalisation)
@@ -83,7 +92,7 @@ def measure(
     before: Regions = {}
     for subject in subjects:
         seen = [
-            dict(regions_of(latents, steps, backbone, normalisations, thresholds, ENLARGED if labelled else 1))
+            dict(regions_of(latents, steps, backbone, prompt, normalisations, thresholds, ENLARGED if labelled else 1))
             for latents in seeded_latents(subject, backbone, options, steps, 1 if labelled else SEEDS)
         ]
         readings.append({cell: figures_of(subject, [one[cell] for one in seen], before.get(cell)) for cell in seen[0]})
@@ -109,12 +118,12 @@ def regions_of(
     latents: Sequence[Latent],
     steps: Sequence[int],
     backbone: Backbone,
+    prompt: Prompt,
     normalisations: Sequence[str],
     thresholds: Sequence[float],
     scale: int,
 ) -> Iterator[tuple[Cell, list[Array]]]:
     """The regions of every block, for each step and normalisation: label maps (scale h, scale w) at each threshold."""
-    prompt = backbone.null_prompt
     for step, latent in zip(steps, latents, strict=True):
 
         def reduce(seen: Attention, grid: tuple[int, int]) -> list[list[Array]]:
@@ -194,12 +203,12 @@ def best_threshold(values: Array) -> int:
     return (first + last) // 2
 
 
-def settings(expert: Expert) -> dict[str, Any]:
-    """What was found, as the contents of a `padseg.json`."""
+def settings(expert: Expert, **more: Any) -> dict[str, Any]:
+    """What was found, as the contents of a `padseg.json`. more: settings of Seg4Diff that it was found with."""
     best = expert.best
     return {
         'layer': best.layer,
-        'seg4diff': {'step': best.step, 'normalisation': best.normalisation, 'threshold': expert.threshold},
+        'seg4diff': {'step': best.step, 'normalisation': best.normalisation, 'threshold': expert.threshold, **more},
         'open-vocabulary': {'layers': [best.layer], 'steps': [best.step]},
     }
 

@@ -31,12 +31,14 @@ class TokenSheet(NamedTuple):
 
 
 def slot_names(text: Text) -> dict[int, str]:
-    """Name of every text slot that a tokenizer fills: the piece of the text that the token stands for, or start, end, pad."""
+    """Name of every text slot that a tokenizer fills: the piece of the text that the token stands for, or start, end, template, pad."""
     names: dict[int, str] = {}
     for tokens in text.tokens.values():
+        chat = sum(begin == end for begin, end in tokens.spans) - len(tokens.blanks) > 2  # more than a start and an end
         for place in range(tokens.slots):
             begin, end = tokens.spans[place] if place < len(tokens.spans) else (0, 0)
             special = 'pad' if place >= len(tokens.spans) else 'start' if place == 0 and len(tokens.spans) > 1 else 'end'
+            special = 'template' if chat and special != 'pad' else special
             blank = 'blank' if place in tokens.blanks else special
             names[tokens.first + place] = text.text[begin:end] if begin < end else f'({blank})'
     return names

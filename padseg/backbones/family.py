@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from padseg.backbones.layout import FamilyLayout
 from padseg.backbones.noise import NoiseLevel
 from padseg.backbones.source import Source
-from padseg.types import Prompt
+from padseg.types import Prompt, TextToken
 
 
 class Dimensions(NamedTuple):
@@ -20,6 +20,12 @@ class Dimensions(NamedTuple):
     channels: int
     patch: int
     limit: int
+
+
+def padded(template: Sequence[str], slots: int) -> list[TextToken]:
+    """The tokens of an empty prompt whose template is followed by pads up to `slots`; pads have the numbers of their slots, from 0."""
+    pads = [TextToken(f'<pad {number}>', 'pad') for number in range(len(template), slots)]
+    return [*(TextToken(name, 'template') for name in template), *pads]
 
 
 class Family(Protocol):
@@ -62,8 +68,8 @@ class Family(Protocol):
     def compute_null_prompt(self, source: Source, transformer: Any, slots: int) -> dict[str, Tensor]:
         """Encode the empty prompt with the text encoders: the tensors of `prompt_shapes`, float32."""
 
-    def null_names(self, slots: int) -> Sequence[str]:
-        """Names for the null prompt's picked tokens, which are the first ones."""
+    def null_tokens(self, slots: int) -> Sequence[TextToken]:
+        """The null prompt's picked tokens, which are the first ones."""
 
     def attention_module(self, transformer: Any, layer: int) -> nn.Module:
         """Return the attention of a block in which image queries meet text keys: the joint one, or the cross-attention."""

@@ -10,13 +10,13 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from padseg.backbones.family import Dimensions
+from padseg.backbones.family import Dimensions, padded
 from padseg.backbones.layout import LAYOUTS
 from padseg.backbones.noise import NoiseLevel, flow_level, scheduled
 from padseg.backbones.parts import clip_tokenizer, read_text_encoders, read_tokenizer, without_advice
 from padseg.backbones.source import Source, check_files, text_files, text_parts
 from padseg.errors import ModelUnavailable
-from padseg.types import Prompt
+from padseg.types import Prompt, TextToken
 
 LAYOUT = LAYOUTS['flux']
 TEXT_DTYPE = torch.bfloat16  # T5's published precision: float32 would double the memory without being any closer to the trained weights
@@ -86,8 +86,8 @@ def prompt_shapes(slots: int, config: Any) -> dict[str, tuple[int, ...]]:
     return {'embeds': (1, slots, config.joint_attention_dim), 'pooled': (1, config.pooled_projection_dim)}
 
 
-def null_names(slots: int) -> Sequence[str]:
-    return ['</s>', *(f'<pad {number}>' for number in range(1, slots))]
+def null_tokens(slots: int) -> Sequence[TextToken]:
+    return padded(('</s>',), slots)
 
 
 def compute_null_prompt(source: Source, transformer: FluxTransformer2DModel, slots: int) -> dict[str, Tensor]:

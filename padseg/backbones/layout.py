@@ -12,8 +12,8 @@ class FamilyLayout(NamedTuple):
 
     denoiser: folder of the denoising network; network: its class; schedulers: the ones a model may come with, the first being the default
     if the configuration names none; text_encoders, tokenizers: the ones that every text goes through; small_vae: hub id of another VAE for
-    the same latents, in AutoencoderTiny's layout. The second ones are of models whose network takes added text embeddings; large_vae: the
-    small VAE for latents scaled as SDXL's.
+    the same latents, in AutoencoderTiny's layout, or '' without one. The second ones are of models whose network takes added text
+    embeddings; large_vae: the small VAE for latents scaled as SDXL's.
     """
 
     denoiser: str
@@ -59,6 +59,15 @@ LAYOUTS: dict[str, FamilyLayout] = {
         text_encoders={'text_encoder': 'CLIPTextModel', 'text_encoder_2': 'T5EncoderModel'},
         tokenizers=('tokenizer', 'tokenizer_2'),
         small_vae='madebyollin/taef1',
+    ),
+    'flux2': FamilyLayout(
+        denoiser='transformer',
+        network='Flux2Transformer2DModel',
+        vae='AutoencoderKLFlux2',
+        schedulers=('FlowMatchEulerDiscreteScheduler',),
+        text_encoders={'text_encoder': 'Qwen3ForCausalLM'},
+        tokenizers=('tokenizer',),
+        small_vae='',
     ),
     'unet': FamilyLayout(
         denoiser='unet',

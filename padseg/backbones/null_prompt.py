@@ -35,9 +35,10 @@ def null_prompt(family: Family, source: Source, transformer: Any, device: torch.
         refuse_not_finite(source, tensors)
         encoders = content_hash(source.folder, part_files(source.folder, text_parts(source)))
         write_cache(tensors, cached, encoders=encoders)
-    names = tuple(family.null_names(slots))
+    names, kinds = zip(*family.null_tokens(slots), strict=True)
     values = {name: tensors[name].to(device, dtype) for name in shapes}
-    return Prompt(values['embeds'], values['pooled'], tuple(range(len(names))), names, mask=values.get('mask')), encoders
+    picked = tuple(range(len(names)))
+    return Prompt(values['embeds'], values['pooled'], picked, names, mask=values.get('mask'), kinds=kinds), encoders
 
 
 def cached_embedding(

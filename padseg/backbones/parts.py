@@ -129,7 +129,8 @@ def outlined(family: Family, source: Source, part: str, layer: int | None) -> An
 
 def check_scales(model: Any, path: pathlib.Path) -> None:
     """Raise ModelUnavailable if a VAE's configuration has no usable scale for its latents."""
-    for name, optional in (('scaling_factor', False), ('shift_factor', True)):
+    scales = {'batch_norm_eps': False} if hasattr(model, 'bn') else {'scaling_factor': False, 'shift_factor': True}
+    for name, optional in scales.items():
         value = getattr(model.config, name, None)
         if hasattr(model, 'encoder') and not (isinstance(value, (int, float)) or (optional and value is None)):
             raise ModelUnavailable(f'{path}: {name} is a number; got {repr(value)[:100]}')
@@ -221,7 +222,8 @@ def encoder_config(kind: Any, source: Source, part: str) -> Any:
     """The configuration of a text encoder, reduced to what describes the network. Raises ModelUnavailable if it cannot be used, or if it
     describes more parameters than the files hold."""
     values, held = encoder_values(source, part)
-    known = kind.config_class.__annotations__.keys() | {'tie_word_embeddings'}
+    # `rope_theta` is what files of earlier versions call a part of `rope_parameters`
+    known = kind.config_class.__annotations__.keys() | {'tie_word_embeddings', 'rope_theta', 'rope_scaling'}
     try:
         config = kind.config_class(**{name: value for name, value in values.items() if name in known})
         with torch.device('meta'):

@@ -9,13 +9,13 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
-from padseg.backbones.family import Dimensions
+from padseg.backbones.family import Dimensions, padded
 from padseg.backbones.layout import LAYOUTS
 from padseg.backbones.noise import NoiseLevel, ddpm_level, scheduled
 from padseg.backbones.parts import read_part, read_text_encoders, without_advice
 from padseg.backbones.source import Source, check_files, text_files, text_parts
 from padseg.backbones.spec import CELL
-from padseg.types import Prompt
+from padseg.types import Prompt, TextToken
 
 LAYOUT = LAYOUTS['pixart']
 TEXT_DTYPE = torch.bfloat16  # T5-XXL in float32, as it is published here, takes 19 GB
@@ -57,9 +57,9 @@ def prompt_shapes(slots: int, config: Any) -> dict[str, tuple[int, ...]]:
     return {'embeds': (1, slots, config.caption_channels), 'pooled': (1, 0), 'mask': (1, slots)}
 
 
-def null_names(slots: int) -> Sequence[str]:
+def null_tokens(slots: int) -> Sequence[TextToken]:
     """The pads of the empty prompt are masked; nothing else is there to be read."""
-    return ['</s>']
+    return padded(('</s>',), 1)
 
 
 def compute_null_prompt(source: Source, transformer: PixArtTransformer2DModel, slots: int) -> dict[str, Tensor]:

@@ -9,12 +9,12 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
-from padseg.backbones.family import Dimensions
+from padseg.backbones.family import Dimensions, padded
 from padseg.backbones.layout import LAYOUTS
 from padseg.backbones.noise import NoiseLevel, flow_level, scheduled
 from padseg.backbones.parts import clip_tokenizer, read_text_encoders, without_advice
 from padseg.backbones.source import Source, check_files, text_files, text_parts
-from padseg.types import Prompt
+from padseg.types import Prompt, TextToken
 
 LAYOUT = LAYOUTS['sd3']
 TEXT_DTYPE = torch.float32
@@ -59,8 +59,8 @@ def prompt_shapes(slots: int, config: Any) -> dict[str, tuple[int, ...]]:
     return {'embeds': (1, 2 * slots, config.joint_attention_dim), 'pooled': (1, config.pooled_projection_dim)}
 
 
-def null_names(slots: int) -> Sequence[str]:
-    return ['<|startoftext|>', '<|endoftext|>', *(f'<pad {number}>' for number in range(2, slots))]
+def null_tokens(slots: int) -> Sequence[TextToken]:
+    return padded(('<|startoftext|>', '<|endoftext|>'), slots)
 
 
 def compute_null_prompt(source: Source, transformer: SD3Transformer2DModel, slots: int) -> dict[str, Tensor]:

@@ -105,6 +105,8 @@ def locate_vae(name: str, source: Source, *, fetch: bool = True) -> Source:
     source: the model whose latents it makes.
     """
     repo = small_vae(source) if name == SMALL_VAE else name
+    if not repo:
+        raise UsageError(f"there is no small VAE in AutoencoderTiny's layout for {source.model}: use its own")
     folder, commit = pathlib.Path(repo), None
     if not folder.is_dir():
         if not HUB_ID.fullmatch(repo):
@@ -357,7 +359,7 @@ def read_row(source: Source) -> Spec:
 def family_row(family: str, folder: pathlib.Path, values: Mapping[str, Any]) -> Spec:
     """Facts of a model that has no name here: those of a named one of its kind, with the side that its network was trained on."""
     if family not in ('unet', 'pixart'):
-        return BACKBONES[family]
+        return next(spec for spec in BACKBONES.values() if spec.family == family)
     spec = BACKBONES['pixart-sigma' if family == 'pixart' else 'sdxl' if values.get('addition_embed_type') else 'sd1.5']
     index = folder / 'model_index.json'
     if family == 'pixart' and index.is_file() and read_json(index).get('_class_name') == 'PixArtAlphaPipeline':

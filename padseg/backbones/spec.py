@@ -28,7 +28,13 @@ class Spec(NamedTuple):
 
 
 # configuration keys that give the number of blocks; those of a UNet are counted in its weights
-DEPTHS = {'sd3': ('num_layers',), 'flux': ('num_layers', 'num_single_layers'), 'unet': (), 'pixart': ('num_layers',)}
+DEPTHS = {
+    'sd3': ('num_layers',),
+    'flux': ('num_layers', 'num_single_layers'),
+    'flux2': ('num_layers', 'num_single_layers'),
+    'unet': (),
+    'pixart': ('num_layers',),
+}
 # what padseg can give a UNet besides picture, time and text, by configuration key: SDXL's pooled text and sizes
 UNET_INPUTS = {
     'addition_embed_type': (None, 'text_time'),
@@ -44,8 +50,20 @@ BACKBONES: dict[str, Spec] = {
     'tiny': Spec(repo=str(TINY)),
     'sd3': Spec(repo='stabilityai/stable-diffusion-3-medium-diffusers'),
     'sd3.5': Spec(repo='stabilityai/stable-diffusion-3.5-medium'),
+    # of the large ones, the block as deep as SD3-medium's; nobody has published one
+    'sd3.5-large': Spec(repo='stabilityai/stable-diffusion-3.5-large', layers=38, layer=14),
+    'sd3.5-large-turbo': Spec(repo='stabilityai/stable-diffusion-3.5-large-turbo', layers=38, layer=14),
     # Seg4Diff names blocks 12 and 17; the later one, because loading up to it covers both
     'flux': Spec(repo='black-forest-labs/FLUX.1-dev', family='flux', layers=57, layer=17, steps=50, encoders='t5'),
+    'openflux': Spec(repo='ostris/OpenFLUX.1', family='flux', layers=57, layer=17, steps=50, encoders='t5'),
+    'flux-schnell': Spec(repo='black-forest-labs/FLUX.1-schnell', family='flux', layers=57, layer=17, steps=50, encoders='t5'),
+    # at a third of the depth, as Flux.1's; nobody has published one
+    'flux2-klein-base': Spec(
+        repo='black-forest-labs/FLUX.2-klein-base-4B', family='flux2', layers=25, layer=8, steps=50, sequence=512, encoders='qwen3'
+    ),
+    'flux2-klein': Spec(
+        repo='black-forest-labs/FLUX.2-klein-4B', family='flux2', layers=25, layer=8, steps=50, sequence=512, encoders='qwen3'
+    ),
     # of the models below, the block whose queries are GoCA's dense feature
     'sd1.4': Spec(repo='CompVis/stable-diffusion-v1-4', family='unet', layers=16, layer=11, steps=1000, side=512, encoders='clip'),
     'sd1.5': Spec(
@@ -71,7 +89,13 @@ CARDS: dict[str, Card] = {
     'tiny': Card('Apache-2.0', False),
     'sd3': Card('Stability AI Community License', True),
     'sd3.5': Card('Stability AI Community License', True),
+    'sd3.5-large': Card('Stability AI Community License', True),
+    'sd3.5-large-turbo': Card('Stability AI Community License', True),
     'flux': Card('FLUX.1 [dev] Non-Commercial License', True),
+    'openflux': Card('Apache-2.0', False),
+    'flux-schnell': Card('Apache-2.0', True),
+    'flux2-klein-base': Card('Apache-2.0', False),
+    'flux2-klein': Card('Apache-2.0', False),
     'sd1.4': Card('CreativeML Open RAIL-M License', False),
     'sd1.5': Card('CreativeML Open RAIL-M License', False),
     'sd2.1': Card('CreativeML Open RAIL++-M License', False),

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from padseg.backbones import Backbone, Identity, flux_text, pixart_text, sd3_text, unet_text
+from padseg.backbones import Backbone, Identity, flux2_text, flux_text, pixart_text, sd3_text, unet_text
 from padseg.backbones.source import Source
 from padseg.types import Tokens
 
@@ -34,6 +34,7 @@ class Texts(Protocol):
 READERS: dict[str, Callable[[Source, Any, bool, str], Texts]] = {
     'sd3': sd3_text.SD3Texts,
     'flux': flux_text.FluxTexts,
+    'flux2': flux2_text.Flux2Texts,
     'unet': unet_text.UNetTexts,
     'pixart': pixart_text.PixArtTexts,
 }

@@ -11,13 +11,13 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from padseg.backbones.configuration import read_json
-from padseg.backbones.family import Dimensions
+from padseg.backbones.family import Dimensions, padded
 from padseg.backbones.layout import LAYOUTS
 from padseg.backbones.noise import NoiseLevel, ddpm_level, scheduled
 from padseg.backbones.parts import clip_tokenizer, read_text_encoders, without_advice
 from padseg.backbones.source import Source, check_files, text_files, text_parts
 from padseg.backbones.spec import CELL
-from padseg.types import Prompt
+from padseg.types import Prompt, TextToken
 
 LAYOUT = LAYOUTS['unet']
 TEXT_DTYPE = torch.float32
@@ -88,8 +88,8 @@ def prompt_shapes(slots: int, config: Any) -> dict[str, tuple[int, ...]]:
     return {'embeds': (1, slots, config.cross_attention_dim), 'pooled': (1, pooled)}
 
 
-def null_names(slots: int) -> Sequence[str]:
-    return ['<|startoftext|>', '<|endoftext|>', *(f'<pad {number}>' for number in range(2, slots))]
+def null_tokens(slots: int) -> Sequence[TextToken]:
+    return padded(('<|startoftext|>', '<|endoftext|>'), slots)
 
 
 def compute_null_prompt(source: Source, transformer: UNet2DConditionModel, slots: int) -> dict[str, Tensor]:

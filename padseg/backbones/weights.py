@@ -15,6 +15,7 @@ from padseg.errors import ModelUnavailable
 
 AnyModule = TypeVar('AnyModule', bound=nn.Module)
 AT_ONCE = 1 << 24  # bytes read from an open file of weights
+COUNTER = 'num_batches_tracked'  # whole numbers that are no weights: how often a batch norm's means were updated
 # names of attention's tensors in VAEs that were published before diffusers renamed them, such as Stable Diffusion's
 FORMER = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}
 
@@ -56,7 +57,8 @@ def fill_weights(
                     tensor = file.get_tensor(stored)
                     read += tensor.nbytes
                     # copied even if the dtype is right: tensors in a file have any alignment, which affects the rounding of matrix products
-                    state[present_name(stored)] = kept = tensor.to(place, dtype, copy=True)
+                    kind = dtype if tensor.is_floating_point() else tensor.dtype
+                    state[present_name(stored)] = kept = tensor.to(place, kind, copy=True)
                     if not all_finite(kept):
                         raise ModelUnavailable(f'{label} cannot be used: {stored} in {path} has values that are not finite in {dtype}')
                     if keep:
@@ -119,7 +121,7 @@ def refuse_whole_numbers(path: pathlib.Path, label: str) -> None:
     """Raise ModelUnavailable if a file holds tensors of integers, which are quantised weights without their scales."""
     with safe_open(path, 'pt') as file:
         for name in file.keys():
-            if not file.get_slice(name).get_dtype().startswith(('F', 'BF')):
+            if not file.get_slice(name).get_dtype().startswith(('F', 'BF')) and not name.endswith(COUNTER):
                 raise ModelUnavailable(f'{label} cannot be used: {name} in {path} holds integers, as quantised weights do')
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from padseg.bench import engine, eval, generate, goca, label, load, merge, neighbours, scale, sd3, train, vae
+from padseg.bench import engine, eval, generate, goca, label, load, merge, neighbours, scale, sd3, sizes, train, vae
 
 COMMANDS = (
     sd3.command,
@@ -19,6 +19,7 @@ COMMANDS = (
     generate.command,
     neighbours.command,
     train.command,
+    sizes.command,
 )
 
 

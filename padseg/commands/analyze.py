@@ -16,6 +16,7 @@ from padseg.commands.label import names_of
 from padseg.commands.run import SIGNALLED
 from padseg.generation.settings import PADS
 from padseg.methods.open_vocabulary import PROMPTS, SCORES, UNUSED
+from padseg.methods.options import TOKENS
 from padseg.methods.seg4diff import Options
 from padseg.system.ledger import check_output
 from padseg.system.progress import shown
@@ -296,6 +297,7 @@ def grid_command(**given: Any) -> int:
     click.option(
         '--normalisations', type=Several(str), default=(), help="of token maps, as for `padseg run`, to compare (default: the model's own)"
     ),
+    click.option('--tokens', type=click.Choice(list(TOKENS)), help="which tokens are read, as for `padseg run` (default: the model's own)"),
     count_flag(8),
     *model_flags(),
     *PRINTED,
@@ -318,7 +320,7 @@ def expert_command(**given: Any) -> int:
         how=how_of(given), progress=shown(given['quiet']), ready=ready, **but_for(given, *HOW, *TOLD)
     )
     code = tell(backbone, settings, given, 'expert', expert.rows(found), expert.summary(found), charts.expert_figure(found))
-    write_json(given['out'], CONFIG, expert.settings(found))
+    write_json(given['out'], CONFIG, expert.settings(found, **({'tokens': given['tokens']} if given['tokens'] else {})))
     if not given['as_json']:
         say(f'wrote {given["out"] / CONFIG}: padseg run --model {given["model"]} --config {given["out"] / CONFIG} --dir PICTURES')
     return code

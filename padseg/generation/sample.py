@@ -22,6 +22,7 @@ from torch import Tensor
 from padseg.backbones import Backbone, load
 from padseg.backbones.cpu_attention import by_rows
 from padseg.backbones.cpu_norm import exact_norms
+from padseg.backbones.latent_scale import unscaled
 from padseg.backbones.texts import Texts as Encoders, texts_of
 from padseg.backbones.unet import empty_is_zeros
 from padseg.errors import NotFinite, UsageError
@@ -193,8 +194,8 @@ def encoded(sampler: Sampler, text: str, settings: SamplingSettings) -> Prompt:
 @torch.no_grad()
 def decode(backbone: Backbone, z: Tensor) -> list[Image]:
     """Decode clean latents (B, C, h, w), one at a time: (H, W, 3) RGB. NotFinite if numbers overflow."""
-    config, images = backbone.vae.config, []
-    z = z / config.scaling_factor + (config.shift_factor or 0.0)
+    images = []
+    z = unscaled(backbone.vae, z)
     for one in z.to(backbone.vae.dtype).split(1):
         with by_rows(), exact_norms():
             pixels = backbone.vae.decode(one.contiguous(memory_format=torch.channels_last), return_dict=False)[0].float()

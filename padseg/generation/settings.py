@@ -17,6 +17,7 @@ STRENGTH = Range('a strength from 0 to below 1000', 0, 1000)
 ROWS: dict[str, dict[str, Any]] = {
     'sd3': {'steps': 28, 'scale': 7.5},  # Seg4Diff's
     'flux': {'steps': 50, 'scale': 1.0},  # what the distilled model is told is apart from this
+    'flux2': {'steps': 50, 'scale': 4.0},
     'unet': {'steps': 50, 'scale': 7.5},
     'pixart': {'steps': 20, 'scale': 4.5},
 }
@@ -41,7 +42,7 @@ class SamplingSettings:
     perturb_renorm: bool = option(False, "with perturbed: keep the share of attention that text has; the paper's blur changes it")
     steps: int = own('steps of denoising', range=Range('a number of steps in 1..1000', 1, 1001))
     size: int = own('side of the square picture in pixels', range=Range('a number of pixels in 8..65536', 8, 65537))
-    encoders: str = own('text encoders to use: CLIP-L, CLIP-G, T5', choices=('l', 'g', 'l+g', 't5', 'l+g+t5', 'clip'))
+    encoders: str = own('text encoders to use: CLIP-L, CLIP-G, T5, Qwen3', choices=('l', 'g', 'l+g', 't5', 'l+g+t5', 'clip', 'qwen3'))
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -271,6 +271,8 @@ def prompt_of(caption: str, prepared: Prepared) -> Prompt:
                 len(tokens.spans) <= tokens.slots, f'the caption {caption!r:.100} is too long: {len(tokens.spans)} of {tokens.slots} tokens'
             )
         prompt = Prompt(*texts.encode(caption, options.encoders, options.unused), (), (), mask=texts.mask(caption))
+    elif prepared.proposals:
+        prompt = stages.read_prompt(backbone, prepared.proposals.options.tokens)
     return prompt._replace(pooled=torch.zeros_like(prompt.pooled)) if options.pooled == 'zeros' else prompt
 
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from padseg.types import Array, Image, LabelMap, TokenMaps
 
 TASK = 'regions'
-FAMILIES = frozenset({'sd3', 'flux', 'unet', 'pixart'})
+FAMILIES = seg4diff.FAMILIES | {'unet', 'pixart'}
 BACKGROUND_BY_RULE = False
 # options that come after the features
 LATER = ('tau', 'alpha', 'graph', 'clusters', 'tokens', 'refine', 'pamr_times', 'pamr_side', 'components', 'min_area', 'levels')
@@ -139,7 +139,7 @@ def settings_of(spec: Spec) -> dict[str, Any]:
     released = {'tau': 0.5, 'features': 'output', 'layer': ENCODER, 'step': 50, 'schedule': 1000, 'side': 1024}
     if spec.family == 'pixart':
         released |= {'layer': str(spec.layer), 'side': spec.side}
-    if spec.family in ('sd3', 'flux'):
+    if spec.family in seg4diff.FAMILIES:
         step = seg4diff.settings_of(spec)['step']
         released = {'tau': 0.3, 'features': 'maps', 'layer': str(spec.layer), 'step': step, 'schedule': spec.steps, 'side': spec.side}
     return model_settings(DiffCutOptions, 'diffcut', spec, {**PLAIN, **released})
@@ -163,7 +163,7 @@ def deepest(options: DiffCutOptions, spec: Spec) -> int | None:
     """The last block to load: the one after the features' layer if its output is read."""
     settings = filled(options, settings_of(spec))
     number = number_of(settings.layer)
-    if number is None or spec.family not in ('sd3', 'flux'):
+    if number is None or spec.family not in seg4diff.FAMILIES:
         return spec.layers - 1
     last = number + (settings.features == 'output')
     return last if last < spec.layers else None

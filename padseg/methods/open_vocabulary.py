@@ -49,15 +49,22 @@ if TYPE_CHECKING:
     from padseg.types import Array, Image, Prompt
 
 TASK = 'classes'
-FAMILIES = frozenset({'sd3', 'flux'})
+FAMILIES = frozenset({'sd3', 'flux', 'flux2'})
 BACKGROUND_BY_RULE = False
 PROMPTS = ('joined', 'template', 'per-class')
-ENCODERS = ('l', 'g', 'l+g', 't5', 'l+g+t5')
-COLUMNS = ('clip', 't5', 'both')
+ENCODERS = ('l', 'g', 'l+g', 't5', 'l+g+t5', 'qwen3')
+COLUMNS = ('clip', 't5', 'both', 'qwen3')
 UNUSED = ('zeros', 'dropped')
 SCORES = ('raw', 'minmax', 'minmax-token', 'share')
 NAMED = ('words', 'proposals')
-COLUMNS_OF = {'l': 'clip', 'g': 'clip', 'l+g': 'clip', 't5': 't5', 'l+g+t5': 'both'}  # whose tokens have columns, by encoders
+COLUMNS_OF = {
+    'l': 'clip',
+    'g': 'clip',
+    'l+g': 'clip',
+    't5': 't5',
+    'l+g+t5': 'both',
+    'qwen3': 'qwen3',
+}  # whose tokens have columns, by encoders
 log = logging.getLogger(__name__)
 BACKGROUND = '(background)'  # the name of the map of all background words
 
@@ -77,7 +84,7 @@ class LabelOptions:
     prompt: str = option(
         'joined', 'how names become a prompt: joined by spaces, "a photo of a …, …", or one prompt per class', choices=PROMPTS
     )
-    encoders: str = own('text encoders to use: CLIP-L, CLIP-G, T5', choices=ENCODERS)
+    encoders: str = own('text encoders to use: CLIP-L, CLIP-G, T5, Qwen3', choices=ENCODERS)
     unused: str = option('zeros', "what replaces T5's tokens if T5 is not used", choices=UNUSED)
     columns: str = own("whose tokens' attention is read", choices=COLUMNS, default="the encoders' own")
     blanks: bool = own(

@@ -25,6 +25,7 @@ RANGE_ADDED = 1e-6  # by Seg4Diff's released code, to the range of values that i
 NORMALISATIONS = ('released', 'minmax-softmax', 'sum', 'share')
 GEOMETRIES = ('whole', 'stretch', 'diffseg', 'diffcut', 'seg4diff-paper', 'seg4diff-release', 'seg4diff-ovss')
 REFINEMENTS = ('none', 'guided')
+TOKENS = {'all': None, 'pads': 'pad', 'template': 'template', 'registers': 'register'}  # which of the empty prompt's are read, by kind
 
 
 class Range(NamedTuple):
@@ -98,6 +99,13 @@ class ForwardOptions(ViewOptions, Protocol):
     def layer(self) -> int: ...
     @property
     def step(self) -> int: ...
+
+
+class MapOptions(ForwardOptions, Protocol):
+    """Options that decide token maps of the empty prompt. tokens: a key of TOKENS."""
+
+    @property
+    def tokens(self) -> str: ...
 
 
 class MethodOptions(Protocol):

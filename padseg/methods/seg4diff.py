@@ -16,6 +16,7 @@ from padseg.methods.options import (
     REFINEMENTS,
     SCALE,
     SHARE,
+    TOKENS,
     Range,
     check_options,
     filled,
@@ -36,11 +37,11 @@ if TYPE_CHECKING:
     from padseg.types import Image, LabelMap, Proposals, TokenMaps
 
 TASK = 'regions'
-FAMILIES = frozenset({'sd3', 'flux'})
+FAMILIES = frozenset({'sd3', 'flux', 'flux2'})
 BACKGROUND_BY_RULE = False
 LATER = ('normalisation', 'threshold', 'refine', 'superpixels', 'join', 'components', 'min_area')  # options that come after the token maps
 UNREFINED = {'refine': 'none', 'superpixels': 0.0, 'join': 0.0, 'components': False, 'min_area': 0.0}  # the papers end with the argmax
-RELEASED = {'step': 8, 'normalisation': 'released', 'threshold': 0.1, **UNREFINED}  # of the released code, for SD3-medium
+RELEASED = {'step': 8, 'tokens': 'all', 'normalisation': 'released', 'threshold': 0.1, **UNREFINED}  # of the released code, for SD3-medium
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Options:
     step: int = own(
         'noise level: the n-th step from the end of the schedule, from 1', range=Range('counted from the end of the schedule, from 1', 1)
     )
+    tokens: str = own("which tokens of the empty prompt are read: all, its pads, its template, or a model's registers", choices=TOKENS)
     normalisation: str = own('how token maps are normalised before merging', choices=NORMALISATIONS)
     threshold: float = own(
         'merge maps whose symmetric KL divergence / 2 is below this; 0 merges none, inf all', range=Range('a number >= 0 or inf', 0)
@@ -111,6 +113,7 @@ def prepare(backbone: Backbone, options: Options, classes: Sequence[str] = (), k
     require_family('seg4diff', FAMILIES, backbone)
     resolved = options.resolve(backbone.spec)
     backbone.attention_module(resolved.layer)  # fails early if the block was not loaded
+    stages.read_prompt(backbone, resolved.tokens)  # or if there are no such tokens
     return Prepared(resolved, settings_of(backbone.spec), backbone)
 
 

@@ -158,12 +158,12 @@ def test_layers_are_watched_in_any_order(family, source):
     assert [kept[layer][2] for layer in (0, 2, 6)] == [16 * 24, 8 * 12, 2 * 3] and not after
 
 
-MODELS = ['sd3', 'flux', 'sd15', 'sd21', 'sdxl', 'ssd', 'sigma', 'alpha']
+MODELS = ['sd3', 'flux', 'flux2', 'sd15', 'sd21', 'sdxl', 'ssd', 'sigma', 'alpha']
 
 
 @pytest.fixture(scope='module')
-def backbones(backbone, flux, unets, pixarts):
-    return {'sd3': backbone, 'flux': flux, **unets, **pixarts}
+def backbones(backbone, flux, flux2, unets, pixarts):
+    return {'sd3': backbone, 'flux': flux, 'flux2': flux2, **unets, **pixarts}
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -180,7 +180,7 @@ def test_every_layer_has_a_name_a_grid_and_a_projection(backbones, name):
     projected: dict[int, torch.Tensor] = {}
     handles = []
     for layer, (attention, _) in enumerate(modules):
-        if getattr(attention, 'to_out', None) is not None:
+        if isinstance(getattr(attention, 'to_out', None), torch.nn.ModuleList):
             hook = attention.to_out[0].register_forward_hook(lambda _, __, out, layer=layer: projected.update({layer: out}))
             handles.append(hook)
     requests = requests_of(backbone, range(len(names)), lambda seen: seen, ('queries', 'keys', 'output'))
@@ -198,11 +198,13 @@ def test_every_layer_has_a_name_a_grid_and_a_projection(backbones, name):
         mixed = seen.output.transpose(1, 2).flatten(2)[:, first : first + h * w]
         assert weight.shape == (mixed.shape[2], mixed.shape[2])
         if layer in projected:
-            torch.testing.assert_close(mixed @ weight.T + bias, projected[layer][:, -h * w :], atol=1e-5, rtol=1e-5)
+            found = mixed @ weight.T + (0 if bias is None else bias)
+            torch.testing.assert_close(found, projected[layer][:, -h * w :], atol=1e-5, rtol=1e-5)
         else:  # a single block of Flux, whose attention shares a projection with its MLP
-            assert name == 'flux' and layer >= 2 and bias is None
+            assert name in ('flux', 'flux2') and layer >= 2 and bias is None
             block = backbone.family.blocks(backbone.transformer)[layer]
-            assert torch.equal(weight, block.proj_out.weight[:, : mixed.shape[2]])
+            shared = block.proj_out if name == 'flux' else block.attn.to_out
+            assert torch.equal(weight, shared.weight[:, : mixed.shape[2]])
 
 
 @pytest.mark.parametrize('name', MODELS)

@@ -309,9 +309,9 @@ def test_the_small_vae_is_that_of_the_latents(unet_folders, pixart_folders):
 
 
 def test_methods_for_other_models_refuse_it_by_name(unets, unet_folders, picture, tmp_path, capsys):
-    with pytest.raises(UsageError, match='^seg4diff does not support .* of the family unet; supported: flux, sd3$'):
+    with pytest.raises(UsageError, match='^seg4diff does not support .* of the family unet; supported: .*flux, flux2, sd3'):
         segment(picture, unets['sd15'])
-    with pytest.raises(UsageError, match='^open-vocabulary does not support .* of the family unet; supported: flux, sd3$'):
+    with pytest.raises(UsageError, match='^open-vocabulary does not support .* of the family unet; supported: .*flux, flux2, sd3'):
         label(picture, unets['sdxl'], ['cat'])
     for model in ('sd1.4', 'pixart-sigma'):  # before anything is downloaded
         with pytest.raises(UsageError, match=f'^seg4diff does not support {model} of the family'):
@@ -377,7 +377,7 @@ def test_what_is_damaged_is_named(copied, tmp_path, monkeypatch):
     config.write_text(json.dumps({**values, 'layers_per_block': 100, 'transformer_layers_per_block': [100, 100, 100]}))
     assert 'describes more transformer blocks than the 28 that the weights' in refusals(copied)  # and builds none of them
     config.write_text(json.dumps({**values, '_class_name': 'UNet2DModel'}))
-    assert 'describes a UNet2DModel; known: SD3Transformer2DModel, FluxTransformer2DModel, UNet2DConditionModel, Pix' in refusals(copied)
+    assert 'describes a UNet2DModel; known: SD3Transformer2DModel, FluxTransformer2DModel, Flux2Tra' in refusals(copied)
 
 
 def test_a_schedule_without_a_limit(copied):

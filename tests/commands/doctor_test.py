@@ -328,7 +328,8 @@ def test_sizes_for_people(size, text):
 # the list of models
 
 
-OPEN = ('sd1.4', 'sd1.5', 'sd2.1', 'sdxl', 'ssd-1b', 'pixart-sigma')  # models on the hub that anybody may download
+GATED = ('sd3.5-large', 'sd3.5-large-turbo', 'flux', 'flux-schnell')  # beside those of the test
+OPEN = tuple(name for name in BACKBONES if name not in ('tiny', 'sd3', 'sd3.5', *GATED))  # that anybody may download
 
 
 def test_models_say_what_is_cached(tmp_path, sd3_folder):
@@ -345,8 +346,8 @@ def test_models_say_what_is_cached(tmp_path, sd3_folder):
         'tiny': ('here', True, False),
         'sd3': ('here', True, True),
         'sd3.5': ('incomplete', False, True),
-        'flux': ('not here', False, True),
         **dict.fromkeys(OPEN, ('not here', False, False)),
+        **dict.fromkeys(GATED, ('not here', False, True)),
     }
     assert rows['sd3']['folder'] == str(snapshot)
     assert rows['sd3']['bytes'] == sum(path.stat().st_size for path in sd3_folder.rglob('*') if path.is_file())
@@ -356,14 +357,11 @@ def test_models_say_what_is_cached(tmp_path, sd3_folder):
     heads, *lines = ran.stdout.splitlines()
     starts = [heads.index(head) for head in ('name', 'here?', 'size', 'licence', 'gated', 'repo')]
     table = [[line[start:end].strip() for start, end in zip(starts, [*starts[1:], None], strict=True)] for line in lines]
-    assert [(name, state, gated) for name, state, _, _, gated, _ in table] == [
-        ('tiny', 'here', 'no'),
-        ('sd3', 'here', 'yes'),
-        ('sd3.5', 'incomplete', 'yes'),
-        ('flux', 'not here', 'yes'),
-        *((name, 'not here', 'no') for name in OPEN),
+    states = {'tiny': 'here', 'sd3': 'here', 'sd3.5': 'incomplete'}
+    assert [(name, state, gated, repo) for name, state, _, _, gated, repo in table] == [
+        (name, states.get(name, 'not here'), 'yes' if CARDS[name].gated else 'no', spec.repo) for name, spec in BACKBONES.items()
     ]
-    assert table[1][2:4] == [human(rows['sd3']['bytes']), rows['sd3']['licence']] and table[3][5] == BACKBONES['flux'].repo
+    assert table[1][2:4] == [human(rows['sd3']['bytes']), rows['sd3']['licence']]
     verbose = start(main, ['models', '--verbose'], **environment).wait().stdout.splitlines()
     assert [verbose[0], *verbose[1::2]] == [heads, *lines] and 'layers 4, layer 2' in verbose[4]
 

@@ -67,6 +67,7 @@ def test_what_is_left_open_comes_from_the_row():
     assert Options().resolve(ROW) == Options(
         layer=4,
         step=3,
+        tokens='all',
         normalisation='share',
         threshold=0.5,
         geometry='whole',
@@ -95,6 +96,7 @@ def test_what_is_given_stands_even_where_it_is_false():
     given = Options(
         layer=0,
         step=1,
+        tokens='pads',
         normalisation='sum',
         threshold=0.0,
         geometry='diffcut',

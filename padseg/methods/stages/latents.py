@@ -1,4 +1,4 @@
-"""Picture -> noised latent: geometry, VAE encoding, noise. The only place that applies the VAE's shift and scale."""
+"""Picture -> noised latent: geometry, VAE encoding, noise."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from padseg.backbones import Backbone
 from padseg.backbones.cpu_attention import by_rows
 from padseg.backbones.cpu_norm import exact_norms
+from padseg.backbones.latent_scale import scaled
 from padseg.backbones.noise import NoiseLevel, noised
 from padseg.methods.options import ForwardOptions, ViewOptions
 from padseg.methods.stages.geometry import view
@@ -56,12 +57,11 @@ def encode_without_noise(image: Image, backbone: Backbone, options: ViewOptions,
 @torch.no_grad()
 def encode_pixels(pixels: Tensor, backbone: Backbone) -> Tensor:
     """Encode (B, 3, H, W) in -1..1 -> (B, C, H', W'), scaled as in the transformer's training."""
-    config = backbone.vae.config
     pixels = pixels.to(backbone.device, backbone.vae.dtype, memory_format=torch.channels_last)
     with by_rows(), exact_norms():
         encoded = backbone.vae.encode(pixels)
     mean = encoded.latent_dist.mean if 'latent_dist' in encoded else encoded.latents  # a small VAE has no posterior
-    return (mean - (config.shift_factor or 0.0)) * config.scaling_factor
+    return scaled(backbone.vae, mean)
 
 
 def content_noise(image: Image, seed: int, shape: torch.Size) -> Tensor:

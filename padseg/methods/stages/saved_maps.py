@@ -16,7 +16,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from padseg.images import ImageError
-from padseg.methods.options import ForwardOptions, ViewOptions
+from padseg.methods.options import MapOptions, ViewOptions
 from padseg.methods.stages.geometry import seen_box
 from padseg.system.files import atomic, opened
 from padseg.types import Array, Frame, TokenMaps
@@ -53,14 +53,15 @@ DAMAGE = (
 )
 
 
-def forward_settings(backbone: Backbone, options: ForwardOptions) -> str:
+def forward_settings(backbone: Backbone, options: MapOptions) -> str:
     """Describe all settings that affect token maps."""
     model = backbone.identity
     lora = f' lora {model.lora} scale {model.lora_scale}' if model.lora else ''
     kept = f' {backbone.quantize}' if backbone.quantize else ''
+    tokens = '' if options.tokens == 'all' else f' tokens {options.tokens}'
     return (
         f'weights {model.weights}{lora}{kept} dtype {backbone.dtype} layer {options.layer} step {options.step} '
-        f'geometry {options.geometry} side {options.side} seed {options.seed}'
+        f'geometry {options.geometry} side {options.side} seed {options.seed}{tokens}'
     )
 
 

@@ -13,15 +13,27 @@ from padseg.backbones import Backbone
 from padseg.backbones.cpu_attention import by_rows
 from padseg.backbones.recorder import Request, requests_of, watch
 from padseg.errors import NotFinite
-from padseg.methods.options import ForwardOptions
+from padseg.methods.options import TOKENS, MapOptions, require
 from padseg.methods.stages.attention import token_attention
 from padseg.methods.stages.refinement import mean_self_attention, refined_by, self_requests
 from padseg.types import Latent, Prompt, TokenMaps
 
 
-def latent_token_maps(latents: Sequence[Latent], backbone: Backbone, options: ForwardOptions) -> list[TokenMaps]:
+def latent_token_maps(latents: Sequence[Latent], backbone: Backbone, options: MapOptions) -> list[TokenMaps]:
     """Token maps of latents with the same shape and noise level, from one forward pass."""
-    return maps_of_layers(latents, backbone, backbone.null_prompt, (options.layer,))
+    return maps_of_layers(latents, backbone, read_prompt(backbone, options.tokens), (options.layer,))
+
+
+def read_prompt(backbone: Backbone, tokens: str) -> Prompt:
+    """The empty prompt with its tokens of one kind picked, or all. tokens: a key of TOKENS; UsageError if there are none of this kind."""
+    prompt, kind = backbone.null_prompt, TOKENS[tokens]
+    if kind is None:
+        return prompt
+    kept = [number for number, other in enumerate(prompt.kinds) if other == kind]
+    known = ', '.join(name for name, other in TOKENS.items() if other is None or other in prompt.kinds)
+    require(bool(kept), f'the empty prompt of {backbone.identity.model} has no tokens of this kind: tokens is one of {known}; got {tokens}')
+    picked, names, kinds = zip(*((prompt.picked[number], prompt.names[number], kind) for number in kept), strict=True)
+    return prompt._replace(picked=picked, names=names, kinds=kinds)
 
 
 def maps_of_layers(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from support.explicit_attention import ExplicitAttention
 
-from padseg.errors import PadsegError
+from padseg.errors import PadsegError, UsageError
+from padseg.methods import concepts, open_vocabulary
+from padseg.methods.concepts import ConceptOptions
+from padseg.methods.open_vocabulary import LabelOptions
 from padseg.methods.seg4diff import Options, token_maps
 from padseg.methods.stages.attention import token_attention
 from padseg.methods.stages.latents import encode
-from padseg.methods.stages.token_maps import attention_maps, latent_token_maps
+from padseg.methods.stages.token_maps import attention_maps, latent_token_maps, read_prompt
 from padseg.types import Attention
 
 
@@ -83,6 +88,37 @@ def test_whole_picture_keeps_its_aspect_ratio(backbone, picture):
     assert maps.frame.size == (48, 80) and maps.frame.box == (0, 0, 48, 80)
     assert len(maps.names) == 77 and maps.names[:2] == ('<|startoftext|>', '<|endoftext|>')
     assert maps.maps.min() > 0 and maps.maps.sum(0).max() < 1
+
+
+@pytest.mark.parametrize(('family', 'template'), [('backbone', 2), ('flux', 1)])
+def test_tokens_of_one_kind(family, template, picture, request):
+    """Maps of a kind are those of all tokens, without the others; the softmax goes over all of them all the same."""
+    backbone = request.getfixturevalue(family)
+    everything = token_maps(picture, backbone)
+    assert torch.equal(token_maps(picture, backbone, Options(tokens='all')).maps, everything.maps)
+    for tokens, kept in (('template', slice(template)), ('pads', slice(template, None))):
+        maps = token_maps(picture, backbone, Options(tokens=tokens))
+        assert torch.equal(maps.maps, everything.maps[kept]) and maps.names == everything.names[kept]
+        assert all(name.startswith('<pad ') == (tokens == 'pads') for name in maps.names)
+    with pytest.raises(UsageError, match=r'has no tokens of this kind: tokens is one of all, pads, template; got registers'):
+        token_maps(picture, backbone, Options(tokens='registers'))
+
+
+def test_a_model_without_pads_has_none_to_read(pixarts, backbone):
+    """PixArt's pads are masked."""
+    assert read_prompt(pixarts['sigma'], 'template').names == ('</s>',)
+    with pytest.raises(UsageError, match=r'tokens is one of all, template; got pads'):
+        read_prompt(pixarts['sigma'], 'pads')
+
+
+def test_proposals_of_named_classes_read_the_tokens_of_the_models_own_settings(speller, picture):
+    """Those that `padseg run` would read."""
+    own = dataclasses.replace(speller, spec=speller.spec._replace(own={'seg4diff': {'tokens': 'template'}}))
+    everything = token_maps(picture, speller)
+    for method, options in ((open_vocabulary, LabelOptions(on='proposals')), (concepts, ConceptOptions(on='proposals'))):
+        (found,) = method.maps([picture], method.prepare(own, options, ('cat', 'grass')))
+        assert found.names == ('cat', 'grass', *everything.names[:2])
+        torch.testing.assert_close(found.maps[2:], everything.maps[:2], atol=1e-6, rtol=1e-5)
 
 
 def test_attention_that_is_not_finite_is_an_error(sd3_folder, picture):
