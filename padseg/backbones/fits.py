@@ -50,8 +50,8 @@ def needs(family: Family, transformer: Any, vae: Any, side: int, slots: int, exa
 
 
 def bytes_of(network: nn.Module, dtype: torch.dtype, quantize: str | None = None) -> int:
-    """Bytes of a network's weights. quantize: form of those of its linear layers, which have one scale per row then."""
-    whole = sum(tensor.numel() for tensor in network.parameters()) * dtype.itemsize
+    """Bytes of a network's weights and tables. quantize: form of the weights of its linear layers, which have one scale per row then."""
+    whole = sum(tensor.numel() for tensor in network.state_dict().values()) * dtype.itemsize
     if quantize not in QUANTIZED:
         return whole
     linear = [module.weight for module in network.modules() if isinstance(module, nn.Linear)]
@@ -65,5 +65,6 @@ def of_vae(vae: Any, side: int, dtype: torch.dtype) -> int:
 def of_transformer(family: Family, transformer: Any, vae: Any, side: int, slots: int, dtype: torch.dtype) -> int:
     patch = family.size(transformer.config).patch
     tokens = (side // (patch * 2 ** (len(vae.config.block_out_channels) - 1))) ** 2 + slots
-    widest = max(module.in_features for module in transformer.modules() if isinstance(module, nn.Linear))
+    parts = [module for block in family.blocks(transformer) for module in block.modules()]
+    widest = max(module.in_features for module in parts if isinstance(module, nn.Linear))
     return TOKEN_TENSORS * widest * tokens * dtype.itemsize
