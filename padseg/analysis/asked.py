@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from padseg.analysis import grid, perturb
+from padseg.analysis import expert, grid, perturb
+from padseg.analysis.expert import Expert
 from padseg.analysis.grid import Grid
 from padseg.analysis.measure import STEPS
 from padseg.analysis.recording import Made, Pictures, Source, Subject, subjects
@@ -257,3 +258,49 @@ def best_of_grid(
         'own': found.own._asdict(),
     }
     return backbone, recorded, found
+
+
+def found_expert(
+    images: Path,
+    labels: Path | None,
+    steps: Sequence[int],
+    normalisations: Sequence[str],
+    tokens: str | None,
+    count: int,
+    how: Mapping[str, Any],
+    progress: Progress,
+    ready: Ready = nothing,
+) -> tuple[Backbone, dict[str, Any], Expert]:
+    """Look for the expert block; arguments as of `padseg analyze expert`; ready: as for `opened`. Also model, and settings."""
+    found = subjects(images, labels, (), '', count)
+    for normalisation in normalisations:
+        Options(normalisation=normalisation)  # refuses what there is not
+    refuse_unsupported(how)
+    ready()
+    backbone = loaded(how)
+    levels = wanted_levels(steps, backbone)
+    given: dict[str, Any] = {'tokens': tokens}
+    options = Options(**given).resolve(backbone.spec)
+    measured = expert.measure(found, backbone, levels, normalisations, progress, options)
+    recorded = {
+        'steps': sorted({cell.step for cell in measured.figures}),
+        'normalisations': list(dict.fromkeys(cell.normalisation for cell in measured.figures)),
+        'thresholds': list(measured.thresholds),
+        'labelled': measured.labelled,
+        'tokens': options.tokens,
+        'geometry': options.geometry,
+        'side': options.side,
+        'seed': options.seed,
+        'pictures': [subject.name for subject in found],
+        'best': {**measured.best._asdict(), 'threshold': measured.threshold},
+        'own': {**measured.own[0]._asdict(), 'threshold': measured.own[1]},
+    }
+    return backbone, recorded, measured
+
+
+def wanted_levels(steps: Sequence[int], backbone: Backbone) -> tuple[int, ...]:
+    """Noise levels to look at: those given, or every other one of STEPS. UsageError for one that the schedule does not have."""
+    levels = tuple(dict.fromkeys(steps)) or tuple(step for step in STEPS[::2] if step <= backbone.spec.steps)
+    Options(step=max(levels)).resolve(backbone.spec)
+    Options(step=min(levels))
+    return levels

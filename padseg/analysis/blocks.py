@@ -21,7 +21,7 @@ from padseg.methods.stages.attention import token_attention
 from padseg.methods.stages.enlarging import upsample
 from padseg.methods.stages.labels import label_map
 from padseg.methods.stages.latents import encode_steps
-from padseg.methods.stages.proposals import merge
+from padseg.methods.stages.proposals import merge_each
 from padseg.methods.stages.scores import means, scale_scores
 from padseg.methods.stages.token_maps import read_prompt
 from padseg.types import Array, Attention, Frame, Image, Latent, Prompt, TokenMaps
@@ -129,11 +129,25 @@ def coverings(maps: Tensor, truth: Array, normalisation: str, thresholds: Sequen
 
     truth: (H, W) regions. Both are compared at ENLARGED x ENLARGED pixels per image token.
     """
-    size = (maps.shape[1] * ENLARGED, maps.shape[2] * ENLARGED)
-    seen = cv2.resize(truth.astype(np.int32), size[::-1], interpolation=cv2.INTER_NEAREST)
+    return covered(regions_at(maps, normalisation, thresholds, ENLARGED), truth)
+
+
+def covered(found: Sequence[Array], truth: Array) -> Array:
+    """Covering of the ground truth (H, W) by each of several label maps (h, w) of one size, at which they are compared: values in 0..1."""
+    seen = cv2.resize(truth.astype(np.int32), found[0].shape[::-1], interpolation=cv2.INTER_NEAREST)
+    return np.array([region_scores(seen, labels).covering for labels in found])
+
+
+def regions_at(maps: Tensor, normalisation: str, thresholds: Sequence[float], scale: int) -> list[Array]:
+    """Label maps of the merged maps (T, h, w) at each threshold, without refinement: (scale h, scale w) int32 each."""
+    size = (maps.shape[1] * scale, maps.shape[2] * scale)
     read = TokenMaps(maps, tuple(map(str, range(len(maps)))), Frame(size, (0, 0, *size)))
-    label_maps = [label_map(merge(read, threshold, normalisation)).labels for threshold in thresholds]
-    return np.array([region_scores(seen, labels).covering for labels in label_maps])
+    found: list[Array] = []
+    before = None
+    for proposals in merge_each(read, thresholds, normalisation):
+        found.append(found[-1] if before == proposals.members else label_map(proposals).labels)
+        before = proposals.members
+    return found
 
 
 def grouping(image: Image, truth: Array, backbone: Backbone, options: Options, steps: Sequence[int] = ()) -> dict[Cell, Array]:

@@ -8,12 +8,14 @@ from typing import Any
 import cv2
 import numpy as np
 
+from padseg.analysis.expert import MEASURES, Expert
 from padseg.analysis.grid import Grid
 from padseg.analysis.norms import Norms
 from padseg.analysis.pca import FIGURES, KINDS, Components
 from padseg.analysis.perturb import Perturbed
 from padseg.analysis.shares import Shares
 from padseg.analysis.tokens import TokenSheet
+from padseg.exports.colours import voc_colours
 from padseg.system.text import printable
 from padseg.types import Array
 
@@ -28,6 +30,7 @@ COLOURS = {
     'sos': '#ee6677',
     'others': '#bbbbbb',
 }
+COLOUR_MAP = voc_colours()  # of regions
 SIDE = 3.4  # of a panel, in inches
 
 
@@ -136,26 +139,72 @@ def pca_figure(components: Components) -> Any:
 
 def grid_figure(grid: Grid) -> Any:
     """A heat map of step and block for each choice of text encoders, on the pictures to choose by; the best cell has a frame."""
-    from matplotlib.patches import Rectangle
-
     arms = list(dict.fromkeys(cell.encoders for cell in grid.train))
     steps = sorted({cell.step for cell in grid.train})
     layers = sorted({cell.layer for cell in grid.train})
     figure, axes = panels(1, len(arms))
     scores = np.array([[[grid.train[type(grid.best)(arm, step, layer)] for step in steps] for layer in layers] for arm in arms])
     for arm, axis, values in zip(arms, axes[0], scores, strict=True):
-        drawn = axis.imshow(values, cmap='viridis', vmin=scores.min(), vmax=scores.max(), aspect='auto', origin='lower')
-        axis.set(title=f'encoders {arm}', xlabel='step from the end of the schedule', ylabel='block')
-        axis.set(xticks=range(len(steps)), xticklabels=steps, yticks=ticks(len(layers)))
-        if arm == grid.best.encoders:
-            corner = steps.index(grid.best.step) - 0.5, layers.index(grid.best.layer) - 0.5
-            axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor='red', linewidth=2))
-        if len(layers) * len(steps) <= 80:
-            for row, line in enumerate(values):
-                for column, value in enumerate(line):
-                    colour = 'black' if value > (scores.min() + scores.max()) / 2 else 'white'
-                    axis.text(column, row, f'{value:.2f}', ha='center', va='center', fontsize=7, color=colour)
+        best = (steps.index(grid.best.step), layers.index(grid.best.layer)) if arm == grid.best.encoders else None
+        drawn = heat_map(axis, values, steps, (float(scores.min()), float(scores.max())), best)
+        axis.set(title=f'encoders {arm}')
     figure.colorbar(drawn, ax=axes[0].tolist(), label=f'mIoU on {grid.pictures[0]} pictures')
+    return figure
+
+
+def heat_map(axis: Any, values: Array, steps: Sequence[int], reach: tuple[float, float], best: tuple[int, int] | None) -> Any:
+    """Draw values (blocks, steps) as colours, and as numbers if there is room. reach: of the colours; best: place of a frame."""
+    from matplotlib.patches import Rectangle
+
+    drawn = axis.imshow(values, cmap='viridis', vmin=reach[0], vmax=reach[1], aspect='auto', origin='lower')
+    axis.set(xlabel='step from the end of the schedule', ylabel='block')
+    axis.set(xticks=range(len(steps)), xticklabels=steps, yticks=ticks(len(values)))
+    if best:
+        axis.add_patch(Rectangle((best[0] - 0.5, best[1] - 0.5), 1, 1, fill=False, edgecolor='red', linewidth=2))
+    if values.size <= 80:
+        for row, line in enumerate(values):
+            for column, value in enumerate(line):
+                colour = 'black' if value > sum(reach) / 2 else 'white'
+                axis.text(column, row, f'{value:.2f}', ha='center', va='center', fontsize=7, color=colour)
+    return drawn
+
+
+def expert_figure(expert: Expert) -> Any:
+    """The best score of each step and block; the measures of the best cell by threshold; below, regions of each block in a picture."""
+    from matplotlib.figure import Figure
+
+    steps = sorted({cell.step for cell in expert.figures})
+    image, regions = expert.shown
+    tile = max(0.7, min(1.6, 18 / (len(regions) + 1)))
+    columns = min(len(regions) + 1, 13)
+    lines = -(-(len(regions) + 1) // columns)
+    heights = (SIDE * 1.3, lines * (tile * image.shape[0] / image.shape[1] + 0.25) + 0.2)
+    figure: Any = Figure((max(10.0, columns * tile), sum(heights)), layout='constrained')
+    above, below = figure.subfigures(2, 1, height_ratios=heights)
+    heat, curves = above.subplots(1, 2)
+    scores = np.array(
+        [
+            [max(values[0].max() for cell, values in expert.figures.items() if cell[:2] == (step, layer)) for step in steps]
+            for layer in range(len(regions))
+        ]
+    )
+    drawn = heat_map(heat, scores, steps, (float(scores.min()), float(scores.max())), (steps.index(expert.best.step), expert.best.layer))
+    above.colorbar(drawn, ax=heat, label=f'{"covering" if expert.labelled else "score"}, {expert.pictures} pictures')
+    for name, values in zip(MEASURES, expert.figures[expert.best], strict=True):
+        if name != 'groups' and not np.isnan(values).all() and not (expert.labelled and name == 'covering'):
+            curves.plot(expert.thresholds, values, 'o-', ms=3, lw=1, label=name)
+    curves.axvline(expert.threshold, linestyle=':', lw=1, color='red')
+    best = f'block {expert.best.layer}, step {expert.best.step}, {expert.best.normalisation}'
+    curves.set(title=best, xlabel='threshold', xscale='log')
+    curves.legend(fontsize=7)
+    axes = below.subplots(lines, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.set_frame_on(False)
+    axes.flat[0].imshow(image)
+    for layer, (axis, labels) in enumerate(zip(axes.flat[1:], regions, strict=False)):
+        axis.imshow(COLOUR_MAP[labels % len(COLOUR_MAP)], extent=(0, image.shape[1], image.shape[0], 0))
+        axis.set_title(f'block {layer}', fontsize=8, color='red' if layer == expert.best.layer else 'black')
     return figure
 
 

@@ -38,6 +38,12 @@ def write(out: Path, name: str, rows: Rows, figure: Any, record: Mapping[str, An
             temporary.write_text(json.dumps(record, indent=1) + '\n', encoding='utf-8')
 
 
+def write_json(out: Path, name: str, values: Mapping[str, Any]) -> None:
+    """Write OUT/name. Raises as `write`."""
+    with full_disk(out, BEGINS_ANEW), atomic(out / name) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')
+
+
 def files_of(name: str) -> tuple[str, ...]:
     """What `write` writes."""
     return f'{name}.csv', f'{name}.png', f'{name}.json'

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from padseg.backbones.recorder import What
 
 DTYPES = ('float32', 'bfloat16', 'float16')
+QUANTIZED = ('int8', 'fp8')  # forms of weights in 8 bits
 
 
 class Identity(NamedTuple):
@@ -54,7 +55,7 @@ class Backbone:
 
     layers: the number of transformer blocks loaded; of the last one only queries and keys, unless `whole`. patch: latent cells along a side
     of an image token; multiple: pixels along it; limit: the longest side the model takes, in pixels. compiled: the number of leading blocks
-    that are compiled; their attention cannot be read.
+    that are compiled; their attention cannot be read. quantize: form of the weights of the transformer's linear layers, one of QUANTIZED.
     """
 
     spec: Spec
@@ -70,6 +71,7 @@ class Backbone:
     multiple: int
     limit: int
     compiled: int = 0
+    quantize: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -92,14 +94,14 @@ class Backbone:
     def output_projection(self, layer: int) -> tuple[Tensor, Tensor | None] | None:
         """Weight (C, C), output channels first, and bias (C,) that follow `attention_module` for image tokens. UsageError as above."""
         self.check_layer(layer, ('output',))
-        return self.family.output_projection(self.transformer, layer)
+        return plain(self.family.output_projection(self.transformer, layer))
 
     def self_output_projection(self, layer: int) -> tuple[Tensor, Tensor | None] | None:
         """The same of `self_attention_module`."""
         module: Any = self.self_attention_module(layer, ('output',))
         if module is self.attention_module(layer):
             return self.output_projection(layer)
-        return module.to_out[0].weight, module.to_out[0].bias
+        return plain((module.to_out[0].weight, module.to_out[0].bias))
 
     def layer_names(self) -> list[str]:
         """Names of all loaded blocks in layer order, such as `up-level2-repeat1-vit-block0` or `vit-block13`."""
@@ -158,6 +160,7 @@ def load(
     compile: bool = False,
     lora: str | os.PathLike[str] | None = None,
     lora_scale: float = 1.0,
+    quantize: str | None = None,
 ) -> Backbone:
     """Load a model by name (one of `padseg models`), hub id (`org/name` or `org/name@revision`) or folder in diffusers' layout.
 
@@ -166,10 +169,12 @@ def load(
     are wanted, by default the model's expert block; later blocks and the VAE's decoder are not loaded unless `whole` is true. vae: another
     VAE for the same latents, in AutoencoderTiny's layout, by hub id or folder; 'tiny' is TAESD, TAESDXL, TAESD3 or TAEF1. compile: have
     torch compile the blocks before that layer at the first picture. lora: a LoRA for the transformer in diffusers' layout, a safetensors
-    file or a folder with one, which is added to the weights; lora_scale: its strength, 1 as it was trained.
+    file or a folder with one, which is added to the weights; lora_scale: its strength, 1 as it was trained. quantize: keep the weights of
+    the transformer's linear layers in 8 bits, as 'int8' or 'fp8', which needs torchao.
 
     Raises UsageError for an unknown name or value, ModelUnavailable when files are missing.
     """
+    check_quantize(quantize, compile, lora)
     if dtype not in (None, *DTYPES):
         raise UsageError(f'dtype is one of {", ".join(DTYPES)}; got {dtype}')
     imported('padseg.backbones.loading')
@@ -179,7 +184,22 @@ def load(
     added = lora_named(lora, lora_scale)  # before gigabytes are downloaded for nothing
     source = locate(model, revision)
     other = locate_vae(vae, source) if vae else None
-    return load_family(family_of(source.spec), source, device, dtype, layer, whole, other, compile, added, lora_scale)
+    return load_family(family_of(source.spec), source, device, dtype, layer, whole, other, compile, added, lora_scale, quantize)
+
+
+def check_quantize(quantize: str | None, compile: bool, lora: object) -> None:
+    """Raise UsageError for an unknown form of weights, and for what does not go with one."""
+    if quantize not in (None, *QUANTIZED):
+        raise UsageError(f'quantize is one of {", ".join(QUANTIZED)}; got {quantize}')
+    if quantize and (compile or lora is not None):
+        raise UsageError(f'--quantize cannot be used with {"--compile" if compile else "--lora"}')
+
+
+def plain(projection: tuple[Tensor, Tensor | None] | None) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias, in floating point if the weight is kept in 8 bits."""
+    from padseg.backbones.quantized import plain_weight
+
+    return (plain_weight(projection[0]), projection[1]) if projection else None
 
 
 def identity(

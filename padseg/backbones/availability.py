@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from padseg.backbones import family_of
+from padseg.backbones.fits import Need, needs
 from padseg.backbones.layout import LAYOUTS, all_main, all_text, denoisers, weights_name
 from padseg.backbones.loading import check_loadable
 from padseg.backbones.null_prompt import prompt_is_cached
-from padseg.backbones.parts import choose_dtype, tensors_needed, vae_dtype
+from padseg.backbones.parts import choose_dtype, outlined, tensors_needed, vae_dtype
 from padseg.backbones.source import (
     Source,
     globs_of,
@@ -144,6 +146,13 @@ def reckon_memory(source: Source, place: torch.device, dtype: str, whole: bool =
     if place.type == 'cpu':
         return Memory(sum(parts), sum(parts) + prompt)
     return Memory(sum(parts), max(*parts, prompt))
+
+
+def reckon_cards(source: Source) -> dict[str, Need]:
+    """What maps up to the expert block need for one picture of the model's own size on a graphics card, by form of the weights."""
+    family, spec = family_of(source.spec), source.spec
+    transformer, vae = (outlined(family, source, part, spec.layer) for part in family.LAYOUT.networks)
+    return needs(family, transformer, vae, spec.side, spec.sequence, partial(vae_dtype, family, source, source, 'vae'))
 
 
 def parameters(folder: Path, parts: tuple[str, ...]) -> int:

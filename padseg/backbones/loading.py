@@ -39,11 +39,13 @@ def load_family(
     compile: bool = False,
     lora: str | None = None,
     lora_scale: float = 1.0,
+    quantize: str | None = None,
 ) -> Backbone:
     """Load the parts of transformer and VAE that token maps up to `layer` need (by default the expert block), or all of both if `whole`.
 
     Also loads the null prompt; text encoders are read only if it is not cached. vae: a standalone VAE to use instead. compile: compile the
     blocks before `layer`. lora, lora_scale: path and strength of a LoRA that is added to the transformer's weights.
+    quantize: as for `padseg.load`.
     """
     layer = source.spec.layer if layer is None else layer
     if not 0 <= layer < source.spec.layers:
@@ -56,7 +58,7 @@ def load_family(
     owner, part = (vae, '.') if vae else (source, 'vae')
     with ThreadPoolExecutor(1) as beside:  # hashing four gigabytes takes as long as loading the tensors needed from them
         hashed = beside.submit(weights_hash, family, source, vae)
-        transformer = filled_part(family, source, family.LAYOUT.denoiser, last, place, kind)
+        transformer = filled_part(family, source, family.LAYOUT.denoiser, last, place, kind, quantize)
         if added:
             merge_lora(transformer, *added)
         exact = vae_dtype(family, source, owner, part, kind)
@@ -85,6 +87,7 @@ def load_family(
         multiple=multiple,
         limit=taken.limit * multiple,
         compiled=layer if compile else 0,
+        quantize=quantize,
     )
 
 

@@ -9,6 +9,7 @@ import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -18,6 +19,7 @@ from padseg.backbones.configuration import check_network, read_json, refuse_spec
 from padseg.backbones.family import Family
 from padseg.backbones.latent_scale import PATCH
 from padseg.backbones.layout import config_name, network_class
+from padseg.backbones.quantized import quantized, quantizer_of
 from padseg.backbones.source import Source, content_hash, part_files, tensor_shapes, text_encoders, weight_files, weights_variant
 from padseg.backbones.weights import (
     build_empty,
@@ -147,11 +149,14 @@ def cut_model(family: Family, model: Any, part: str, layer: int | None) -> None:
         family.cut(model, layer)
 
 
-def filled_part(family: Family, source: Source, part: str, layer: int | None, place: torch.device, kind: torch.dtype) -> Any:
-    """Load a transformer or VAE with its weights, cut as by `cut_model`."""
+def filled_part(
+    family: Family, source: Source, part: str, layer: int | None, place: torch.device, kind: torch.dtype, quantize: str | None = None
+) -> Any:
+    """Load a transformer or VAE with its weights, cut as by `cut_model`. quantize: as for `padseg.load`."""
     model = outlined(family, source, part, layer)
+    keep = partial(quantized, quantizer_of(quantize, model, place), model) if quantize else None
     try:
-        return fill_weights(model, weight_files(source.folder, (part,)), place, kind, part_name(source, part))
+        return fill_weights(model, weight_files(source.folder, (part,)), place, kind, part_name(source, part), keep)
     except ModelUnavailable:
         raise
     except DAMAGE as error:

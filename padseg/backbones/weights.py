@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -30,8 +30,17 @@ def shapes_of_model(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def fill_weights(model: AnyModule, paths: Sequence[pathlib.Path], place: torch.device, dtype: torch.dtype, label: str) -> AnyModule:
+def fill_weights(
+    model: AnyModule,
+    paths: Sequence[pathlib.Path],
+    place: torch.device,
+    dtype: torch.dtype,
+    label: str,
+    keep: Callable[[str, Tensor], Tensor] | None = None,
+) -> AnyModule:
     """Load a model's tensors, a few at a time. `refuse_misfits` must have compared files and model before.
+
+    keep: makes of a tensor, by its name, what is kept of it.
 
     Raises ModelUnavailable, with `label` for the model, for values that are not finite.
     """
@@ -52,6 +61,8 @@ def fill_weights(model: AnyModule, paths: Sequence[pathlib.Path], place: torch.d
                     state[present_name(stored)] = kept = tensor.to(place, kind, copy=True)
                     if not all_finite(kept):
                         raise ModelUnavailable(f'{label} cannot be used: {stored} in {path} has values that are not finite in {dtype}')
+                    if keep:
+                        state[present_name(stored)] = keep(present_name(stored), kept)
     model.load_state_dict(state, assign=True)
     compute_places(model, place)
     return model.eval().requires_grad_(False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from padseg.bench import engine, eval, generate, goca, label, load, merge, neighbours, scale, sd3, sizes, train, vae
+from padseg.bench import cards, engine, eval, generate, goca, label, load, merge, neighbours, quantize, scale, sd3, sizes, train, vae
 
 COMMANDS = (
     sd3.command,
@@ -20,6 +20,8 @@ COMMANDS = (
     neighbours.command,
     train.command,
     sizes.command,
+    cards.command,
+    quantize.command,
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -32,6 +33,7 @@ HEADS, TEXT = 24, 154  # attention heads and text tokens of SD3
 KINDS = 25  # groups of maps further apart than THRESHOLD, and so the number of proposals
 NOISE = 0.02  # within a group
 THRESHOLD, NORMALISATION = 0.1, 'sum'
+RELEASED_THRESHOLD = 0.005  # at which the released normalisation has the same groups
 SMALL = (481, 321)
 REFINED: dict[str, Any] = {'components': True, 'min_area': 0.005}
 SCALE = 300.0  # of the superpixels
@@ -39,6 +41,7 @@ REPEATS = 7  # of a step, if there is time
 STEPS = {
     'distances': 'distances between all maps',
     'merge': 'merging, with the distances',
+    'merge_released': 'the same, normalised as released',
     'label_map': 'label map',
     'superpixels': 'superpixels, by scikit-image',
     'refined': 'label map, refined',
@@ -85,7 +88,10 @@ def merge_steps(maps: int, size: tuple[int, int], seconds: float) -> dict[str, d
         'superpixels': {'ours': fastest(lambda: superpixels_of(picture, SCALE), seconds)[0]},
         'refined': compared(lambda: label_map(proposals, inside, **REFINED), lambda: plain_refined(proposals, inside, **REFINED), seconds),
         'distances': compared(lambda: symmetric_kl(shares), lambda: plain_distances(shares), seconds),
-        'merge': compared(lambda: merge(tokens, THRESHOLD, NORMALISATION), lambda: plain_merge(tokens), seconds),
+        **{
+            name: compared(partial(merge, tokens, threshold, by), partial(plain_merge, tokens, threshold, by), seconds)
+            for name, threshold, by in (('merge', THRESHOLD, NORMALISATION), ('merge_released', RELEASED_THRESHOLD, 'released'))
+        },
     }
 
 
@@ -142,16 +148,16 @@ def plain_distances(shares: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def plain_merge(tokens: TokenMaps) -> Proposals:
+def plain_merge(tokens: TokenMaps, threshold: float = THRESHOLD, normalisation: str = NORMALISATION) -> Proposals:
     """Merge anchor by anchor, computing the distances to all maps for each."""
-    normalised = normalise(tokens.maps, NORMALISATION)
+    normalised = normalise(tokens.maps, normalisation)
     shares = normalised / normalised.sum((1, 2), keepdim=True)
     taken: set[int] = set()
     groups, merged = [], []
     for anchor, own in enumerate(shares):
         if anchor not in taken:
             logs = (own.clamp_min(EPS) / shares.clamp_min(EPS)).log()  # (T, h, w)
-            near = ((own * logs).sum((1, 2)) - (shares * logs).sum((1, 2))) / 2 < THRESHOLD  # (T,)
+            near = ((own * logs).sum((1, 2)) - (shares * logs).sum((1, 2))) / 2 < threshold  # (T,)
             group = tuple(token for token in range(len(shares)) if token == anchor or near[token])
             taken.update(group)
             groups.append(group)
@@ -215,13 +221,18 @@ def memory_of(count: int, size: tuple[int, int], plainly: bool) -> float:
 
 
 def memory_of_attention(maps: int) -> float:
-    """Memory, in MiB, to compute `maps` token maps, on top of the queries and keys: HEADS heads, SIDE² image and TEXT text tokens."""
+    """Memory, in MiB, to compute `maps` token maps, on top of the queries and keys: HEADS heads, SIDE² image and `text_tokens`."""
     one_core()
-    query, key = torch.randn(2, 1, HEADS, SIDE**2 + TEXT, 64)
+    query, key = torch.randn(2, 1, HEADS, SIDE**2 + text_tokens(maps), 64)
     token_attention(Attention(query[:, :1], key[:, :1]), 1, (0,))  # warm up
     before = peak()
     token_attention(Attention(query, key), SIDE**2, range(SIDE**2, SIDE**2 + maps))
     return peak() - before
+
+
+def text_tokens(maps: int) -> int:
+    """Those of SD3, or more for models with more maps."""
+    return max(TEXT, maps)
 
 
 def in_words(measured: dict[str, Any]) -> str:
@@ -235,5 +246,6 @@ def in_words(measured: dict[str, Any]) -> str:
             lines.append(f'  {words:28} {one["ours"]:8.2f}{beside}')
     memory = measured['memory_mib']
     rows = ((f'{KINDS} proposals', 'proposals'), (f'{3 * KINDS} proposals', 'three_times_as_many'), (f'{KINDS}, plainly', 'plainly'))
-    attention = f'memory to compute the maps from {HEADS} heads and {SIDE**2 + TEXT} tokens: {memory["attention"]:.1f} MiB'
+    tokens = SIDE**2 + text_tokens(measured['maps'])
+    attention = f'memory to compute the maps from {HEADS} heads and {tokens} tokens: {memory["attention"]:.1f} MiB'
     return '\n'.join([*lines, f'memory at {size}', *(f'  {words:28} {memory[name]:8.1f} MiB' for words, name in rows), attention])

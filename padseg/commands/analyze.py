@@ -16,6 +16,7 @@ from padseg.commands.label import names_of
 from padseg.commands.run import SIGNALLED
 from padseg.generation.settings import PADS
 from padseg.methods.open_vocabulary import PROMPTS, SCORES, UNUSED
+from padseg.methods.options import TOKENS
 from padseg.methods.seg4diff import Options
 from padseg.system.ledger import check_output
 from padseg.system.progress import shown
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 FOLDER = click.Path(path_type=Path)
 POSITIVE = click.IntRange(min=1)
+CONFIG = 'padseg.json'
 DEFAULT = 'blocks'  # what the command was before it had sub-commands
 
 
@@ -280,6 +282,48 @@ def grid_command(**given: Any) -> int:
         how=how_of(given), progress=shown(given['quiet']), ready=ready_for(given, 'grid'), **but_for(given, *HOW, *TOLD)
     )
     return tell(backbone, settings, given, 'grid', grid.rows(found), grid.summary(found), charts.grid_figure(found))
+
+
+@command.command('expert')
+@flagged(
+    click.option('--dir', '--data', 'images', type=FOLDER, required=True, help='folder of pictures'),
+    click.option('--labels', type=FOLDER, help='folder of label maps x.png of regions or classes; only pictures with labels are read'),
+    click.option(
+        '--steps',
+        type=Several(int),
+        default=(),
+        help='noise levels to look at, counted from the end of the schedule (default: five of them)',
+    ),
+    click.option(
+        '--normalisations', type=Several(str), default=(), help="of token maps, as for `padseg run`, to compare (default: the model's own)"
+    ),
+    click.option('--tokens', type=click.Choice(list(TOKENS)), help="which tokens are read, as for `padseg run` (default: the model's own)"),
+    count_flag(8),
+    *model_flags(),
+    *PRINTED,
+)
+def expert_command(**given: Any) -> int:
+    """Find the block, noise level and threshold with which a model groups pictures best, and write them as settings.
+
+    With labels, the score is the covering of their regions. Without, it is how much regions tell of those with another noise, more than of
+    those of another picture, in bits, times the square of their coherence. Also writes OUT/padseg.json, which `padseg run --config` reads.
+    """
+    from padseg.analysis import charts, expert
+    from padseg.analysis.asked import found_expert
+    from padseg.analysis.report import files_of, write_json
+
+    refuse_lone_scale(given)
+    if given['out'].resolve() == Path(given['model']).resolve():
+        raise click.UsageError(f'--out is the folder of the model, whose {CONFIG} would be overwritten: name another one')
+    ready = partial(check_output, given['out'], (*files_of('expert'), CONFIG))
+    backbone, settings, found = found_expert(
+        how=how_of(given), progress=shown(given['quiet']), ready=ready, **but_for(given, *HOW, *TOLD)
+    )
+    code = tell(backbone, settings, given, 'expert', expert.rows(found), expert.summary(found), charts.expert_figure(found))
+    write_json(given['out'], CONFIG, expert.settings(found, **({'tokens': given['tokens']} if given['tokens'] else {})))
+    if not given['as_json']:
+        say(f'wrote {given["out"] / CONFIG}: padseg run --model {given["model"]} --config {given["out"] / CONFIG} --dir PICTURES')
+    return code
 
 
 @command.command('tokens')

@@ -19,6 +19,7 @@ from padseg.system.versions import versions
 
 if TYPE_CHECKING:
     from padseg.backbones.availability import Memory, State
+    from padseg.backbones.fits import Need
     from padseg.backbones.source import Source
 
 
@@ -56,6 +57,7 @@ class Diagnosis(NamedTuple):
     memory: int | None
     memory_free: int | None
     needed: Memory | None
+    cards: dict[str, Need] | None
     out: str
     disk_free: int
     cache: str
@@ -72,7 +74,7 @@ def examine(model: str, revision: str | None, device: str | None, dtype: str | N
     import torch
     from huggingface_hub import constants, get_token, is_offline_mode
 
-    from padseg.backbones.availability import chosen_dtype, model_state, reckon_memory
+    from padseg.backbones.availability import chosen_dtype, model_state, reckon_cards, reckon_memory
     from padseg.backbones.parts import choose_device
 
     if dtype not in (None, *DTYPES):
@@ -94,6 +96,7 @@ def examine(model: str, revision: str | None, device: str | None, dtype: str | N
         memory=memory_in_all(),
         memory_free=memory_available(),
         needed=reckon_memory(source, place, kind) if source and kind else None,
+        cards=reckon_cards(source) if source else None,
         out=str(out),
         disk_free=free_space(out),
         cache=constants.HF_HUB_CACHE,
@@ -142,6 +145,7 @@ def as_object(report: Diagnosis) -> dict[str, Any]:
     """Return the report as one JSON object."""
     values = report._asdict()
     values['state'] = report.state._asdict()
+    values['cards'] = {form: {**need._asdict(), 'card': need.card} for form, need in report.cards.items()} if report.cards else None
     values['needed'] = report.needed._asdict() if report.needed else None
     return values
 
@@ -155,6 +159,8 @@ def as_lines(report: Diagnosis) -> list[str]:
         else f'{human(report.needed.device)} on {report.device}, up to {human(report.needed.host)} of memory while loading'
         ' (estimated from their shapes; pictures need more)',
     }
+    if report.cards:
+        sizes['a picture'] = '; '.join(on_card(form, need) for form, need in report.cards.items())
     token = 'a token' if report.token else 'no token'
     rows = {
         'versions': ', '.join(f'{name} {number}' for name, number in report.versions.items()),
@@ -170,6 +176,12 @@ def as_lines(report: Diagnosis) -> list[str]:
     }
     width = max(map(len, rows))
     return [f'{name:{width}}  {value}' for name, value in rows.items()] + [f'{"warning":{width}}  {line}' for line in report.warnings]
+
+
+def on_card(form: str, need: Need) -> str:
+    """What a picture of the model's own size needs with one form of weights, and the smallest card for it."""
+    card = f'fits a GPU with {need.card} GiB' if need.card else 'more than 24 GiB'
+    return f'{form} {human(need.total)}, {card}'
 
 
 def known(size: int | None) -> str:

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from padseg.commands.config import METHOD, config_flag
 from padseg.commands.flags import (
-    METHOD,
     MethodCommand,
     compile_flag,
     lora_flags,
     named_in,
     option_flags,
     options_given,
+    quantize_flag,
     refuse_lone_scale,
 )
 from padseg.commands.run import SOME_FAILED
@@ -89,7 +90,9 @@ class EvalCommand(MethodCommand):
 @click.option('--dtype', help='float32, bfloat16 or float16 (default: depends on the device)')
 @click.option('--vae', help="a faster VAE for SD3's latents: tiny (TAESD3), a hub id, or a folder with an AutoencoderTiny")
 @compile_flag
+@quantize_flag
 @lora_flags
+@config_flag
 @click.option('--names', type=click.Choice(NAMES), help=f'{NAMING}: use the class names present in a picture, or all (default: {NAMES[0]})')
 @click.option('--quiet', '-q', is_flag=True, help='no progress on stderr')
 @click.option('--json', 'as_json', is_flag=True, help='print one JSON object')
@@ -133,6 +136,8 @@ def must_fit_together(given: dict[str, Any], check: bool) -> None:
     refuse_lone_scale(given)
     if given['lora'] is not None and (given['pred'] or check):
         raise click.UsageError('--lora changes a model, and none runs here: leave it out with --pred and --check.')
+    if given['quantize'] and (given['pred'] or check):
+        raise click.UsageError('--quantize changes a model, and none runs here: leave it out with --pred and --check.')
     if given['dataset']:
         if not given['root']:
             raise click.UsageError('DATASET needs --root, the folder with the data set.')

@@ -10,15 +10,21 @@ from typing import Any
 
 import click
 
+from padseg.backbones import QUANTIZED
+from padseg.commands.config import METHOD, config_flag
 from padseg.images import EXIF, FRAMES, MAX_BYTES, MAX_MEMORY, MAX_PIXELS, MAX_SECONDS, Reading
 from padseg.methods import DEFAULTS, METHODS, Method, usual_model
 from padseg.methods.options import MethodOptions, kind_of
 from padseg.run.job import ENGINES
 
 POSITIVE = click.IntRange(min=1)
-METHOD = 'padseg.method'  # key of the method's name in a context's meta
 compile_flag = click.option(
     '--compile', is_flag=True, help='compile the transformer at the first picture; pays off for many pictures and needs a C++ compiler'
+)
+quantize_flag = click.option(
+    '--quantize',
+    type=click.Choice(QUANTIZED),
+    help="keep the weights of the transformer's linear layers in 8 bits, which halves their memory; needs padseg[quantize]",
 )
 LORA = (
     click.option('--lora', metavar='PATH', help="a LoRA for the model in diffusers' layout: a safetensors file, or a folder with one"),
@@ -35,7 +41,9 @@ JOB = (
         '--vae', help="a faster VAE: tiny (TAESD3, or the one for the model's family), a hub id, or a folder with an AutoencoderTiny"
     ),
     compile_flag,
+    quantize_flag,
     *LORA,
+    config_flag,
     click.option(
         '--batch', type=click.IntRange(min=1), default=1, show_default=True, help='pictures per forward pass; does not change results'
     ),

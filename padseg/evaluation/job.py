@@ -59,7 +59,7 @@ class Asked(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """The method that makes the predictions, a key of METHODS, with its options; model … compile, lora as for `padseg.load`.
+    """The method that makes the predictions, a key of METHODS, with its options; model … compile, lora, quantize as for `padseg.load`.
 
     names: which names to give to a method that takes class names, 'present' (the default) or 'all'.
     """
@@ -75,6 +75,7 @@ class Contender(NamedTuple):
     names: str | None
     lora: str | None = None
     lora_scale: float = 1.0
+    quantize: str | None = None
 
 
 class Ground(NamedTuple):
@@ -163,7 +164,7 @@ def of_method(asked: Asked, ground: Ground, contender: Contender) -> Evaluation:
     method = method_named(contender.method)
     check_task(ground, contender, method)
     contender = contender._replace(options=as_released(contender.options, ground, method))
-    how = {name: getattr(contender, name) for name in ('revision', 'device', 'dtype', 'vae', 'compile', 'lora', 'lora_scale')}
+    how = {name: getattr(contender, name) for name in ('revision', 'device', 'dtype', 'vae', 'compile', 'lora', 'lora_scale', 'quantize')}
     backbone = open_backbone(method, contender.options, contender.model, **how)
     return Evaluation(
         Task(ground.dataset, ground.rules, lenient=asked.allow_missing, beside=beside(ground, method)),
@@ -241,6 +242,7 @@ def source_of(contender: Contender, method: Method, backbone: Backbone | None) -
     if backbone:
         dtype = str(backbone.dtype).removeprefix('torch.')
         source |= {**backbone.identity.recorded(), 'device': str(backbone.device), 'dtype': dtype, 'compiled': backbone.compiled}
+        source |= {'quantize': backbone.quantize} if backbone.quantize else {}
     if method.TASK == 'classes':
         source['names'] = contender.names or PRESENT
     return source | method.recorded(contender.options, backbone.spec if backbone else None)

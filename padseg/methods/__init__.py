@@ -120,6 +120,8 @@ def open_backbone(method: Method, options: Any, model: str, revision: str | None
     if not method.FAMILIES:
         if how.get('lora'):
             raise UsageError('a LoRA changes a model, and this method has none: leave out --lora')
+        if how.get('quantize'):
+            raise UsageError('this method has no model: leave out --quantize')
         return None
     from padseg.backbones import load, lora_named
     from padseg.backbones.source import locate

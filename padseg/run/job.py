@@ -29,7 +29,7 @@ Kind = TypeVar('Kind', bound=MethodOptions)
 class Job(NamedTuple):
     """What `padseg run` or `padseg label` is asked to do. source: a folder or one picture; out: where results go; method: a key of METHODS.
 
-    options: the method's; model … lora_scale as for `load`; classes: names to look for, for methods that take class names. workers: threads
+    options: the method's; model … quantize as for `load`; classes: names to look for, for methods that take class names. workers: threads
     that read pictures ahead, and as many that write results behind the model. checksum: compare pictures by content instead of size and
     modification time. retry_failed: whether to retry failed pictures that are unchanged. max_failures: how many pictures may fail before
     the run ends. reading: how files become pictures. maps: output of an earlier run whose token maps replace the model. engine: one of
@@ -48,6 +48,7 @@ class Job(NamedTuple):
     compile: bool = False
     lora: str | None = None
     lora_scale: float = 1.0
+    quantize: str | None = None
     batch: int = 1
     overlay: bool = False
     save_maps: bool = False
@@ -86,6 +87,7 @@ def requested(job: Job) -> dict[str, Setting]:
         'vae': job.vae,
         'compile': job.compile,
         **({'lora': job.lora, 'lora_scale': job.lora_scale} if job.lora else {}),
+        **({'quantize': job.quantize} if job.quantize else {}),
         **plain_settings(job.options),
         **naming_settings(job),
         **reading_settings(job.reading),

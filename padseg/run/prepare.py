@@ -54,7 +54,7 @@ def from_model(job: Job, earlier: Run | None = None) -> tuple[Stages, Run]:
 
 def prepared_for(job: Job, method: Method, revision: str | None = None, **how: Any) -> Any:
     """Prepare the method, loading its model with the job's settings."""
-    how |= {'vae': job.vae, 'compile': job.compile, 'lora': job.lora, 'lora_scale': job.lora_scale}
+    how |= {'vae': job.vae, 'compile': job.compile, 'lora': job.lora, 'lora_scale': job.lora_scale, 'quantize': job.quantize}
     backbone = open_backbone(method, job.options, job.model, revision or job.revision, **how)
     return method.prepare(backbone, job.options, job.classes)
 
@@ -110,7 +110,12 @@ def settings_of_model(job: Job, backbone: Backbone | None) -> dict[str, Setting]
         'dtype': dtype_of(backbone),
         'compile': job.compile,
         **({'lora': model.lora, 'lora_scale': model.lora_scale} if model.lora else {}),
+        **settings_of_weights(job),
     }
+
+
+def settings_of_weights(job: Job) -> dict[str, Setting]:
+    return {'quantize': job.quantize} if job.quantize else {}
 
 
 def settings_of_threads(job: Job, backbone: Backbone | None, earlier: Run | None) -> dict[str, Setting]:
@@ -152,7 +157,7 @@ def settings_now(job: Job, earlier: Run) -> Run | None:
         return None
     source = found[0]
     kept = {name: earlier.settings[name] for name in ('weights', *ADDED, *LORA) if name in earlier.settings}
-    of_model = {**kept, 'dtype': job.dtype or earlier.dtype, 'compile': job.compile}
+    of_model = {**kept, 'dtype': job.dtype or earlier.dtype, 'compile': job.compile, **settings_of_weights(job)}
     return earlier.model_copy(update={'settings': all_settings(job, method, source.spec, of_model)})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import logging
 import os
 import sys
 from types import ModuleType
@@ -27,3 +28,5 @@ def quiet() -> None:
     """
     for library in ('TRANSFORMERS', 'DIFFUSERS'):
         os.environ.setdefault(f'{library}_VERBOSITY', 'error')
+    for name in ('torchao', 'torch.utils._pytree'):  # which complain when diffusers imports torchao, if that is installed
+        logging.getLogger(name).setLevel(logging.ERROR)

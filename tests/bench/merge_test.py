@@ -32,7 +32,7 @@ def test_a_small_run(bench):
     assert abs(memory['three_times_as_many'] - memory['proposals']) < 4 * one_map
     assert 0 < memory['attention'] < 300  # one head's scores of all tokens are 66 MiB, of all heads 1.5 GiB
     lines = steps.in_words(measured).splitlines()
-    assert len(lines) == 1 + 2 * 6 + 5 and lines[1].split() == 'picture of 481 x 321 ms plainly ratio'.split()
+    assert len(lines) == 1 + 2 * 7 + 5 and lines[1].split() == 'picture of 481 x 321 ms plainly ratio'.split()
     merging = measured['pictures']['481 x 321']['merge']
     assert lines[3] == f'  {"merging, with the distances":28} {merging["ours"]:8.2f} {merging["plain"]:10.2f} {merging["ratio"]:7.1f} x'
 
@@ -42,6 +42,7 @@ def test_the_maps_make_as_many_proposals_as_there_are_kinds():
     assert tokens.maps.shape == (77, steps.SIDE, steps.SIDE) and tokens.maps.dtype == torch.float32
     proposals = merge(tokens, steps.THRESHOLD, steps.NORMALISATION)
     assert proposals.members == tuple(tuple(range(kind, 77, 25)) for kind in range(25))
+    assert merge(tokens, steps.RELEASED_THRESHOLD, 'released').members == proposals.members
 
 
 def test_the_plain_ways_by_hand():

@@ -24,18 +24,26 @@ def encode(image: Image, backbone: Backbone, options: ForwardOptions) -> Latent:
     return encode_steps(image, backbone, options, (options.step,))[0]
 
 
-def encode_steps(image: Image, backbone: Backbone, options: ViewOptions, steps: Sequence[int]) -> list[Latent]:
-    """As `encode`, at several steps with the same noise; the VAE runs once."""
-    return encode_levels(image, backbone, options, lambda tokens: [backbone.noise_level(step, tokens) for step in steps])
+def encode_steps(
+    image: Image, backbone: Backbone, options: ViewOptions, steps: Sequence[int], seeds: Sequence[int] | None = None
+) -> list[Latent]:
+    """As `encode`, at several steps with the same noise, or with that of each of several seeds in turn; the VAE runs once."""
+    return encode_levels(image, backbone, options, lambda tokens: [backbone.noise_level(step, tokens) for step in steps], seeds)
 
 
-def encode_levels(image: Image, backbone: Backbone, options: ViewOptions, levels: Callable[[int], Sequence[NoiseLevel]]) -> list[Latent]:
+def encode_levels(
+    image: Image,
+    backbone: Backbone,
+    options: ViewOptions,
+    levels: Callable[[int], Sequence[NoiseLevel]],
+    seeds: Sequence[int] | None = None,
+) -> list[Latent]:
     """As `encode_steps`, at the levels that follow from the number of image tokens."""
     pixels, frame = view(image, options.geometry, options.side, backbone.multiple, backbone.limit)
     clean = encode_pixels(pixels, backbone)  # (1, C, H', W')
-    noise = content_noise(image, options.seed, clean.shape).to(clean)
+    noises = [content_noise(image, seed, clean.shape).to(clean) for seed in ((options.seed,) if seeds is None else seeds)]
     tokens = clean.shape[2] * clean.shape[3] // backbone.patch**2
-    return [Latent(noised(clean, noise, level), level.sigma, level.timestep, frame) for level in levels(tokens)]
+    return [Latent(noised(clean, noise, level), level.sigma, level.timestep, frame) for noise in noises for level in levels(tokens)]
 
 
 def encode_without_noise(image: Image, backbone: Backbone, options: ViewOptions, step: int) -> Latent:

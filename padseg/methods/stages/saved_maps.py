@@ -57,9 +57,10 @@ def forward_settings(backbone: Backbone, options: MapOptions) -> str:
     """Describe all settings that affect token maps."""
     model = backbone.identity
     lora = f' lora {model.lora} scale {model.lora_scale}' if model.lora else ''
+    kept = f' {backbone.quantize}' if backbone.quantize else ''
     tokens = '' if options.tokens == 'all' else f' tokens {options.tokens}'
     return (
-        f'weights {model.weights}{lora} dtype {backbone.dtype} layer {options.layer} step {options.step} '
+        f'weights {model.weights}{lora}{kept} dtype {backbone.dtype} layer {options.layer} step {options.step} '
         f'geometry {options.geometry} side {options.side} seed {options.seed}{tokens}'
     )
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 from padseg.errors import UsageError
 from padseg.methods.options import NORMALISATIONS
-from padseg.methods.stages.proposals import EPS, greedy_groups, merge, normalise, symmetric_kl
+from padseg.methods.stages.proposals import EPS, greedy_groups, merge, near_groups, normalise, spatial, symmetric_kl
 from padseg.types import Frame, TokenMaps
 
 
@@ -121,6 +121,40 @@ def test_groups_overlap_as_in_the_released_code():
     # on a line at 0, 1, 2: the first takes the second, the third is an anchor of its own and averages the second again
     distance = torch.tensor([[0, 1, 2], [1, 0, 1], [2, 1, 0]], dtype=torch.float64)
     assert greedy_groups(distance, 1.5) == ((0, 1), (1, 2))
+
+
+def many_maps():
+    """512 maps in overlapping clouds around 40 maps, some of them equal, some with zeros."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = random_maps(40, 12, 12).repeat(13, 1, 1)[:512]
+    maps = kinds * (1 + 0.6 * torch.rand((512, 12, 12), generator=generator) * torch.rand((512, 1, 1), generator=generator))
+    maps[7] = maps[300] = maps[450]
+    maps[100:110, :6] = 0
+    return spatial(maps.double().flatten(1))
+
+
+@pytest.mark.parametrize('threshold', [0, 1e-9, 0.005, 0.02, 0.05, 0.2, math.inf])
+def test_distances_from_anchors_alone_give_the_same_groups(threshold):
+    shares = many_maps()
+    groups = near_groups(shares, threshold)
+    assert groups == greedy_groups(symmetric_kl(shares), threshold)
+    assert len(groups) == 1 if threshold == math.inf else len(groups) > 2
+
+
+def test_what_float32_cannot_tell_is_compared_exactly():
+    """Thresholds a little above and below distances, by less than the rounding of float32."""
+    shares = many_maps()[:60]
+    distance = symmetric_kl(shares)
+    for column in range(1, 60, 7):
+        between = float(distance[0, column])
+        for threshold in (between * (1 - 1e-11), between * (1 + 1e-11)):
+            assert near_groups(shares, threshold) == greedy_groups(distance, threshold)
+        assert (column in near_groups(shares, between * (1 + 1e-11))[0]) and column not in near_groups(shares, between * (1 - 1e-11))[0]
+
+
+def test_distances_to_other_maps_are_those_among_all():
+    shares = many_maps()
+    torch.testing.assert_close(symmetric_kl(shares[:5], shares[3:]), symmetric_kl(shares)[:5, 3:], atol=1e-13, rtol=0)
 
 
 @settings(deadline=None, max_examples=50)
