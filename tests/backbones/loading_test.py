@@ -140,7 +140,7 @@ def test_padseg_json_overrides_the_row(folder):
     }
     assert spec._asdict() == {**facts, 'own': {'seg4diff': own}}
     settings = settings_of(spec)
-    assert settings == row and isinstance(settings['superpixels'], float)
+    assert settings == {**row, 'tokens': 'all'} and isinstance(settings['superpixels'], float)
 
 
 def test_without_padseg_json_the_defaults_stand_within_the_models_depth(folder):

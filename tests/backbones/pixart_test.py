@@ -180,7 +180,7 @@ def test_rows(pixart_folders, tmp_path):
 
 
 def test_methods_for_other_models_refuse_it_by_name(pixarts, picture):
-    with pytest.raises(UsageError, match='^seg4diff does not support .* of the family pixart; supported: flux, sd3$'):
+    with pytest.raises(UsageError, match='^seg4diff does not support .* of the family pixart; supported: .*flux, flux2, sd3'):
         segment(picture, pixarts['sigma'])
 
 
