@@ -102,9 +102,7 @@ def measure(
     figures = {cell: scored(mean_of([reading[cell] for reading in readings]), labelled) for cell in readings[0]}
     best, place = best_of(figures)
     shown = [first[Cell(best.step, layer, best.normalisation)][place] for layer in range(backbone.layers)]
-    return Expert(
-        len(subjects), labelled, thresholds, figures, best, thresholds[place], (own, own_threshold), (subjects[0].image, shown)
-    )
+    return Expert(len(subjects), labelled, thresholds, figures, best, thresholds[place], (own, own_threshold), (subjects[0].image, shown))
 
 
 def seeded_latents(subject: Subject, backbone: Backbone, options: Options, steps: Sequence[int], seeds: int) -> Iterator[list[Latent]]:
@@ -129,7 +127,8 @@ def regions_of(
         def reduce(seen: Attention, grid: tuple[int, int]) -> list[list[Array]]:
             maps: Tensor = name_maps(seen, backbone, prompt, grid)  # (T, h, w)
             return [
-                [labels.astype(np.int16) for labels in regions_at(maps, normalisation, thresholds, scale)] for normalisation in normalisations
+                [labels.astype(np.int16) for labels in regions_at(maps, normalisation, thresholds, scale)]
+                for normalisation in normalisations
             ]
 
         for layer, found in enumerate(every_block(latent, backbone, prompt, partial(reduce, grid=grid_of(latent, backbone)))):
@@ -147,7 +146,9 @@ def figures_of(subject: Subject, found: Sequence[Sequence[Array]], other: Sequen
     rows = {
         'covering': nothing if subject.truth is None else covered(first, subject.truth),
         'agreement': np.array([shared(*pair) for pair in zip(*found, strict=True)]) if len(found) > 1 else nothing,
-        'chance': nothing if other is None else np.array([shared(labels, as_large(rest, labels)) for labels, rest in zip(first, other, strict=True)]),
+        'chance': nothing
+        if other is None
+        else np.array([shared(labels, as_large(rest, labels)) for labels, rest in zip(first, other, strict=True)]),
         'coherence': np.array([coherence(labels) for labels in first]),
         'groups': np.array([len(np.unique(labels)) for labels in first], float),
     }
@@ -221,7 +222,9 @@ def rows(expert: Expert) -> list[dict[str, Any]]:
 def summary(expert: Expert) -> list[dict[str, Any]]:
     """The best cell, that of every other block, and the model's own at its own threshold."""
     cells = list(expert.figures)
-    tops = [best_of({cell: expert.figures[cell] for cell in cells if cell.layer == layer}) for layer in sorted({cell.layer for cell in cells})]
+    tops = [
+        best_of({cell: expert.figures[cell] for cell in cells if cell.layer == layer}) for layer in sorted({cell.layer for cell in cells})
+    ]
     own, threshold = expert.own
     named = [
         ('best', best_of(expert.figures)),

@@ -35,7 +35,9 @@ class Need(NamedTuple):
         return next((size for size in MEMORY if (size << 30) - SPARE >= self.total), None)
 
 
-def needs(family: Family, transformer: Any, vae: Any, side: int, slots: int, exact: Callable[[torch.dtype], torch.dtype]) -> dict[str, Need]:
+def needs(
+    family: Family, transformer: Any, vae: Any, side: int, slots: int, exact: Callable[[torch.dtype], torch.dtype]
+) -> dict[str, Need]:
     """What maps of one picture of side x side pixels need, by form of the weights, a key of FORMS.
 
     transformer, vae: built without weights and cut as for the maps; slots: text tokens; exact: the dtype of the VAE beside a transformer's.

@@ -22,7 +22,11 @@ def command(side: int, as_json: bool) -> None:
     """Reckon the memory that maps up to the expert block need for one picture, with each form of weights, and the smallest card for it."""
     found = {name: needs_of(name, side) for name in SHAPES}
     if as_json:
-        print(json.dumps({name: {form: {**need._asdict(), 'card': need.card} for form, need in forms.items()} for name, forms in found.items()}))
+        print(
+            json.dumps(
+                {name: {form: {**need._asdict(), 'card': need.card} for form, need in forms.items()} for name, forms in found.items()}
+            )
+        )
         return
     print(f'{"":16}' + ''.join(f'{form:>20}' for form in FORMS))
     for name, forms in found.items():

@@ -21,7 +21,6 @@ from padseg.types import TokenMaps
 FORMS = (None, *QUANTIZED)
 
 
-
 @click.command('quantize')
 @click.option('--side', type=click.IntRange(min=64), help="of the pictures, in pixels (default: the model's own)")
 @shared_flags

@@ -316,9 +316,7 @@ def expert_command(**given: Any) -> int:
     if given['out'].resolve() == Path(given['model']).resolve():
         raise click.UsageError(f'--out is the folder of the model, whose {CONFIG} would be overwritten: name another one')
     ready = partial(check_output, given['out'], (*files_of('expert'), CONFIG))
-    backbone, settings, found = found_expert(
-        how=how_of(given), progress=shown(given['quiet']), ready=ready, **but_for(given, *HOW, *TOLD)
-    )
+    backbone, settings, found = found_expert(how=how_of(given), progress=shown(given['quiet']), ready=ready, **but_for(given, *HOW, *TOLD))
     code = tell(backbone, settings, given, 'expert', expert.rows(found), expert.summary(found), charts.expert_figure(found))
     write_json(given['out'], CONFIG, expert.settings(found, **({'tokens': given['tokens']} if given['tokens'] else {})))
     if not given['as_json']:

@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from padseg.commands.flags import METHOD, option_flags
+from padseg.commands.config import METHOD
+from padseg.commands.flags import option_flags
 from padseg.commands.run import report
 from padseg.methods import DEFAULTS, METHODS, Kept, kept_method
 from padseg.system.files import opened

@@ -132,6 +132,18 @@ def test_the_expert_of_the_embedded_model_without_labels(tmp_path):
 )
 def test_what_does_not_fit_is_refused(flags, code, words, place, model, capsys):
     flags = [str(model) if flag == 'MODEL' else flag for flag in flags]
-    usual = ['analyze', 'expert', '--model', str(model), '--dir', str(place / 'images'), '--out', str(place / 'other'), '--device', 'cpu', '-q']
+    usual = [
+        'analyze',
+        'expert',
+        '--model',
+        str(model),
+        '--dir',
+        str(place / 'images'),
+        '--out',
+        str(place / 'other'),
+        '--device',
+        'cpu',
+        '-q',
+    ]
     assert main([*usual, *flags]) == code and words in capsys.readouterr().err
     assert not list((place / 'other').glob('*.json'))

@@ -99,7 +99,7 @@ def spatial(rows: Tensor) -> Tensor:
 
 
 def symmetric_kl(p: Tensor, others: Tensor | None = None) -> Tensor:
-    """(KL(a || b) + KL(b || a)) / 2 for all rows a of p and b of others, by default p: (T, N), (U, N) float64 -> (T, U) (DiffSeg, Eq. 3)."""
+    """(KL(a || b) + KL(b || a)) / 2 for rows a of p and b of others, by default p: (T, N), (U, N) float64 -> (T, U) (DiffSeg, Eq. 3)."""
     logs = p.clamp_min(EPS).log_()
     if others is None:
         cross = p @ logs.T  # (T, T), sum of p_a log p_b
@@ -158,7 +158,7 @@ def near_anchors(shares: Tensor, rough: Tensor, logs: Tensor, own: Tensor, ancho
     near = (distance < threshold).cpu().numpy()
     open_pairs = ((distance - threshold).abs() <= doubt).cpu().numpy()
     if open_pairs.any():
-        rows, columns = open_pairs.any(1).nonzero()[0], open_pairs.any(0).nonzero()[0]
+        rows, columns = np.flatnonzero(open_pairs.any(1)), np.flatnonzero(open_pairs.any(0))
         exact = symmetric_kl(shares[anchors[rows]], shares[columns]).cpu().numpy() < threshold
         block = np.ix_(rows, columns)
         near[block] = np.where(open_pairs[block], exact, near[block])
