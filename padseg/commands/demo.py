@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import click
 
 from padseg.demo.settings import LARGEST, PORT, SECONDS, WORKED, Settings, warnings_for
@@ -44,11 +47,15 @@ def command(models: tuple[str, ...], auth: str | None, **settings: object) -> in
     warnings_for(wanted)  # before anything large is imported
     from padseg.demo.app import serve
 
-    number = serve(wanted, lambda address: say(f'padseg demo at {address} (Ctrl-C ends it)'))
+    number = serve(wanted, announce)
     return SIGNALLED + number if number else 0
 
 
-def password() -> str:
-    import os
+def announce(address: str) -> None:
+    say(f'padseg demo at {address} (Ctrl-C ends it)')
+    if sys.stdout:
+        sys.stdout.flush()  # a program that started the demo waits for this line
 
+
+def password() -> str:
     return os.environ.get('PADSEG_DEMO_PASSWORD') or str(click.prompt('Password', hide_input=True, confirmation_prompt=True, err=True))

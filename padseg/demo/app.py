@@ -17,7 +17,7 @@ from padseg.errors import PadsegError, UsageError
 from padseg.system.signals import Stop
 from padseg.system.text import warn
 
-SAMPLES = ((38, 256, 384), (41, 256, 384), (43, 320, 240), (45, 300, 300))  # seed, height, width of scenes
+SAMPLES = ((38, 256, 384), (41, 256, 384), (45, 300, 300))  # seed, height, width of scenes
 POLL = 0.2  # seconds
 
 

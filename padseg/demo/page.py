@@ -102,9 +102,9 @@ def page(settings: Settings, models: Sequence[Offer], samples: Sequence[Path], f
             with gr.Column(scale=5, min_width=320):
                 with gr.Tab('Regions'):
                     shown = showing()
-                with gr.Tab('Token maps'):
+                with gr.Tab('Maps'):
                     grid = gr.Image(
-                        label='Maps behind the regions', show_label=False, interactive=False, format='png', buttons=['fullscreen']
+                        label='Token maps', show_label=False, interactive=False, format='png', buttons=['fullscreen']
                     )
                     about_grid = gr.Markdown('The maps appear here once a picture has been divided.')
                 with gr.Tab('Names'):
@@ -120,8 +120,9 @@ def choosing(models: Sequence[Offer], samples: Sequence[Path]) -> Chosen:
         type='filepath', image_mode=None, sources=['upload', 'clipboard'], label='Picture', height=260, elem_id='picture', buttons=[]
     )
     gr.Examples([[str(path)] for path in samples], [picture], label='Samples, drawn by padseg', preload=False, api_visibility='private')
-    model = picker(models)
-    method = gr.Dropdown(methods_for('regions'), value=DEFAULTS['regions'], label='Method', elem_id='method')
+    with gr.Accordion('Model and method', open=False, elem_id='choices'):
+        model = picker(models)
+        method = gr.Dropdown(methods_for('regions'), value=DEFAULTS['regions'], label='Method', elem_id='method')
     button = gr.Button('Find regions', variant='primary', elem_id='segment')
     return Chosen(picture, model, method, button)
 
@@ -149,7 +150,7 @@ def showing() -> Shown:
         coarser = gr.Slider(
             -OCTAVES, OCTAVES, 0, step=0.25, label='Finer – coarser', info="0 is the model's own setting", elem_id='coarser'
         )
-        smallest = gr.Slider(0, 5, 0, step=0.1, label='Smallest region, % of the picture', info='smaller ones join', elem_id='smallest')
+        smallest = gr.Slider(0, 5, 0, step=0.1, label='Smallest region, %', info='of the picture; smaller ones join', elem_id='smallest')
         opacity = gr.Slider(0, 1, 0.5, step=0.05, label='Opacity', info='of the colours', elem_id='opacity')
     with gr.Row():
         names = ('labels', 'Label map (PNG)'), ('masks', 'Masks (zip)'), ('coco', 'COCO (JSON)')
