@@ -44,15 +44,6 @@ Divide a picture into regions, without labels or clicks. Choose a picture: its r
 Pictures stay on the machine that runs this page, for an hour at most."""
 
 
-class Upload(gr.Image):
-    """An image whose file is handed on as it was uploaded; Gradio would open it with Pillow before padseg's reader sees it."""
-
-    is_template = True  # the browser shows it as a gr.Image
-
-    def preprocess(self, payload: Any) -> str | None:
-        return payload.path if payload else None
-
-
 class Chosen(NamedTuple):
     """The components that say what to do with which picture."""
 
@@ -103,9 +94,7 @@ def page(settings: Settings, models: Sequence[Offer], samples: Sequence[Path], f
                 with gr.Tab('Regions'):
                     shown = showing()
                 with gr.Tab('Maps'):
-                    grid = gr.Image(
-                        label='Token maps', show_label=False, interactive=False, format='png', buttons=['fullscreen']
-                    )
+                    grid = gr.Image(label='Token maps', show_label=False, interactive=False, format='png', buttons=['fullscreen'])
                     about_grid = gr.Markdown('The maps appear here once a picture has been divided.')
                 with gr.Tab('Names'):
                     naming(chosen, settings, models)
@@ -115,10 +104,17 @@ def page(settings: Settings, models: Sequence[Offer], samples: Sequence[Path], f
     return blocks.queue(max_size=QUEUE)
 
 
+def uploaded(payload: Any) -> str | None:
+    """The path of an upload, which Gradio has checked to be one."""
+    return payload.path if payload else None
+
+
 def choosing(models: Sequence[Offer], samples: Sequence[Path]) -> Chosen:
-    picture = Upload(
+    picture = gr.Image(
         type='filepath', image_mode=None, sources=['upload', 'clipboard'], label='Picture', height=260, elem_id='picture', buttons=[]
     )
+    # Gradio's own step would open the file with Pillow, before padseg's reader sees it
+    picture.preprocess = uploaded
     gr.Examples([[str(path)] for path in samples], [picture], label='Samples, drawn by padseg', preload=False, api_visibility='private')
     with gr.Accordion('Model and method', open=False, elem_id='choices'):
         model = picker(models)
