@@ -27,7 +27,7 @@ def preview_size(shape: tuple[int, ...]) -> tuple[int, int]:
     return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
 
 
-def preview(image: Image, labels: Array, opacity: float = 0.5, lit: int = 0) -> Image:
+def preview(image: Image, labels: Array, opacity: float = 0.5, lit: int = 0) -> Array:
     """The picture (H, W, 3) with its regions (H, W) in colour, at most SIDE pixels long.
 
     opacity: of the colours, in 0..1, 0 leaves the boundaries alone; lit: a region that stays as it is while all else is dimmed, 0 for none.
@@ -48,7 +48,7 @@ def preview(image: Image, labels: Array, opacity: float = 0.5, lit: int = 0) -> 
     return drawn
 
 
-def grid_of_maps(maps: Array) -> Image | None:
+def grid_of_maps(maps: Array) -> Array | None:
     """All maps (T, h, w) side by side, each from its lowest value, dark, to its highest, with its number; None for more than MOST_MAPS."""
     if len(maps) > MOST_MAPS:
         return None
@@ -65,7 +65,7 @@ def grid_of_maps(maps: Array) -> Image | None:
     return drawn
 
 
-def heat(values: Array, size: tuple[int, int]) -> Image:
+def heat(values: Array, size: tuple[int, int]) -> Array:
     """A map (h, w) in Viridis' colours, of this size."""
     low, high = float(values.min()), float(values.max())
     scaled = ((values - low) / max(high - low, 1e-30) * 255).astype(np.uint8)

@@ -12,7 +12,7 @@ from padseg.demo.picture import Held, without_model
 from padseg.demo.settings import Settings
 from padseg.evaluation.metrics import region_scores
 from padseg.methods import METHODS, kept_method
-from padseg.methods.options import kind_of
+from padseg.methods.options import MethodOptions, kind_of
 from padseg.types import Array, LabelMap, box_of
 
 # Options that make regions larger (1) or smaller (-1); of a method, the first one that comes after the forward pass counts.
@@ -43,9 +43,10 @@ def turned(held: Held, coarser: float = 0.0, smallest: float | None = None) -> A
     below which regions join a neighbour, in 0..1, None for the model's own.
     """
     options, name = held.options, knob(held)
+    own: type[MethodOptions] = type(options)
     if name and coarser:
         value = getattr(options, name) * 2.0 ** (coarser * KNOBS[name])
-        kind, _ = kind_of(type(options), name)
+        kind, _ = kind_of(own, name)
         options = dataclasses.replace(options, **{name: max(1, round(value)) if kind is int else round(value, 6)})
     if smallest is not None and hasattr(options, 'min_area'):
         options = dataclasses.replace(options, min_area=smallest)

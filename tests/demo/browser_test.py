@@ -27,7 +27,7 @@ from padseg.commands import main  # noqa: E402
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update', '--no-first-run']
-WAIT = 60_000  # milliseconds
+WAIT = 120_000  # milliseconds; a busy machine is slow
 
 
 class Server(NamedTuple):
@@ -58,7 +58,7 @@ def started(folder: Path, port: int = 0, *flags: str) -> Server:
 
 def ended(server: Server, number: int = signal.SIGTERM) -> int:
     server.process.send_signal(number)
-    return server.process.wait(60)
+    return server.process.wait(120)
 
 
 @pytest.fixture(scope='module')

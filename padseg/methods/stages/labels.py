@@ -32,15 +32,15 @@ def label_map(
     image: Image | None = None,
     refine: str = 'none',
     join: float = 0.0,
-    order: JoinOrder | None = None,
+    known: JoinOrder | None = None,
 ) -> LabelMap:
     """Assign each pixel to its strongest proposal: regions 1..K in order of first appearance; 0 where the model did not look.
 
     superpixels: (H, W) int, average values inside each before the argmax, or None. components: split regions into connected components
     (4-neighbours). min_area: regions below this share of the picture, in 0..1, go to the neighbour with the longest common border. image:
     the picture (H, W, 3), needed by refine and join. refine: 'guided' enlarges maps along the picture's edges. join: if above 0, join
-    superpixels closer than this distance (see `stages/join.py`) instead of taking the argmax. order: the `join_order` of the same
-    proposals, superpixels, picture and refine, if it is known already.
+    superpixels closer than this distance (see `stages/join.py`) instead of taking the argmax. known: the `join_order` of the same
+    proposals, superpixels, picture and refine, if it has been made already.
     """
     top, left, height, width = proposals.frame.box
     box = np.s_[top : top + height, left : left + width]
@@ -48,7 +48,7 @@ def label_map(
     if superpixels is None:
         winner = argmax(proposals, enlarging(proposals, image, refine))
     elif join:
-        winner, strongest = joined_regions(order or join_order(proposals, superpixels, pictured(image), refine, join), join)
+        winner, strongest = joined_regions(known or join_order(proposals, superpixels, pictured(image), refine, join), join)
     else:
         winner = argmax_inside(proposals, superpixels[box], enlarging(proposals, image, refine))
     labels = np.zeros(proposals.frame.size, np.promote_types(winner.dtype, np.min_scalar_type(len(strongest))))
