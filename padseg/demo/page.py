@@ -146,7 +146,7 @@ def showing() -> Shown:
         coarser = gr.Slider(
             -OCTAVES, OCTAVES, 0, step=0.25, label='Finer – coarser', info="0 is the model's own setting", elem_id='coarser'
         )
-        smallest = gr.Slider(0, 5, 0, step=0.1, label='Smallest region, %', info='of the picture; smaller ones join', elem_id='smallest')
+        smallest = gr.Slider(0, 5, 0, step=0.1, label='Smallest region, %', info='of the picture', elem_id='smallest')
         opacity = gr.Slider(0, 1, 0.5, step=0.05, label='Opacity', info='of the colours', elem_id='opacity')
     with gr.Row():
         names = ('labels', 'Label map (PNG)'), ('masks', 'Masks (zip)'), ('coco', 'COCO (JSON)')
