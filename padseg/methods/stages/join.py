@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import cv2
@@ -73,11 +74,37 @@ def contrasts(index: Array, lab: Array, count: int) -> list[dict[int, tuple[floa
     return borders
 
 
+class Join(NamedTuple):
+    """Two regions that become one: `gone` is from then on a part of `kept`."""
+
+    distance: float
+    kept: int
+    gone: int
+
+
 def joined(graph: Graph, threshold: float) -> Array:
     """Join the two most similar neighbours until no distance is below the threshold; returns the region of each superpixel, (K,)."""
+    return owners(joins(graph, threshold), len(graph.areas), threshold)
+
+
+def owners(steps: Sequence[Join], count: int, threshold: float) -> Array:
+    """The region of each superpixel, (K,), after the steps up to the first whose distance is not below the threshold.
+
+    steps: by this threshold or a higher one, whose first steps are the same.
+    """
+    owner = np.arange(count)
+    for distance, kept, gone in steps:
+        if distance >= threshold:
+            break
+        owner[owner == gone] = kept
+    return owner
+
+
+def joins(graph: Graph, threshold: float) -> list[Join]:
+    """Join the two most similar neighbours until no distance is below the threshold; returns the steps in order."""
     shares, colours, areas = graph.shares.copy(), graph.colours.copy(), graph.areas.copy()
     borders = [dict(each) for each in graph.borders]
-    owner = np.arange(len(areas))
+    steps: list[Join] = []
     age = [0] * len(areas)  # how often a region has grown; -1 once it has been joined to another
     queue: list[tuple[float, int, int, int, int]] = []
 
@@ -90,14 +117,14 @@ def joined(graph: Graph, threshold: float) -> Array:
     for region in range(len(areas)):
         push(region, [other for other in borders[region] if other > region])
     while queue:
-        _, region, other, *ages = heapq.heappop(queue)
+        distance, region, other, *ages = heapq.heappop(queue)
         if [age[region], age[other]] != ages:
             continue  # outdated: one of them has changed since
         weights = areas[[region, other]] / (areas[region] + areas[other])
         shares[region] = weights @ shares[[region, other]]
         colours[region] = weights @ colours[[region, other]]
         areas[region] += areas[other]
-        owner[owner == other] = region
+        steps.append(Join(distance, region, other))
         age[region], age[other] = age[region] + 1, -1
         for third, (total, length) in borders[other].items():
             del borders[third][other]
@@ -105,7 +132,7 @@ def joined(graph: Graph, threshold: float) -> Array:
                 known = borders[region].get(third, (0.0, 0.0))
                 borders[region][third] = borders[third][region] = known[0] + total, known[1] + length
         push(region, list(borders[region]))
-    return owner
+    return steps
 
 
 def distances(

@@ -6,8 +6,10 @@ A label map takes 4 bytes a pixel and the picture 3; what is in between takes fe
 from __future__ import annotations
 
 import heapq
+import math
 from collections import Counter
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import coo_matrix
@@ -17,7 +19,7 @@ from skimage.measure import label as connected_components
 from padseg.errors import UsageError
 from padseg.methods.stages.enlarging import Enlarge, upsampled, whole
 from padseg.methods.stages.guided_filter import guide_of, guided
-from padseg.methods.stages.join import graph_of, joined as joined_superpixels
+from padseg.methods.stages.join import Join, graph_of, joins, owners
 from padseg.methods.stages.runs import PART, Runs, as_runs, mean_inside, numbers_to, painted, parts, runs_of
 from padseg.types import Array, Image, LabelMap, Proposals
 
@@ -30,27 +32,25 @@ def label_map(
     image: Image | None = None,
     refine: str = 'none',
     join: float = 0.0,
+    known: JoinOrder | None = None,
 ) -> LabelMap:
     """Assign each pixel to its strongest proposal: regions 1..K in order of first appearance; 0 where the model did not look.
 
     superpixels: (H, W) int, average values inside each before the argmax, or None. components: split regions into connected components
     (4-neighbours). min_area: regions below this share of the picture, in 0..1, go to the neighbour with the longest common border. image:
     the picture (H, W, 3), needed by refine and join. refine: 'guided' enlarges maps along the picture's edges. join: if above 0, join
-    superpixels closer than this distance (see `stages/join.py`) instead of taking the argmax.
+    superpixels closer than this distance (see `stages/join.py`) instead of taking the argmax. known: the `join_order` of the same
+    proposals, superpixels, picture and refine, if it has been made already.
     """
     top, left, height, width = proposals.frame.box
     box = np.s_[top : top + height, left : left + width]
-    if refine == 'guided':
-        enlarge: Enlarge = partial(guided, guide=guide_of(pictured(image)[box], proposals.maps.shape[1:]))
-    else:
-        enlarge = partial(upsampled, size=(height, width))
     strongest = np.arange(len(proposals.maps))  # proposal for each number in `winner`
     if superpixels is None:
-        winner = argmax(proposals, enlarge)
+        winner = argmax(proposals, enlarging(proposals, image, refine))
     elif join:
-        winner, strongest = joined_regions(proposals, superpixels[box], enlarge, pictured(image)[box], join)
+        winner, strongest = joined_regions(known or join_order(proposals, superpixels, pictured(image), refine, join), join)
     else:
-        winner = argmax_inside(proposals, superpixels[box], enlarge)
+        winner = argmax_inside(proposals, superpixels[box], enlarging(proposals, image, refine))
     labels = np.zeros(proposals.frame.size, np.promote_types(winner.dtype, np.min_scalar_type(len(strongest))))
     np.add(winner, 1, out=labels[box], dtype=labels.dtype)
     del winner
@@ -59,6 +59,15 @@ def label_map(
     del labels
     order, numbered = relabel(regions, absorb(regions, min_area * np.prod(regions.shape)))
     return LabelMap(numbered, tuple(proposals.members[proposal[region]] for region in order))
+
+
+def enlarging(proposals: Proposals, image: Image | None, refine: str) -> Enlarge:
+    """How maps become as large as the part of the picture that the model saw."""
+    top, left, height, width = proposals.frame.box
+    if refine == 'guided':
+        seen = pictured(image)[top : top + height, left : left + width]
+        return partial(guided, guide=guide_of(seen, proposals.maps.shape[1:]))
+    return partial(upsampled, size=(height, width))
 
 
 def pictured(image: Image | None) -> Image:
@@ -89,12 +98,28 @@ def argmax_inside(proposals: Proposals, superpixels: Array, enlarge: Enlarge) ->
     return painted(runs, np.argmax(means, 0).astype(np.min_scalar_type(len(means))))
 
 
-def joined_regions(proposals: Proposals, superpixels: Array, enlarge: Enlarge, image: Image, threshold: float) -> tuple[Array, Array]:
-    """Join superpixels where proposals and picture agree: region 0..R-1 of each pixel (H, W), strongest proposal of each region (R,)."""
-    runs = runs_of(superpixels)
+class JoinOrder(NamedTuple):
+    """Superpixels, and the order in which they join. means: (K, M), of every proposal inside each; steps: as of `joins`."""
+
+    superpixels: Runs
+    means: Array
+    steps: list[Join]
+
+
+def join_order(proposals: Proposals, superpixels: Array, image: Image, refine: str = 'none', join: float = math.inf) -> JoinOrder:
+    """Join superpixels (H, W) where proposals and picture (H, W, 3) agree, up to a distance; what holds for it holds for lower ones too."""
+    top, left, height, width = proposals.frame.box
+    box = np.s_[top : top + height, left : left + width]
+    enlarge = enlarging(proposals, image, refine)
+    runs = runs_of(superpixels[box])
     means = np.stack([mean_inside(runs, whole(enlarge(values), runs.shape)) for values in scaled_proposals(proposals)], 1)  # (K, M)
-    owner = joined_superpixels(graph_of(painted(runs, numbers_to(len(runs.names))), means, image), threshold)  # (K,)
-    _, regions = np.unique(owner, return_inverse=True)  # (K,)
+    return JoinOrder(runs, means, joins(graph_of(painted(runs, numbers_to(len(runs.names))), means, image[box]), join))
+
+
+def joined_regions(order: JoinOrder, threshold: float) -> tuple[Array, Array]:
+    """Join superpixels closer than a threshold: region 0..R-1 of each pixel (H, W), strongest proposal of each region (R,)."""
+    runs, means, steps = order
+    _, regions = np.unique(owners(steps, len(means), threshold), return_inverse=True)  # (K,)
     totals = np.zeros((regions.max() + 1, means.shape[1]))
     np.add.at(totals, regions, means * runs.areas[:, None])
     return painted(runs, numbers_to(len(totals))[regions]), totals.argmax(1)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from padseg.errors import UsageError
-from padseg.methods.stages.join import AREA, BORDER, COLOUR, UNIT, Graph, contrasts, graph_of, joined
+from padseg.methods.stages.join import AREA, BORDER, COLOUR, UNIT, Graph, contrasts, graph_of, joined, joins, owners
 from padseg.methods.stages.labels import label_map
 from padseg.types import Frame, Proposals
 
@@ -145,3 +145,11 @@ def test_the_label_map_of_joined_superpixels():
     assert label_map(proposals, inside, image=grey, join=100.0).labels.max() == 1
     with pytest.raises(UsageError, match='needs the picture'):
         label_map(proposals, inside, join=0.1)
+
+
+@pytest.mark.parametrize('threshold', [0.0, 0.05, 0.2, 0.6])
+def test_steps_of_a_higher_threshold_begin_with_those_of_a_lower(threshold):
+    graph = random_graph(3, 40)
+    every = joins(graph, np.inf)
+    assert len(every) == 39
+    np.testing.assert_array_equal(owners(every, 40, threshold), joined(graph, threshold))
