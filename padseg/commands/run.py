@@ -51,6 +51,7 @@ def command(folders: tuple[Path, ...], collect: bool, log_json: bool, method: st
 
 def start_run(log_json: bool, as_json: bool, no_progress: bool, quiet: bool, dry_run: bool, **settings: Any) -> int:
     """Run the job that the flags describe, or with dry_run only print its pending pictures. Returns the exit code."""
+    from padseg.images import MAX_TILED_PIXELS
     from padseg.run.engine import run
     from padseg.run.job import Job
     from padseg.run.plan import choose, plan
@@ -59,7 +60,10 @@ def start_run(log_json: bool, as_json: bool, no_progress: bool, quiet: bool, dry
     refuse_lone_scale(settings)
     shard = parse_shard(settings.pop('shard'))
     selection = Selection(settings.pop('include'), settings.pop('exclude'), shard, settings.pop('limit'))
-    job = Job(selection=selection, reading=reading(settings), **settings)
+    read = reading(settings)
+    if getattr(settings['options'], 'tiles', 0) and not given('max_pixels'):
+        read = read._replace(max_pixels=MAX_TILED_PIXELS)
+    job = Job(selection=selection, reading=read, **settings)
     if dry_run:
         pending = [picture.name for picture in plan(job, *choose(job)).pending]
         say(*[json.dumps({'pending': pending})] if as_json else pending)
@@ -72,14 +76,19 @@ def join(folders: tuple[Path, ...], log_json: bool, out: Path, coco: bool, quiet
     """Join the results of shards in these folders, or in OUT. Returns the exit code."""
     from padseg.run.collect import collect
 
-    given = click.get_current_context().get_parameter_source('out') is not click.core.ParameterSource.DEFAULT
-    if len(folders) > 1 and not given:
+    out_given = given('out')
+    if len(folders) > 1 and not out_given:
         raise click.UsageError('to join several folders, name the output folder with --out OUT')
-    target = out if given or not folders else folders[0]
+    target = out if out_given or not folders else folders[0]
     counts, missing = collect(folders or (out,), target, coco)
     if missing:
         log.warning('no finished run was found for the shards %s', ', '.join(missing))
     return report(counts, target, quiet, as_json, log_json) or (SOME_FAILED if missing else 0)
+
+
+def given(name: str) -> bool:
+    """Whether the user gave a parameter of the present command."""
+    return click.get_current_context().get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from skimage.measure import label as connected_components
 from padseg.errors import UsageError
 from padseg.methods.stages.enlarging import Enlarge, upsampled, whole
 from padseg.methods.stages.guided_filter import guide_of, guided
-from padseg.methods.stages.join import graph_of, joined as joined_superpixels
+from padseg.methods.stages.join import GRAPH_AREA, graph_of, joined as joined_superpixels
 from padseg.methods.stages.runs import PART, Runs, as_runs, mean_inside, numbers_to, painted, parts, runs_of
 from padseg.types import Array, Image, LabelMap, Proposals
 
@@ -30,13 +30,16 @@ def label_map(
     image: Image | None = None,
     refine: str = 'none',
     join: float = 0.0,
+    unit: float = 1.0,
+    graph_area: int = GRAPH_AREA,
 ) -> LabelMap:
     """Assign each pixel to its strongest proposal: regions 1..K in order of first appearance; 0 where the model did not look.
 
     superpixels: (H, W) int, average values inside each before the argmax, or None. components: split regions into connected components
     (4-neighbours). min_area: regions below this share of the picture, in 0..1, go to the neighbour with the longest common border. image:
     the picture (H, W, 3), needed by refine and join. refine: 'guided' enlarges maps along the picture's edges. join: if above 0, join
-    superpixels closer than this distance (see `stages/join.py`) instead of taking the argmax.
+    superpixels closer than this distance (see `stages/join.py`) instead of taking the argmax. unit: the share of the picture that counts as
+    a whole picture for join; graph_area: pixels above which join compares colours on a reduced copy.
     """
     top, left, height, width = proposals.frame.box
     box = np.s_[top : top + height, left : left + width]
@@ -48,7 +51,7 @@ def label_map(
     if superpixels is None:
         winner = argmax(proposals, enlarge)
     elif join:
-        winner, strongest = joined_regions(proposals, superpixels[box], enlarge, pictured(image)[box], join)
+        winner, strongest = joined_regions(proposals, superpixels[box], enlarge, pictured(image)[box], join, unit, graph_area)
     else:
         winner = argmax_inside(proposals, superpixels[box], enlarge)
     labels = np.zeros(proposals.frame.size, np.promote_types(winner.dtype, np.min_scalar_type(len(strongest))))
@@ -89,11 +92,14 @@ def argmax_inside(proposals: Proposals, superpixels: Array, enlarge: Enlarge) ->
     return painted(runs, np.argmax(means, 0).astype(np.min_scalar_type(len(means))))
 
 
-def joined_regions(proposals: Proposals, superpixels: Array, enlarge: Enlarge, image: Image, threshold: float) -> tuple[Array, Array]:
+def joined_regions(
+    proposals: Proposals, superpixels: Array, enlarge: Enlarge, image: Image, threshold: float, unit: float, graph_area: int
+) -> tuple[Array, Array]:
     """Join superpixels where proposals and picture agree: region 0..R-1 of each pixel (H, W), strongest proposal of each region (R,)."""
     runs = runs_of(superpixels)
     means = np.stack([mean_inside(runs, whole(enlarge(values), runs.shape)) for values in scaled_proposals(proposals)], 1)  # (K, M)
-    owner = joined_superpixels(graph_of(painted(runs, numbers_to(len(runs.names))), means, image), threshold)  # (K,)
+    graph = graph_of(painted(runs, numbers_to(len(runs.names))), means, image, unit, graph_area)
+    owner = joined_superpixels(graph, threshold)  # (K,)
     _, regions = np.unique(owner, return_inverse=True)  # (K,)
     totals = np.zeros((regions.max() + 1, means.shape[1]))
     np.add.at(totals, regions, means * runs.areas[:, None])
