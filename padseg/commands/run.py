@@ -29,27 +29,31 @@ class RegionsCommand(MethodCommand):
 
 
 @click.command('run', cls=RegionsCommand)
-@click.argument('folders', nargs=-1, metavar='', type=click.Path(path_type=Path))
+@click.argument('folders', nargs=-1, metavar='[PICTURES]', type=click.Path(path_type=Path))
 @job_flags
 @click.option('--collect', is_flag=True, help='join the results of shards: `padseg run --collect OUT`, or --collect OUT1 OUT2 … --out OUT')
 @reading_flags
 def command(folders: tuple[Path, ...], collect: bool, log_json: bool, method: str, **settings: Any) -> int:
-    """Segment every picture of a folder, without labels.
+    """Segment a picture, or every picture of a folder, without labels.
 
     Running the command again continues: it skips finished pictures and retries failed ones. Results: OUT/labels (one indexed
     PNG per picture), OUT/masks (one PNG per region, and metadata.csv), OUT/manifest.jsonl, OUT/failures.jsonl, OUT/run.json.
     """
     if folders and not collect:
-        raise click.UsageError(f'name the folder of pictures with --dir {folders[0]}')
+        if len(folders) > 1 or settings['source']:
+            raise click.UsageError('name one picture or folder: its files and those of its folders are read')
+        settings['source'] = folders[0]
     if not (settings['source'] or collect):
-        raise click.UsageError('name the folder of pictures with --dir FOLDER')
+        raise click.UsageError('name a picture, or a folder of pictures')
     with as_events() if log_json else contextlib.nullcontext():
         if collect:
             return join(folders, log_json, **settings)
         return start_run(log_json, method=method, options=options_given(method, settings), **settings)
 
 
-def start_run(log_json: bool, as_json: bool, no_progress: bool, quiet: bool, dry_run: bool, **settings: Any) -> int:
+def start_run(
+    log_json: bool, as_json: bool, no_progress: bool, quiet: bool, dry_run: bool, open_first: bool = False, **settings: Any
+) -> int:
     """Run the job that the flags describe, or with dry_run only print its pending pictures. Returns the exit code."""
     from padseg.images import MAX_TILED_PIXELS
     from padseg.run.engine import run
@@ -63,12 +67,15 @@ def start_run(log_json: bool, as_json: bool, no_progress: bool, quiet: bool, dry
     read = reading(settings)
     if getattr(settings['options'], 'tiles', 0) and not given('max_pixels'):
         read = read._replace(max_pixels=MAX_TILED_PIXELS)
+    settings['overlay'] |= open_first
     job = Job(selection=selection, reading=read, **settings)
     if dry_run:
         pending = [picture.name for picture in plan(job, *choose(job)).pending]
         say(*[json.dumps({'pending': pending})] if as_json else pending)
         return 0
     counts = run(job, Events() if log_json else shown(quiet or no_progress))
+    if open_first and counts.done:
+        click.launch(str(min((job.out / 'overlays').rglob('*.jpg'))))
     return report(counts, job.out, quiet, as_json, log_json)
 
 
