@@ -107,7 +107,9 @@ def predict(address, *urls, config=ONE):
     """As Label Studio's `api_connector` sends it."""
     tasks = [{'id': number, 'data': {'picture': url}} for number, url in enumerate(urls)]
     params = {'context': None, 'login': None, 'password': None}
-    return ask(address, '/predict', {'tasks': tasks, 'model_version': None, 'project': '1.1700000000', 'label_config': config, 'params': params})
+    return ask(
+        address, '/predict', {'tasks': tasks, 'model_version': None, 'project': '1.1700000000', 'label_config': config, 'params': params}
+    )
 
 
 def decoded(result, shape):
@@ -198,7 +200,9 @@ def test_requests_that_are_none_are_refused(backend, body):
     assert ask(backend, '/predict', body)[0] == 400
 
 
-@pytest.mark.parametrize('config', [None, 'text', '<View/>', '<!DOCTYPE a [<!ENTITY b "c">]>' + ONE, ONE.replace('toName="image"', ''), ONE[:40]])
+@pytest.mark.parametrize(
+    'config', [None, 'text', '<View/>', '<!DOCTYPE a [<!ENTITY b "c">]>' + ONE, ONE.replace('toName="image"', ''), ONE[:40]]
+)
 def test_configurations_without_a_brush_for_a_picture_are_refused(config):
     with pytest.raises(Refused):
         interface_of(config)
