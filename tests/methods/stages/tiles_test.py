@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -25,7 +26,7 @@ def test_windows_cover_everything_and_overlap(length, side, shared):
     shared = min(shared, side - 1)
     begins = starts(length, side, shared)
     assert begins[0] == 0 and begins[-1] + side >= length
-    assert all(0 < after - before <= side - shared for before, after in zip(begins, begins[1:]))
+    assert all(0 < after - before <= side - shared for before, after in itertools.pairwise(begins))
     assert len(begins) == 1 or begins[-1] + side == length
 
 
