@@ -57,9 +57,11 @@ def forward_settings(backbone: Backbone, options: ForwardOptions) -> str:
     """Describe all settings that affect token maps."""
     model = backbone.identity
     lora = f' lora {model.lora} scale {model.lora_scale}' if model.lora else ''
+    windows: Any = options  # of a method that may have them
+    tiles = f' tiles {windows.tiles} overlap {windows.overlap}' if getattr(options, 'tiles', 0) else ''
     return (
         f'weights {model.weights}{lora} dtype {backbone.dtype} layer {options.layer} step {options.step} '
-        f'geometry {options.geometry} side {options.side} seed {options.seed}'
+        f'geometry {options.geometry} side {options.side} seed {options.seed}{tiles}'
     )
 
 
