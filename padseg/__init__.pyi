@@ -2,6 +2,7 @@ from .backbones import load as load
 from .evaluation.comparison import compare as compare
 from .evaluation.evaluate import evaluate as evaluate
 from .exports import export as export
+from .integrations.pipeline import pipeline as pipeline
 from .methods.concepts import ConceptOptions as ConceptOptions
 from .methods.diffcut import DiffCutOptions as DiffCutOptions
 from .methods.diffseg import DiffSegOptions as DiffSegOptions

@@ -16,7 +16,7 @@ from padseg.version import __version__
 # Modules of padseg.commands, imported on demand.
 COMMANDS = (
     *('run', 'label', 'merge', 'export', 'eval', 'compare', 'score-images', 'analyze', 'generate'),
-    *('train', 'train-tiny', 'convert-lora', 'demo', 'models', 'doctor'),
+    *('train', 'train-tiny', 'convert-lora', 'demo', 'models', 'doctor', 'show', 'labelstudio-backend'),
 )
 INTERRUPTED = 130
 

@@ -65,6 +65,7 @@ JOB = (
     click.option('--checksum', is_flag=True, help='detect changed pictures by content, not size and modification time'),
     click.option('--dry-run', is_flag=True, help='only print the pictures that would be processed'),
     click.option('--overlay', is_flag=True, help='also write the picture with its regions in colour'),
+    click.option('--open', 'open_first', is_flag=True, help='when done, show the first overlay; implies --overlay'),
     click.option('--coco', is_flag=True, help='also write OUT/coco: instances.json, and panoptic.json with its PNGs'),
     click.option(
         '--save-maps',

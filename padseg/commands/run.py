@@ -29,28 +29,33 @@ class RegionsCommand(MethodCommand):
 
 
 @click.command('run', cls=RegionsCommand)
-@click.argument('folders', nargs=-1, metavar='', type=click.Path(path_type=Path))
+@click.argument('folders', nargs=-1, metavar='[PICTURES]', type=click.Path(path_type=Path))
 @job_flags
 @click.option('--collect', is_flag=True, help='join the results of shards: `padseg run --collect OUT`, or --collect OUT1 OUT2 … --out OUT')
 @reading_flags
 def command(folders: tuple[Path, ...], collect: bool, log_json: bool, method: str, **settings: Any) -> int:
-    """Segment every picture of a folder, without labels.
+    """Segment a picture, or every picture of a folder, without labels.
 
     Running the command again continues: it skips finished pictures and retries failed ones. Results: OUT/labels (one indexed
     PNG per picture), OUT/masks (one PNG per region, and metadata.csv), OUT/manifest.jsonl, OUT/failures.jsonl, OUT/run.json.
     """
     if folders and not collect:
-        raise click.UsageError(f'name the folder of pictures with --dir {folders[0]}')
+        if len(folders) > 1 or settings['source']:
+            raise click.UsageError('name one picture or folder: its files and those of its folders are read')
+        settings['source'] = folders[0]
     if not (settings['source'] or collect):
-        raise click.UsageError('name the folder of pictures with --dir FOLDER')
+        raise click.UsageError('name a picture, or a folder of pictures')
     with as_events() if log_json else contextlib.nullcontext():
         if collect:
             return join(folders, log_json, **settings)
         return start_run(log_json, method=method, options=options_given(method, settings), **settings)
 
 
-def start_run(log_json: bool, as_json: bool, no_progress: bool, quiet: bool, dry_run: bool, **settings: Any) -> int:
+def start_run(
+    log_json: bool, as_json: bool, no_progress: bool, quiet: bool, dry_run: bool, open_first: bool = False, **settings: Any
+) -> int:
     """Run the job that the flags describe, or with dry_run only print its pending pictures. Returns the exit code."""
+    from padseg.images import MAX_TILED_PIXELS
     from padseg.run.engine import run
     from padseg.run.job import Job
     from padseg.run.plan import choose, plan
@@ -59,12 +64,18 @@ def start_run(log_json: bool, as_json: bool, no_progress: bool, quiet: bool, dry
     refuse_lone_scale(settings)
     shard = parse_shard(settings.pop('shard'))
     selection = Selection(settings.pop('include'), settings.pop('exclude'), shard, settings.pop('limit'))
-    job = Job(selection=selection, reading=reading(settings), **settings)
+    read = reading(settings)
+    if getattr(settings['options'], 'tiles', 0) and not given('max_pixels'):
+        read = read._replace(max_pixels=MAX_TILED_PIXELS)
+    settings['overlay'] |= open_first
+    job = Job(selection=selection, reading=read, **settings)
     if dry_run:
         pending = [picture.name for picture in plan(job, *choose(job)).pending]
         say(*[json.dumps({'pending': pending})] if as_json else pending)
         return 0
     counts = run(job, Events() if log_json else shown(quiet or no_progress))
+    if open_first and counts.done:
+        click.launch(str(min((job.out / 'overlays').rglob('*.jpg'))))
     return report(counts, job.out, quiet, as_json, log_json)
 
 
@@ -72,14 +83,19 @@ def join(folders: tuple[Path, ...], log_json: bool, out: Path, coco: bool, quiet
     """Join the results of shards in these folders, or in OUT. Returns the exit code."""
     from padseg.run.collect import collect
 
-    given = click.get_current_context().get_parameter_source('out') is not click.core.ParameterSource.DEFAULT
-    if len(folders) > 1 and not given:
+    out_given = given('out')
+    if len(folders) > 1 and not out_given:
         raise click.UsageError('to join several folders, name the output folder with --out OUT')
-    target = out if given or not folders else folders[0]
+    target = out if out_given or not folders else folders[0]
     counts, missing = collect(folders or (out,), target, coco)
     if missing:
         log.warning('no finished run was found for the shards %s', ', '.join(missing))
     return report(counts, target, quiet, as_json, log_json) or (SOME_FAILED if missing else 0)
+
+
+def given(name: str) -> bool:
+    """Whether the user gave a parameter of the present command."""
+    return click.get_current_context().get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import re
 import struct
 import warnings
@@ -88,6 +89,8 @@ DECODERS = {
     **({'HEIC': Decoder(re.compile(rb'....ftyp(?:hei[cfmsx]|mif1)', re.DOTALL), heic)} if HEIC in SUFFIXES else {}),
 }
 MAX_PIXELS = 89_000_000
+MAX_TILED_PIXELS = 400_000_000  # where a picture is seen through windows
+REDUCED = 4_000_000  # pixels that `reduce` leaves at least
 MAX_BYTES = 1_000_000_000
 MAX_FRAMES = 1000  # of one file; more suggests an attack or a film
 ALL_FRAMES = 100  # all frames of an animation together may have this many times the pixels allowed for one picture
@@ -112,7 +115,8 @@ class Reading(NamedTuple):
 
     exif: whether to turn a picture upright by its EXIF data, one of EXIF; frames: which frames or pages of a file to use, one of FRAMES;
     value_range: the sample values of black and white, without which pictures with float or 32-bit samples are refused; background: RGB
-    behind transparent parts; void: report which pixels are fully transparent; shrink: reduce pictures of more pixels than this.
+    behind transparent parts; void: report which pixels are fully transparent; shrink: reduce pictures of more pixels than this;
+    reduce: reduce large pictures by up to this factor along each side, as far as REDUCED pixels are left.
     max_seconds, max_memory: limits of decoding, in seconds of processor time and in bytes beyond the file's own; they hold only where
     pictures are decoded in a separate process.
     """
@@ -125,6 +129,7 @@ class Reading(NamedTuple):
     background: tuple[int, int, int] = (255, 255, 255)
     void: bool = False
     shrink: int | None = None
+    reduce: int = 1
     max_seconds: float = MAX_SECONDS
     max_memory: int = MAX_MEMORY
 
@@ -315,8 +320,9 @@ def unpack(picture: PIL.Image.Image | Tiff, reading: Reading, notes: tuple[str, 
     turn, turn_notes = turning(picture, reading)
     profile, profile_notes = profile_for(picture)
     size = picture.size
-    if reading.shrink and isinstance(picture, JpegImageFile):
-        draft(picture, factor(size, reading.shrink))
+    by = reduction(size, reading)
+    if by > 1 and isinstance(picture, JpegImageFile):
+        draft(picture, by, reading.shrink is None)
     picture.load()
     if is_short(picture, data):
         raise ImageError(SHORT)
@@ -325,7 +331,10 @@ def unpack(picture: PIL.Image.Image | Tiff, reading: Reading, notes: tuple[str, 
     loaded = as_meant(picture, data)
     notes += ('wholly transparent',) if is_clear(loaded) else ()
     notes += ('progressive, without its last scans',) if isinstance(picture, JpegImageFile) and lacks_scans(data) else ()
-    by = factor(picture.size, reading.shrink) if reading.shrink else 1
+    if reading.shrink:
+        by = factor(picture.size, reading.shrink)
+    elif isinstance(picture, JpegImageFile):
+        by = max(1, round(by * picture.width / size[0]))  # what is left after the draft
     image = TURNS[turn](to_rgb(loaded, Colours(bounds, profile, reading.background), by))
     void = to_void(loaded, by) if reading.void else None
     width, height = size[::-1] if turn >= 5 else size
@@ -397,8 +406,15 @@ def profile_for(picture: PIL.Image.Image) -> tuple[Profile, tuple[str, ...]]:
     return profile, ('converted by its colour profile',) if profile.transform else ()
 
 
-def draft(picture: JpegImageFile, by: int) -> None:
-    """Have a JPEG reduced during decoding as far as possible, but at most by a factor of `by`."""
-    scale = next((scale for scale in DRAFTS if scale <= by), 1)
+def reduction(size: tuple[int, int], reading: Reading) -> int:
+    """By how much a picture (width, height) is reduced along each side."""
+    if reading.shrink:
+        return factor(size, reading.shrink)
+    return max(1, min(reading.reduce, math.isqrt(size[0] * size[1] // REDUCED)))
+
+
+def draft(picture: JpegImageFile, by: int, exactly: bool) -> None:
+    """Have a JPEG reduced during decoding as far as possible, but at most by a factor of `by`, or exactly: by one that divides it."""
+    scale = next((scale for scale in DRAFTS if scale <= by and not (exactly and by % scale)), 1)
     if scale > 1:
         picture.draft(None, (max(1, picture.width // scale), max(1, picture.height // scale)))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import PIL.AvifImagePlugin
+import PIL.Image
 import PIL.ImageCms  # imported here once, before the forks
 
 from padseg.images.decode import ImageError, Opened, Reading, decode_frame, frames_to_read, opened_bytes, opened_file, reasons
@@ -38,6 +39,7 @@ def serve() -> None:
     """
     server = socket.socket(fileno=0)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that ended workers leave no zombies
+    PIL.Image.MAX_IMAGE_PIXELS = None  # each request has its own limit, which is checked before anything is decoded
     PIL.AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the time limit counts all threads together
     while True:
         word, handles, _, _ = socket.recv_fds(server, 1, 1)

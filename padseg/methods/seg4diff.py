@@ -13,6 +13,7 @@ from padseg.images import Readable, as_image, as_images
 from padseg.methods import stages
 from padseg.methods.options import (
     NORMALISATIONS,
+    PIXELS,
     REFINEMENTS,
     SCALE,
     SHARE,
@@ -22,6 +23,7 @@ from padseg.methods.options import (
     filled,
     geometry_option,
     model_settings,
+    option,
     own,
     plain_settings,
     require,
@@ -40,6 +42,8 @@ TASK = 'regions'
 FAMILIES = frozenset({'sd3', 'flux', 'flux2', 'auraflow', 'zimage'})
 BACKGROUND_BY_RULE = False
 LATER = ('normalisation', 'threshold', 'refine', 'superpixels', 'join', 'components', 'min_area')  # options that come after the token maps
+SMALLEST_TILE = 64  # pixels
+TILES = ('tiles', 'overlap')  # options that are recorded only if they are used
 UNREFINED = {'refine': 'none', 'superpixels': 0.0, 'join': 0.0, 'components': False, 'min_area': 0.0}  # the papers end with the argmax
 RELEASED = {'step': 8, 'tokens': 'all', 'normalisation': 'released', 'threshold': 0.1, **UNREFINED}  # of the released code, for SD3-medium
 
@@ -74,9 +78,20 @@ class Options:
     components: bool = own('split regions into connected components')
     min_area: float = own('merge regions below this share of the picture into the neighbour with the longest common border', range=SHARE)
     seed: int = seed_option()
+    tiles: int = option(
+        0,
+        'look at pictures larger than this through overlapping windows of this many pixels along a side, each seen at --side; 0 = off',
+        range=Range('0, or a number of pixels in 64..65536', 0, 65537),
+    )
+    overlap: int = option(128, 'pixels along a side that neighbouring windows share', range=PIXELS)
 
     def __post_init__(self) -> None:
         check_options(self)
+        require(
+            self.tiles == 0 or self.tiles >= SMALLEST_TILE, f'tiles is 0, or a number of pixels in {SMALLEST_TILE}..65536; got {self.tiles}'
+        )
+        require(self.tiles == 0 or self.overlap <= self.tiles // 2, f'overlap is at most half of tiles; got {self.overlap} of {self.tiles}')
+        require(self.tiles == 0 or self.geometry == 'whole', f'tiles are for the geometry whole; got {self.geometry}')
 
     def resolve(self, spec: Spec) -> Options:
         """Fill in everything left open for a model. UsageError for a block or step that the model does not have."""
@@ -122,10 +137,17 @@ def without_model(options: Options) -> Prepared:
     return Prepared(options, {}, None)
 
 
-def maps(images: Sequence[Image], prepared: Prepared, names: Sequence[str] = ()) -> list[TokenMaps]:
-    """Token maps of the empty prompt in the expert block, (T, h, w) for each picture (Seg4Diff, Eq. 10)."""
+def maps(images: Sequence[Image], prepared: Prepared, names: Sequence[str] = (), sizes: Sequence[tuple[int, int]] = ()) -> list[TokenMaps]:
+    """Token maps of the empty prompt in the expert block, (T, h, w) for each picture (Seg4Diff, Eq. 10).
+
+    sizes: (H, W) of the pictures, for tiles, if `images` are reduced copies.
+    """
     options, settings, backbone = prepared
     assert backbone is not None
+    if options.tiles:
+        sizes = sizes or [(len(image), image.shape[1]) for image in images]
+        tiled = [stages.tiled_token_maps(image, backbone, options, size) for image, size in zip(images, sizes, strict=True)]
+        return [picture_maps._replace(settings=settings) for picture_maps in tiled]
     latents = [stages.encode(image, backbone, options) for image in images]  # (1, C, H', W') each
     token_maps = stages.batched(latents, backbone, partial(stages.latent_token_maps, backbone=backbone, options=options))
     return [picture_maps._replace(settings=settings) for picture_maps in token_maps]
@@ -140,13 +162,16 @@ def labels(image: Image, maps: TokenMaps, prepared: Prepared) -> LabelMap:
     """Merge token maps to proposals and segment the picture by them, (H, W), without a forward pass (Seg4Diff, Sec. 4.2)."""
     options = prepared.options
     merged = proposals(maps, options)  # (M, h, w)
+    if options.tiles:
+        return stages.tiled_label_map(image, merged, options)
     inside = stages.superpixels_of(image, options.superpixels) if options.superpixels else None  # (H, W)
     return stages.label_map(merged, inside, options.components, options.min_area, image, options.refine, options.join)  # (H, W)
 
 
 def recorded(options: Options, spec: Spec) -> dict[str, Setting]:
     """All settings that affect the results, for a record."""
-    return plain_settings(options.resolve(spec))
+    settings = plain_settings(options.resolve(spec))
+    return settings if options.tiles else {name: value for name, value in settings.items() if name not in TILES}
 
 
 @overload

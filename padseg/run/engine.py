@@ -117,6 +117,7 @@ def start(job: Job, pending: list[Found], kept: Iterable[Recorded], earlier: Run
     """
     start_decoding()
     stages, record = prepare_job(job, earlier)
+    job = seen_in_tiles(job, record)
     own = home(job.out, job.selection.shard)
     if job.selection.shard:
         write_lines((one.line for one in kept), own / 'manifest.jsonl')
@@ -129,6 +130,12 @@ def start(job: Job, pending: list[Found], kept: Iterable[Recorded], earlier: Run
     if job.engine == 'ray':  # Ray's actors load the model themselves, so the one here is released
         return record, results_on_ray(job, record, pending, stop, job.address)
     return record, results(job, stages, pending, stop)
+
+
+def seen_in_tiles(job: Job, record: Run) -> Job:
+    """The job with pictures read at about the scale at which the model sees them, if it sees them in tiles."""
+    tiles, side = (int(str(record.settings.get(name) or 0)) for name in ('tiles', 'side'))
+    return job._replace(reading=job.reading._replace(reduce=max(1, tiles // side))) if tiles else job
 
 
 def prepare_job(job: Job, earlier: Run | None) -> tuple[Stages, Run]:

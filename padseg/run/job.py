@@ -16,7 +16,7 @@ import pydantic
 
 from padseg.errors import OutputConflict, UsageError
 from padseg.images import Reading
-from padseg.methods import DEFAULTS, METHODS
+from padseg.methods import DEFAULTS, METHODS, seg4diff
 from padseg.methods.options import MethodOptions, Setting, kind_of, plain_settings
 from padseg.methods.seg4diff import Options
 from padseg.run.records import SUFFIXES
@@ -199,7 +199,7 @@ def settings_from(settings: Mapping[str, Setting]) -> RunSettings:
 
 def options_from(kind: type[Kind], settings: Mapping[str, Setting]) -> Kind:
     """A method's fully resolved options from a record. OutputConflict for settings that no run would have recorded."""
-    names = [field.name for field in dataclasses.fields(kind)]
+    names = [field.name for field in dataclasses.fields(kind) if field.name in settings or field.name not in seg4diff.TILES]
     lacking = [name for name in names if settings.get(name) is None]
     if lacking:
         raise OutputConflict(f'the recorded settings lack {lacking[0]}')

@@ -65,7 +65,7 @@ def take(job: Job, picture: Found, stopped: Callable[[], bool] = lambda: False) 
     try:
         entry.modified = picture.path.stat().st_mtime_ns
         image, void, size, notes = decode_apart(picture.path, job.reading, picture.frame, known, stopped)
-        entry.size = (image.shape[0], image.shape[1])
+        entry.size = size if job.reading.reduce > 1 else (image.shape[0], image.shape[1])
         entry.reduced_from = None if size == entry.size else size
         entry.notes = list(notes)
         for note in notes:
@@ -94,6 +94,7 @@ def labelled(stages: Stages, taken: Taken) -> Taken:
     """Make a picture's label map; if that fails, mark the picture as failed."""
     if taken.image is None:
         return taken
+    from padseg.methods.stages.enlarging import enlarged_labels
     from padseg.methods.stages.labels import unassign
 
     began = time.perf_counter()
@@ -101,6 +102,8 @@ def labelled(stages: Stages, taken: Taken) -> Taken:
         labels = stages.labels(taken.image, taken.maps)
         if taken.void is not None:
             labels = unassign(labels, taken.void)
+        if taken.entry.size not in (None, labels.labels.shape):  # the picture was reduced for tiles
+            labels = enlarged_labels(labels, taken.entry.size)
     except Exception as error:
         fail(taken.entry, error)
         return taken._replace(image=None, maps=None)
@@ -108,12 +111,16 @@ def labelled(stages: Stages, taken: Taken) -> Taken:
     return taken._replace(labels=labels)
 
 
-def by_method(forward: Callable[..., Sequence[Any]], taken: list[Taken]) -> list[Taken]:
-    """Compute the token maps of a batch. If that raises an error, halve the batch and retry, so that only the picture at fault fails."""
+def by_method(forward: Callable[..., Sequence[Any]], taken: list[Taken], sized: bool = False) -> list[Taken]:
+    """Compute the token maps of a batch. If that raises an error, halve the batch and retry, so that only the picture at fault fails.
+
+    sized: whether the method needs the sizes of the files' pictures, of which those here may be reduced copies.
+    """
     images = [picture.image for picture in taken if picture.image is not None]
     names = [picture.entry.input for picture in taken if picture.image is not None]
     try:
-        maps = forward(images, names=names)
+        sizes = {'sizes': [picture.entry.size for picture in taken if picture.image is not None]} if sized else {}
+        maps = forward(images, names=names, **sizes)
     except Exception as error:
         if len(taken) == 1:
             alone = OutOfMemory('out of memory with this picture alone: try a smaller --side') if of_memory(error) else error
@@ -126,7 +133,7 @@ def by_method(forward: Callable[..., Sequence[Any]], taken: list[Taken]) -> list
     else:
         return [picture._replace(maps=own) for picture, own in zip(taken, maps, strict=True)]
     half = len(taken) // 2  # after the except block, whose traceback would keep the failed pass in memory
-    return by_method(forward, taken[:half]) + by_method(forward, taken[half:])
+    return by_method(forward, taken[:half], sized) + by_method(forward, taken[half:], sized)
 
 
 def of_memory(error: Exception) -> bool:
@@ -178,9 +185,13 @@ def save(job: Job, taken: Taken) -> Entry:
 
 
 def write_results(job: Job, entry: Entry, image: Image, maps: TokenMaps | None, labels: LabelMap) -> None:
+    from padseg.methods.stages.enlarging import enlarged_labels
+
     places = outputs(entry.input, job)
     for name, path in places.items():
-        if name != 'maps':
+        if name == 'overlays' and labels.labels.shape != image.shape[:2]:
+            FORMATS[name].write(image, enlarged_labels(labels, image.shape[:2]), job.out / path)
+        elif name != 'maps':
             FORMATS[name].write(image, labels, job.out / path)
         elif maps is not None:
             from padseg.methods.stages.saved_maps import write_maps

@@ -41,6 +41,7 @@ def from_model(job: Job, earlier: Run | None = None) -> tuple[Stages, Run]:
     earlier: the run that this one continues.
     """
     method = method_named(job.method, 'classes' if job.classes else 'regions')
+    refuse_with_tiles(job)
     if job.save_maps and not method.FAMILIES:
         raise UsageError(f'{job.method} has no maps to keep: omit --save-maps')
     stamp = None
@@ -52,6 +53,15 @@ def from_model(job: Job, earlier: Run | None = None) -> tuple[Stages, Run]:
     return stages_of(method, prepared), record_of(job, method, prepared, earlier, stamp)
 
 
+def refuse_with_tiles(job: Job) -> None:
+    """Raise UsageError for settings that do not go with `--tiles`."""
+    if getattr(job.options, 'tiles', None):
+        if job.save_maps:
+            raise UsageError('the maps of tiles are not kept: omit --save-maps')
+        if job.reading.shrink:
+            raise UsageError('--tiles is in place of --shrink: give one of them')
+
+
 def prepared_for(job: Job, method: Method, revision: str | None = None, **how: Any) -> Any:
     """Prepare the method, loading its model with the job's settings."""
     how |= {'vae': job.vae, 'compile': job.compile, 'lora': job.lora, 'lora_scale': job.lora_scale, 'quantize': job.quantize}
@@ -61,7 +71,8 @@ def prepared_for(job: Job, method: Method, revision: str | None = None, **how: A
 
 def stages_of(method: Method, prepared: Any) -> Stages:
     forward = partial(method.maps, prepared=prepared)
-    return Stages(partial(by_method, forward), partial(method.labels, prepared=prepared))
+    sized = bool(getattr(prepared.options, 'tiles', 0))
+    return Stages(partial(by_method, forward, sized=sized), partial(method.labels, prepared=prepared))
 
 
 def record_of(job: Job, method: Method, prepared: Any, earlier: Run | None = None, stamp: str | None = None) -> Run:

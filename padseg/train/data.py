@@ -192,7 +192,7 @@ def turned_crop(rng: np.random.Generator, image: Array, labels: Array, view: tup
     matrix = np.concatenate([to_picture, (np.array(centre) - to_picture @ (size / 2))[:, None]], 1)
     edge = cv2.BORDER_REFLECT
     image = cv2.warpAffine(image, matrix, view[::-1], flags=cv2.WARP_INVERSE_MAP | cv2.INTER_LINEAR, borderMode=edge)
-    numbers = labels.astype(np.float32)  # OpenCV warps no int32
+    numbers: Array = labels.astype(np.float32)  # OpenCV warps no int32
     numbers = cv2.warpAffine(numbers, matrix, view[::-1], flags=cv2.WARP_INVERSE_MAP | cv2.INTER_NEAREST, borderMode=edge)
     return image, numbers.astype(np.int32)
 

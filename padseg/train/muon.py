@@ -23,7 +23,7 @@ class Muon(torch.optim.Muon):
         for group in self.param_groups:
             rate, momentum = group['lr'], group['momentum']
             for weights in alike([weight for weight in group['params'] if weight.grad is not None]):
-                gradients = [weight.grad for weight in weights]
+                gradients: list[Any] = [weight.grad for weight in weights]
                 averages = [self.state[weight].setdefault('momentum_buffer', torch.zeros_like(weight)) for weight in weights]
                 torch._foreach_lerp_(averages, gradients, 1 - momentum)
                 matrices = torch.stack(torch._foreach_lerp(gradients, averages, momentum))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from padseg.train.scenes import CLASSES
 
@@ -99,5 +99,7 @@ class TrainingSettings:
 def without_masks(settings: TrainingSettings) -> TrainingSettings:
     """Return the same settings for flow matching alone, at every step: a baseline for comparison."""
     names = ('together', 'transformer', 'further')
-    courses = {name: dataclasses.replace(settings.course(name), flow=settings.course(name).flow._replace(every=1)) for name in names}
+    courses: dict[str, Any] = {
+        name: dataclasses.replace(settings.course(name), flow=settings.course(name).flow._replace(every=1)) for name in names
+    }
     return dataclasses.replace(settings, supervised=(), **courses)

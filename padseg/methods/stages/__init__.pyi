@@ -19,4 +19,5 @@ from .scores import (
     with_floor as with_floor,
 )
 from .superpixels import superpixels_of as superpixels_of
+from .tiles import tiled_label_map as tiled_label_map, tiled_token_maps as tiled_token_maps
 from .token_maps import latent_token_maps as latent_token_maps, maps_of_layers as maps_of_layers, read_prompt as read_prompt

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 import cv2
 import numpy as np
 
-from padseg.methods.stages.runs import PART, parts
-from padseg.types import Array
+from padseg.methods.stages.runs import PART, parts, small_type
+from padseg.types import Array, LabelMap
 
 LARGE = 32_000_000  # pixels: pictures of most cameras have fewer, and are one strip, which is faster
 Strips = Iterable[tuple[slice, Array]]  # columns, and a map's values there (H, columns)
@@ -46,3 +46,9 @@ def whole(strips: Strips, size: tuple[int, ...]) -> Array:
             return values
         result[:, columns] = values
     return result
+
+
+def enlarged_labels(labels: LabelMap, size: tuple[int, ...]) -> LabelMap:
+    """A label map in another size (H, W), in the smallest type that holds its numbers: int32 would take 4 bytes a pixel."""
+    small: Array = labels.labels.astype(small_type(int(labels.labels.max())))
+    return labels._replace(labels=cv2.resize(small, size[::-1], interpolation=cv2.INTER_NEAREST))

@@ -28,8 +28,6 @@ def view(image: Image, geometry: str, side: int, multiple: int, limit: int) -> t
     side: `stretch` squashes the picture (GoCA); `diffseg`, `diffcut` and `seg4diff-paper` crop a centre square; `seg4diff-release` resizes
     and pads the picture as detectron2 does and then squashes it, padding included; `seg4diff-ovss` does the same without padding.
     """
-    import torch  # imported here, because evaluation of stored label maps uses the functions below without torch
-
     size = height, width = image.shape[:2]
     target, box = (side, side), seen_box(size, geometry)
     require(
@@ -53,8 +51,20 @@ def view(image: Image, geometry: str, side: int, multiple: int, limit: int) -> t
         # DiffSeg and DiffCut resize without antialiasing; Seg4Diff's paper does not say
         smooth = geometry == 'seg4diff-paper' and side < short
         seen = resize(cut, target, cv2.INTER_AREA if smooth else cv2.INTER_LINEAR)
-    pixels = torch.from_numpy(seen / np.float32(127.5) - 1).permute(2, 0, 1)[None].contiguous()  # (1, 3, h, w)
-    return pixels, Frame(size, box)
+    return as_input(seen), Frame(size, box)
+
+
+def as_input(seen: Array) -> Tensor:
+    """The model's input (1, 3, h, w) float32 in -1..1 from a view (h, w, 3) in 0..255."""
+    import torch  # imported here, because evaluation of stored label maps uses other functions of this file without torch
+
+    return torch.from_numpy(seen / np.float32(127.5) - 1).permute(2, 0, 1)[None].contiguous()
+
+
+def whole_frame(size: tuple[int, ...]) -> Frame:
+    """The frame of a view of a whole picture (H, W)."""
+    height, width = size
+    return Frame((height, width), (0, 0, height, width))
 
 
 def seen_box(size: tuple[int, int], geometry: str) -> Box:

@@ -24,8 +24,8 @@ GRAPH_AREA = 1_000_000  # pixels; for larger pictures, colour and contrast come 
 class Graph(NamedTuple):
     """Adjacency graph of regions. shares: (K, M), how much each region belongs to each proposal; rows sum to 1.
 
-    colours: (K, 3) mean CIE Lab; areas: (K,) shares of the picture; borders: for each region, {neighbour: (summed contrast along the
-    border, border length)}.
+    colours: (K, 3) mean CIE Lab; areas: (K,) shares of the picture, or of a window; borders: for each region,
+    {neighbour: (summed contrast along the border, border length)}.
     """
 
     shares: Array
@@ -34,15 +34,16 @@ class Graph(NamedTuple):
     borders: list[dict[int, tuple[float, float]]]
 
 
-def graph_of(index: Array, values: Array, image: Image) -> Graph:
+def graph_of(index: Array, values: Array, image: Image, unit: float = 1.0, most: int = GRAPH_AREA) -> Graph:
     """Build the graph of a picture's superpixels.
 
     index: (H, W) uint8, uint16 or int32, number 0..K-1 of each pixel's superpixel; values: (K, M), mean of every proposal inside, below 0
-    as 0; image: (H, W, 3) uint8 RGB.
+    as 0; image: (H, W, 3) uint8 RGB. unit: the share of the picture that counts as 1 for areas; most: pixels above which
+    colour and contrast come from a reduced copy.
     """
     count = len(values)
-    areas = np.sum([np.bincount(index[rows].ravel(), minlength=count) for rows in parts(*index.shape)], 0) / index.size
-    small = at_most(image, GRAPH_AREA).astype(np.float32) / 255
+    areas = np.sum([np.bincount(index[rows].ravel(), minlength=count) for rows in parts(*index.shape)], 0) / (index.size * unit)
+    small = at_most(image, most).astype(np.float32) / 255
     if small.shape != image.shape:
         index = cv2.resize(index, small.shape[1::-1], interpolation=cv2.INTER_NEAREST)
     lab = cv2.GaussianBlur(cv2.cvtColor(small, cv2.COLOR_RGB2LAB), (0, 0), BLUR)  # (h, w, 3)

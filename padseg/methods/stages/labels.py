@@ -19,7 +19,7 @@ from skimage.measure import label as connected_components
 from padseg.errors import UsageError
 from padseg.methods.stages.enlarging import Enlarge, upsampled, whole
 from padseg.methods.stages.guided_filter import guide_of, guided
-from padseg.methods.stages.join import Join, graph_of, joins, owners
+from padseg.methods.stages.join import GRAPH_AREA, Join, graph_of, joins, owners
 from padseg.methods.stages.runs import PART, Runs, as_runs, mean_inside, numbers_to, painted, parts, runs_of
 from padseg.types import Array, Image, LabelMap, Proposals
 
@@ -33,6 +33,8 @@ def label_map(
     refine: str = 'none',
     join: float = 0.0,
     known: JoinOrder | None = None,
+    unit: float = 1.0,
+    graph_area: int = GRAPH_AREA,
 ) -> LabelMap:
     """Assign each pixel to its strongest proposal: regions 1..K in order of first appearance; 0 where the model did not look.
 
@@ -40,7 +42,8 @@ def label_map(
     (4-neighbours). min_area: regions below this share of the picture, in 0..1, go to the neighbour with the longest common border. image:
     the picture (H, W, 3), needed by refine and join. refine: 'guided' enlarges maps along the picture's edges. join: if above 0, join
     superpixels closer than this distance (see `stages/join.py`) instead of taking the argmax. known: the `join_order` of the same
-    proposals, superpixels, picture and refine, if it has been made already.
+    proposals, superpixels, picture and refine, if it has been made already. unit: the share of the picture that counts as a whole picture
+    for join; graph_area: pixels above which join compares colours on a reduced copy.
     """
     top, left, height, width = proposals.frame.box
     box = np.s_[top : top + height, left : left + width]
@@ -48,7 +51,8 @@ def label_map(
     if superpixels is None:
         winner = argmax(proposals, enlarging(proposals, image, refine))
     elif join:
-        winner, strongest = joined_regions(known or join_order(proposals, superpixels, pictured(image), refine, join), join)
+        steps = known or join_order(proposals, superpixels, pictured(image), refine, join, unit, graph_area)
+        winner, strongest = joined_regions(steps, join)
     else:
         winner = argmax_inside(proposals, superpixels[box], enlarging(proposals, image, refine))
     labels = np.zeros(proposals.frame.size, np.promote_types(winner.dtype, np.min_scalar_type(len(strongest))))
@@ -106,14 +110,25 @@ class JoinOrder(NamedTuple):
     steps: list[Join]
 
 
-def join_order(proposals: Proposals, superpixels: Array, image: Image, refine: str = 'none', join: float = math.inf) -> JoinOrder:
-    """Join superpixels (H, W) where proposals and picture (H, W, 3) agree, up to a distance; what holds for it holds for lower ones too."""
+def join_order(
+    proposals: Proposals,
+    superpixels: Array,
+    image: Image,
+    refine: str = 'none',
+    join: float = math.inf,
+    unit: float = 1.0,
+    graph_area: int = GRAPH_AREA,
+) -> JoinOrder:
+    """Join superpixels (H, W) where proposals and picture (H, W, 3) agree, up to a distance; what holds for it holds for lower ones too.
+
+    unit, graph_area: as of `label_map`.
+    """
     top, left, height, width = proposals.frame.box
     box = np.s_[top : top + height, left : left + width]
     enlarge = enlarging(proposals, image, refine)
     runs = runs_of(superpixels[box])
     means = np.stack([mean_inside(runs, whole(enlarge(values), runs.shape)) for values in scaled_proposals(proposals)], 1)  # (K, M)
-    return JoinOrder(runs, means, joins(graph_of(painted(runs, numbers_to(len(runs.names))), means, image[box]), join))
+    return JoinOrder(runs, means, joins(graph_of(painted(runs, numbers_to(len(runs.names))), means, image[box], unit, graph_area), join))
 
 
 def joined_regions(order: JoinOrder, threshold: float) -> tuple[Array, Array]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from padseg.backbones.cpu_norm import exact_norms
 from padseg.backbones.latent_scale import scaled
 from padseg.backbones.noise import NoiseLevel, noised
 from padseg.methods.options import ForwardOptions, ViewOptions
-from padseg.methods.stages.geometry import view
-from padseg.types import Image, Latent
+from padseg.methods.stages.geometry import as_input, resize, view, whole_frame
+from padseg.types import Frame, Image, Latent
 
 
 def encode(image: Image, backbone: Backbone, options: ForwardOptions) -> Latent:
@@ -40,10 +41,32 @@ def encode_levels(
 ) -> list[Latent]:
     """As `encode_steps`, at the levels that follow from the number of image tokens."""
     pixels, frame = view(image, options.geometry, options.side, backbone.multiple, backbone.limit)
+    return noised_levels(image, pixels, frame, backbone, options, levels, seeds)
+
+
+def noised_levels(
+    image: Image,
+    pixels: Tensor,
+    frame: Frame,
+    backbone: Backbone,
+    options: ViewOptions,
+    levels: Callable[[int], Sequence[NoiseLevel]],
+    seeds: Sequence[int] | None = None,
+) -> list[Latent]:
+    """Encode the model's view (1, 3, h, w) of a picture; the noise depends on the picture's content."""
     clean = encode_pixels(pixels, backbone)  # (1, C, H', W')
     noises = [content_noise(image, seed, clean.shape).to(clean) for seed in ((options.seed,) if seeds is None else seeds)]
     tokens = clean.shape[2] * clean.shape[3] // backbone.patch**2
     return [Latent(noised(clean, noise, level), level.sigma, level.timestep, frame) for noise in noises for level in levels(tokens)]
+
+
+def encode_window(image: Image, size: tuple[int, int], backbone: Backbone, options: ForwardOptions) -> Latent:
+    """As `encode`, of a whole picture or part at this size (h, w) of the view."""
+    smaller = size[0] * size[1] < image.shape[0] * image.shape[1]
+    pixels = as_input(resize(image, size, cv2.INTER_AREA if smaller else cv2.INTER_LINEAR))
+    return noised_levels(
+        image, pixels, whole_frame(image.shape[:2]), backbone, options, lambda tokens: [backbone.noise_level(options.step, tokens)]
+    )[0]
 
 
 def encode_without_noise(image: Image, backbone: Backbone, options: ViewOptions, step: int) -> Latent:

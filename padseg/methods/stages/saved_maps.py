@@ -59,9 +59,11 @@ def forward_settings(backbone: Backbone, options: MapOptions) -> str:
     lora = f' lora {model.lora} scale {model.lora_scale}' if model.lora else ''
     kept = f' {backbone.quantize}' if backbone.quantize else ''
     tokens = '' if options.tokens == 'all' else f' tokens {options.tokens}'
+    windows: Any = options  # of a method that may have them
+    tiles = f' tiles {windows.tiles} overlap {windows.overlap}' if getattr(options, 'tiles', 0) else ''
     return (
         f'weights {model.weights}{lora}{kept} dtype {backbone.dtype} layer {options.layer} step {options.step} '
-        f'geometry {options.geometry} side {options.side} seed {options.seed}{tokens}'
+        f'geometry {options.geometry} side {options.side} seed {options.seed}{tokens}{tiles}'
     )
 
 

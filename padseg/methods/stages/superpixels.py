@@ -12,9 +12,12 @@ from padseg.types import Array, Image
 SUPERPIXEL_AREA = 1_000_000  # pixels; superpixels of larger pictures are computed on a reduced copy
 
 
-def superpixels_of(image: Image, scale: float) -> Array:
-    """Felzenszwalb and Huttenlocher's graph-based superpixels: (H, W, 3) uint8 -> (H, W) int."""
-    small = at_most(image, SUPERPIXEL_AREA)
+def superpixels_of(image: Image, scale: float, area: int = SUPERPIXEL_AREA) -> Array:
+    """Felzenszwalb and Huttenlocher's graph-based superpixels: (H, W, 3) uint8 -> (H, W) int.
+
+    area: pixels above which they are computed on a reduced copy.
+    """
+    small = at_most(image, area)
     found = felzenszwalb(small, scale=scale, sigma=0.8, min_size=max(1, round(scale / 2)))
     if small.shape == image.shape:
         return found

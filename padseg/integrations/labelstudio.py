@@ -1,0 +1,257 @@
+"""A backend for Label Studio: it predicts brush masks for whole tasks, without a click. A WSGI application.
+
+Requests are not trusted: pictures come only from hosts that are allowed or from below one folder, and are read as in a run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+import xml.etree.ElementTree
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from padseg.errors import PadsegError, UsageError
+from padseg.exports.labelstudio import brush
+from padseg.exports.regions import each_region
+from padseg.images import ImageError, Reading, decode_apart
+from padseg.system.files import inside
+from padseg.version import __version__
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIEnvironment
+
+    from padseg.backbones import Backbone
+    from padseg.types import Image, LabelMap
+
+LONGEST_REQUEST = 16_000_000  # bytes
+LARGEST_PICTURE = 100_000_000  # bytes
+MOST_TASKS = 1000  # of one request
+LOCAL = '/data/local-files/'  # path of Label Studio's URLs for files of a local storage
+SECONDS = 30  # without an answer from a host
+READING = Reading(max_bytes=LARGEST_PICTURE)
+log = logging.getLogger(__name__)
+
+
+class Sources(NamedTuple):
+    """Where pictures may come from. hosts: `host` or `host:port` of allowed URLs, in lower case; root: folder of local files, or None.
+
+    server: address of Label Studio, to which paths such as /data/upload/1/a.jpg belong, or None; token: sent to it and to nobody else.
+    """
+
+    hosts: frozenset[str] = frozenset()
+    root: Path | None = None
+    server: str | None = None
+    token: str | None = None
+
+
+class Interface(NamedTuple):
+    """What a labelling configuration asks for. brush, image: names of its tags; field: key of a task's picture; labels: the brush's."""
+
+    brush: str
+    image: str
+    field: str
+    labels: tuple[str, ...]
+
+
+class Refused(PadsegError):
+    """A request that cannot be answered."""
+
+
+class Backend:
+    """The WSGI application. One request at a time is with the model."""
+
+    def __init__(self, backbone: Backbone, sources: Sources, options: Any = None) -> None:
+        self.backbone, self.sources, self.options = backbone, sources, options
+        self.lock = threading.Lock()
+        self.version = f'padseg {__version__} {backbone.identity.model}'
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        try:
+            status, answer = 200, self.answer(environ['REQUEST_METHOD'], environ.get('PATH_INFO', '/'), environ)
+        except KeyError as error:
+            status, answer = 404, {'error': f'there is no {error.args[0]}'}
+        except PadsegError as error:
+            status, answer = 400, {'error': str(error)}
+        except Exception:
+            log.exception('a request failed')
+            status, answer = 500, {'error': 'padseg failed: see its log'}
+        data = json.dumps(answer).encode('ascii')
+        words = {200: 'OK', 400: 'Bad Request', 404: 'Not Found', 500: 'Internal Server Error'}
+        start_response(f'{status} {words[status]}', [('Content-Type', 'application/json'), ('Content-Length', str(len(data)))])
+        return [data]
+
+    def answer(self, method: str, path: str, environ: WSGIEnvironment) -> dict[str, Any]:
+        routes: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
+            ('GET', '/'): self.health,
+            ('GET', '/health'): self.health,
+            ('GET', '/metrics'): dict,
+            ('POST', '/setup'): lambda: self.setup(request_of(environ)),
+            ('POST', '/predict'): lambda: self.predict(request_of(environ)),
+            ('POST', '/webhook'): dict,  # padseg learns nothing from annotations
+            ('POST', '/train'): dict,
+        }
+        found = routes.get((method, path.rstrip('/') or '/'))
+        if found is None:
+            raise KeyError(f'{method} {path}')
+        return found()
+
+    def health(self) -> dict[str, Any]:
+        return {'status': 'UP', 'model_class': 'padseg'}
+
+    def setup(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        if request.get('schema'):
+            interface_of(request['schema'])
+        return {'model_version': self.version}
+
+    def predict(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """A prediction for each task. Refused if one of its pictures cannot be had or read."""
+        tasks = request.get('tasks')
+        if not isinstance(tasks, list) or len(tasks) > MOST_TASKS or not all(isinstance(task, dict) for task in tasks):
+            raise Refused(f'tasks is a list of at most {MOST_TASKS} tasks')
+        interface = interface_of(request.get('label_config'))
+        return {'results': [{'model_version': self.version, 'result': self.regions(task, interface)} for task in tasks]}
+
+    def regions(self, task: Mapping[str, Any], interface: Interface) -> list[dict[str, Any]]:
+        """The brush masks of a task's picture: classes if there are several labels, regions with the one label otherwise."""
+        data = task.get('data')
+        url = data.get(interface.field) if isinstance(data, dict) else None
+        if not isinstance(url, str):
+            raise Refused(f'a task has no picture in data.{interface.field}')
+        image = picture_at(url, self.sources)
+        with self.lock:
+            labels = self.segmented(image, interface.labels)
+        names = labels.names or interface.labels
+        result = []
+        for region in each_region(labels.labels):
+            made = brush(region, image.shape[:2], names[region.number - 1 if labels.names else 0])
+            result.append({**made, 'from_name': interface.brush, 'to_name': interface.image})
+        return result
+
+    def segmented(self, image: Image, labels: tuple[str, ...]) -> LabelMap:
+        import padseg
+
+        if len(labels) > 1:
+            return padseg.label(image, self.backbone, labels)
+        return padseg.segment(image, self.backbone, self.options)
+
+
+def request_of(environ: WSGIEnvironment) -> dict[str, Any]:
+    """The JSON object in a request. Raises Refused for anything else."""
+    try:
+        length = int(environ.get('CONTENT_LENGTH') or 0)
+    except ValueError as error:
+        raise Refused('the length of the request is missing') from error
+    if not 0 < length <= LONGEST_REQUEST:
+        raise Refused(f'a request has 1 to {LONGEST_REQUEST} bytes')
+    try:
+        request = json.loads(environ['wsgi.input'].read(length))
+    except (ValueError, RecursionError) as error:
+        raise Refused('the request is not JSON') from error
+    if not isinstance(request, dict):
+        raise Refused('the request is not a JSON object')
+    return request
+
+
+def interface_of(config: Any) -> Interface:
+    """Read a labelling configuration. Refused without a brush for a picture, or with a document type, which could hold entities."""
+    if not isinstance(config, str) or '<!DOCTYPE' in config:
+        raise Refused('the labelling configuration is missing, or not one of Label Studio')
+    try:
+        root = xml.etree.ElementTree.fromstring(config)
+    except (xml.etree.ElementTree.ParseError, ValueError, RecursionError) as error:
+        raise Refused('the labelling configuration is not XML') from error
+    images = {tag.get('name'): tag for tag in root.iter('Image')}
+    for tag in root.iter('BrushLabels'):
+        image = images.get(tag.get('toName'))
+        name, value = tag.get('name'), '' if image is None else image.get('value', '')
+        labels = tuple(dict.fromkeys(label.get('value', '') for label in tag.iter('Label') if label.get('value', '').strip()))
+        if image is not None and name and value.startswith('$') and labels:
+            return Interface(name, str(image.get('name')), value[1:], labels)
+    raise Refused('the labelling configuration has no BrushLabels with labels for an Image')
+
+
+def picture_at(url: str, sources: Sources) -> Image:
+    """The picture at a task's URL. Raises Refused for a place that is not allowed, and ImageError."""
+    parts = parsed(url)
+    try:
+        if not parts.scheme and not parts.netloc and parts.path == LOCAL:
+            return decode_apart(local_file(parts, sources.root), READING).image
+        address, token = remote(url, parts, sources)
+        with tempfile.NamedTemporaryFile(prefix='padseg-') as file:
+            for chunk in fetched(address, token):
+                file.write(chunk)
+            file.flush()
+            return decode_apart(Path(file.name), READING).image
+    except ImageError as error:
+        raise Refused(f'{url}: {error}') from error
+    except OSError as error:
+        raise Refused(f'{url}: {getattr(error, "reason", None) or error.strerror or error}') from error
+
+
+def parsed(url: str) -> urllib.parse.SplitResult:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        parts.port  # noqa: B018  raises ValueError for one that is not a number
+    except ValueError as error:
+        raise Refused(f'not a URL: {url}') from error
+    return parts
+
+
+def local_file(parts: urllib.parse.SplitResult, root: Path | None) -> Path:
+    """The file below `root` that a URL of a local storage names; no part of it may be a link that leads elsewhere."""
+    if root is None:
+        raise Refused('local files are not allowed: start the backend with --root FOLDER')
+    name = dict(urllib.parse.parse_qsl(parts.query)).get('d', '')
+    path = inside(root, name)
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise Refused(f'{name} is not below the folder of pictures')
+    return path
+
+
+def remote(url: str, parts: urllib.parse.SplitResult, sources: Sources) -> tuple[str, str | None]:
+    """The address to fetch, and the token to send there."""
+    if not parts.scheme and not parts.netloc and parts.path.startswith('/'):
+        if sources.server is None:
+            raise Refused(f'{url} is a file of Label Studio: start the backend with --label-studio URL')
+        url = urllib.parse.urljoin(sources.server, url)
+        parts = parsed(url)
+    elif parts.netloc.lower() not in sources.hosts or '@' in parts.netloc:
+        raise Refused(f'{parts.netloc or url} is not allowed: start the backend with --allow-host {parts.netloc or "HOST"}')
+    if parts.scheme not in ('http', 'https'):
+        raise Refused(f'{url} is not a web address')
+    own = sources.server and parts[:2] == urllib.parse.urlsplit(sources.server)[:2]
+    return url, sources.token if own else None
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A host that is allowed may not send padseg to one that is not."""
+
+    def redirect_request(self, *arguments: Any, **named: Any) -> None:
+        return None
+
+
+def fetched(url: str, token: str | None) -> Iterable[bytes]:
+    """The bytes at a web address, in pieces. Raises Refused if there are too many, and OSError."""
+    request = urllib.request.Request(url, headers={'Authorization': f'Token {token}'} if token else {})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), NoRedirect)
+    size = 0
+    with opener.open(request, timeout=SECONDS) as answer:
+        while chunk := answer.read(1 << 16):
+            size += len(chunk)
+            if size > LARGEST_PICTURE:
+                raise Refused(f'{url} has more than {LARGEST_PICTURE} bytes')
+            yield chunk
+
+
+def checked_server(url: str | None) -> str | None:
+    """Label Studio's address. UsageError for anything that is not a web address."""
+    if url is not None and urllib.parse.urlsplit(url).scheme not in ('http', 'https'):
+        raise UsageError(f'--label-studio is an address such as http://localhost:8080; got {url}')
+    return url
