@@ -75,11 +75,12 @@ class SD3Texts:
     def tokens(self, text: str, encoders: str) -> dict[str, Tokens]:
         """CLIP's tokens from column 0, and T5's after CLIP's slots.
 
-        If the two CLIP tokenizers split a text differently, raises UsageError when `!` is the cause, else ModelUnavailable.
+        UsageError for encoders of other families. If the two CLIP tokenizers split a text differently, raises UsageError when `!` is the
+        cause, else ModelUnavailable.
         """
         slots = self.source.spec.sequence
         tokens = {}
-        cuts = [clip_tokens(self.clip_tokenizers[part], text, slots) for part in CLIPS[encoders]]
+        cuts = [clip_tokens(self.clip_tokenizers[part], text, slots) for part in self.clips(encoders)]
         if cuts:
             if cuts[0].spans != cuts[-1].spans:
                 if PAD in text:
@@ -91,6 +92,12 @@ class SD3Texts:
         if 't5' in encoders:
             tokens['t5'] = tokens_of(self.t5_tokenizer, text, slots, slots)
         return tokens
+
+    def clips(self, encoders: str) -> tuple[str, ...]:
+        """Folders of the CLIP tokenizers that are used. UsageError for encoders that no model of this family has."""
+        if encoders not in CLIPS:
+            raise UsageError(f'{self.source.model} has other text encoders: encoders is one of {", ".join(CLIPS)}; got {encoders}')
+        return CLIPS[encoders]
 
     def mask(self, text: str) -> None:
         """Pads are attended to."""
@@ -109,7 +116,7 @@ class SD3Texts:
         shapes = prompt_shapes(self.source.spec.sequence, self.transformer.config)
         embeds, pooled = (torch.zeros(shape) for shape in shapes.values())
         clip, t5 = embeds.chunk(2, 1)  # (1, slots, D) each
-        if CLIPS[encoders]:
+        if self.clips(encoders):
             tensors = self.clip(text, shapes)
             clip, pooled = tensors['embeds'].chunk(2, 1)[0].clone(), tensors['pooled'].clone()
             for part, used in (('text_encoder', 'l' in encoders.split('+')), ('text_encoder_2', 'g' in encoders.split('+'))):

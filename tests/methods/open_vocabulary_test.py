@@ -17,6 +17,7 @@ import torch
 from support.explicit_attention import ExplicitAttention
 
 from padseg.backbones import load
+from padseg.backbones.sd3_text import CLIPS
 from padseg.backbones.texts import texts_of
 from padseg.commands import main
 from padseg.errors import UsageError
@@ -25,7 +26,7 @@ from padseg.exports.colours import voc_colours
 from padseg.exports.overlay import overlay, write as write_overlay
 from padseg.images import read
 from padseg.methods import open_vocabulary
-from padseg.methods.open_vocabulary import ENCODERS, NAMED, PROMPTS, LabelOptions, label, mean_scores, name_regions, score_maps
+from padseg.methods.open_vocabulary import NAMED, PROMPTS, LabelOptions, label, mean_scores, name_regions, score_maps
 from padseg.methods.options import plain_settings
 from padseg.methods.seg4diff import Options, segment, token_maps
 from padseg.methods.stages.latents import encode, encode_steps
@@ -38,7 +39,7 @@ from padseg.run.job import Job
 from padseg.types import Frame, LabelMap, Prompt, TokenMaps
 
 FAMILIES = ['speller', 'speller35']
-ARMS = [(encoders, 'zeros') for encoders in ENCODERS] + [(encoders, 'dropped') for encoders in ENCODERS if 't5' not in encoders]
+ARMS = [(encoders, 'zeros') for encoders in CLIPS] + [(encoders, 'dropped') for encoders in CLIPS if 't5' not in encoders]
 NAMES = ('cat', 'traffic light', 'tra')
 PLAIN = {'refine': 'none', 'superpixels': 0.0, 'min_area': 0.0}
 
@@ -366,9 +367,9 @@ def test_the_order_of_names_only_numbers_them_with_per_class(speller, picture):
         ({'steps': (0,)}, 'steps are distinct numbers >= 1; got 0'),
         ({'head': -1}, 'head is counted from 0; got -1'),
         ({'prompt': 'poem'}, 'prompt is one of joined, template, per-class; got poem'),
-        ({'encoders': 'l+t5'}, 'encoders is one of l, g, l\\+g, t5, l\\+g\\+t5; got l\\+t5'),
+        ({'encoders': 'l+t5'}, 'encoders is one of l, g, l\\+g, t5, l\\+g\\+t5, qwen3; got l\\+t5'),
         ({'unused': 'mean'}, 'unused is one of zeros, dropped; got mean'),
-        ({'columns': 'l'}, 'columns is one of clip, t5, both; got l'),
+        ({'columns': 'l'}, 'columns is one of clip, t5, both, qwen3; got l'),
         ({'scores': 'softmax'}, 'scores is one of raw, minmax, minmax-token, share; got softmax'),
         ({'on': 'pixels'}, 'on is one of words, proposals; got pixels'),
         ({'softmax': False, 'scores': 'share'}, 'raw attention scores have no shares'),

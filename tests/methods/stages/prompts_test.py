@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from padseg.backbones import load
+from padseg.backbones.sd3_text import CLIPS
 from padseg.backbones.texts import texts_of
 from padseg.errors import ModelUnavailable, UsageError
-from padseg.methods.open_vocabulary import ENCODERS, PROMPTS, LabelOptions
+from padseg.methods.open_vocabulary import PROMPTS, LabelOptions
 from padseg.methods.stages.prompts import checked_names, columns_of, prompts_of, split, worded
 
 SLOTS = 77
@@ -125,7 +126,7 @@ def test_which_columns_are_read(texts, speller, columns, halves):
 
 
 @pytest.mark.parametrize('mode', PROMPTS)
-@pytest.mark.parametrize('encoders', ENCODERS)
+@pytest.mark.parametrize('encoders', CLIPS)
 def test_two_hundred_names_are_split_over_prompts(texts, speller, mode, encoders):
     names = [f'thing{number}' for number in range(200)]
     options = resolved(speller, prompt=mode, encoders=encoders)
@@ -196,7 +197,13 @@ def test_a_model_without_t5(backbone):
         prompts_of(['cat'], texts_of(backbone), resolved(backbone, encoders='t5'))
 
 
-@pytest.mark.parametrize('encoders', ENCODERS)
+def test_encoders_of_other_families_are_refused(texts):
+    for ask in (lambda: texts.tokens('cat', 'qwen3'), lambda: texts.encode('cat', 'qwen3', 'zeros')):
+        with pytest.raises(UsageError, match=r'encoders is one of l, g, l\+g, t5, l\+g\+t5; got qwen3'):
+            ask()
+
+
+@pytest.mark.parametrize('encoders', CLIPS)
 def test_a_name_may_have_what_a_tokenizer_pads_with(texts, speller, encoders):
     assert texts.clip_tokenizers['tokenizer_2'].pad_token == '!'
     (prompt,) = prompts_of(['cat', 'li!', '!'], texts, resolved(speller, encoders=encoders, columns='t5' if encoders == 't5' else 'clip'))
@@ -254,7 +261,7 @@ def halves(prompt) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_the_arms_change_the_intended_channels_and_columns_only(texts, speller):
     """CLIP-L has channels 0..63, CLIP-G 64..159 of the first half and of the pooled vector; T5 the second half."""
-    prompts = {encoders: prompts_of(['cat', 'light'], texts, resolved(speller, encoders=encoders))[0] for encoders in ENCODERS}
+    prompts = {encoders: prompts_of(['cat', 'light'], texts, resolved(speller, encoders=encoders))[0] for encoders in CLIPS}
     full, t5 = halves(prompts['l+g+t5'])
     pooled = prompts['l+g+t5'].pooled[0]
     assert full.std(0).min() > 0 and t5.std(0).min() > 0 and pooled.abs().min() > 0
@@ -300,7 +307,7 @@ def test_embeddings_are_kept_and_encoders_are_not_read_again(texts_folder, spell
     assert {'pipeline', 't5_encoder'} <= vars(first).keys()
     assert len(list((tmp_path / 'prompts').iterdir())) == 2
     again = texts_of(speller)
-    for arm in ENCODERS:
+    for arm in CLIPS:
         again.encode('cat light', arm, 'zeros')
     assert all(torch.equal(one, two) for one, two in zip(again.encode('cat light', 'l+g+t5', 'zeros'), expected, strict=True))
     assert not {'pipeline', 't5_encoder'} & vars(again).keys()

@@ -291,7 +291,7 @@ def test_merge_fails_the_one_picture_and_goes_on(tmp_path, capsys):
     out = put_run(tmp_path, dict.fromkeys(('good.png', 'nan.png', 'link.png', 'none.png'), np.ones(SIZE, np.int32)))
     record = json.loads((out / 'run.json').read_text())
     record['settings'] = {
-        'layer': 1, 'step': 8, 'normalisation': 'sum', 'threshold': 0.1, 'geometry': 'whole', 'side': 80, 'refine': 'none',
+        'layer': 1, 'step': 8, 'tokens': 'all', 'normalisation': 'sum', 'threshold': 0.1, 'geometry': 'whole', 'side': 80, 'refine': 'none',
         'superpixels': 0.0, 'join': 0.0, 'components': False, 'min_area': 0.0, 'seed': 0,
     }  # fmt: skip
     (out / 'run.json').write_text(json.dumps(record))
