@@ -17,7 +17,6 @@ import pytest
 import yaml
 
 from padseg.commands import group
-from padseg.commands.demo import command
 from padseg.version import __version__
 
 ROOT = Path(__file__).parents[2]
@@ -66,10 +65,6 @@ def test_space():
     assert f'padseg-{__version__}-' in wanted
     for name in ('torch', 'opencv-python-headless'):
         assert f'{name}=={pinned(name)}\n' in wanted
-
-
-def test_defaults_are_shown():
-    assert all(option.show_default or option.default in (None, False) or option.multiple for option in command.params)
 
 
 @pytest.mark.slow
