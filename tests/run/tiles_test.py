@@ -26,6 +26,7 @@ def put_large(path):
     PIL.Image.fromarray(fields.repeat(2048, 0).repeat(2100, 1)).save(path, compress_level=1)
 
 
+@pytest.mark.slow
 def test_a_run_with_tiles(tmp_path, sd3_folder):
     put_large(tmp_path / 'in' / 'large.png')
     options = Options(side=64, tiles=1024, overlap=128, threshold=0.0)
