@@ -26,6 +26,7 @@ NAMES = [
     'label_map',
     'load',
     'merge',
+    'pipeline',
     'regions',
     'segment',
     'token_maps',

@@ -121,6 +121,7 @@ def test_what_is_wrong_with_the_cache_in_the_words_of_a_run(tmp_path, sd3_folder
         assert report['needed'] is None
 
 
+@pytest.mark.slow
 def test_what_is_cached_is_ready_offline(tmp_path, sd3_folder):
     whole = cached(tmp_path, 'org/whole', sd3_folder)
     # the client says that a file is missing; it is none that padseg reads
@@ -144,6 +145,7 @@ def test_transformers_variable_means_offline_too(tmp_path, sd3_folder):
     assert absent == 4 and 'TRANSFORMERS_OFFLINE is set' in words
 
 
+@pytest.mark.slow
 def test_an_unreachable_hub(tmp_path, sd3_folder):
     without(VAE)(cached(tmp_path, 'org/vae', sd3_folder))
     answers = both(tmp_path, 'org/absent', 'org/vae', HF_ENDPOINT='http://127.0.0.1:1')
@@ -229,11 +231,12 @@ def test_the_report_for_people(tmp_path):
     assert (ran.returncode, ran.stderr) == (0, '')
     lines = ran.stdout.splitlines()
     assert [line.split()[0] for line in lines[:-1]] == [
-        *('versions', 'platform', 'CPUs', 'GPUs', 'device', 'memory', 'weights', 'disk', 'hub', 'model')
+        *('versions', 'platform', 'CPUs', 'GPUs', 'device', 'memory', 'weights', 'a', 'disk', 'hub', 'model')
     ]
     assert 'torch 2.' in lines[0] and lines[4].endswith('cpu (float32)') and 'estimated' in lines[6]
-    assert f'free at {tmp_path}/not/yet' in lines[7] and 'no token, online' in lines[8]
-    assert lines[9].endswith('tiny: ready') and 'without a network' in lines[10]
+    assert lines[7].startswith('a picture ') and 'bfloat16' in lines[7] and 'fits a GPU with 8 GiB' in lines[7]
+    assert f'free at {tmp_path}/not/yet' in lines[8] and 'no token, online' in lines[9]
+    assert lines[10].endswith('tiny: ready') and 'without a network' in lines[11]
     assert not (tmp_path / 'not').exists()
 
 

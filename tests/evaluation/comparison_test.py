@@ -72,6 +72,7 @@ def without_costs(out):
     return [{name: cell for name, cell in row.items() if name not in COST_COLUMNS} for row in rows_in(out)]
 
 
+@pytest.mark.slow
 def test_each_row_is_an_evaluation_and_an_impossible_pair_is_named(bsds, sd3_folder, tmp_path, capsys):
     out = tmp_path / 'out'
     words = ('bsds500', '--root', bsds, '--models', sd3_folder, '--methods', 'seg4diff:threshold=0.001,diffcut,diffseg')

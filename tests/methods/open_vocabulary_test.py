@@ -25,9 +25,8 @@ from padseg.exports import CONVERTERS, read_label_map, read_masks
 from padseg.exports.colours import voc_colours
 from padseg.exports.overlay import overlay, write as write_overlay
 from padseg.images import read
-from padseg.methods import open_vocabulary
+from padseg.methods import open_vocabulary, seg4diff
 from padseg.methods.open_vocabulary import NAMED, PROMPTS, LabelOptions, label, mean_scores, name_regions, score_maps
-from padseg.methods.options import plain_settings
 from padseg.methods.seg4diff import Options, segment, token_maps
 from padseg.methods.stages.latents import encode, encode_steps
 from padseg.methods.stages.saved_maps import read_maps
@@ -282,6 +281,7 @@ def test_a_batch_gives_what_single_pictures_give(mode, on, speller, picture):
         assert 0 <= alone.labels.min() and alone.labels.max() <= len(NAMES)
 
 
+@pytest.mark.slow
 def test_two_hundred_classes(speller, picture):
     names = [f'thing{number}' for number in range(200)]
     scores = score_maps(picture, speller, names)
@@ -391,7 +391,7 @@ def test_none_is_what_the_model_names():
     assert (found.refine, found.superpixels, found.min_area) == ('guided', 30.0, 0.1)
     paper = LabelOptions(geometry='stretch', prompt='per-class', on='proposals').resolve(spec)
     assert (paper.refine, paper.superpixels, paper.min_area, paper.scores) == ('none', 0.0, 0.0, 'minmax')
-    proposals = {f'proposals_{name}': value for name, value in plain_settings(Options(geometry='stretch').resolve(spec)).items()}
+    proposals = {f'proposals_{name}': value for name, value in seg4diff.recorded(Options(geometry='stretch'), spec).items()}
     recorded = open_vocabulary.recorded(LabelOptions(geometry='stretch', prompt='per-class', on='proposals'), spec)
     assert proposals.items() <= recorded.items() and 'proposals' not in recorded
     assert open_vocabulary.recorded(LabelOptions(), spec)['proposals'] is None
@@ -542,6 +542,7 @@ numpy.savez(sys.argv[2], *(row['mask'] for row in rows))
 """
 
 
+@pytest.mark.slow
 def test_an_image_folder_has_names_beside_what_the_datasets_library_loads(job, folder, tmp_path):
     pytest.importorskip('datasets')
     shutil.rmtree(folder / 'sub')  # of few files a single one of another kind is the more

@@ -108,7 +108,7 @@ def test_names_in_errors_and_events(hostile, capsys):
     assert {event['input'] for event in events if event['event'] == 'picture'} == {HOSTILE, '\udcff.png'}
     for arguments, code in (
         (['run', '--dir', out + 'none', '--out', out], 5),
-        (['run', out], 2),
+        (['run', out + 'none'], 5),
         (['run', '--dir', out, '--method', out], 2),
         (['doctor', '--model', out, '--out', out], 4),
     ):

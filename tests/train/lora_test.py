@@ -315,6 +315,7 @@ def test_it_loads_into_a_pipeline_of_diffusers(straight, sd3_folder):
         assert held[name.removeprefix('transformer.').replace('.weight', '.default_0.weight')].equal(weight)
 
 
+@pytest.mark.slow
 def test_the_command_validates_and_keeps_the_best(sd3_folder, source, tmp_path, capsys):
     flags = ['--batch', '2', '--steps', '3', '--rank', '2', '--side', '32', '--rate', '1e-2', '--candidates', 'tokens', '--prompt', 'none']
     where = ['--model', str(sd3_folder), '--data', source, '--out', str(tmp_path / 'out'), '--device', 'cpu']

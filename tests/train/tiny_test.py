@@ -105,6 +105,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, c
     assert 'cannot create the output folder' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_further_without_its_autoencoder_and_masks(trained, tmp_path):
     ended(start(train_small, tmp_path, trained / 'model').wait())
     assert not list(tmp_path.glob('autoencoder*')) and not list(tmp_path.glob('together*'))

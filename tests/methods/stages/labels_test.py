@@ -273,6 +273,7 @@ def test_parts_cover_everything_and_none_is_alone():
         assert length == 1 or min(part.stop - part.start for part in found) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('options', [{'join': 0.1, 'components': True, 'min_area': 0.001}, {'components': True}, {'refine': 'guided'}])
 def test_a_large_picture_takes_few_bytes_a_pixel(options):
     """Beside picture and superpixels; the label map itself takes 4."""
