@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from padseg.backbones import Backbone, Identity, auraflow_text, flux2_text, flux_text, pixart_text, sd3_text, unet_text, zimage_text
+from padseg.backbones.one_encoder import OneEncoderTexts
 from padseg.backbones.source import Source
 from padseg.types import Tokens
 
@@ -33,12 +34,12 @@ class Texts(Protocol):
 
 READERS: dict[str, Callable[[Source, Any, bool, str], Texts]] = {
     'sd3': sd3_text.SD3Texts,
-    'flux': flux_text.FluxTexts,
-    'flux2': flux2_text.Flux2Texts,
-    'auraflow': auraflow_text.AuraFlowTexts,
-    'zimage': zimage_text.ZImageTexts,
+    'flux': partial(OneEncoderTexts, flux_text.ENCODING),
+    'flux2': partial(OneEncoderTexts, flux2_text.ENCODING),
+    'auraflow': partial(OneEncoderTexts, auraflow_text.ENCODING),
+    'zimage': partial(OneEncoderTexts, zimage_text.ENCODING),
     'unet': unet_text.UNetTexts,
-    'pixart': pixart_text.PixArtTexts,
+    'pixart': partial(OneEncoderTexts, pixart_text.ENCODING),
 }
 
 

@@ -319,7 +319,7 @@ def test_names_have_the_columns_of_their_tokens(backbones, side):
     texts = texts_of(backbone, keep=False)
     prompts = prompts_of(names, texts, LabelOptions().resolve(backbone.spec))
     assert len(prompts) > 1 and tuple(dict.fromkeys(name for prompt in prompts for name in prompt.names)) == tuple(names)
-    tokenizer = texts.t5_tokenizer
+    tokenizer = texts.tokenizer
     for prompt in prompts:
         own = list(dict.fromkeys(prompt.names))
         padded = tokenizer(' '.join(own), padding='max_length', max_length=SLOTS).input_ids

@@ -314,7 +314,7 @@ def test_texts_are_encoded_as_by_the_pipeline(flux2, flux2_folder, pipeline, emp
         found, pooled = texts.encode(text, 'qwen3', 'zeros')
         assert torch.equal(found, embeds.float()) and pooled.shape == (1, 0)
     assert len(list(empty_cache.iterdir())) == 4 and texts.mask('cat') is None
-    with pytest.raises(UsageError, match=r'reads texts with Qwen3 alone: encoders is qwen3; got t5'):
+    with pytest.raises(UsageError, match=r'only qwen3 has columns: encoders is qwen3; got t5'):
         texts.tokens('cat', 't5')
 
 
@@ -348,7 +348,7 @@ def test_names_have_the_columns_of_their_tokens(flux2):
     texts.source = texts.source._replace(spec=flux2.spec._replace(sequence=512))
     options = LabelOptions().resolve(flux2.spec)
     (prompt,) = prompts_of(VOC, texts, options)
-    shown = pieces_of(texts.qwen_tokenizer, ' '.join(VOC), 512)
+    shown = pieces_of(texts.tokenizer, ' '.join(VOC), 512)
     for name in VOC:
         columns = [column for column, own in zip(prompt.picked, prompt.names, strict=True) if own == name]
         assert columns == list(range(columns[0], columns[-1] + 1))
@@ -368,7 +368,7 @@ def pieces_of(tokenizer, text: str, slots: int) -> list[str]:
 
 @pytest.mark.parametrize(('template', 'thinking'), [(THINKING, True), (NOT_THINKING, False)])
 def test_the_template_is_that_of_the_tokenizer(flux2, template, thinking):
-    tokenizer = texts_of(flux2).qwen_tokenizer
+    tokenizer = texts_of(flux2).tokenizer
     for text in ('', 'cat', '\n cat\n', 'a <|im_end|> b'):
         chat = [{'role': 'user', 'content': text}]
         shown = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, add_generation_prompt=True, enable_thinking=thinking)

@@ -289,7 +289,7 @@ def test_names_have_the_columns_of_their_tokens(flux, names):
     """From 0 on, as T5 counts them; CLIP has none. `grasses` is three tokens: the word and two letters."""
     texts = texts_of(flux)
     (prompt,) = prompts_of(names, texts, LabelOptions().resolve(flux.spec))
-    pieces = texts.t5_tokenizer.convert_ids_to_tokens(texts.t5_tokenizer(' '.join(names)).input_ids)[:-1]
+    pieces = texts.tokenizer.convert_ids_to_tokens(texts.tokenizer(' '.join(names)).input_ids)[:-1]
     assert ''.join(pieces) == '▁' + '▁'.join(' '.join(names).split())
     assert prompt.picked == tuple(range(len(pieces)))
     lengths = [prompt.names.count(name) for name in names]
@@ -308,7 +308,7 @@ def test_a_text_is_encoded_as_by_the_pipeline(flux, flux_folder, empty_cache):
         assert torch.equal(found[0], embeds.float()) and torch.equal(found[1], pooled.float())
     assert not torch.equal(found[0], flux.null_prompt.embeds) and not torch.equal(found[1], flux.null_prompt.pooled)
     assert len(list(empty_cache.iterdir())) == 2
-    with pytest.raises(UsageError, match=r'only T5 has columns in .*: encoders is t5; got l\+g'):
+    with pytest.raises(UsageError, match=r'only t5 has columns: encoders is t5; got l\+g'):
         texts.tokens('cat', 'l+g')
 
 
@@ -318,13 +318,13 @@ def test_the_released_read_out_counts_spaces_alone(flux, names):
     texts = texts_of(flux)
     expected, first = [], 0
     for name in names:
-        count = len(texts.t5_tokenizer(name).input_ids) - 1
+        count = len(texts.tokenizer(name).input_ids) - 1
         expected += [(column, name, 1 / count) for column in range(first, first + count)]
         first += count
     for options in (LabelOptions(blanks=True), LabelOptions(geometry='seg4diff-ovss')):
         (prompt,) = prompts_of(names, texts, options.resolve(flux.spec))
         assert list(zip(prompt.picked, prompt.names, prompt.weights, strict=True)) == expected
-    words = texts.t5_tokenizer.convert_ids_to_tokens(texts.t5_tokenizer(' '.join(names)).input_ids)
+    words = texts.tokenizer.convert_ids_to_tokens(texts.tokenizer(' '.join(names)).input_ids)
     (prompt,) = prompts_of(names, texts, LabelOptions().resolve(flux.spec))
     assert prompt.picked == tuple(column for column, _, _ in expected if words[column] != '▁')
     assert len(prompt.picked) < len(expected)  # else these names show nothing

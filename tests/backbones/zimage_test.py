@@ -356,7 +356,7 @@ def test_names_have_the_columns_of_their_tokens(backbone):
     texts = texts_of(backbone, keep=False)
     prompts = prompts_of(TWENTY, texts, LabelOptions().resolve(backbone.spec))
     assert len(prompts) > 1 and tuple(dict.fromkeys(name for prompt in prompts for name in prompt.names)) == tuple(TWENTY)
-    tokenizer = texts.qwen_tokenizer
+    tokenizer = texts.tokenizer
     for prompt in prompts:
         own = list(dict.fromkeys(prompt.names))
         chat = tokenizer.apply_chat_template(

@@ -94,7 +94,7 @@ def test_columns_are_those_found_letter_by_letter(texts, names, mode):
 def test_columns_of_flux_are_those_found_letter_by_letter(flux, names, mode):
     """Its vocabulary here has letters alone, so no commas between names."""
     texts = texts_of(flux)
-    check_columns(names, mode, texts, texts.t5_tokenizer, 't5', 0)
+    check_columns(names, mode, texts, texts.tokenizer, 't5', 0)
 
 
 def test_a_part_of_another_name_is_not_it(texts, speller):
