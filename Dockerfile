@@ -3,7 +3,7 @@ FROM python:3.12-slim
 WORKDIR /src
 COPY setup.cfg pyproject.toml constraints.txt README.md LICENSE ./
 COPY padseg padseg
-# Gradio wants Pillow < 13; OpenCV's build without windows needs no desktop libraries
+# Gradio needs Pillow < 13; OpenCV's build without windows needs no desktop libraries
 RUN sed -i '/^pillow==13/d' constraints.txt \
  && pip install --no-cache-dir -c constraints.txt torch --index-url https://download.pytorch.org/whl/cpu \
  && pip install --no-cache-dir -c constraints.txt '.[demo]' \

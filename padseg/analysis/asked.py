@@ -274,7 +274,7 @@ def found_expert(
     """Look for the expert block; arguments as of `padseg analyze expert`; ready: as for `opened`. Also model, and settings."""
     found = subjects(images, labels, (), '', count)
     for normalisation in normalisations:
-        Options(normalisation=normalisation)  # refuses what there is not
+        Options(normalisation=normalisation)  # refuses unknown names
     refuse_unsupported(how)
     ready()
     backbone = loaded(how)

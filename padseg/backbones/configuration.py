@@ -12,6 +12,7 @@ from padseg.errors import ModelUnavailable
 
 MOST_BYTES = 1 << 26  # of a JSON file; the weight index of a large model has a few hundred kilobytes
 MOST_BLOCKS = 128  # allowed even if the weights have fewer; Flux.1 has 57, and its files may lack those that are not needed
+MOST_THETA = 1 << 32  # of a base of angles, a million for Qwen3
 MOST_PLACES = 1 << 16  # allowed for any number, even if no dimension of the weights is as large; SD3 has 36,864 positions
 SCHEDULE = 'scheduler_config.json'
 TEXTS, WEIGHTS = ('.json', '.txt', '.jinja', '.model'), ('.safetensors', '.bin')  # suffixes of what libraries open by themselves
@@ -87,10 +88,10 @@ def check_network(config: Mapping[str, Any], path: pathlib.Path, shapes: Mapping
     blocks = 1 + max((int(part) for name in shapes for part in name.split('.') if part.isdecimal() and len(part) < 9), default=0)
     largest = max((length for shape in shapes.values() for length in shape), default=0)
     for name, value in numbers_in(config):
-        if name.endswith('rope_theta'):  # a base of angles, a million for Qwen3: nothing is as large
-            continue
         counts = name.endswith('(length)') or 'layers' in name or 'blocks' in name
         most = max(blocks, MOST_BLOCKS) if counts else max(4 * largest, MOST_PLACES)
+        if name.endswith('rope_theta'):
+            most = MOST_THETA
         if abs(value) > most:
             held = f'blocks up to number {blocks - 1}' if counts else f'no dimension above {largest}'
             raise ModelUnavailable(f'{path}: {name} is {some_digits(value)}, but the weights beside it have {held}')

@@ -14,9 +14,8 @@ from padseg.backbones.family import Dimensions, padded
 from padseg.backbones.flux import PATCH, blocks as blocks, grid as grid, layer_names as layer_names, packed, unpacked
 from padseg.backbones.layout import LAYOUTS
 from padseg.backbones.noise import NoiseLevel, flow_level, scheduled
-from padseg.backbones.parts import read_text_encoders
-from padseg.backbones.qwen_text import NOT_THINKING, qwen_states, qwen_tokenizer
-from padseg.backbones.source import Source, check_files, text_files, text_parts
+from padseg.backbones.qwen_text import NOT_THINKING, qwen_encoder, qwen_states, qwen_tokenizer
+from padseg.backbones.source import Source
 from padseg.errors import ModelUnavailable
 from padseg.types import Prompt, TextToken
 
@@ -77,15 +76,7 @@ def null_tokens(slots: int, tensors: Mapping[str, Tensor]) -> Sequence[TextToken
 
 
 def compute_null_prompt(source: Source, transformer: Flux2Transformer2DModel, slots: int) -> dict[str, Tensor]:
-    return encode_text(*text_encoder(source), slots, '')
-
-
-def text_encoder(source: Source) -> tuple[Any, Any]:
-    """Qwen3 and its tokenizer."""
-    text_files(source)
-    check_files(source, text_parts(source))
-    tokenizer = tokenizers(source)['tokenizer']
-    return read_text_encoders(source, TEXT_DTYPE)['text_encoder'], tokenizer
+    return encode_text(*qwen_encoder(source, TEXT_DTYPE, NOT_THINKING), slots, '')
 
 
 def encode_text(encoder: Any, tokenizer: Any, slots: int, text: str) -> dict[str, Tensor]:

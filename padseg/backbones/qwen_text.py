@@ -13,8 +13,8 @@ from torch import Tensor
 
 from padseg.backbones.configuration import read_json
 from padseg.backbones.layout import config_name
-from padseg.backbones.parts import part_name, read_tokenizer, told_errors
-from padseg.backbones.source import Source, check_files
+from padseg.backbones.parts import part_name, read_text_encoders, read_tokenizer, told_errors
+from padseg.backbones.source import Source, check_files, text_files, text_parts
 from padseg.errors import ModelUnavailable
 from padseg.types import Tokens
 
@@ -65,6 +65,14 @@ def qwen_tokenizer(source: Source, part: str, template: Template) -> Any:
         pieces = ' '.join(map(printable, found))
         raise ModelUnavailable(f"{part_name(source, part)} cuts Qwen3's template into {pieces[:300]}; expected {' '.join(template.names)}")
     return tokenizer
+
+
+def qwen_encoder(source: Source, dtype: torch.dtype, template: Template) -> tuple[Any, Any]:
+    """The text encoder and its tokenizer. ModelUnavailable if files are missing, or as `qwen_tokenizer`."""
+    text_files(source)
+    check_files(source, text_parts(source))
+    tokenizer = qwen_tokenizer(source, 'tokenizer', template)
+    return read_text_encoders(source, dtype)['text_encoder'], tokenizer
 
 
 def qwen_tokens(tokenizer: Any, text: str, slots: int, template: Template) -> Tokens:

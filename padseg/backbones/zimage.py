@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from padseg.backbones.family import Dimensions
 from padseg.backbones.layout import LAYOUTS
 from padseg.backbones.noise import NoiseLevel, flow_level, scheduled
-from padseg.backbones.parts import read_text_encoders
-from padseg.backbones.qwen_text import THINKING, qwen_states, qwen_tokenizer
-from padseg.backbones.source import Source, check_files, text_files, text_parts
+from padseg.backbones.qwen_text import THINKING, qwen_encoder, qwen_states, qwen_tokenizer
+from padseg.backbones.source import Source
+from padseg.errors import ModelUnavailable
 from padseg.types import Prompt, TextToken
 
 LAYOUT = LAYOUTS['zimage']
@@ -25,7 +25,11 @@ MULTIPLE = 32  # of the numbers of image tokens and of text tokens
 
 
 def size(config: Any) -> Dimensions:
-    return Dimensions(config.in_channels, PATCH, min(LIMIT, *config.axes_lens[1:]))
+    """See `Family`. Raises ModelUnavailable for lengths of the axes that are none: no weight has their shape."""
+    lens = config.axes_lens
+    if not isinstance(lens, (list, tuple)) or len(lens) != 3 or not all(type(length) is int and length > 0 for length in lens):
+        raise ModelUnavailable(f'axes_lens of a Z-Image transformer is three numbers above 0; got {repr(lens)[:100]}')
+    return Dimensions(config.in_channels, PATCH, min(LIMIT, *lens[1:]))
 
 
 def blocks(transformer: ZImageTransformer2DModel) -> list[Any]:
@@ -76,21 +80,13 @@ def text_shapes(count: int, config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def compute_null_prompt(source: Source, transformer: ZImageTransformer2DModel, slots: int) -> dict[str, Tensor]:
-    return encode_text(*text_encoder(source), slots, '')
+    return encode_text(*qwen_encoder(source, TEXT_DTYPE, THINKING), slots, '')
 
 
 def null_tokens(slots: int, tensors: Mapping[str, Tensor]) -> Sequence[TextToken]:
     """The tokens of the chat's template, and the learned ones that fill them up."""
     tokens = [TextToken(name, 'template') for name in THINKING.names]
     return tokens + [TextToken(f'<learned pad {number}>', 'pad') for number in range(len(tokens), filled_up(len(tokens)))]
-
-
-def text_encoder(source: Source) -> tuple[Any, Any]:
-    """Qwen3 and its tokenizer."""
-    text_files(source)
-    check_files(source, text_parts(source))
-    tokenizer = tokenizers(source)['tokenizer']
-    return read_text_encoders(source, TEXT_DTYPE)['text_encoder'], tokenizer
 
 
 def encode_text(encoder: Any, tokenizer: Any, slots: int, text: str) -> dict[str, Tensor]:

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from padseg.backbones.one_encoder import Encoding
-from padseg.backbones.qwen_text import THINKING, qwen_tokens
+from padseg.backbones.qwen_text import THINKING, qwen_encoder, qwen_tokens
 from padseg.backbones.source import Source
-from padseg.backbones.zimage import encode_text, filled_up, text_encoder, text_shapes, tokenizers
+from padseg.backbones.zimage import TEXT_DTYPE, encode_text, filled_up, text_shapes, tokenizers
 from padseg.types import Tokens
 
 
@@ -19,7 +19,7 @@ def tokens(tokenizer: Any, text: str, slots: int) -> Tokens:
 
 
 def load(source: Source, transformer: Any) -> tuple[Any, Any]:
-    return text_encoder(source)
+    return qwen_encoder(source, TEXT_DTYPE, THINKING)
 
 
 def encode(loaded: tuple[Any, Any], slots: int, text: str) -> dict[str, Tensor]:

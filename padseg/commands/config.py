@@ -50,7 +50,7 @@ def settings_in(path: Path, method: str) -> dict[str, Any]:
 
 
 def stated_in(path: Path) -> dict[str, Any]:
-    if not path.exists():
+    if not path.is_file():
         raise UsageError(f'--config: there is no file {path}')
     try:
         return read_json(path)

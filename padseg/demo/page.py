@@ -97,7 +97,7 @@ def page(settings: Settings, models: Sequence[Offer], samples: Sequence[Path], f
                     grid = gr.Image(label='Token maps', show_label=False, interactive=False, format='png', buttons=['fullscreen'])
                     about_grid = gr.Markdown('The maps appear here once a picture has been divided.')
                 with gr.Tab('Names'):
-                    naming(chosen, settings, models)
+                    naming(chosen, settings)
                 with gr.Tab('Compare'):
                     comparing(chosen, settings, models)
         regions_events(chosen, shown, grid, about_grid, held, found, settings, folder / OURS)
@@ -253,7 +253,7 @@ def about_picture(picture: Picture, seconds: float) -> str:
     return f'{width} × {height} pixels{smaller}{notes}. The forward pass took {seconds:.1f} s.'
 
 
-def naming(chosen: Chosen, settings: Settings, models: Sequence[Offer]) -> None:
+def naming(chosen: Chosen, settings: Settings) -> None:
     """The tab of names: class words to a legend."""
     words = gr.Textbox(WORDS_SHOWN, label='Names, separated by commas', elem_id='words')
     with gr.Row():
@@ -265,7 +265,7 @@ def naming(chosen: Chosen, settings: Settings, models: Sequence[Offer]) -> None:
     @explained
     def find(path: str | None, model: str, how: str, text: str) -> list[Any]:
         picture = read_picture(path, settings)
-        labels, _ = named(picture, how, model, text, settings)
+        labels = named(picture, how, model, text, settings)
         return [preview(picture.image, labels.labels), legend(labels, shares(labels))]
 
     inputs = [chosen.picture, chosen.model, method, words]

@@ -99,14 +99,14 @@ def joining_of(held: Held) -> Joining | None:
     return Joining(proposals, superpixels, stages.join_order(proposals, superpixels, held.picture.image, options.refine))
 
 
-def named(picture: Picture, method: str, model: str, words: str, settings: Settings) -> tuple[LabelMap, dict[str, str | None]]:
-    """Classes from names, separated by commas, and what they are from. Raises UsageError for too many or too long names."""
+def named(picture: Picture, method: str, model: str, words: str, settings: Settings) -> LabelMap:
+    """Classes from names, separated by commas. Raises UsageError for too many or too long names."""
     chosen = method_named(method, 'classes')
     backbone = backbone_of(method, model, settings.device, settings.dtype)
     prepared = chosen.prepare(backbone, chosen.Options(), class_names(words), keep=False)
     with time_limit(backbone, settings.max_seconds):
         (maps,) = chosen.maps([picture.image], prepared, [picture.name])
-    return chosen.labels(picture.image, maps, prepared), made_by(backbone, method)
+    return chosen.labels(picture.image, maps, prepared)
 
 
 def class_names(words: str) -> Sequence[str]:

@@ -21,11 +21,10 @@ OCTAVES = 3.0  # the slider goes from an eighth of the model's own setting to ei
 
 
 class Found(NamedTuple):
-    """A label map on the page. lit: the region that is lit, 0 for none; made_by: what it is from; options: that made it."""
+    """A label map on the page. lit: the region that is lit, 0 for none; made_by: what it is from."""
 
     labels: LabelMap
     made_by: dict[str, str | None]
-    options: Any = None
     lit: int = 0
 
 
@@ -39,8 +38,8 @@ def knob(held: Held) -> str | None:
 def turned(held: Held, coarser: float = 0.0, smallest: float | None = None) -> Any:
     """The options for a place of the sliders.
 
-    coarser: how often regions grow by the double, in -OCTAVES..OCTAVES, 0 for the model's own setting; smallest: share of the picture
-    below which regions join a neighbour, in 0..1, None for the model's own.
+    coarser: how many times the setting is doubled towards larger regions, in -OCTAVES..OCTAVES, 0 for the model's own setting; smallest:
+    share of the picture below which regions join a neighbour, in 0..1, None for the model's own.
     """
     options, name = held.options, knob(held)
     own: type[MethodOptions] = type(options)
@@ -63,7 +62,7 @@ def regions_of(held: Held, options: Any) -> Found:
     else:
         proposals, superpixels, order = held.joining
         labels = stages.label_map(proposals, superpixels, options.components, options.min_area, image, options.refine, options.join, order)
-    return Found(labels, held.made_by, options)
+    return Found(labels, held.made_by)
 
 
 def region_at(labels: Array, place: tuple[float, float], shown: tuple[int, int]) -> int:

@@ -5,10 +5,12 @@ Requests are not trusted: pictures come only from hosts that are allowed or from
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import tempfile
 import threading
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -34,7 +36,10 @@ LONGEST_REQUEST = 16_000_000  # bytes
 LARGEST_PICTURE = 100_000_000  # bytes
 MOST_TASKS = 1000  # of one request
 LOCAL = '/data/local-files/'  # path of Label Studio's URLs for files of a local storage
-SECONDS = 30  # without an answer from a host
+SECONDS = 30  # without an answer from a host, or a part of a request
+LONGEST = 300  # seconds for a whole picture
+PICTURES = 2  # held at one time, by all requests together
+PLAIN = "%/:=&?~#+!$,;'@()*[]"  # what stays as it is in an address; spaces and other letters are quoted
 READING = Reading(max_bytes=LARGEST_PICTURE)
 log = logging.getLogger(__name__)
 
@@ -67,9 +72,10 @@ class Refused(PadsegError):
 class Backend:
     """The WSGI application. One request at a time is with the model."""
 
-    def __init__(self, backbone: Backbone, sources: Sources, options: Any = None) -> None:
-        self.backbone, self.sources, self.options = backbone, sources, options
+    def __init__(self, backbone: Backbone, sources: Sources) -> None:
+        self.backbone, self.sources = backbone, sources
         self.lock = threading.Lock()
+        self.pictures = threading.BoundedSemaphore(PICTURES)
         self.version = f'padseg {__version__} {backbone.identity.model}'
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -124,9 +130,10 @@ class Backend:
         url = data.get(interface.field) if isinstance(data, dict) else None
         if not isinstance(url, str):
             raise Refused(f'a task has no picture in data.{interface.field}')
-        image = picture_at(url, self.sources)
-        with self.lock:
-            labels = self.segmented(image, interface.labels)
+        with self.pictures:
+            image = picture_at(url, self.sources)
+            with self.lock:
+                labels = self.segmented(image, interface.labels)
         names = labels.names or interface.labels
         result = []
         for region in each_region(labels.labels):
@@ -139,7 +146,7 @@ class Backend:
 
         if len(labels) > 1:
             return padseg.label(image, self.backbone, labels)
-        return padseg.segment(image, self.backbone, self.options)
+        return padseg.segment(image, self.backbone)
 
 
 def request_of(environ: WSGIEnvironment) -> dict[str, Any]:
@@ -152,6 +159,8 @@ def request_of(environ: WSGIEnvironment) -> dict[str, Any]:
         raise Refused(f'a request has 1 to {LONGEST_REQUEST} bytes')
     try:
         request = json.loads(environ['wsgi.input'].read(length))
+    except OSError as error:
+        raise Refused('the request did not arrive') from error
     except (ValueError, RecursionError) as error:
         raise Refused('the request is not JSON') from error
     if not isinstance(request, dict):
@@ -191,8 +200,8 @@ def picture_at(url: str, sources: Sources) -> Image:
             return decode_apart(Path(file.name), READING).image
     except ImageError as error:
         raise Refused(f'{url}: {error}') from error
-    except OSError as error:
-        raise Refused(f'{url}: {getattr(error, "reason", None) or error.strerror or error}') from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise Refused(f'{url}: {getattr(error, "reason", None) or getattr(error, "strerror", None) or error}') from error
 
 
 def parsed(url: str) -> urllib.parse.SplitResult:
@@ -205,14 +214,11 @@ def parsed(url: str) -> urllib.parse.SplitResult:
 
 
 def local_file(parts: urllib.parse.SplitResult, root: Path | None) -> Path:
-    """The file below `root` that a URL of a local storage names; no part of it may be a link that leads elsewhere."""
+    """The file below `root` that a URL of a local storage names; no part of it may be a link."""
     if root is None:
         raise Refused('local files are not allowed: start the backend with --root FOLDER')
     name = dict(urllib.parse.parse_qsl(parts.query)).get('d', '')
-    path = inside(root, name)
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise Refused(f'{name} is not below the folder of pictures')
-    return path
+    return inside(root, name)
 
 
 def remote(url: str, parts: urllib.parse.SplitResult, sources: Sources) -> tuple[str, str | None]:
@@ -238,13 +244,15 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def fetched(url: str, token: str | None) -> Iterable[bytes]:
-    """The bytes at a web address, in pieces. Raises Refused if there are too many, and OSError."""
-    request = urllib.request.Request(url, headers={'Authorization': f'Token {token}'} if token else {})
+    """The bytes at a web address, in pieces. Raises Refused if there are too many or they take too long, OSError and HTTPException."""
+    request = urllib.request.Request(urllib.parse.quote(url, safe=PLAIN), headers={'Authorization': f'Token {token}'} if token else {})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), NoRedirect)
-    size = 0
+    size, end = 0, time.monotonic() + LONGEST
     with opener.open(request, timeout=SECONDS) as answer:
-        while chunk := answer.read(1 << 16):
+        while chunk := answer.read1(1 << 16):
             size += len(chunk)
+            if time.monotonic() > end:
+                raise Refused(f'{url} takes more than {LONGEST} s')
             if size > LARGEST_PICTURE:
                 raise Refused(f'{url} has more than {LARGEST_PICTURE} bytes')
             yield chunk

@@ -65,7 +65,7 @@ def write_page(out: Path, path: Path, most: int) -> tuple[int, int]:
         raise NoImages(f'no picture is done in {out}: see failures.jsonl there')
     names = settings_from(run.settings).classes
     shown = done[:most]
-    title = f'{len(done)} pictures in {printable(str(out))}'
+    title = f'{len(done)} {"picture" if len(done) == 1 else "pictures"} in {printable(str(out))}'
     words = 'Move over a picture to see its regions.' + (f' The first {len(shown)} are shown.' if len(shown) < len(done) else '')
     with full_disk(path.parent), atomic(path) as temporary, temporary.open('w', encoding='utf-8', errors='backslashreplace') as file:
         file.write(HEAD.format(title=html.escape(title), words=html.escape(words)))

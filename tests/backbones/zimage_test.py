@@ -411,6 +411,21 @@ def test_what_is_damaged_is_named(copied):
     assert 'describes a Lumina2Transformer2DModel; known: SD3Transformer2DModel' in refusal(copied)
 
 
+@pytest.mark.parametrize('lens', [[1536], [1536, 0, 512], [1536, 'a', 512]])
+def test_axes_that_are_none_are_refused(copied, lens):
+    config = copied / 'transformer' / 'config.json'
+    config.write_text(json.dumps({**json.loads(config.read_text()), 'axes_lens': lens}))
+    with pytest.raises(ModelUnavailable):
+        load(str(copied), device='cpu')
+
+
+def test_a_base_of_angles_has_a_limit(copied):
+    config = copied / 'transformer' / 'config.json'
+    config.write_text(json.dumps({**json.loads(config.read_text()), 'rope_theta': 10**40}))
+    with pytest.raises(ModelUnavailable, match='rope_theta'):
+        load(str(copied), device='cpu')
+
+
 def test_doctor_reckons_memory(copied):
     state, source = model_state(str(copied))
     assert state.usable and source is not None

@@ -102,10 +102,10 @@ def test_files_are_those_of_the_command_shown(held, path, tmp_path, monkeypatch)
 
 
 def test_names(picture):
-    labels, made_by = named(picture, 'open-vocabulary', 'tiny', ' tree ,  water,', SETTINGS)
+    labels = named(picture, 'open-vocabulary', 'tiny', ' tree ,  water,', SETTINGS)
     expected = padseg.label(picture.image, 'tiny', ['tree', 'water'])
     np.testing.assert_array_equal(labels.labels, expected.labels)
-    assert labels.names == ('tree', 'water') and made_by['model'] == 'tiny'
+    assert labels.names == ('tree', 'water')
     assert class_names('a  b, c') == ['a b', 'c']
     for words in ('', ' , ', 'x' * 41, ','.join(map(str, range(21)))):
         with pytest.raises(UsageError, match='1 to 20 names'):

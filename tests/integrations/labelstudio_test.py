@@ -161,6 +161,8 @@ def test_an_allowed_host_is_asked(tiny, host):
     with serving(make_server('127.0.0.1', 0, Backend(tiny, Sources(frozenset({host}), token='sesame')), handler_class=Quiet)) as address:
         assert predict(address, f'http://{host}/a.png')[0] == 200
         assert Files.tokens == [None]
+        for name in ('a b', 'straße'):
+            assert predict(address, f'http://{host}/{name}.png')[0] == 200
         assert predict(address, '/data/upload/1/a.png')[1]['error'].endswith('--label-studio URL')
         assert predict(address, '/data/local-files/?d=a.png')[1]['error'].endswith('--root FOLDER')
 
