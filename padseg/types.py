@@ -46,7 +46,7 @@ class Prompt(NamedTuple):
 
     weights: factors for summing the maps of all columns with the same name into one map; empty if each column has its own map.
     mask: (1, L), 0 for pads that the model does not attend to, or for which Z-Image puts its learned token, else 1; None if it attends to
-    all as they are.
+    all as they are. outside: how many of the last tokens are no part of the text, so that they have no order: concepts.
     """
 
     embeds: Tensor
@@ -56,6 +56,7 @@ class Prompt(NamedTuple):
     weights: tuple[float, ...] = ()
     mask: Tensor | None = None
     kinds: tuple[str, ...] = ()
+    outside: int = 0
 
 
 class Attention(NamedTuple):

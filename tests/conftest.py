@@ -285,6 +285,21 @@ def flux2(flux2_folder: pathlib.Path):  # type: ignore[no-untyped-def]
 
 
 @pytest.fixture(scope='session')
+def auraflow_folder(made_once: Callable[..., pathlib.Path]) -> pathlib.Path:
+    """AuraFlow in small."""
+    from support.auraflow import random_auraflow
+
+    return made_once('auraflow-right', random_auraflow, padding='right')
+
+
+@pytest.fixture(scope='session')
+def auraflow(auraflow_folder: pathlib.Path):  # type: ignore[no-untyped-def]
+    from padseg.backbones import load
+
+    return load(str(auraflow_folder), device='cpu', whole=True)
+
+
+@pytest.fixture(scope='session')
 def backbone(sd3_folder: pathlib.Path):  # type: ignore[no-untyped-def]
     from padseg.backbones import load
 

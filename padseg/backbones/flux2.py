@@ -117,6 +117,7 @@ def denoise(transformer: Flux2Transformer2DModel, z: Tensor, timestep: float, pr
     h, w = height // PATCH, width // PATCH
     strength = GUIDANCE if guidance is None else guidance
     zero, rows, columns, slots = (torch.arange(length) for length in (1, h, w, prompt.embeds.shape[1]))
+    slots[len(slots) - prompt.outside :] = 0  # of tokens without an order, as all text of Flux.1
     velocity = transformer(
         hidden_states=packed(z).to(transformer.dtype),
         encoder_hidden_states=prompt.embeds.expand(count, -1, -1),

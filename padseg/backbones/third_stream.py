@@ -25,7 +25,10 @@ SEES = ('both', 'image', 'concepts', 'itself')  # what concepts attend to; itsel
 
 
 class Places(NamedTuple):
-    """Where tokens stand among the queries and keys of joint attention: image, prompt and concepts are all of the `total` ones."""
+    """Where tokens stand among the queries and keys of joint attention: image, prompt and concepts are all of the `total` ones.
+
+    Registers, which come before the text in some models, count as the prompt's.
+    """
 
     image: slice
     prompt: slice
@@ -40,16 +43,18 @@ class Places(NamedTuple):
 
 def with_concepts(prompt: Prompt, embeds: Tensor) -> Prompt:
     """A prompt followed by concepts, (1, C, D)."""
-    return prompt._replace(embeds=torch.cat((prompt.embeds, embeds.to(prompt.embeds)), 1))
+    return prompt._replace(embeds=torch.cat((prompt.embeds, embeds.to(prompt.embeds)), 1), outside=embeds.shape[1])
 
 
-def places_of(backbone: Backbone, together: Prompt, concepts: int, image_tokens: int) -> Places:
-    """Places for a prompt that ends with so many concepts."""
-    length = together.embeds.shape[1]
+def places_of(backbone: Backbone, together: Prompt, image_tokens: int) -> Places:
+    """Places for a prompt with concepts."""
+    length, concepts = together.embeds.shape[1], together.outside
     first = backbone.first_image_token(together)
     columns = backbone.text_columns(together._replace(picked=tuple(range(length))), image_tokens)
     prompt, own = columns[: length - concepts], columns[length - concepts :]
-    return Places(slice(first, first + image_tokens), slice(prompt[0], prompt[-1] + 1), slice(own[0], own[-1] + 1), length + image_tokens)
+    start = image_tokens if first == 0 else 0  # of what is no image
+    total = max(first + image_tokens, own[-1] + 1)
+    return Places(slice(first, first + image_tokens), slice(start, prompt[-1] + 1), slice(own[0], own[-1] + 1), total)
 
 
 def picked(tensor: Tensor, places: Sequence[slice]) -> Tensor:

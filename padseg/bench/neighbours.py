@@ -335,7 +335,7 @@ def obvious_concepts(picture: Image, backbone: Backbone, setting: NeighbourSetti
     prompt = backbone.null_prompt
     grid = backbone.grid(0, tuple(latent.z.shape))
     together = with_concepts(prompt, names.embeds)
-    places = places_of(backbone, together, NAMES, math.prod(grid))
+    places = places_of(backbone, together, math.prod(grid))
     read = partial(scores_of, places=places, shares=names.shares, reading=reading)
     with _Explicit(places), watch(requests_of(backbone, reading.layers, read, ('queries', 'keys', 'output')), stop=False) as kept:
         backbone.denoise(latent.z, latent.timestep, together, reading.guidance)

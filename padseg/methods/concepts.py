@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from padseg.types import Image, LabelMap, Latent
 
 TASK = 'classes'
-FAMILIES = frozenset({'sd3', 'flux'})
+FAMILIES = frozenset({'sd3', 'flux', 'flux2', 'auraflow'})
 BACKGROUND_BY_RULE = False
 READS = ('outputs', 'attention')
 TOKENS = ('mean', 'first')
@@ -58,16 +58,30 @@ WORDINGS = ('alone', 'joined')
 NORMALISATIONS = ('none', 'linear', 'length')
 SEES = ('both', 'image', 'concepts', 'itself')  # as in backbones/third_stream.py
 POOLED = ('prompt', 'zeros', 'apart')
+POOLLESS = ('flux2', 'auraflow')
+GUIDED = ('flux', 'flux2')
 NAMED = ('words', 'proposals')
-FLUX_LAYERS = 5  # the last double blocks
+LAST = 5  # double blocks that are read, where single ones follow
+DOUBLE = {'flux': 3, 'flux2': 5, 'auraflow': 9}  # one in so many blocks of the published models is a double one; these come first
 OFF = {'softmax': False}
 PROTOCOLS: Mapping[str, Mapping[str, Any]] = {  # options of the released scripts
     'conceptattention': {**OFF, 'normalise': 'linear'},
     'conceptattention-single': {**OFF, 'normalise': 'linear'},
     'conceptattention-imagenet': OFF,
 }
-FLUX = {'wording': 'alone', 'normalise': 'none', 'pooled': 'zeros', 'guidance': 0.0, 'noise': (0.5,)}
-SD3 = {'wording': 'joined', 'normalise': 'length', 'pooled': 'prompt', 'noise': (0.602,)}  # the third of SD3.5 Turbo's four steps
+FLUX: Mapping[str, Any] = {'wording': 'alone', 'normalise': 'none', 'pooled': 'zeros', 'guidance': 0.0, 'noise': (0.5,)}
+UNPUBLISHED: Mapping[str, Any] = {
+    'wording': 'alone',
+    'normalise': 'none',
+    'pooled': 'prompt',
+    'noise': (0.5,),
+}  # Flux's, for models that nobody has read
+SD3: Mapping[str, Any] = {
+    'wording': 'joined',
+    'normalise': 'length',
+    'pooled': 'prompt',
+    'noise': (0.602,),
+}  # the third of SD3.5 Turbo's four steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +117,9 @@ class ConceptOptions:
     encoders: str = own('text encoders to use: CLIP-L, CLIP-G, T5', choices=ENCODERS)
     unused: str = option('zeros', "what replaces T5's tokens if T5 is not used", choices=UNUSED)
     guidance: float | None = own(
-        'guidance strength that Flux is told', range=Range('a number >= 0', 0, 1e9), default='0.0; other models have none'
+        'guidance strength that Flux and FLUX.2 are told',
+        range=Range('a number >= 0', 0, 1e9),
+        default='0.0; FLUX.2 its own; other models have none',
     )
     background_words: tuple[str, ...] = option(
         (), 'further names: pixels that score highest for one of them are background', default='none'
@@ -142,7 +158,8 @@ class ConceptOptions:
         resolved = filled(self, settings | (seg4diff.UNREFINED if self.geometry != 'whole' else {}))
         used = (*resolved.layers, *resolved.refine_layers)
         require(max(used) < spec.layers, f'layers are in 0..{spec.layers - 1} for {spec.repo}; got {in_list(used)}')
-        require(resolved.guidance is None or spec.family == 'flux', f'{spec.repo} takes no guidance strength')
+        require(resolved.guidance is None or spec.family in GUIDED, f'{spec.repo} takes no guidance strength')
+        require(resolved.pooled == 'prompt' or spec.family not in POOLLESS, f'{spec.repo} has no pooled text vector: pooled is prompt')
         require(
             not (resolved.encoders in ('t5', 'l+g+t5') and self.unused == 'dropped'),
             f'T5 can be dropped only if it is not used; encoders are {resolved.encoders}',
@@ -159,7 +176,7 @@ def settings_of(spec: Spec) -> dict[str, Any]:
     shared = {name: regions[name] for name in ('side', 'refine', 'superpixels', 'min_area')}
     row = {
         'softmax': True,
-        **(FLUX if spec.family == 'flux' else SD3),
+        **{'flux': FLUX, 'sd3': SD3}.get(spec.family, UNPUBLISHED),
         'layers': layers_of(spec),
         'refine_layers': (spec.layer,),
         'encoders': spec.encoders,
@@ -168,11 +185,11 @@ def settings_of(spec: Spec) -> dict[str, Any]:
 
 
 def layers_of(spec: Spec) -> tuple[int, ...]:
-    """All blocks of SD3; of Flux the last double blocks, which are taken to be a third of all."""
-    if spec.family != 'flux':
+    """All blocks of SD3; of the others the last double blocks, which are taken to be the published models' share of all."""
+    if spec.family not in DOUBLE:
         return tuple(range(spec.layers))
-    double = max(1, spec.layers // 3)
-    return tuple(range(max(0, double - FLUX_LAYERS), double))
+    double = max(1, spec.layers // DOUBLE[spec.family])
+    return tuple(range(max(0, double - LAST), double))
 
 
 class Prepared(NamedTuple):

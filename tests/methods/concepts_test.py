@@ -10,6 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import padseg
 from padseg.backbones import load
@@ -24,7 +25,8 @@ from padseg.methods.stages.concept_maps import Concepts, Reading, concept_maps, 
 from padseg.methods.stages.token_maps import attention_maps
 from padseg.types import Frame, Latent, Prompt
 
-FAMILIES = ['speller', 'speller35', 'flux']
+FAMILIES = ['speller', 'speller35', 'flux']  # with a pooled vector
+POOLLESS = ['flux2', 'auraflow']
 NAMES = ('cat', 'dog', 'grass')
 EVERY = ('queries', 'keys', 'values', 'output')
 
@@ -41,9 +43,10 @@ def inputs(backbone, concepts_count=4):
     generator = torch.Generator().manual_seed(3)
     config = backbone.transformer.config
     width = config.joint_attention_dim
-    channels = config.in_channels // (4 if backbone.spec.family == 'flux' else 1)
+    channels = config.in_channels // (4 if backbone.spec.family in ('flux', 'flux2') else 1)
+    pooled = getattr(config, 'pooled_projection_dim', 0)
     draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    prompt = Prompt(draw(1, 7, width), draw(1, config.pooled_projection_dim), (), ())
+    prompt = Prompt(draw(1, 7, width), draw(1, pooled), (), ())
     return draw(1, channels, 8, 12), prompt, draw(1, concepts_count, width)
 
 
@@ -114,7 +117,7 @@ def test_masked_concepts_are_an_explicit_third_stream_and_change_nothing(family,
     expected = explicit_stream(backbone, z, prompt, embeds, pooled, layers)
     plain, _ = forward(backbone, z, prompt, [])
     together = with_concepts(prompt, embeds)
-    places = places_of(backbone, together, 4, 24)
+    places = places_of(backbone, together, 24)
     with third_stream(backbone, places, pooled=pooled if own else None):
         velocity, seen = forward(backbone, z, together, layers)
     assert (velocity - plain).abs().max() < 1e-12 * plain.abs().max()
@@ -122,6 +125,47 @@ def test_masked_concepts_are_an_explicit_third_stream_and_change_nothing(family,
         for found, wanted in zip((places.concepts, places.image), expected[layer], strict=True):
             assert (rows(seen[layer].output, found) - wanted).abs().max() < 1e-12 * wanted.abs().max()
     assert (forward(backbone, z, prompt, [])[0] == plain).all()  # no hook is left
+
+
+class Masked(TorchFunctionMode):
+    """Attention of all tokens at once with a boolean mask: the plain way to keep concepts apart."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = mask
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        query, key, value = (*args, *(kwargs or {}).values())[:3]
+        scores = query @ key.mT / math.sqrt(query.shape[3])
+        return scores.masked_fill(~self.mask, -math.inf).softmax(3) @ value
+
+
+@pytest.mark.parametrize('family', POOLLESS)
+def test_models_without_a_pooled_vector_keep_concepts_apart(family, request):
+    backbone = in_64_bits(request.getfixturevalue(family))
+    z, prompt, embeds = inputs(backbone)
+    layers = range(len(backbone.family.blocks(backbone.transformer)))
+    together = with_concepts(prompt, embeds)
+    places = places_of(backbone, together, 24)
+    registers = 8 if family == 'auraflow' else 0
+    text = slice(registers + 7, registers + 11)
+    assert places == (slice(text.stop, text.stop + 24), slice(0, text.start), text, text.stop + 24)
+    mask = torch.ones(places.total, places.total, dtype=torch.bool)
+    mask[:, text] = False
+    mask[text, :] = False
+    mask[text, text] = mask[text, places.image] = True
+    with Masked(mask):
+        expected, seen_masked = forward(backbone, z, together, layers)
+    plain, _ = forward(backbone, z, prompt, [])
+    with third_stream(backbone, places):
+        velocity, seen = forward(backbone, z, together, layers)
+    assert (velocity - plain).abs().max() < 1e-12 * plain.abs().max()
+    assert (velocity - expected).abs().max() < 1e-12 * plain.abs().max()
+    for layer in layers:
+        found, wanted = seen[layer].output[:, :, text], seen_masked[layer].output[:, :, text]
+        assert (found - wanted).abs().max() < 1e-12 * wanted.abs().max()
 
 
 @pytest.mark.parametrize('sees', SEES)
@@ -149,7 +193,7 @@ def maps_in_64_bits(backbone, embeds, shares, **reading):
     return found.maps[0]
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family', FAMILIES + POOLLESS)
 def test_permuted_concepts_permute_the_maps(family, request):
     backbone = in_64_bits(request.getfixturevalue(family))
     embeds, identity, order = inputs(backbone)[2], torch.eye(4, dtype=torch.float64), [2, 0, 3, 1]
@@ -183,7 +227,7 @@ def test_linear_normalisation_and_products():
     assert torch.allclose(concept_scores(image, vectors, 'length', False)[0, 0], torch.tensor([1.0, 10.0]) / math.sqrt(26))
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family', FAMILIES + POOLLESS)
 def test_maps_of_a_picture(family, picture, request):
     backbone = request.getfixturevalue(family)
     found = concepts.concept_scores(picture, backbone, NAMES)
@@ -257,6 +301,7 @@ def test_settings_by_model(speller):
     assert settings_of(BACKBONES['sd3'])['layers'] == tuple(range(24))
     assert layers_of(speller.spec._replace(family='flux', layers=4)) == (0,)
     assert concepts.deepest(ConceptOptions(), BACKBONES['flux']) == 19
+    assert layers_of(BACKBONES['flux2-klein']) == (0, 1, 2, 3, 4) and layers_of(BACKBONES['auraflow']) == (0, 1, 2, 3)
     assert concepts.deepest(ConceptOptions(), BACKBONES['sd3']) is None
     own = {'concepts': {'layers': [2], 'noise': [0.25]}}
     assert settings_of(speller.spec._replace(own=own))['noise'] == (0.25,)
@@ -279,7 +324,9 @@ def test_options_that_do_not_fit_are_refused(options, message):
         ConceptOptions(**options)
 
 
-def test_models_that_do_not_fit_are_refused(flux, speller):
+def test_models_that_do_not_fit_are_refused(flux, speller, auraflow):
+    with pytest.raises(UsageError, match='has no pooled text vector'):
+        concepts.prepare(auraflow, ConceptOptions(pooled='apart'), NAMES)
     with pytest.raises(UsageError, match='weights of their own for the text; 2, 3 of'):
         concepts.prepare(flux, ConceptOptions(layers=(1, 2, 3)), NAMES)
     with pytest.raises(UsageError, match='layers are in 0..3'):
@@ -302,7 +349,7 @@ def test_above_mean_is_the_mask_of_one_class(speller, picture):
     assert np.array_equal(concepts.labels(small, direct, prepared).labels == 1, above)
 
 
-@pytest.mark.parametrize('family', ['texts_folder', 'texts35_folder', 'flux_folder'])
+@pytest.mark.parametrize('family', ['texts_folder', 'texts35_folder', 'flux_folder', 'flux2_folder', 'auraflow_folder'])
 def test_label_from_end_to_end(family, picture, tmp_path, request):
     (tmp_path / 'in').mkdir()
     for name in ('a', 'b'):
@@ -326,7 +373,7 @@ def test_tiny_and_its_python_face(picture):
     assert concepts.recorded(ConceptOptions(), load('tiny').spec)['superpixels'] == regions['superpixels']
 
 
-@pytest.mark.parametrize('family', ['speller', 'flux'])
+@pytest.mark.parametrize('family', ['speller', 'flux', *POOLLESS])
 def test_pads_are_read_without_concepts(family, request):
     """The attention of the picture to the prompt, of a pass with concepts and of one without."""
     backbone = in_64_bits(request.getfixturevalue(family))

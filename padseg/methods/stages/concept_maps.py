@@ -119,7 +119,7 @@ def concept_maps(latents: Sequence[Latent], backbone: Backbone, prompt: Prompt, 
     grid = backbone.grid(0, tuple(z.shape))
     count, first = math.prod(grid), backbone.first_image_token(prompt)
     together = with_concepts(prompt, concepts.embeds)
-    places = places_of(backbone, together, concepts.embeds.shape[1], count)
+    places = places_of(backbone, together, count)
     what: tuple[What, ...] = ('queries', 'keys', 'output') if reading.read == 'outputs' else ('queries', 'keys')
     read = partial(scores_of, places=places, shares=concepts.shares, reading=reading)
     requests: dict[Any, Request[Tensor]] = {**requests_of(backbone, reading.layers, read, what)}

@@ -105,7 +105,7 @@ def streams_of(backbone, hyper, arrays, pooled, concept_pooled=None, sees='both'
     """The velocity, and outputs of image and concepts in all double blocks, of one forward pass with concepts beside the prompt."""
     image, concepts = arrays['in.img'].double(), arrays['in.concepts'].double()
     together = with_concepts(Prompt(arrays['in.txt'].double(), pooled, (), ()), concepts)
-    places = places_of(backbone, together, concepts.shape[1], image.shape[1])
+    places = places_of(backbone, together, image.shape[1])
     wanted = requests_of(
         backbone,
         range(hyper['double_blocks']),
