@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from padseg.bench import cards, engine, eval, generate, goca, label, load, merge, neighbours, quantize, scale, sd3, sizes, train, vae
+from padseg.bench import cards, engine, eval, generate, goca, label, load, maps, merge, neighbours, quantize, scale, sd3, sizes, train, vae
 
 COMMANDS = (
     sd3.command,
@@ -21,6 +21,7 @@ COMMANDS = (
     train.command,
     sizes.command,
     cards.command,
+    maps.command,
     quantize.command,
 )
 
