@@ -54,8 +54,8 @@ class MapsSetting(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """seconds: of a picture; own: of them, processor time, which other programs change less; peak, base: memory of the process in MiB at its
-    highest, and before there was a model."""
+    """seconds: of a picture; own: of them, processor time, which other programs change less; peak, base: the highest memory of the process
+    in MiB, and that before there was a model."""
 
     seconds: float
     own: float
