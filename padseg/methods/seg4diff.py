@@ -72,8 +72,8 @@ class Options:
         range=SCALE,
     )
     join: float = own(
-        'instead of the argmax, join neighbouring superpixels whose proposals, colours and border differ by less than this; 0 = off',
-        range=Range('a finite distance >= 0', 0, float('inf')),
+        'instead of the argmax, join neighbouring superpixels while the odds that they are of different regions are below this; 0 = off',
+        range=Range('finite odds >= 0', 0, float('inf')),
     )
     components: bool = own('split regions into connected components')
     min_area: float = own('merge regions below this share of the picture into the neighbour with the longest common border', range=SHARE)

@@ -127,7 +127,7 @@ def test_the_ends_of_the_ranges_are_allowed():
         ({'threshold': -0.1}, 'threshold is a number >= 0 or inf; got -0.1'),
         ({'side': 0}, 'side is a number of pixels in 1..65536; got 0'),
         ({'superpixels': -1.0}, 'superpixels is a scale from 0 to below 1e9; got -1.0'),
-        ({'join': -1.0}, 'join is a finite distance >= 0; got -1.0'),
+        ({'join': -1.0}, 'join is finite odds >= 0; got -1.0'),
         ({'min_area': 1.0}, 'min_area is a share of the picture in 0..1; got 1.0'),
         ({'refine': 'sharp'}, 'refine is one of none, guided; got sharp'),
         ({'threshold': 'low'}, 'threshold is a number >= 0 or inf; got low'),

@@ -1,9 +1,12 @@
-"""Superpixels -> regions: join neighbours that proposals, colours and the border between them do not separate, most similar first."""
+"""Superpixels -> regions: join neighbours that proposals, colours and the border between them do not separate, most similar first.
+
+How much each of these counts was learned from pictures with ground truth, by bin/fit-joining.
+"""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import cv2
@@ -13,23 +16,52 @@ from padseg.methods.stages.guided_filter import at_most
 from padseg.methods.stages.runs import parts
 from padseg.types import Array, Image
 
-COLOUR = 0.25  # weight of the difference between two regions' mean colours
-BORDER = 1.1  # weight of the contrast along their common border
-AREA = 0.18  # exponent of the area; makes small regions join sooner
 UNIT = 150.0  # summed CIE Lab difference that counts as 1, about black against white with some colour
+SPREAD = 50.0  # CIE Lab
+BINS = 8  # of each channel of CIE Lab
+RANGES = ((0.0, 100.0), (-50.0, 50.0), (-50.0, 50.0))  # of the channels; what is beyond falls into the last bin
 BLUR = 1.0  # pixels
 GRAPH_AREA = 1_000_000  # pixels; for larger pictures, colour and contrast come from a reduced copy
+LEAST_AREA = 1e-5  # share of the picture; keeps a logarithm finite
+
+
+class Weights(NamedTuple):
+    """How much features of two neighbours count in the logarithm of the odds that they belong to different regions.
+
+    proposals: 1 less the Bhattacharyya coefficient of their shares of the proposals; doubt: root of the chance that a pixel of each has
+    another proposal; border: contrast along the common border, in UNIT; doubted: border times doubt, because where proposals are sure that
+    both are one, a border is part of a pattern; colours: half the chi-squared distance of histograms of CIE Lab; spreads: difference of the
+    colours' standard deviations, in SPREAD; touching: share of the shorter outline that is common border; area: logarithm of the harmonic
+    sum of their areas, so that small regions join sooner.
+    """
+
+    proposals: float
+    doubt: float
+    border: float
+    doubted: float
+    colours: float
+    spreads: float
+    touching: float
+    area: float
+    bias: float
+
+
+WEIGHTS = Weights(
+    proposals=3.050, doubt=2.412, border=3.732, doubted=2.967, colours=1.415, spreads=3.292, touching=-0.472, area=0.236, bias=-2.611
+)
 
 
 class Graph(NamedTuple):
     """Adjacency graph of regions. shares: (K, M), how much each region belongs to each proposal; rows sum to 1.
 
-    colours: (K, 3) mean CIE Lab; areas: (K,) shares of the picture, or of a window; borders: for each region,
-    {neighbour: (summed contrast along the border, border length)}.
+    colours, squares: (K, 3), means of CIE Lab and of its squares; histograms: (K, 3 BINS), rows sum to 1; areas: (K,) shares of the
+    picture, or of a window; borders: for each region, {neighbour: (summed contrast along the border, border length)}.
     """
 
     shares: Array
     colours: Array
+    squares: Array
+    histograms: Array
     areas: Array
     borders: list[dict[int, tuple[float, float]]]
 
@@ -47,11 +79,21 @@ def graph_of(index: Array, values: Array, image: Image, unit: float = 1.0, most:
     if small.shape != image.shape:
         index = cv2.resize(index, small.shape[1::-1], interpolation=cv2.INTER_NEAREST)
     lab = cv2.GaussianBlur(cv2.cvtColor(small, cv2.COLOR_RGB2LAB), (0, 0), BLUR)  # (h, w, 3)
-    pixels = np.maximum(np.bincount(index.ravel(), minlength=count), 1)
-    colours = np.stack([np.bincount(index.ravel(), channel.ravel(), count) for channel in cv2.split(lab)], 1) / pixels[:, None]
+    flat = index.ravel()
+    pixels = np.maximum(np.bincount(flat, minlength=count), 1)[:, None]
+    channels = [channel.ravel() for channel in cv2.split(lab)]
+    colours = np.stack([np.bincount(flat, channel, count) for channel in channels], 1) / pixels
+    squares = np.stack([np.bincount(flat, channel * channel, count) for channel in channels], 1) / pixels
+    histograms = np.concatenate([counts_of(flat, channel, *ends, count) for channel, ends in zip(channels, RANGES, strict=True)], 1)
     values = np.maximum(values, 0)  # a guided filter goes below 0 beside edges, and a share has a root
     shares = values / np.maximum(values.sum(1, keepdims=True), 1e-300)
-    return Graph(shares, colours, areas, contrasts(index, lab, count))
+    return Graph(shares, colours, squares, histograms / (len(RANGES) * pixels), areas, contrasts(index, lab, count))
+
+
+def counts_of(flat: Array, channel: Array, low: float, high: float, count: int) -> Array:
+    """How many pixels of each region fall into each bin of a channel: (N,), (N,) -> (count, BINS)."""
+    bins = np.clip((channel - low) * (BINS / (high - low)), 0, BINS - 1).astype(np.int64)
+    return np.bincount(flat.astype(np.int64) * BINS + bins, minlength=count * BINS).reshape(count, BINS)
 
 
 def contrasts(index: Array, lab: Array, count: int) -> list[dict[int, tuple[float, float]]]:
@@ -83,6 +125,9 @@ class Join(NamedTuple):
     gone: int
 
 
+Seen = Callable[[int, list[int], Array, Sequence[Join]], None]
+
+
 def joined(graph: Graph, threshold: float) -> Array:
     """Join the two most similar neighbours until no distance is below the threshold; returns the region of each superpixel, (K,)."""
     return owners(joins(graph, threshold), len(graph.areas), threshold)
@@ -101,17 +146,24 @@ def owners(steps: Sequence[Join], count: int, threshold: float) -> Array:
     return owner
 
 
-def joins(graph: Graph, threshold: float) -> list[Join]:
-    """Join the two most similar neighbours until no distance is below the threshold; returns the steps in order."""
-    shares, colours, areas = graph.shares.copy(), graph.colours.copy(), graph.areas.copy()
+def joins(graph: Graph, threshold: float, seen: Seen = lambda *_: None, weights: Weights = WEIGHTS) -> list[Join]:
+    """Join the two most similar neighbours until no distance is below the threshold; returns the steps in order.
+
+    seen: is given a region, neighbours of it, their features, (N, F), and the steps up to then, each time that features are computed.
+    """
+    areas, outlines = graph.areas.copy(), outlines_of(graph)
+    means = np.concatenate([getattr(graph, name) for name in MEANS], 1)  # (K, ...)
     borders = [dict(each) for each in graph.borders]
     steps: list[Join] = []
     age = [0] * len(areas)  # how often a region has grown; -1 once it has been joined to another
     queue: list[tuple[float, int, int, int, int]] = []
 
     def push(region: int, others: list[int]) -> None:
-        far = distances(region, others, shares, colours, areas, borders[region])
-        for other, distance in zip(others, far.tolist(), strict=True):
+        if not others:
+            return
+        compared = features(region, others, means, areas, outlines, borders[region])
+        seen(region, others, compared, steps)
+        for other, distance in zip(others, distances(compared, weights).tolist(), strict=True):
             if distance < threshold:
                 heapq.heappush(queue, (distance, region, other, age[region], age[other]))
 
@@ -121,10 +173,10 @@ def joins(graph: Graph, threshold: float) -> list[Join]:
         distance, region, other, *ages = heapq.heappop(queue)
         if [age[region], age[other]] != ages:
             continue  # outdated: one of them has changed since
-        weights = areas[[region, other]] / (areas[region] + areas[other])
-        shares[region] = weights @ shares[[region, other]]
-        colours[region] = weights @ colours[[region, other]]
+        parts_of_both = areas[[region, other]] / (areas[region] + areas[other])
+        means[region] = parts_of_both @ means[[region, other]]
         areas[region] += areas[other]
+        outlines[region] += outlines[other] - 2 * borders[region][other][1]
         steps.append(Join(distance, region, other))
         age[region], age[other] = age[region] + 1, -1
         for third, (total, length) in borders[other].items():
@@ -136,18 +188,35 @@ def joins(graph: Graph, threshold: float) -> list[Join]:
     return steps
 
 
-def distances(
-    region: int, others: list[int], shares: Array, colours: Array, areas: Array, borders: dict[int, tuple[float, float]]
-) -> Array:
-    """Distances between a region and its neighbours, (N,), from proposals, colours and borders, scaled down for small regions.
+MEANS = ('colours', 'squares', 'histograms', 'shares')  # of a graph, averaged when regions join
+AT = np.cumsum([3, 3, 3 * BINS])  # where they begin, side by side
 
-    Where proposals are sure that two regions are one, colours and borders are ignored: a checked cloth has borders, a striped one two
-    colours.
-    """
-    both = shares[region] * shares[others]  # (N, M)
+
+def outlines_of(graph: Graph) -> Array:
+    """Lengths of the regions' borders with others, (K,)."""
+    return np.array([sum(length for _, length in each.values()) for each in graph.borders], float)
+
+
+def features(region: int, others: list[int], means: Array, areas: Array, outlines: Array, borders: dict[int, tuple[float, float]]) -> Array:
+    """Features of a region and its neighbours, (N, F), in the order of `Weights`. means: of MEANS, side by side."""
+    own, theirs = np.split(means[region], AT), np.split(means[others], AT, 1)
+    both = own[3] * theirs[3]  # (N, M)
     overlap = np.sqrt(both).sum(1)  # Bhattacharyya coefficient, in 0..1
-    doubt = np.sqrt(np.maximum(1 - both.sum(1), 0))  # from the chance that a pixel of each has the same proposal
-    colour = np.abs(colours[region] - colours[others]).sum(1) / UNIT
-    border = np.array([total / length for total, length in (borders[other] for other in others)])
-    area = areas[region] * areas[others] / (areas[region] + areas[others])
-    return (1 - overlap + doubt * (COLOUR * colour + BORDER * border)) * area**AREA
+    doubt = np.sqrt(np.maximum(1 - both.sum(1), 0))
+    totals, lengths = np.array([borders[other] for other in others]).T
+    border = totals / lengths
+    apart = (own[2] - theirs[2]) ** 2 / np.maximum(own[2] + theirs[2], 1e-9)
+    spreads = np.abs(spread(own[0], own[1]) - spread(theirs[0], theirs[1])) / SPREAD
+    touching = lengths / np.minimum(outlines[region], outlines[others])
+    area = np.log(areas[region] * areas[others] / (areas[region] + areas[others]) + LEAST_AREA)
+    return np.stack([1 - overlap, doubt, border, doubt * border, apart.sum(1) / 2, spreads, touching, area], 1)
+
+
+def spread(colours: Array, squares: Array) -> Array:
+    """Standard deviations of colours from means and means of squares, (..., 3) -> (...)."""
+    return np.sqrt(np.maximum(squares - colours**2, 0).sum(-1))
+
+
+def distances(compared: Array, weights: Weights) -> Array:
+    """The odds that two neighbours belong to different regions, from their features: (N, F) -> (N,)."""
+    return np.exp(compared @ np.array(weights[:-1]) + weights.bias)

@@ -19,7 +19,7 @@ from skimage.measure import label as connected_components
 from padseg.errors import UsageError
 from padseg.methods.stages.enlarging import Enlarge, upsampled, whole
 from padseg.methods.stages.guided_filter import guide_of, guided
-from padseg.methods.stages.join import GRAPH_AREA, Join, graph_of, joins, owners
+from padseg.methods.stages.join import GRAPH_AREA, Graph, Join, graph_of, joins, owners
 from padseg.methods.stages.runs import PART, Runs, as_runs, mean_inside, numbers_to, painted, parts, runs_of
 from padseg.types import Array, Image, LabelMap, Proposals
 
@@ -123,12 +123,20 @@ def join_order(
 
     unit, graph_area: as of `label_map`.
     """
+    runs, means, graph = superpixel_graph(proposals, superpixels, image, refine, unit, graph_area)
+    return JoinOrder(runs, means, joins(graph, join))
+
+
+def superpixel_graph(
+    proposals: Proposals, superpixels: Array, image: Image, refine: str, unit: float = 1.0, graph_area: int = GRAPH_AREA
+) -> tuple[Runs, Array, Graph]:
+    """Superpixels (H, W), the mean of every proposal inside each (K, M), and their graph."""
     top, left, height, width = proposals.frame.box
     box = np.s_[top : top + height, left : left + width]
     enlarge = enlarging(proposals, image, refine)
     runs = runs_of(superpixels[box])
     means = np.stack([mean_inside(runs, whole(enlarge(values), runs.shape)) for values in scaled_proposals(proposals)], 1)  # (K, M)
-    return JoinOrder(runs, means, joins(graph_of(painted(runs, numbers_to(len(runs.names))), means, image[box], unit, graph_area), join))
+    return runs, means, graph_of(painted(runs, numbers_to(len(runs.names))), means, image[box], unit, graph_area)
 
 
 def joined_regions(order: JoinOrder, threshold: float) -> tuple[Array, Array]:

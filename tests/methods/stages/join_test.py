@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from padseg.errors import UsageError
-from padseg.methods.stages.join import AREA, BORDER, COLOUR, UNIT, Graph, contrasts, graph_of, joined, joins, owners
-from padseg.methods.stages.labels import label_map
+from padseg.methods.stages.join import BINS, LEAST_AREA, SPREAD, UNIT, WEIGHTS, Graph, contrasts, graph_of, joined, joins, owners
+from padseg.methods.stages.labels import join_order, label_map
 from padseg.types import Frame, Proposals
 
 
@@ -22,25 +22,38 @@ def random_graph(seed, count, maps=3):
         for other in range(one + 1, count):
             if rng.random() < 0.4 or other == one + 1:
                 borders[one][other] = borders[other][one] = (float(rng.uniform(0, 5)), float(rng.integers(1, 20)))
-    return Graph(shares, rng.uniform(0, 100, (count, 3)), rng.dirichlet(np.ones(count)), borders)
+    colours = rng.uniform(0, 100, (count, 3))
+    histograms = rng.dirichlet(np.ones(3 * BINS), count)
+    return Graph(shares, colours, colours**2 + rng.uniform(0, 900, (count, 3)), histograms, rng.dirichlet(np.ones(count)), borders)
 
 
 def joined_slowly(graph, threshold):
     """Groups of superpixels; before every step all distances anew from the members."""
     groups = [[number] for number in range(len(graph.areas))]
 
+    def mean(group, of):
+        weight = graph.areas[group]
+        return weight @ of[group] / weight.sum()
+
+    def outline(group):
+        return sum(length for a in group for b, (_, length) in graph.borders[a].items() if b not in group)
+
     def distance(one, other):
-        weight = [graph.areas[group] for group in (one, other)]
-        shares = [each @ graph.shares[group] / each.sum() for each, group in zip(weight, (one, other), strict=True)]
-        colours = [each @ graph.colours[group] / each.sum() for each, group in zip(weight, (one, other), strict=True)]
         edges = [graph.borders[a][b] for a in one for b in other if b in graph.borders[a]]
         if not edges:
             return np.inf
         total, length = np.sum(edges, axis=0)
-        area = 1 / (1 / weight[0].sum() + 1 / weight[1].sum())
-        apart = 1 - np.sqrt(shares[0] * shares[1]).sum()
-        pictured = COLOUR * np.abs(colours[0] - colours[1]).sum() / UNIT + BORDER * total / length
-        return (apart + (1 - shares[0] @ shares[1]) ** 0.5 * pictured) * area**AREA
+        shares, colours, squares, histograms = ([mean(group, each) for group in (one, other)] for each in graph[:4])
+        doubt = (1 - shares[0] @ shares[1]) ** 0.5
+        deviations = [(square - colour**2).sum() ** 0.5 for square, colour in zip(squares, colours, strict=True)]
+        odds = WEIGHTS.bias
+        odds += WEIGHTS.proposals * (1 - np.sqrt(shares[0] * shares[1]).sum())
+        odds += WEIGHTS.doubt * doubt + (WEIGHTS.border + WEIGHTS.doubted * doubt) * total / length
+        odds += WEIGHTS.colours * sum((a - b) ** 2 / (a + b) for a, b in zip(*histograms, strict=True)) / 2
+        odds += WEIGHTS.spreads * abs(deviations[0] - deviations[1]) / SPREAD
+        odds += WEIGHTS.touching * length / min(outline(one), outline(other))
+        odds += WEIGHTS.area * np.log(1 / (1 / graph.areas[one].sum() + 1 / graph.areas[other].sum()) + LEAST_AREA)
+        return np.exp(odds)
 
     while True:
         pairs = [(distance(a, b), i, j) for i, a in enumerate(groups) for j, b in enumerate(groups) if i < j]
@@ -51,7 +64,7 @@ def joined_slowly(graph, threshold):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10_000), st.integers(1, 9), st.floats(0, 0.8))
+@given(st.integers(0, 10_000), st.integers(1, 9), st.floats(0, 3))
 def test_joining_equals_the_slow_way(seed, count, threshold):
     graph = random_graph(seed, count)
     owner = joined(graph, threshold)
@@ -70,10 +83,11 @@ def test_zero_joins_nothing_and_everything_that_touches_is_joined_at_last():
 def test_sure_proposals_outweigh_the_picture():
     """Two pairs of neighbours with the same colours and the same border, each with equal shares; only the first pair is sure of them."""
     shares = np.array([[1.0, 0, 0], [1, 0, 0], [0, 0.5, 0.5], [0, 0.5, 0.5]])
-    border = {'0-1': (5.0, 10.0), '2-3': (5.0, 10.0)}
-    borders = [{1: border['0-1']}, {0: border['0-1']}, {3: border['2-3']}, {2: border['2-3']}]
-    graph = Graph(shares, np.array([[0.0, 0, 0], [50, 0, 0]] * 2), np.full(4, 0.25), borders)
-    assert joined(graph, 0.05).tolist() == [0, 0, 2, 3]
+    borders = [{1: (5.0, 10.0)}, {0: (5.0, 10.0)}, {3: (5.0, 10.0)}, {2: (5.0, 10.0)}]
+    colours = np.array([[0.0, 0, 0], [50, 0, 0]] * 2)
+    graph = Graph(shares, colours, colours**2, np.full((4, 3 * BINS), 1 / (3 * BINS)), np.full(4, 0.25), borders)
+    first, second = joins(graph, np.inf)
+    assert (first.kept, first.gone, second.kept, second.gone) == (0, 1, 2, 3) and first.distance < 0.8 * second.distance
 
 
 def test_contrasts_equal_the_loop():
@@ -105,6 +119,10 @@ def test_colours_are_means_and_shares_sum_to_one():
     assert graph.colours[0] == pytest.approx(0, abs=0.1) and graph.colours[2, 0] > 90
     assert graph.borders[0].keys() == {1} and graph.borders[1].keys() == {0, 2}
     assert graph.borders[0][1][0] < 0.1 * graph.borders[1][2][0]
+    bins = np.zeros((3, BINS))
+    bins[0, 0] = bins[1, BINS // 2] = bins[2, BINS // 2] = 1 / 3
+    np.testing.assert_allclose(graph.histograms[0], bins.ravel())  # black; a = b = 0
+    assert np.abs(graph.squares[0] - graph.colours[0] ** 2).max() < 0.01
 
 
 def test_what_a_guided_filter_takes_below_zero_counts_as_zero():
@@ -114,8 +132,8 @@ def test_what_a_guided_filter_takes_below_zero_counts_as_zero():
     values = np.array([[1.0, -0.01], [1.0, 0.0], [-0.01, 1.0]])
     graph = graph_of(index, values, image)
     assert graph.shares.tolist() == [[1, 0], [1, 0], [0, 1]]
-    assert joined(graph, 0.5).tolist() == [0, 0, 2]  # the two that agree are 0 apart, the others (1 / 6) ** 0.18 or more
-    assert joined(graph_of(index, np.maximum(values, 0), image), 0.5).tolist() == [0, 0, 2]
+    assert np.isfinite([step.distance for step in joins(graph, np.inf)]).all()
+    assert joins(graph, np.inf) == joins(graph_of(index, np.maximum(values, 0), image), np.inf)
 
 
 def test_a_large_picture_is_reduced_and_loses_no_superpixel():
@@ -138,16 +156,17 @@ def test_the_label_map_of_joined_superpixels():
     grey = np.full((*size, 3), 90, np.uint8)
     striped = grey.copy()
     striped[:, 20:] = (250, 30, 20)
-    by_proposals = label_map(proposals, inside, image=grey, join=0.1)
+    between = np.mean([step.distance for step in join_order(proposals, inside, grey).steps])
+    by_proposals = label_map(proposals, inside, image=grey, join=between)
     assert by_proposals.labels[0, ::10].tolist() == [1, 2, 2] and by_proposals.tokens == ((0, 4), (7,))
-    by_both = label_map(proposals, inside, image=striped, join=0.1)
+    by_both = label_map(proposals, inside, image=striped, join=between)
     assert by_both.labels[0, ::10].tolist() == [1, 2, 3] and by_both.tokens == ((0, 4), (7,), (7,))
     assert label_map(proposals, inside, image=grey, join=100.0).labels.max() == 1
     with pytest.raises(UsageError, match='needs the picture'):
         label_map(proposals, inside, join=0.1)
 
 
-@pytest.mark.parametrize('threshold', [0.0, 0.05, 0.2, 0.6])
+@pytest.mark.parametrize('threshold', [0.0, 0.5, 1.0, 2.0])
 def test_steps_of_a_higher_threshold_begin_with_those_of_a_lower(threshold):
     graph = random_graph(3, 40)
     every = joins(graph, np.inf)

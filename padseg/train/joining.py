@@ -1,0 +1,109 @@
+"""Learn how much proposals, colours and borders count when superpixels are joined, from pictures with ground truth: bin/fit-joining."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.special import expit
+
+from padseg.datasets import VOID
+from padseg.datasets.dataset import Dataset
+from padseg.methods import seg4diff, stages
+from padseg.methods.stages.join import WEIGHTS, Graph, Join, Weights, joins
+from padseg.methods.stages.labels import superpixel_graph
+from padseg.methods.stages.runs import painted
+from padseg.types import Array
+
+PENALTY = 1e-3  # on the squares of weights of features with deviation 1
+UNKNOWN = 0.5  # what is said of a region whose truth is void
+
+
+class Pairs(NamedTuple):
+    """Neighbours that were compared. features: (N, F); apart: (N,), the share of annotators who have them in different regions."""
+
+    features: Array
+    apart: Array
+
+
+class Example(NamedTuple):
+    """A picture's superpixels. confusions: one per annotator, (K, R), pixels of each superpixel in each region or class of the truth."""
+
+    graph: Graph
+    confusions: tuple[Array, ...]
+
+
+def examples(data: Dataset, prepared: seg4diff.Prepared, part: int, parts: int) -> Iterator[Example]:
+    """Every `parts`-th picture of a split, from the one numbered `part`."""
+    for sample in data.samples[part::parts]:
+        picture = data.picture(sample)
+        (maps,) = seg4diff.maps([picture], prepared)
+        options = prepared.options
+        superpixels = stages.superpixels_of(picture, options.superpixels)
+        runs, _, graph = superpixel_graph(seg4diff.proposals(maps, options), superpixels, picture, options.refine)
+        index = painted(runs, np.arange(len(runs.names)))
+        yield Example(graph, tuple(confusion(index, data.to_classes(raw), len(graph.areas)) for raw in data.read(sample)))
+
+
+def confusion(index: Array, truth: Array, count: int) -> Array:
+    """Pixels of each superpixel in each region of the truth, without void: (H, W), (H, W) -> (count, R)."""
+    known = truth.ravel() != VOID
+    names, places = np.unique(truth.ravel()[known], return_inverse=True)
+    pairs = index.ravel()[known].astype(np.int64) * len(names) + places
+    return np.bincount(pairs, minlength=count * len(names)).reshape(count, len(names))
+
+
+def compared(example: Example, weights: Weights) -> Pairs:
+    """All pairs that are compared while a picture's superpixels are joined to a single region."""
+    confusions = [each.copy() for each in example.confusions]
+    found: list[Pairs] = []
+    done = 0
+
+    def seen(region: int, others: list[int], features: Array, steps: Sequence[Join]) -> None:
+        nonlocal done
+        for step in steps[done:]:
+            for each in confusions:
+                each[step.kept] += each[step.gone]
+        done = len(steps)
+        found.append(Pairs(features, np.mean([apart(each[region], each[others]) for each in confusions], 0)))
+
+    joins(example.graph, np.inf, seen, weights)
+    return stacked(found)
+
+
+def apart(own: Array, others: Array) -> Array:
+    """1 where most of another region lies in another region of the truth than most of this one, else 0: (R,), (N, R) -> (N,)."""
+    known = (own.sum() > 0) & (others.sum(1) > 0)
+    return np.where(known, others.argmax(1) != own.argmax(), UNKNOWN)
+
+
+def stacked(pairs: Sequence[Pairs]) -> Pairs:
+    return Pairs(np.concatenate([each.features for each in pairs]), np.concatenate([each.apart for each in pairs]))
+
+
+def fit(sets: Sequence[Pairs]) -> Weights:
+    """Logistic regression. Every set counts the same, and in it a pair by the harmonic sum of its areas."""
+    pairs = stacked(sets)
+    counts = [np.exp(each.features[:, Weights._fields.index('area')]) for each in sets]
+    importance = np.concatenate([each / each.sum() for each in counts]) / len(sets)
+    centre, scale = pairs.features.mean(0), pairs.features.std(0)
+    inputs = np.column_stack([(pairs.features - centre) / scale, np.ones(len(pairs.features))])
+
+    def loss(weights: Array) -> tuple[float, Array]:
+        odds = inputs @ weights
+        penalised = np.append(weights[:-1], 0)
+        value = importance @ (np.logaddexp(0, odds) - pairs.apart * odds) + PENALTY * (penalised @ penalised)
+        return value, inputs.T @ (importance * (expit(odds) - pairs.apart)) + 2 * PENALTY * penalised
+
+    found = minimize(loss, np.zeros(inputs.shape[1]), jac=True, method='L-BFGS-B').x
+    weights = found[:-1] / scale
+    return Weights(*weights.tolist(), float(found[-1] - weights @ centre))
+
+
+def fitted(sets: Sequence[Sequence[Example]], rounds: int, weights: Weights = WEIGHTS) -> Iterator[Weights]:
+    """The weights after each round, whose pairs are those met while joining by the weights of the round before."""
+    for _ in range(rounds):
+        weights = fit([stacked([compared(example, weights) for example in each]) for each in sets])
+        yield weights
