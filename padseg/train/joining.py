@@ -99,7 +99,7 @@ def fit(sets: Sequence[Pairs]) -> Weights:
 
     found = minimize(loss, np.zeros(inputs.shape[1]), jac=True, method='L-BFGS-B').x
     weights = found[:-1] / scale
-    return Weights(*weights.tolist(), float(found[-1] - weights @ centre))
+    return Weights._make([*weights.tolist(), float(found[-1] - weights @ centre)])
 
 
 def fitted(sets: Sequence[Sequence[Example]], rounds: int, weights: Weights = WEIGHTS) -> Iterator[Weights]:
