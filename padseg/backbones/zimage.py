@@ -70,6 +70,12 @@ def needs_exact_vae(config: Mapping[str, Any]) -> bool:
 
 
 def prompt_shapes(slots: int, config: Any) -> dict[str, tuple[int, ...]]:
+    """See `Family`. Raises ModelUnavailable if the first axis has no place for the image behind a text that fills all slots."""
+    places = filled_up(max(slots, len(THINKING.tokens))) + 2  # that of the first token is 1
+    if config.axes_lens[0] < places:
+        raise ModelUnavailable(
+            f'a Z-Image transformer with {slots} slots of text has {places} places along its first axis or more; got {config.axes_lens[0]}'
+        )
     return text_shapes(len(THINKING.tokens), config)
 
 

@@ -419,6 +419,22 @@ def test_axes_that_are_none_are_refused(copied, lens):
         load(str(copied), device='cpu')
 
 
+def test_the_first_axis_has_a_place_for_the_image_behind_the_longest_text(copied):
+    """40 slots are filled up to 64; the text has places 1 to 64, the image 65."""
+    config = copied / 'transformer' / 'config.json'
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps({**values, 'axes_lens': [65, 48, 48]}))
+    with pytest.raises(ModelUnavailable, match='with 40 slots of text has 66 places along its first axis or more; got 65'):
+        load(str(copied), device='cpu')
+    config.write_text(json.dumps({**values, 'axes_lens': [66, 48, 48]}))
+    backbone = load(str(copied), device='cpu', whole=True)
+    texts, long = texts_of(backbone), 'cat ' * 100
+    prompt = Prompt(*texts.encode(long, 'qwen3', 'zeros'), (), (), mask=texts.mask(long))
+    assert prompt.mask.shape == (1, 64)
+    with torch.no_grad():
+        assert backbone.denoise(torch.randn(1, 4, 4, 4), 500.0, prompt).isfinite().all()
+
+
 def test_a_base_of_angles_has_a_limit(copied):
     config = copied / 'transformer' / 'config.json'
     config.write_text(json.dumps({**json.loads(config.read_text()), 'rope_theta': 10**40}))
