@@ -133,9 +133,7 @@ def test_a_loaded_model_has_it_if_it_is_wide(sd3_folder, tmp_path):
     assert type(narrow.vae.encoder) is Encoder
     settings = dict(json.loads((sd3_folder / 'vae/config.json').read_text())) | {'block_out_channels': (128, 128), 'norm_num_groups': 32}
     folder = shutil.copytree(sd3_folder, tmp_path / 'wide')
-    levels = {
-        f'{way}_block_types': (f'{name}EncoderBlock2D'.replace('UpEn', 'UpDe'),) * 2 for way, name in (('down', 'Down'), ('up', 'Up'))
-    }
+    levels = {'down_block_types': ('DownEncoderBlock2D',) * 2, 'up_block_types': ('UpDecoderBlock2D',) * 2}
     torch.manual_seed(0)
     wide = diffusers.AutoencoderKL(**{name: value for name, value in settings.items() if name[0] != '_'} | levels)
     shutil.rmtree(folder / 'vae')
