@@ -44,7 +44,7 @@ class CpuEncoder(nn.Module):
 
 def speed_up(vae: Any) -> None:
     """Have a VAE on a CPU encode by `encode`, if it can. Narrow ones, such as the embedded model's, gain little and stay as they are."""
-    encoder = getattr(vae, 'encoder', None)
+    encoder: Any = getattr(vae, 'encoder', None)
     if is_known(encoder) and encoder.conv_in.out_channels >= winograd.LEAST:
         vae.encoder = CpuEncoder(encoder)
 

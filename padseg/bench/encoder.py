@@ -87,7 +87,10 @@ def measure(vae: Any, side: int, repeats: int, product: int = PRODUCT) -> dict[s
     pixels = drawn.to(vae.dtype, memory_format=torch.channels_last)
     ways: dict[str, Callable[[Tensor], Tensor]] = {'padseg': CpuEncoder(vae.encoder), 'modules': vae.encoder}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    peaks, results, rates, profile = {}, {}, [], Profile()
+    peaks: dict[str, float] = {}
+    results: dict[str, Tensor] = {}
+    rates: list[float] = []
+    profile = Profile()
     before = peak()
     for turn in range(repeats):
         for name, run in ways.items():
