@@ -17,12 +17,13 @@ from torch.nn import functional
 NEAR, FAR = 0.625, 1.5  # where polynomials are interpolated, with both signs
 TILE, TAPS = 4, 6  # pixels along a side of a tile, and transformed values
 LEAST = 128  # channels; with fewer, transforming takes longer than the multiplications that are saved
+FEWEST = 1024  # pixels; with fewer, transforming the weights does
 VALUES = 1 << 21  # transformed at a time: 8 MB, which stays in the processor's cache
 
 
 def pays_off(pixels: Tensor, weight: Tensor) -> bool:
     """Whether `convolved` takes (H, W, C) and weights (O, C, 3, 3), and is faster than torch's own convolution."""
-    enough = min(weight.shape[:2]) >= LEAST and pixels.shape[0] * pixels.shape[1] >= 1024
+    enough = min(weight.shape[:2]) >= LEAST and pixels.shape[0] * pixels.shape[1] >= FEWEST
     return enough and weight.shape[2:] == (3, 3) and pixels.dtype == weight.dtype == torch.float32
 
 
