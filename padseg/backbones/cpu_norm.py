@@ -6,7 +6,8 @@ of summation depends on the number of threads.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,29 +38,50 @@ def exact_norms() -> TorchFunctionMode:
 def group_norm_by_parts(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, values: int = VALUES
 ) -> Tensor:
-    """Normalise (B, C, H, W), channels last: every group of channels gets mean 0 and variance 1, then weight and bias. Keeps the format.
-
-    Means and variances of parts are combined by the formula of Chan et al. (1983).
-    """
+    """Normalise (B, C, H, W), channels last: every group of channels gets mean 0 and variance 1, then weight and bias. Keeps the format."""
     count, channels, height, width = input.shape
     rows = input.permute(0, 2, 3, 1).reshape(count, height * width, channels)
     out = torch.empty_like(rows)
     for picture, result in zip(rows, out, strict=True):
-        parts = picture.split(max(1, values // channels))
-        scale, shift = (each.to(input.dtype) for each in scale_and_shift(parts, num_groups, weight, bias, eps))
-        for part, place in zip(parts, result.split(max(1, values // channels)), strict=True):
+        scale, shift = (each.to(input.dtype) for each in scale_and_shift(moments(picture, values), num_groups, weight, bias, eps))
+        for part, place in zip(in_parts(picture, values), in_parts(result, values), strict=True):
             torch.addcmul(shift, part, scale, out=place)
     return out.view(count, height, width, channels).permute(0, 3, 1, 2)
 
 
+class Moments(NamedTuple):
+    """Of some pixels: their number, and of each channel the mean and the sum of squared deviations from it, (C,) float32 each."""
+
+    pixels: int
+    means: Tensor
+    squares: Tensor
+
+
+def in_parts(pixels: Tensor, values: int = VALUES) -> tuple[Tensor, ...]:
+    """Split (pixels, C) into parts of so many values."""
+    return pixels.split(max(1, values // pixels.shape[1]))
+
+
+def moments(pixels: Tensor, values: int = VALUES) -> list[Moments]:
+    """Moments of each part of (pixels, C)."""
+    found = []
+    for part in in_parts(pixels, values):
+        part = part.float()
+        mean = part.mean(0)
+        found.append(Moments(len(part), mean, (part - mean).square_().sum(0)))
+    return found
+
+
 def scale_and_shift(
-    parts: tuple[Tensor, ...], num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+    parts: Sequence[Moments], num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Scale and shift that normalise the channels, (C,) float64 each. parts: all values of a picture, (pixels, C) each."""
-    sizes = torch.tensor([len(part) for part in parts], dtype=torch.float64)[:, None]
-    means = torch.stack([part.mean(0) for part in parts])  # (parts, C) float32
-    squares = torch.stack([(part - mean).square_().sum(0) for part, mean in zip(parts, means, strict=True)]).double()
-    means = means.double()
+    """Scale and shift that normalise the channels, (C,) float64 each, from the moments of all parts of a picture.
+
+    Means and variances of parts are combined by the formula of Chan et al. (1983).
+    """
+    sizes = torch.tensor([part.pixels for part in parts], dtype=torch.float64)[:, None]
+    means = torch.stack([part.means for part in parts]).double()  # (parts, C)
+    squares = torch.stack([part.squares for part in parts]).double()
     channels = means.shape[1]
     each = channels // num_groups
     total = sizes.sum() * each

@@ -9,6 +9,7 @@ import torch
 
 from padseg.backbones import Backbone, Identity
 from padseg.backbones.compiled import compile_blocks
+from padseg.backbones.cpu_encoder import speed_up
 from padseg.backbones.family import Family
 from padseg.backbones.lora import Lora, checked_scale, merge_lora, read_lora
 from padseg.backbones.lora_file import locate_lora, lora_hash
@@ -63,6 +64,8 @@ def load_family(
             merge_lora(transformer, *added)
         exact = vae_dtype(family, source, owner, part, kind)
         encoder = filled_part(family, owner, part, last, place, exact).to(memory_format=torch.channels_last)  # faster for convolutions
+        if place.type == 'cpu':
+            speed_up(encoder)
     taken = family.size(transformer.config)
     if encoder.config.latent_channels != taken.channels:
         raise UsageError(

@@ -4,13 +4,32 @@ from __future__ import annotations
 
 import click
 
-from padseg.bench import cards, engine, eval, generate, goca, label, load, maps, merge, neighbours, quantize, scale, sd3, sizes, train, vae
+from padseg.bench import (
+    cards,
+    encoder,
+    engine,
+    eval,
+    generate,
+    goca,
+    label,
+    load,
+    maps,
+    merge,
+    neighbours,
+    quantize,
+    scale,
+    sd3,
+    sizes,
+    train,
+    vae,
+)
 
 COMMANDS = (
     sd3.command,
     load.command,
     scale.command,
     vae.command,
+    encoder.command,
     merge.command,
     engine.command,
     eval.command,
