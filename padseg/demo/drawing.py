@@ -35,7 +35,7 @@ def preview_labels(labels: Array) -> Array:
 
 
 def numbers_for_page(labels: Array) -> str:
-    """The label map of the preview for hover.js: its width, its height, and its rows as little-endian 32-bit numbers, in zlib and base64."""
+    """The label map of the preview for hover.js: width, height, and rows of little-endian 32-bit numbers, in zlib and base64."""
     numbers = preview_labels(labels)
     packed = base64.b64encode(zlib.compress(numbers.astype('<u4').tobytes())).decode('ascii')
     return f'{numbers.shape[1]} {numbers.shape[0]} {packed}'
