@@ -110,6 +110,7 @@ def turned(tmp_path_factory) -> Path:
 
 def upload(page, path: Path) -> str:
     """Upload a picture and return the words about its regions."""
+    page.wait_for_selector('#count')  # the page is there, and listens
     page.set_input_files('#picture input[type=file]', path)
     return regions(page)
 
