@@ -8,7 +8,7 @@ import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,7 @@ from padseg.backbones.weights import (
     shapes_of_model,
 )
 from padseg.errors import ModelUnavailable, UsageError
+from padseg.system.progress import bars_shown
 from padseg.system.streams import to_nowhere
 from padseg.types import Tokens
 
@@ -203,7 +204,8 @@ def read_part(kind: Any, source: Source, part: str, config: str, /, **options: A
 def read_model(kind: Any, source: Source, part: str, **options: Any) -> Any:
     """Load a text encoder, from safetensors only. Raises ModelUnavailable also for a missing tensor, which would stay random."""
     config = encoder_config(kind, source, part)
-    with without_bars():
+    size = sum(path.stat().st_size for path in weight_files(source.folder, (part,)))
+    with nullcontext() if bars_shown(size) else without_bars():
         model, info = read_part(
             kind,
             source,

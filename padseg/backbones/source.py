@@ -26,6 +26,7 @@ from padseg.backbones.layout import (
 )
 from padseg.backbones.spec import BACKBONES, CELL, DEPTHS, UNET_INPUTS, Spec
 from padseg.errors import ModelUnavailable, PadsegError, UsageError
+from padseg.system.progress import bytes_bar
 
 OFFLINE = 'offline and not cached'  # a state
 SMALL_VAE = 'tiny'  # stands for the family's small VAE on the hub
@@ -192,8 +193,12 @@ def snapshot(repo: str, revision: str | None, patterns: Sequence[str], *, fetch:
     """Return the folder of a hub snapshot, downloading matching files unless cached. It may lack some; for SD3, T5 is never in it."""
     from huggingface_hub import errors, snapshot_download
 
+    from padseg.backbones.download import DownloadBar
+
     try:
-        return pathlib.Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns), local_files_only=not fetch))
+        return pathlib.Path(
+            snapshot_download(repo, revision=revision, allow_patterns=list(patterns), local_files_only=not fetch, tqdm_class=DownloadBar)
+        )
     except hub_errors() as error:
         # newer clients reject a snapshot that lacks any file of the repository; padseg itself decides which files it needs
         partial = getattr(error, 'snapshot_path', None)
@@ -494,7 +499,8 @@ def large_hash(path: pathlib.Path, *_: int) -> str:
 
 def read_hash(path: pathlib.Path) -> str:
     digest = hashlib.sha256()
-    with path.open('rb') as file:
+    with path.open('rb') as file, bytes_bar(f'checking {path.name}', path.stat().st_size) as bar:
         while block := file.read(BLOCK):
             digest.update(block)
+            bar.update(len(block))
     return digest.hexdigest()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -12,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from padseg.errors import ModelUnavailable
+from padseg.system.progress import bytes_bar
 
 AnyModule = TypeVar('AnyModule', bound=nn.Module)
 AT_ONCE = 1 << 24  # bytes read from an open file of weights
@@ -46,23 +49,26 @@ def fill_weights(
     """
     wanted = model.state_dict().keys()
     state: dict[str, Tensor] = {}
-    for path in paths:
-        names = [stored for stored in sorted(names_in(path), reverse=True) if present_name(stored) in wanted]
-        while names:
-            # reopened after every few tensors, because an open file keeps all that was read in memory
-            with safe_open(path, 'pt') as file:
-                read = 0
-                while names and read < AT_ONCE:
-                    stored = names.pop()
-                    tensor = file.get_tensor(stored)
-                    read += tensor.nbytes
-                    # copied even if the dtype is right: tensors in a file have any alignment, which affects the rounding of matrix products
-                    kind = dtype if tensor.is_floating_point() else tensor.dtype
-                    state[present_name(stored)] = kept = tensor.to(place, kind, copy=True)
-                    if not all_finite(kept):
-                        raise ModelUnavailable(f'{label} cannot be used: {stored} in {path} has values that are not finite in {dtype}')
-                    if keep:
-                        state[present_name(stored)] = keep(present_name(stored), kept)
+    sizes = {path: {stored: size for stored, size in sizes_in(path).items() if present_name(stored) in wanted} for path in paths}
+    with bytes_bar(f'loading {label}', sum(sum(held.values()) for held in sizes.values())) as bar:
+        for path, held in sizes.items():
+            names = sorted(held, reverse=True)
+            while names:
+                # reopened after every few tensors, because an open file keeps all that was read in memory
+                with safe_open(path, 'pt') as file:
+                    read = 0
+                    while names and read < AT_ONCE:
+                        stored = names.pop()
+                        tensor = file.get_tensor(stored)
+                        read += tensor.nbytes
+                        # copied even if the dtype is right: tensors in a file have any alignment, which affects how products are rounded
+                        kind = dtype if tensor.is_floating_point() else tensor.dtype
+                        state[present_name(stored)] = kept = tensor.to(place, kind, copy=True)
+                        if not all_finite(kept):
+                            raise ModelUnavailable(f'{label} cannot be used: {stored} in {path} has values that are not finite in {dtype}')
+                        if keep:
+                            state[present_name(stored)] = keep(present_name(stored), kept)
+                        bar.update(held[stored])
     model.load_state_dict(state, assign=True)
     compute_places(model, place)
     return model.eval().requires_grad_(False)
@@ -94,9 +100,16 @@ def all_finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in tensor.aminmax())
 
 
-def names_in(path: pathlib.Path) -> set[str]:
+def sizes_in(path: pathlib.Path) -> dict[str, int]:
+    """The bytes of each tensor in a file, from its header."""
     with safe_open(path, 'pt') as file:
-        return set(file.keys())
+        return {name: math.prod(part.get_shape()) * bits(part.get_dtype()) // 8 for name in file.keys() for part in [file.get_slice(name)]}
+
+
+def bits(kind: str) -> int:
+    """Of a value, by the name of its type in a file: F32, BF16, F8_E4M3, U8, BOOL."""
+    digits = re.search(r'\d+', kind)
+    return int(digits[0]) if digits else 8
 
 
 def refuse_misfits(

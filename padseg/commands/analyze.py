@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from padseg.commands.eval import NAMES
-from padseg.commands.flags import Several, lora_flags, refuse_lone_scale
+from padseg.commands.flags import Several, hide_bars, lora_flags, refuse_lone_scale
 from padseg.commands.label import names_of
 from padseg.commands.run import SIGNALLED
 from padseg.generation.settings import PADS
@@ -72,7 +72,7 @@ def model_flags(out: str = 'out') -> tuple[Callable[..., Any], ...]:
 
 PRINTED = (
     click.option('--json', 'as_json', is_flag=True, help='print one JSON object instead of tables'),
-    click.option('-q', '--quiet', is_flag=True, help='no progress on stderr'),
+    click.option('-q', '--quiet', is_flag=True, callback=hide_bars, help='no progress on stderr'),
 )
 READ = (
     click.option('--dir', 'images', type=FOLDER, help='folder of pictures; or give --prompts'),

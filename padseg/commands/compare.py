@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from padseg.commands.eval import NAMES, NAMING
-from padseg.commands.flags import POSITIVE, Several
+from padseg.commands.flags import POSITIVE, Several, hide_bars
 from padseg.commands.run import SOME_FAILED
 from padseg.system.text import say
 
@@ -44,7 +44,7 @@ FOLDER = click.Path(path_type=Path)
 @click.option('--vae', help="a faster VAE for SD3's latents: tiny (TAESD3), a hub id, or a folder with an AutoencoderTiny")
 @click.option('--apart/--no-apart', default=True, show_default=True, help='run every method in a process of its own, to measure its memory')
 @click.option('--overwrite', is_flag=True, help='score everything again')
-@click.option('--quiet', '-q', is_flag=True, help='no progress on stderr')
+@click.option('--quiet', '-q', is_flag=True, callback=hide_bars, help='no progress on stderr')
 @click.option('--json', 'as_json', is_flag=True, help='print the rows as one JSON object')
 def command(dataset: str, root: Path, out: Path, as_json: bool, **given: Any) -> int:
     """Compare methods and models on a data set.

@@ -13,6 +13,7 @@ from padseg.commands.config import METHOD, config_flag
 from padseg.commands.flags import (
     MethodCommand,
     compile_flag,
+    hide_bars,
     lora_flags,
     named_in,
     option_flags,
@@ -94,7 +95,7 @@ class EvalCommand(MethodCommand):
 @lora_flags
 @config_flag
 @click.option('--names', type=click.Choice(NAMES), help=f'{NAMING}: use the class names present in a picture, or all (default: {NAMES[0]})')
-@click.option('--quiet', '-q', is_flag=True, help='no progress on stderr')
+@click.option('--quiet', '-q', is_flag=True, callback=hide_bars, help='no progress on stderr')
 @click.option('--json', 'as_json', is_flag=True, help='print one JSON object')
 @click.pass_context
 def command(ctx: click.Context, /, as_json: bool, quiet: bool, check: bool, **given: Any) -> int:

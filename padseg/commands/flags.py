@@ -16,8 +16,18 @@ from padseg.images import EXIF, FRAMES, MAX_BYTES, MAX_MEMORY, MAX_PIXELS, MAX_S
 from padseg.methods import DEFAULTS, METHODS, Method, usual_model
 from padseg.methods.options import MethodOptions, kind_of
 from padseg.run.job import ENGINES
+from padseg.system.progress import bars_hidden
 
 POSITIVE = click.IntRange(min=1)
+
+
+def hide_bars(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
+    """With the flag, the command shows no bars for downloads and long loads either."""
+    if value:
+        ctx.with_resource(bars_hidden())
+    return value
+
+
 compile_flag = click.option(
     '--compile', is_flag=True, help='compile the transformer at the first picture; pays off for many pictures and needs a C++ compiler'
 )
@@ -74,9 +84,9 @@ JOB = (
     ),
     click.option('--overwrite', is_flag=True, help='redo everything, even over results made with other settings'),
     click.option('--json', 'as_json', is_flag=True, help='print the counts as one JSON object on stdout'),
-    click.option('--log-json', is_flag=True, help='write JSON to stderr, one line per picture and event'),
-    click.option('--no-progress', is_flag=True, help='no progress on stderr'),
-    click.option('-q', '--quiet', is_flag=True, help='only errors on stderr'),
+    click.option('--log-json', is_flag=True, callback=hide_bars, help='write JSON to stderr, one line per picture and event'),
+    click.option('--no-progress', is_flag=True, callback=hide_bars, help='no progress on stderr'),
+    click.option('-q', '--quiet', is_flag=True, callback=hide_bars, help='only errors on stderr'),
 )
 READING = (
     click.option('--max-pixels', type=POSITIVE, default=MAX_PIXELS, show_default=True, help='larger pictures fail without being decoded'),

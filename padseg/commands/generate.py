@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from padseg.commands.flags import POSITIVE, lora_flags, option_flags, refuse_lone_scale
+from padseg.commands.flags import POSITIVE, hide_bars, lora_flags, option_flags, refuse_lone_scale
 from padseg.commands.run import SIGNALLED, SOME_FAILED, as_events
 from padseg.generation.prompts import checked, parse_seeds, read_prompts
 from padseg.generation.settings import SamplingSettings
@@ -46,9 +46,9 @@ FOLDER = click.Path(path_type=Path)
 @click.option('--dry-run', is_flag=True, help='only print the names of the pictures that would be made')
 @click.option('--overwrite', is_flag=True, help='make everything again, even over pictures made with other settings')
 @click.option('--json', 'as_json', is_flag=True, help='print the counts as one JSON object on stdout')
-@click.option('--log-json', is_flag=True, help='write JSON to stderr, one line per picture and event')
-@click.option('--no-progress', is_flag=True, help='no progress on stderr')
-@click.option('-q', '--quiet', is_flag=True, help='only errors on stderr')
+@click.option('--log-json', is_flag=True, callback=hide_bars, help='write JSON to stderr, one line per picture and event')
+@click.option('--no-progress', is_flag=True, callback=hide_bars, help='no progress on stderr')
+@click.option('-q', '--quiet', is_flag=True, callback=hide_bars, help='only errors on stderr')
 def command(log_json: bool, **settings: Any) -> int:
     """Make pictures from texts.
 

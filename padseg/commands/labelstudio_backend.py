@@ -26,24 +26,15 @@ def command(model: str, device: str | None, host: str, port: int, root: Path | N
     Every task gets brush masks, without a click. If the labelling configuration has several labels, they are names to find; with one label,
     all regions get it. Pictures come from --root, from --label-studio and from each --allow-host, and from nowhere else.
     """
-    from socketserver import ThreadingMixIn
-    from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
-
     import padseg
     from padseg.images import start_decoding
-    from padseg.integrations.labelstudio import SECONDS, Backend, Sources, checked_server
-
-    class Server(ThreadingMixIn, WSGIServer):  # or Label Studio's checks would wait for predictions
-        daemon_threads = True
-
-    class Handler(WSGIRequestHandler):
-        timeout = SECONDS  # of a client that sends nothing
+    from padseg.integrations.labelstudio import Backend, Server, Sources, checked_server
 
     sources = Sources(frozenset(name.lower() for name in hosts), root, checked_server(server), os.environ.get(TOKEN))
     start_decoding()
     backend = Backend(padseg.load(model, device=device), sources)
     try:
-        listening = make_server(host, port, backend, Server, Handler)
+        listening = Server(host, port, backend)
     except OSError as error:
         raise click.UsageError(f'cannot listen on {host}:{port}: {error.strerror}') from error
     with listening:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from padseg.commands.flags import Several
+from padseg.commands.flags import Several, hide_bars
 from padseg.commands.run import SOME_FAILED
 from padseg.evaluation.image_scores import RESIZES, SCORES
 from padseg.system.progress import shown
@@ -36,7 +36,7 @@ FOLDER = click.Path(path_type=Path)
 )
 @click.option('--out', type=FOLDER, default='scores', show_default=True, help='folder for image-scores.json and per_image.csv')
 @click.option('--json', 'as_json', is_flag=True, help='print one JSON object instead of a table')
-@click.option('-q', '--quiet', is_flag=True, help='no progress on stderr')
+@click.option('-q', '--quiet', is_flag=True, callback=hide_bars, help='no progress on stderr')
 def command(out: Path, as_json: bool, quiet: bool, resamples: int, seed: int, confidence: float, **given: Any) -> int:
     """Score generated pictures: CLIPScore, FID, CLIP-I and DINO similarity.
 

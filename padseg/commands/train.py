@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from padseg.commands.flags import Several
+from padseg.commands.flags import Several, hide_bars
 from padseg.methods.options import kind_of
 from padseg.system.files import full_disk
 from padseg.system.ledger import check_output
@@ -93,7 +93,7 @@ def in_words(value: Any) -> str:
 @click.option(
     '--held', multiple=True, metavar='SOURCE', help='pictures held out, whose flow-matching loss is validated too; may be repeated'
 )
-@click.option('--quiet', '-q', is_flag=True, help='no progress on stderr')
+@click.option('--quiet', '-q', is_flag=True, callback=hide_bars, help='no progress on stderr')
 def command(
     name: str,
     data: tuple[str, ...],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import math
+import zlib
 
 import cv2
 import numpy as np
@@ -27,6 +29,18 @@ def preview_size(shape: tuple[int, ...]) -> tuple[int, int]:
     return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
 
 
+def preview_labels(labels: Array) -> Array:
+    """A label map (H, W) at the size of the preview, int32."""
+    return cv2.resize(labels.astype(np.int32), preview_size(labels.shape)[::-1], interpolation=cv2.INTER_NEAREST)
+
+
+def numbers_for_page(labels: Array) -> str:
+    """The label map of the preview for hover.js: width, height, and rows of little-endian 32-bit numbers, in zlib and base64."""
+    numbers = preview_labels(labels)
+    packed = base64.b64encode(zlib.compress(numbers.astype('<u4').tobytes())).decode('ascii')
+    return f'{numbers.shape[1]} {numbers.shape[0]} {packed}'
+
+
 def preview(image: Image, labels: Array, opacity: float = 0.5, lit: int = 0) -> Array:
     """The picture (H, W, 3) with its regions (H, W) in colour, at most SIDE pixels long.
 
@@ -34,7 +48,7 @@ def preview(image: Image, labels: Array, opacity: float = 0.5, lit: int = 0) -> 
     """
     size = preview_size(image.shape)
     small = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
-    numbers = cv2.resize(labels.astype(np.int32), size[::-1], interpolation=cv2.INTER_NEAREST)
+    numbers = preview_labels(labels)
     colours = voc_colours()[np.where(numbers > 0, (numbers - 1) % 255 + 1, 0)]  # (h, w, 3)
     drawn = cv2.addWeighted(small, 1 - opacity, colours, opacity, 0)
     drawn[numbers == 0] = small[numbers == 0]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import gradio as gr
 
 from padseg.demo.downloads import OURS, write_files, write_region
-from padseg.demo.drawing import grid_of_maps, legend, preview, preview_size
+from padseg.demo.drawing import grid_of_maps, legend, numbers_for_page, preview, preview_size
 from padseg.demo.models import Offer, methods_for
 from padseg.demo.picture import Held, Picture, hold, named, read_picture
 from padseg.demo.regions import (
@@ -35,6 +35,7 @@ from padseg.methods import DEFAULTS
 from padseg.system.text import printable
 
 Function = TypeVar('Function', bound=Callable[..., Any])
+HOVER = Path(__file__).with_name('hover.js')
 FORWARD = 'forward'  # events with this id wait for one another
 LATER = 'later'
 GONE = 'the picture is no longer in memory (the demo was started again, or an hour has passed): press "Find regions"'
@@ -57,6 +58,7 @@ class Shown(NamedTuple):
     """The components of the regions' tab."""
 
     result: gr.Image
+    under_cursor: gr.HTML
     count: gr.Markdown
     coarser: gr.Slider
     smallest: gr.Slider
@@ -138,6 +140,7 @@ def showing() -> Shown:
     result = gr.Image(
         label='Regions', show_label=False, interactive=False, format='jpeg', type='numpy', elem_id='result', buttons=['fullscreen']
     )
+    under_cursor = gr.HTML('', html_template='', js_on_load=HOVER.read_text(), visible='hidden', elem_id='numbers')
     about = gr.Markdown(NOTHING_LIT, elem_id='about')
     with gr.Row():
         number = gr.Dropdown([('none', 0)], value=0, label='Region', min_width=120, elem_id='number')
@@ -153,14 +156,14 @@ def showing() -> Shown:
         files = [gr.DownloadButton(text, interactive=False, min_width=120, elem_id=name) for name, text in names]
     line = gr.Textbox(label='The same on the command line', interactive=False, buttons=['copy'], elem_id='command')
     note = gr.Markdown('', elem_id='note')
-    return Shown(result, count, coarser, smallest, opacity, number, about, mask, files, line, note)
+    return Shown(result, under_cursor, count, coarser, smallest, opacity, number, about, mask, files, line, note)
 
 
 def regions_events(
     chosen: Chosen, shown: Shown, grid: gr.Image, about_grid: gr.Markdown, held: gr.State, found: gr.State, settings: Settings, folder: Path
 ) -> None:
     """What happens on the regions' tab."""
-    drawn = [found, shown.result, shown.count, shown.number, shown.about, shown.mask, shown.command, *shown.files]
+    drawn = [found, shown.result, shown.under_cursor, shown.count, shown.number, shown.about, shown.mask, shown.command, *shown.files]
 
     def draw(own: Held, options: Any, opacity: float) -> list[Any]:
         """Values of `drawn`; downloads wait until their files are written."""
@@ -171,8 +174,8 @@ def regions_events(
         numbers = [('none', 0)] + [(f'{number} – {share:.1%}', number) for number, share in shares(made.labels).items()]
         waiting = [gr.update(interactive=False)] * len(shown.files)
         return [
-            *(made, picture, f'### {count_in_words(made.labels, seconds)}', gr.update(choices=numbers, value=0), NOTHING_LIT),
-            *(gr.update(interactive=False), command(own, options, settings), *waiting),
+            *(made, picture, numbers_for_page(made.labels.labels), f'### {count_in_words(made.labels, seconds)}'),
+            *(gr.update(choices=numbers, value=0), NOTHING_LIT, gr.update(interactive=False), command(own, options, settings), *waiting),
         ]
 
     @explained

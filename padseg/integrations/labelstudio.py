@@ -5,19 +5,20 @@ Requests are not trusted: pictures come only from hosts that are allowed or from
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import logging
+import socket
 import tempfile
 import threading
-import time
-import urllib.error
 import urllib.parse
-import urllib.request
 import xml.etree.ElementTree
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any, NamedTuple
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from padseg.errors import PadsegError, UsageError
 from padseg.exports.labelstudio import brush
@@ -32,12 +33,12 @@ if TYPE_CHECKING:
     from padseg.backbones import Backbone
     from padseg.types import Image, LabelMap
 
+    Lock = threading.Lock | threading.Semaphore
+
 LONGEST_REQUEST = 16_000_000  # bytes
 LARGEST_PICTURE = 100_000_000  # bytes
 MOST_TASKS = 1000  # of one request
 LOCAL = '/data/local-files/'  # path of Label Studio's URLs for files of a local storage
-SECONDS = 30  # without an answer from a host, or a part of a request
-LONGEST = 300  # seconds for a whole picture
 PICTURES = 2  # held at one time, by all requests together
 PLAIN = "%/:=&?~#+!$,;'@()*[]"  # what stays as it is in an address; spaces and other letters are quoted
 READING = Reading(max_bytes=LARGEST_PICTURE)
@@ -56,6 +57,17 @@ class Sources(NamedTuple):
     token: str | None = None
 
 
+class Limits(NamedTuple):
+    """Times in seconds. silence: without a byte of a request or of a picture; picture: until all of a picture is here.
+
+    turn: until other requests are done; Label Studio itself waits no longer for a prediction, by default.
+    """
+
+    silence: float = 30
+    picture: float = 300
+    turn: float = 100
+
+
 class Interface(NamedTuple):
     """What a labelling configuration asks for. brush, image: names of its tags; field: key of a task's picture; labels: the brush's."""
 
@@ -69,11 +81,15 @@ class Refused(PadsegError):
     """A request that cannot be answered."""
 
 
-class Backend:
-    """The WSGI application. One request at a time is with the model."""
+class Busy(PadsegError):
+    """Other requests took too long."""
 
-    def __init__(self, backbone: Backbone, sources: Sources) -> None:
-        self.backbone, self.sources = backbone, sources
+
+class Backend:
+    """The WSGI application. One request at a time is with the model; the others wait."""
+
+    def __init__(self, backbone: Backbone, sources: Sources, limits: Limits = Limits()) -> None:
+        self.backbone, self.sources, self.limits = backbone, sources, limits
         self.lock = threading.Lock()
         self.pictures = threading.BoundedSemaphore(PICTURES)
         self.version = f'padseg {__version__} {backbone.identity.model}'
@@ -83,14 +99,17 @@ class Backend:
             status, answer = 200, self.answer(environ['REQUEST_METHOD'], environ.get('PATH_INFO', '/'), environ)
         except KeyError as error:
             status, answer = 404, {'error': f'there is no {error.args[0]}'}
+        except Busy as error:
+            status, answer = 503, {'error': str(error)}
         except PadsegError as error:
             status, answer = 400, {'error': str(error)}
         except Exception:
             log.exception('a request failed')
             status, answer = 500, {'error': 'padseg failed: see its log'}
         data = json.dumps(answer).encode('ascii')
-        words = {200: 'OK', 400: 'Bad Request', 404: 'Not Found', 500: 'Internal Server Error'}
-        start_response(f'{status} {words[status]}', [('Content-Type', 'application/json'), ('Content-Length', str(len(data)))])
+        start_response(
+            f'{status} {http.client.responses[status]}', [('Content-Type', 'application/json'), ('Content-Length', str(len(data)))]
+        )
         return [data]
 
     def answer(self, method: str, path: str, environ: WSGIEnvironment) -> dict[str, Any]:
@@ -130,9 +149,9 @@ class Backend:
         url = data.get(interface.field) if isinstance(data, dict) else None
         if not isinstance(url, str):
             raise Refused(f'a task has no picture in data.{interface.field}')
-        with self.pictures:
-            image = picture_at(url, self.sources)
-            with self.lock:
+        with turn(self.pictures, self.limits.turn):
+            image = picture_at(url, self.sources, self.limits)
+            with turn(self.lock, self.limits.turn):
                 labels = self.segmented(image, interface.labels)
         names = labels.names or interface.labels
         result = []
@@ -147,6 +166,17 @@ class Backend:
         if len(labels) > 1:
             return padseg.label(image, self.backbone, labels)
         return padseg.segment(image, self.backbone)
+
+
+@contextlib.contextmanager
+def turn(lock: Lock, seconds: float) -> Iterator[None]:
+    """Hold a lock. Raises Busy if it is not free within so many seconds."""
+    if not lock.acquire(timeout=seconds):
+        raise Busy(f'the model has been busy with other requests for {seconds:g} s: ask again later')
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def request_of(environ: WSGIEnvironment) -> dict[str, Any]:
@@ -186,22 +216,22 @@ def interface_of(config: Any) -> Interface:
     raise Refused('the labelling configuration has no BrushLabels with labels for an Image')
 
 
-def picture_at(url: str, sources: Sources) -> Image:
-    """The picture at a task's URL. Raises Refused for a place that is not allowed, and ImageError."""
+def picture_at(url: str, sources: Sources, limits: Limits) -> Image:
+    """The picture at a task's URL. Raises Refused for a place that is not allowed, and if there is no picture."""
     parts = parsed(url)
     try:
         if not parts.scheme and not parts.netloc and parts.path == LOCAL:
             return decode_apart(local_file(parts, sources.root), READING).image
         address, token = remote(url, parts, sources)
         with tempfile.NamedTemporaryFile(prefix='padseg-') as file:
-            for chunk in fetched(address, token):
+            for chunk in fetched(address, token, limits):
                 file.write(chunk)
             file.flush()
             return decode_apart(Path(file.name), READING).image
     except ImageError as error:
         raise Refused(f'{url}: {error}') from error
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise Refused(f'{url}: {getattr(error, "reason", None) or getattr(error, "strerror", None) or error}') from error
+        raise Refused(f'{url}: {getattr(error, "strerror", None) or error}') from error
 
 
 def parsed(url: str) -> urllib.parse.SplitResult:
@@ -236,26 +266,81 @@ def remote(url: str, parts: urllib.parse.SplitResult, sources: Sources) -> tuple
     return url, sources.token if own else None
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A host that is allowed may not send padseg to one that is not."""
+def fetched(url: str, token: str | None, limits: Limits) -> Iterator[bytes]:
+    """The bytes at a web address, in pieces, without following a redirection, which could lead to a host that is not allowed.
 
-    def redirect_request(self, *arguments: Any, **named: Any) -> None:
-        return None
+    Raises Refused if there are too many or they take too long, OSError and HTTPException.
+    """
+    parts = urllib.parse.urlsplit(urllib.parse.quote(url, safe=PLAIN))
+    kind = http.client.HTTPSConnection if parts.scheme == 'https' else http.client.HTTPConnection
+    connection = kind(parts.hostname or '', parts.port, timeout=limits.silence)
+    with contextlib.closing(connection), ended_after(limits.picture, connection) as late:
+        try:
+            target = (parts.path or '/') + (f'?{parts.query}' if parts.query else '')
+            connection.request('GET', target, headers={'Authorization': f'Token {token}'} if token else {})
+            answer = connection.getresponse()
+            if answer.status != http.client.OK:
+                raise Refused(f'{url}: the answer is {answer.status} {answer.reason}')
+            size = 0
+            while chunk := answer.read1(1 << 16):
+                size += len(chunk)
+                if size > LARGEST_PICTURE:
+                    raise Refused(f'{url} has more than {LARGEST_PICTURE} bytes')
+                yield chunk
+        except TimeoutError as error:
+            raise Refused(f'{url}: no answer for {limits.silence:g} s') from error
+        except (OSError, http.client.HTTPException):
+            if not late.is_set():
+                raise
+        if late.is_set():
+            raise Refused(f'{url} takes more than {limits.picture:g} s')
 
 
-def fetched(url: str, token: str | None) -> Iterable[bytes]:
-    """The bytes at a web address, in pieces. Raises Refused if there are too many or they take too long, OSError and HTTPException."""
-    request = urllib.request.Request(urllib.parse.quote(url, safe=PLAIN), headers={'Authorization': f'Token {token}'} if token else {})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), NoRedirect)
-    size, end = 0, time.monotonic() + LONGEST
-    with opener.open(request, timeout=SECONDS) as answer:
-        while chunk := answer.read1(1 << 16):
-            size += len(chunk)
-            if time.monotonic() > end:
-                raise Refused(f'{url} takes more than {LONGEST} s')
-            if size > LARGEST_PICTURE:
-                raise Refused(f'{url} has more than {LARGEST_PICTURE} bytes')
-            yield chunk
+@contextlib.contextmanager
+def ended_after(seconds: float, connection: http.client.HTTPConnection) -> Iterator[threading.Event]:
+    """Inside the block, end a connection after so many seconds, whatever it waits for, and set the event."""
+    late = threading.Event()
+    connection.connect()
+    channel = connection.sock
+
+    def end() -> None:
+        late.set()
+        with contextlib.suppress(OSError):
+            channel.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, end)
+    timer.start()
+    try:
+        yield late
+    finally:
+        timer.cancel()
+
+
+class Server(ThreadingMixIn, WSGIServer):
+    """A server for a backend. Requests have threads of their own, or Label Studio's checks would wait for predictions."""
+
+    daemon_threads = True
+
+    def __init__(self, host: str, port: int, backend: Backend) -> None:
+        self.silence = backend.limits.silence
+        super().__init__((host, port), Handler)
+        self.set_app(backend)
+
+
+class Handler(WSGIRequestHandler):
+    server: Server
+
+    def setup(self) -> None:
+        self.timeout = self.server.silence  # type: ignore[misc]
+        super().setup()
+
+    def handle(self) -> None:
+        try:
+            super().handle()
+        except TimeoutError:
+            self.log_error('no request for %g s', self.server.silence)
+        except ConnectionError:
+            self.log_error('the other side ended the connection')
 
 
 def checked_server(url: str | None) -> str | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from typing import Any, Protocol
 
@@ -14,6 +16,8 @@ from tqdm import tqdm
 
 SECONDS_PER_LINE = 10.0
 UNIT = ' pictures'
+LONG = 1 << 30  # bytes; what reads fewer is over before anybody looks
+NO_BARS = 'HF_HUB_DISABLE_PROGRESS_BARS'  # a variable of the hub's client
 
 
 class Progress(Protocol):
@@ -102,3 +106,34 @@ def shown(quiet: bool) -> Progress:
     if quiet:
         return Silent()
     return Bar() if sys.stderr.isatty() else Lines()
+
+
+def bytes_bar(words: str, total: int) -> tqdm[Any]:
+    """A bar of bytes with the time left, where `bars_shown` says so. It does not stay when it is closed."""
+    return tqdm(
+        *(None, words, total), unit='B', unit_scale=True, file=sys.stderr, dynamic_ncols=True, leave=False, disable=not bars_shown(total)
+    )
+
+
+def bars_shown(total: int) -> bool:
+    """Whether so many bytes deserve a bar: LONG or more, on a terminal, unless the bars of the hub's client are hidden."""
+    if total < LONG or sys.stderr is None or not sys.stderr.isatty():
+        return False
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    return not are_progress_bars_disabled()
+
+
+@contextlib.contextmanager
+def bars_hidden() -> Iterator[None]:
+    """Hide the bars of downloads and of long loads, here and in processes that are started, unless NO_BARS says otherwise."""
+    if NO_BARS in os.environ:
+        yield
+        return
+    os.environ[NO_BARS] = '1'  # all that is needed while the hub's client is not imported yet
+    hub = sys.modules.get('huggingface_hub.utils')
+    try:
+        with hub.disable_progress_bars() if hub else contextlib.nullcontext():
+            yield
+    finally:
+        del os.environ[NO_BARS]

@@ -110,12 +110,13 @@ def turned(tmp_path_factory) -> Path:
 
 def upload(page, path: Path) -> str:
     """Upload a picture and return the words about its regions."""
+    page.wait_for_selector('#count')  # the page is there, and listens
     page.set_input_files('#picture input[type=file]', path)
     return regions(page)
 
 
 def regions(page) -> str:
-    page.wait_for_function("document.querySelector('#count').innerText.includes('made in')", timeout=WAIT)
+    page.wait_for_function("document.querySelector('#count')?.innerText.includes('made in')", timeout=WAIT)
     page.wait_for_selector('#coco:not([disabled])', timeout=WAIT)
     return str(page.inner_text('#count'))
 
@@ -135,6 +136,28 @@ def downloaded(page, place: str) -> Path:
     with page.expect_download(timeout=WAIT) as waiting:
         page.click(place)
     return Path(waiting.value.path())
+
+
+# the red of each pixel of what is drawn over the picture: white where it is lit, black where not
+LIT = """(() => {
+    const {width, height} = document.querySelector('#under-cursor');
+    const {data} = document.querySelector('#under-cursor').getContext('2d').getImageData(0, 0, width, height);
+    return Array.from({length: width * height}, (_, at) => data[4 * at]);
+})()"""
+
+
+def within(page, across: float, down: float) -> dict[str, float]:
+    """A place of the picture shown, from shares of its width and height, in pixels of its element, which has margins around it."""
+    box = page.locator('#result img').bounding_box()
+    wide, high = page.evaluate("(({naturalWidth: w, naturalHeight: h}) => [w, h])(document.querySelector('#result img'))")
+    scale = min(1, box['width'] / wide, box['height'] / high)
+    return {'x': box['width'] / 2 + (across - 0.5) * wide * scale, 'y': box['height'] / 2 + (down - 0.5) * high * scale}
+
+
+def hovered(page, across: float, down: float) -> int:
+    """Move the mouse over a place of the picture shown; the region that lights up."""
+    page.locator('#result img').hover(position=within(page, across, down))
+    return int(page.get_attribute('#under-cursor', 'data-region', timeout=WAIT))
 
 
 def test_upload_slide_click_download(page, turned, tmp_path):
@@ -168,6 +191,36 @@ def test_upload_slide_click_download(page, turned, tmp_path):
     page.wait_for_selector('#mask:not([disabled])', timeout=WAIT)
     mask = np.asarray(PIL.Image.open(downloaded(page, '#mask')))
     np.testing.assert_array_equal(mask > 0, labels == int(number))
+
+
+def test_region_under_the_cursor_lights_up_without_a_request(page, turned, tmp_path):
+    upload(page, turned)
+    line = page.locator('#command textarea, #command input').first.input_value().split()
+    assert main([*line[1:3], str(turned), *line[4:], '--out', str(tmp_path), '-q']) == 0
+    labels = np.asarray(PIL.Image.open(tmp_path / 'labels/turned.jpg.png'))
+    page.wait_for_selector('#masks:not([disabled])', timeout=WAIT)
+    page.wait_for_timeout(500)
+    requests = []
+    page.on('request', lambda request: requests.append(request.url))
+    seen = set()
+    for place in ((0.5, 0.5), (0.1, 0.1), (0.9, 0.2), (0.3, 0.9), (0.01, 0.99)):
+        assert hovered(page, *place) == labels[int(place[1] * 600), int(place[0] * 400)]
+        lit = np.array(page.evaluate(LIT)).reshape(600, 400)
+        np.testing.assert_array_equal(lit > 0, labels == int(page.get_attribute('#under-cursor', 'data-region')))
+        seen.add(lit.tobytes())
+    assert len(seen) > 1 and requests == []
+    page.mouse.move(5, 5)
+    assert page.locator('#under-cursor').count() == 0
+
+    slide(page, '#coarser', 3)  # another label map, and what was lit is not
+    page.wait_for_function("document.querySelector('#command textarea, #command input').value.includes('--join')", timeout=WAIT)
+    page.wait_for_selector('#coco:not([disabled])', timeout=WAIT)
+    number = hovered(page, 0.5, 0.5)
+    page.locator('#result img').click(position=within(page, 0.5, 0.5))
+    page.wait_for_function("document.querySelector('#about').innerText.includes('pixels')", timeout=WAIT)
+    number_clicked, area = re.search(r'Region (\d+) of \d+: ([\d,]+) pixels', page.inner_text('#about')).groups()
+    assert int(number_clicked) == number
+    assert np.count_nonzero(page.evaluate(LIT)) == int(area.replace(',', ''))
 
 
 def test_other_tabs(page, turned):
@@ -220,6 +273,10 @@ def test_narrow_screen(browser, server, turned):
     page.goto(server.address)
     upload(page, turned)
     assert page.evaluate('document.documentElement.scrollWidth') <= 400
+    number = hovered(page, 0.7, 0.3)
+    page.locator('#result img').click(position=within(page, 0.7, 0.3))
+    page.wait_for_function("document.querySelector('#about').innerText.includes('pixels')", timeout=WAIT)
+    assert page.inner_text('#about').startswith(f'Region {number} of')
     page.close()
 
 

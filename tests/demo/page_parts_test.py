@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import os
 import tempfile
 import time
+import zlib
 
 import numpy as np
 import pytest
 
 from padseg.commands import main
 from padseg.demo.downloads import LOCK, OURS, PREFIX, sweep, temporary_folder
-from padseg.demo.drawing import DIMMED, GAP, SIDE, TOP, grid_of_maps, legend, preview
+from padseg.demo.drawing import DIMMED, GAP, SIDE, TOP, grid_of_maps, legend, numbers_for_page, preview, preview_size
 from padseg.demo.models import offer, offers
+from padseg.demo.regions import region_at
 from padseg.demo.settings import Settings, is_local, warnings_for
 from padseg.errors import UsageError
 from padseg.exports.colours import voc_colours
@@ -31,6 +34,16 @@ def test_preview():
     lit = preview(image, labels, 0.25, lit=2)
     assert (lit[5, 40] == 100).all() and (lit[5, 5] < 100 * DIMMED + 20).all()
     assert preview(np.zeros((10, 3000, 3), np.uint8), np.ones((10, 3000), int)).shape == (3, SIDE, 3)
+
+
+@pytest.mark.parametrize('shape', [(7, 5), (1, 1), (1500, 401)])
+def test_numbers_for_the_page_are_those_of_a_click(shape):
+    labels = np.random.default_rng(0).integers(0, 70_000, shape)
+    width, height, data = numbers_for_page(labels).split()
+    size = int(height), int(width)
+    assert size == preview_size(shape)
+    numbers = np.frombuffer(zlib.decompress(base64.b64decode(data)), '<u4').reshape(size)
+    assert all(numbers[y, x] == region_at(labels, (x, y), size) for y in range(0, size[0], 3) for x in range(0, size[1], 3))
 
 
 def test_grid_of_maps():

@@ -6,32 +6,30 @@ import contextlib
 import http.server
 import io
 import json
+import socket
 import threading
+import time
 import urllib.error
 import urllib.request
-from wsgiref.simple_server import WSGIRequestHandler, make_server
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import PIL.Image
 import pytest
 
 import padseg
-from padseg.integrations.labelstudio import Backend, Refused, Sources, interface_of
+from padseg.integrations.labelstudio import Backend, Limits, Refused, Server, Sources, interface_of
 
 ONE = '<View><Image name="image" value="$picture"/><BrushLabels name="tag" toName="image"><Label value="thing"/></BrushLabels></View>'
 TWO = ONE.replace('<Label value="thing"/>', '<Label value="animal"/><Label value="water"/>')
 PICTURE = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
 
 
-class Quiet(WSGIRequestHandler):
-    def log_message(self, *arguments):
-        pass
-
-
 class Files(http.server.BaseHTTPRequestHandler):
-    """A host with one picture, and a way to another host; it notes the tokens that it is sent."""
+    """A host with one picture, a way to another host, and pictures that never end; it notes the tokens that it is sent."""
 
     tokens: list[str | None] = []
+    closing = threading.Event()
 
     def do_GET(self):
         self.tokens.append(self.headers.get('Authorization'))
@@ -40,9 +38,28 @@ class Files(http.server.BaseHTTPRequestHandler):
             self.send_header('Location', '/data/upload/1/a.png')
             self.end_headers()
             return
+        if self.path == '/gone':
+            self.send_error(404)
+            return
+        if self.path == '/silent':
+            self.closing.wait(20)
+            return
+        if self.path == '/slow-headers':
+            self.trickle(b'HTTP/1.1 200 OK\r\nX: ')
+            return
         self.send_response(200)
         self.end_headers()
+        if self.path == '/slow':
+            self.trickle(as_png()[:10])
+            return
         self.wfile.write(as_png())
+
+    def trickle(self, start):
+        """Send a beginning, and then a byte each moment."""
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(start)
+            while not self.closing.wait(0.05):
+                self.wfile.write(b'x')
 
     def log_message(self, *arguments):
         pass
@@ -75,6 +92,7 @@ def tiny():
 def host():
     with serving(http.server.ThreadingHTTPServer(('127.0.0.1', 0), Files)) as address:
         yield address
+        Files.closing.set()
 
 
 @pytest.fixture(scope='module')
@@ -88,7 +106,7 @@ def backend(tiny, host, tmp_path_factory):
     (root / 'link.png').symlink_to(root.parent / 'secret.png')
     (root / 'folder').symlink_to(root.parent)
     sources = Sources(frozenset({host}), root, f'http://{host}', 'sesame')
-    with serving(make_server('127.0.0.1', 0, Backend(tiny, sources), handler_class=Quiet)) as address:
+    with serving(Server('127.0.0.1', 0, Backend(tiny, sources))) as address:
         yield address
 
 
@@ -158,7 +176,7 @@ def test_only_label_studio_gets_the_token(backend, host):
 
 def test_an_allowed_host_is_asked(tiny, host):
     Files.tokens.clear()
-    with serving(make_server('127.0.0.1', 0, Backend(tiny, Sources(frozenset({host}), token='sesame')), handler_class=Quiet)) as address:
+    with serving(Server('127.0.0.1', 0, Backend(tiny, Sources(frozenset({host}), token='sesame')))) as address:
         assert predict(address, f'http://{host}/a.png')[0] == 200
         assert Files.tokens == [None]
         for name in ('a b', 'straße'):
@@ -208,3 +226,98 @@ def test_requests_that_are_none_are_refused(backend, body):
 def test_configurations_without_a_brush_for_a_picture_are_refused(config):
     with pytest.raises(Refused):
         interface_of(config)
+
+
+@contextlib.contextmanager
+def hooked(backbone, before, after):
+    """Inside the block, functions are called before and after each forward pass of the model."""
+    hooks = [
+        backbone.transformer.register_forward_pre_hook(lambda *_: before()),
+        backbone.transformer.register_forward_hook(lambda *_: after(), always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_one_forward_pass_at_a_time(backend, tiny):
+    running, most, passes = 0, 0, 0
+
+    def before():
+        nonlocal running, most, passes
+        running, passes = running + 1, passes + 1
+        most = max(most, running)
+        time.sleep(0.05)
+
+    def after():
+        nonlocal running
+        running -= 1
+
+    with hooked(tiny, before, after), ThreadPoolExecutor(5) as pool:
+        answers = list(pool.map(lambda _: predict(backend, '/data/local-files/?d=images/a%20b.png'), range(5)))
+    assert passes >= 5 and most == 1
+    assert [status for status, _ in answers] == [200] * 5 and all(answer == answers[0][1] for _, answer in answers)
+
+
+@pytest.mark.parametrize('others', [1, 3])  # one is with the model; of three, one waits with its picture, and one for its picture
+def test_while_the_model_works_checks_are_answered_and_requests_are_told_to_come_again(tiny, host, others):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def before():
+        begun.set()
+        assert go_on.wait(60)
+
+    backend = Backend(tiny, Sources(frozenset({host})), Limits(turn=0.3))
+    with serving(Server('127.0.0.1', 0, backend)) as address, hooked(tiny, before, lambda: None), ThreadPoolExecutor(4) as pool:
+        first = pool.submit(predict, address, f'http://{host}/a.png')
+        try:
+            assert begun.wait(60)
+            assert ask(address, '/health')[0] == 200
+            for answer in pool.map(lambda _: predict(address, f'http://{host}/a.png'), range(others)):
+                assert answer == (503, {'error': 'the model has been busy with other requests for 0.3 s: ask again later'})
+        finally:
+            go_on.set()
+        assert first.result()[0] == 200
+        assert predict(address, f'http://{host}/a.png')[0] == 200  # nothing is held that should be free
+
+
+@pytest.mark.parametrize(
+    ('path', 'words'),
+    [
+        ('/silent', 'no answer for 0.5 s'),
+        ('/slow', 'takes more than 1 s'),
+        ('/slow-headers', 'takes more than 1 s'),
+        ('/gone', 'the answer is 404 Not Found'),
+        ('/away', 'the answer is 302 Found'),
+    ],
+)
+def test_a_host_that_takes_too_long_or_has_no_picture(tiny, host, path, words):
+    backend = Backend(tiny, Sources(frozenset({host})), Limits(silence=0.5, picture=1))
+    with serving(Server('127.0.0.1', 0, backend)) as address:
+        began = time.monotonic()
+        status, answer = predict(address, f'http://{host}{path}')
+        assert status == 400 and answer['error'].startswith(f'http://{host}{path}') and words in answer['error']
+        assert time.monotonic() - began < 10
+        assert predict(address, f'http://{host}/a.png')[0] == 200
+
+
+def test_a_client_that_goes_silent_is_let_go(tiny, capsys):
+    with serving(Server('127.0.0.1', 0, Backend(tiny, Sources(), Limits(silence=0.5)))) as address:
+        host, port = address.split(':')
+        for sent, answered in (
+            (b'', b''),
+            (b'POST /predict HT', b''),
+            (b'POST /predict HTTP/1.0\r\nContent-Length: 9\r\n\r\n{', b'did not arrive'),
+        ):
+            with socket.create_connection((host, int(port)), timeout=20) as client:
+                client.sendall(sent)
+                said = b''
+                while part := client.recv(1000):
+                    said += part
+            assert answered in said and (said == b'' or b' 400 ' in said)
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(b'GET /hea')
+        assert ask(address, '/health')[0] == 200
+    assert 'no request for 0.5 s' in (said := capsys.readouterr().err) and 'Traceback' not in said
