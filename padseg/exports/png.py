@@ -15,6 +15,7 @@ import PIL.Image
 
 from padseg.errors import UnreadableLabels
 from padseg.exports.colours import voc_colours
+from padseg.exports.enlarged import enlarged_rows, png, sources
 from padseg.images import DAMAGE, ImageError, contents
 from padseg.system.files import atomic
 
@@ -35,11 +36,19 @@ def write(image: Image | None, labels: LabelMap, path: Path) -> None:
     write_label_map(labels, path)
 
 
-def write_label_map(labels: LabelMap, path: Path) -> None:
-    """Write labels (H, W) as palette PNG, or as 16-bit grey if there are more than 255 regions. TooManyRegions if more than 65535."""
+def write_label_map(labels: LabelMap, path: Path, size: tuple[int, int] | None = None) -> None:
+    """Write labels (H, W) as palette PNG, or as 16-bit grey if there are more than 255 regions. TooManyRegions if more than 65535.
+
+    size: (H, W) of the file's label map, if larger.
+    """
     highest = int(labels.labels.max())
     if highest > np.iinfo(np.uint16).max:
         raise TooManyRegions(f'a PNG holds at most 65535 regions; got {highest}')
+    if size and size != labels.labels.shape:
+        rows = enlarged_rows(labels.labels.astype('>u2' if highest > np.iinfo(np.uint8).max else np.uint8), sources(labels.labels.shape, size))
+        with atomic(path) as temporary:
+            temporary.write_bytes(png(rows, size, 16) if highest > np.iinfo(np.uint8).max else png(rows, size, 8, voc_colours().tobytes()))
+        return
     if highest > np.iinfo(np.uint8).max:
         picture = PIL.Image.fromarray(labels.labels.astype(np.uint16))
     else:
