@@ -15,8 +15,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from padseg.images import png_chunk
 from padseg.types import Array
-
 
 GREY, INDEXED = 0, 3  # colour types of PNG
 AS_IT_IS, AS_ABOVE = b'\0', b'\2'  # filters of a PNG's row: none, and the difference from the row above
@@ -49,10 +49,8 @@ def enlarged_rows(labels: Array, places: Sources) -> Iterator[tuple[Array, int]]
 def png(rows: Rows, size: tuple[int, int], depth: int = 8, palette: bytes = b'') -> bytes:
     """The PNG of a picture (H, W) from its rows: grey, in bytes or big-endian words, or with a palette of bytes RGB."""
     head = struct.pack('>IIBBBBB', size[1], size[0], depth, INDEXED if palette else GREY, 0, 0, 0)
-    parts = {b'IHDR': head, **({b'PLTE': palette} if palette else {}), b'IDAT': b''.join(packed(rows)), b'IEND': b''}
-    return b'\x89PNG\r\n\x1a\n' + b''.join(
-        len(data).to_bytes(4, 'big') + name + data + zlib.crc32(data, zlib.crc32(name)).to_bytes(4, 'big') for name, data in parts.items()
-    )
+    chunks = [(b'IHDR', head), *([(b'PLTE', palette)] if palette else []), (b'IDAT', b''.join(packed(rows))), (b'IEND', b'')]
+    return b'\x89PNG\r\n\x1a\n' + b''.join(png_chunk(*each) for each in chunks)
 
 
 def packed(rows: Rows) -> Iterator[bytes]:

@@ -45,7 +45,9 @@ def write_label_map(labels: LabelMap, path: Path, size: tuple[int, int] | None =
     if highest > np.iinfo(np.uint16).max:
         raise TooManyRegions(f'a PNG holds at most 65535 regions; got {highest}')
     if size and size != labels.labels.shape:
-        rows = enlarged_rows(labels.labels.astype('>u2' if highest > np.iinfo(np.uint8).max else np.uint8), sources(labels.labels.shape, size))
+        rows = enlarged_rows(
+            labels.labels.astype('>u2' if highest > np.iinfo(np.uint8).max else np.uint8), sources(labels.labels.shape, size)
+        )
         with atomic(path) as temporary:
             temporary.write_bytes(png(rows, size, 16) if highest > np.iinfo(np.uint8).max else png(rows, size, 8, voc_colours().tobytes()))
         return
