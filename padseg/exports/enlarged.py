@@ -23,7 +23,7 @@ AS_IT_IS, AS_ABOVE = b'\0', b'\2'  # filters of a PNG's row: none, and the diffe
 MANY = 64  # equal rows that are packed together at most
 MODULUS = 65521  # of Adler-32
 Rows = Iterable[tuple[Array, int]]  # the pixels of a row (W,), and how many rows one below the other have them
-Box = tuple[int, int, int, int]  # left, top, width, height in pixels
+Box = tuple[int, ...]  # left, top, width, height in pixels
 
 
 class Sources(NamedTuple):
@@ -89,7 +89,7 @@ def joined_checks(first: int, second: int, length: int) -> int:
     return (high + more + length * (low - 1)) % MODULUS << 16 | (low + last - 1) % MODULUS
 
 
-def enlarged_mask(labels: Array, region: int, where: tuple[slice, slice], places: Sources) -> tuple[bytes, int, Box]:
+def enlarged_mask(labels: Array, region: int, where: tuple[slice, ...], places: Sources) -> tuple[bytes, int, Box]:
     """The mask of a region in the larger size as a PNG, 0 or 255, with its area and box there. where: its rows and columns in `labels`."""
     height, width = (len(own) for own in places)
     inside = labels[where[0]] == region  # (h', w)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 import PIL.Image
+from PIL.PngImagePlugin import PngImageFile
 
 from padseg.errors import UnreadableLabels
 from padseg.exports.colours import voc_colours
@@ -74,7 +75,7 @@ def encoded(suffix: str, pixels: Array, options: Sequence[int] = ()) -> bytes:
 def read_label_map(path: Path, size: tuple[int, int] | None = None) -> Array:
     """Labels (H, W), uint8, uint16 or int32: indices of a palette PNG or greys of a grey one. UnreadableLabels if it holds none.
 
-    size: (H, W) that it has to have, which is found out before it is decoded.
+    size: (H, W) that it has to have, which is found out before it is decoded; without it, Pillow's limit of pixels holds.
     """
     labels, rawmode = png_pixels(path, INDEXED, 'a label map has one channel, grey or with a palette', size)
     if labels.dtype == bool:
@@ -87,7 +88,8 @@ def png_pixels(path: Path, modes: tuple[str, ...], wanted: str, size: tuple[int,
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # Pillow warns about large pictures, but label maps may be large
         try:
-            with PIL.Image.open(io.BytesIO(contents(path)), formats=('PNG',)) as picture:
+            file = io.BytesIO(contents(path))
+            with PngImageFile(file) if size else PIL.Image.open(file, formats=('PNG',)) as picture:
                 if picture.mode not in modes:
                     raise UnreadableLabels(path, f'{wanted}; this is {picture.mode}')
                 if size and picture.size != size[::-1]:

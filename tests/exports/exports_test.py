@@ -65,6 +65,15 @@ def test_a_large_label_map_of_many_regions(tmp_path):
         assert picture.mode == 'P' and picture.getpalette() == voc_colours().ravel().tolist()
 
 
+def test_a_label_map_of_more_pixels_than_pillow_opens_is_read_if_its_size_is_known(tmp_path):
+    size = (9_000, 20_000)
+    write_label_map(LabelMap(np.array([[1, 2], [3, 4]], np.int32), ((),) * 4), tmp_path / 'a.png', size)
+    labels = read_label_map(tmp_path / 'a.png', size)
+    assert labels.shape == size and labels[::4_500, ::10_000].tolist() == [[1, 2], [3, 4]]
+    with pytest.raises(UnreadableLabels):
+        read_label_map(tmp_path / 'a.png')
+
+
 def test_voc_colours():
     colours = voc_colours().tolist()
     assert colours[:4] == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]
