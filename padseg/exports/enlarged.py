@@ -41,9 +41,10 @@ def sources(small: tuple[int, ...], size: tuple[int, ...]) -> Sources:
 
 def enlarged_rows(labels: Array, places: Sources) -> Iterator[tuple[Array, int]]:
     """The rows of a label map (h, w) in the larger size. Equal rows come together."""
-    new = np.append(True, (labels[1:] != labels[:-1]).any(1)) if len(labels) > 1 else np.ones(1, bool)
-    for number, equal in itertools.groupby((np.cumsum(new) - 1)[places.rows].tolist()):
-        yield labels[np.flatnonzero(new)[number]][places.columns], len(list(equal))
+    firsts = np.flatnonzero(np.append(True, (labels[1:] != labels[:-1]).any(1)))  # of rows that are equal
+    numbers, times = np.unique(np.searchsorted(firsts, places.rows, 'right') - 1, return_counts=True)
+    for first, count in zip(firsts[numbers].tolist(), times.tolist(), strict=True):
+        yield labels[first][places.columns], count
 
 
 def png(rows: Rows, size: tuple[int, int], depth: int = 8, palette: bytes = b'') -> bytes:

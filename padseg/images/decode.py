@@ -163,8 +163,8 @@ def decode_pillow(picture: PIL.Image.Image) -> Image:
 def decode_with_notes(data: bytes, reading: Reading = Reading(), frame: int = 0) -> Decoded:
     """Decode a picture, with notes on conversions. Raises ImageError with the reason.
 
-    JPEGs are reduced during decoding, most PNGs and TIFFs in parts of rows. Others take up to 4 bytes per pixel of the original picture plus
-    the reduced one in memory.
+    JPEGs are reduced during decoding, most PNGs and TIFFs in parts of rows. Others take up to 4 bytes per pixel of the original picture
+    plus the reduced one in memory.
     """
     if not data:
         raise ImageError('empty file')
