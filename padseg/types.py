@@ -76,12 +76,14 @@ class TokenMaps(NamedTuple):
     """maps: (T, h, w) float32, the share of each image token's attention that goes to text token t; names: T words.
 
     settings: the method's settings for the model that made the maps; they fill in options left open later.
+    whole: if the maps are from windows, those of the usual view of the whole picture, (T, h', w').
     """
 
     maps: Tensor
     names: tuple[str, ...]
     frame: Frame
     settings: Mapping[str, Any] = {}
+    whole: Tensor | None = None
 
 
 class Proposals(NamedTuple):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
+from scipy.ndimage import find_objects
 
 from padseg.errors import UsageError
+from padseg.exports.enlarged import Box, enlarged_mask, sources
 from padseg.exports.png import encoded, read_label_map
 from padseg.system.files import atomic
 from padseg.system.text import csv_cell
@@ -31,30 +34,42 @@ def write(image: Image | None, labels: LabelMap, path: Path) -> None:
     write_masks(labels, path)
 
 
-def write_masks(labels: LabelMap, folder: Path) -> None:
+def write_masks(labels: LabelMap, folder: Path, size: tuple[int, int] | None = None) -> None:
     """Write region k as folder/{k-1}.png, 0 or 255, with a row in metadata.csv; boxes are x, y, width, height in pixels.
 
-    If regions are classes, only those that the picture shows are written, with their names in an extra last column.
+    If regions are classes, only those that the picture shows are written, with their names in an extra last column. size: (H, W) of the
+    masks, if larger than the label map.
     """
-    height, width = labels.labels.shape
+    height, width = size or labels.labels.shape
     text = io.StringIO()
     table = csv.DictWriter(text, (*COLUMNS, 'name') if labels.names else COLUMNS, lineterminator='\n')
     table.writeheader()
     with atomic(folder) as temporary:
         temporary.mkdir()
-        for region in range(1, int(labels.labels.max()) + 1):
-            mask = (labels.labels == region).view(np.uint8)  # (H, W)
-            mask *= 255
-            if labels.names and not mask.any():
-                continue
-            (temporary / f'{region - 1}.png').write_bytes(encoded('.png', mask, ENCODING))
-            row: dict[str, Any] = {'id': region - 1, 'area': cv2.countNonZero(mask), 'region': region}
-            row |= dict(zip(BOX, cv2.boundingRect(mask), strict=True))
+        for region, data, area, box in masks_of(labels.labels, (height, width)):
+            (temporary / f'{region - 1}.png').write_bytes(data)
+            row: dict[str, Any] = {'id': region - 1, 'area': area, 'region': region}
+            row |= dict(zip(BOX, box, strict=True))
             row |= dict(zip(CROP, (0, 0, width, height), strict=True))
             tokens = labels.tokens[region - 1] if labels.tokens else ()
             row |= {'tokens': ' '.join(map(str, tokens))}
             table.writerow(row | {'name': csv_cell(labels.names[region - 1])} if labels.names else row)
         (temporary / 'metadata.csv').write_text(text.getvalue(), encoding='utf-8')
+
+
+def masks_of(labels: Array, size: tuple[int, int]) -> Iterator[tuple[int, bytes, int, Box]]:
+    """Yield the number of each region, its mask as a PNG of this size (H, W), its area and its box."""
+    if size != labels.shape:
+        places = sources(labels.shape, size)
+        for region, where in enumerate(find_objects(labels), start=1):
+            if where:
+                yield region, *enlarged_mask(labels, region, where, places)
+        return
+    for region in range(1, int(labels.max()) + 1):
+        mask = (labels == region).view(np.uint8)  # (H, W)
+        if area := cv2.countNonZero(mask):
+            mask *= 255
+            yield region, encoded('.png', mask, ENCODING), area, tuple(cv2.boundingRect(mask))
 
 
 def read_masks(folder: Path) -> Array:

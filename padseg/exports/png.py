@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 import PIL.Image
+from PIL.PngImagePlugin import PngImageFile
 
 from padseg.errors import UnreadableLabels
 from padseg.exports.colours import voc_colours
+from padseg.exports.enlarged import enlarged_rows, png, sources
 from padseg.images import DAMAGE, ImageError, contents
 from padseg.system.files import atomic
 
@@ -35,11 +37,21 @@ def write(image: Image | None, labels: LabelMap, path: Path) -> None:
     write_label_map(labels, path)
 
 
-def write_label_map(labels: LabelMap, path: Path) -> None:
-    """Write labels (H, W) as palette PNG, or as 16-bit grey if there are more than 255 regions. TooManyRegions if more than 65535."""
+def write_label_map(labels: LabelMap, path: Path, size: tuple[int, int] | None = None) -> None:
+    """Write labels (H, W) as palette PNG, or as 16-bit grey if there are more than 255 regions. TooManyRegions if more than 65535.
+
+    size: (H, W) of the file's label map, if larger.
+    """
     highest = int(labels.labels.max())
     if highest > np.iinfo(np.uint16).max:
         raise TooManyRegions(f'a PNG holds at most 65535 regions; got {highest}')
+    if size and size != labels.labels.shape:
+        rows = enlarged_rows(
+            labels.labels.astype('>u2' if highest > np.iinfo(np.uint8).max else np.uint8), sources(labels.labels.shape, size)
+        )
+        with atomic(path) as temporary:
+            temporary.write_bytes(png(rows, size, 16) if highest > np.iinfo(np.uint8).max else png(rows, size, 8, voc_colours().tobytes()))
+        return
     if highest > np.iinfo(np.uint8).max:
         picture = PIL.Image.fromarray(labels.labels.astype(np.uint16))
     else:
@@ -63,7 +75,7 @@ def encoded(suffix: str, pixels: Array, options: Sequence[int] = ()) -> bytes:
 def read_label_map(path: Path, size: tuple[int, int] | None = None) -> Array:
     """Labels (H, W), uint8, uint16 or int32: indices of a palette PNG or greys of a grey one. UnreadableLabels if it holds none.
 
-    size: (H, W) that it has to have, which is found out before it is decoded.
+    size: (H, W) that it has to have, which is found out before it is decoded; without it, Pillow's limit of pixels holds.
     """
     labels, rawmode = png_pixels(path, INDEXED, 'a label map has one channel, grey or with a palette', size)
     if labels.dtype == bool:
@@ -76,7 +88,8 @@ def png_pixels(path: Path, modes: tuple[str, ...], wanted: str, size: tuple[int,
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # Pillow warns about large pictures, but label maps may be large
         try:
-            with PIL.Image.open(io.BytesIO(contents(path)), formats=('PNG',)) as picture:
+            file = io.BytesIO(contents(path))
+            with PngImageFile(file) if size else PIL.Image.open(file, formats=('PNG',)) as picture:
                 if picture.mode not in modes:
                     raise UnreadableLabels(path, f'{wanted}; this is {picture.mode}')
                 if size and picture.size != size[::-1]:

@@ -14,6 +14,7 @@ import PIL.Image
 
 from padseg.errors import UsageError
 from padseg.images.apart import count_apart, decode_apart, size_apart, start_decoding
+from padseg.images.complete import png_chunk
 from padseg.images.decode import (
     DAMAGE,
     DECODERS,
@@ -72,6 +73,7 @@ __all__ = [
     'ignores_case',
     'in_words',
     'listing',
+    'png_chunk',
     'read',
     'refuse',
     'size_apart',

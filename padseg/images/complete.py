@@ -192,6 +192,10 @@ def chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
         place = end
 
 
+def png_chunk(name: bytes, body: bytes) -> bytes:
+    return len(body).to_bytes(4, 'big') + name + body + zlib.crc32(body, zlib.crc32(name)).to_bytes(4, 'big')
+
+
 def is_short_png(data: bytes, picture: PIL.Image.Image) -> bool:
     """Whether the data of a loaded PNG end before its last row."""
     last = picture.crop((0, picture.height - 1, picture.width, picture.height))
@@ -199,17 +203,23 @@ def is_short_png(data: bytes, picture: PIL.Image.Image) -> bool:
     if not interlaced and last.getbbox(alpha_only=False):
         return False  # missing rows would be zeros
     needed = png_bytes(picture.width, picture.height, data[24], data[25], interlaced)
+    for some in unpacked(data):
+        needed -= len(some)
+        if needed <= 0:
+            return False
+    return True
+
+
+def unpacked(data: bytes) -> Iterator[bytes]:
+    """The rows of a PNG as filters leave them, in pieces of at most CHUNK bytes."""
     unpacker = zlib.decompressobj()
     for name, start, end in chunks(data):
-        if name != b'IDAT':
-            continue
-        part = data[start + 8 : end - 4]
-        while part and needed > 0:
-            needed -= len(unpacker.decompress(part, CHUNK))
-            part = unpacker.unconsumed_tail
-        if needed <= 0 or unpacker.eof:
-            break
-    return needed > 0
+        for first in range(start + 8, end - 4, CHUNK) if name == b'IDAT' else ():
+            part = data[first : min(first + CHUNK, end - 4)]
+            while part and not unpacker.eof:
+                yield unpacker.decompress(part, CHUNK)
+                part = unpacker.unconsumed_tail
+    yield unpacker.flush()
 
 
 def png_bytes(width: int, height: int, depth: int, colours: int, interlaced: bool) -> int:

@@ -39,6 +39,7 @@ from padseg.images.complete import (
     with_key_colour,
 )
 from padseg.images.finding import AVIF, HEIC, SUFFIXES
+from padseg.images.parts import Pieces, is_plain_png, png_like, png_of_one_row, png_pieces, png_size, rows_of_part, tiff_pieces
 from padseg.images.pixels import (
     CONVENTIONS,
     TURNS,
@@ -162,7 +163,8 @@ def decode_pillow(picture: PIL.Image.Image) -> Image:
 def decode_with_notes(data: bytes, reading: Reading = Reading(), frame: int = 0) -> Decoded:
     """Decode a picture, with notes on conversions. Raises ImageError with the reason.
 
-    JPEGs are reduced during decoding. Other formats take up to 4 bytes per pixel of the original picture plus the reduced one in memory.
+    JPEGs are reduced during decoding, most PNGs and TIFFs in parts of rows. Others take up to 4 bytes per pixel of the original picture
+    plus the reduced one in memory.
     """
     if not data:
         raise ImageError('empty file')
@@ -212,7 +214,7 @@ def opened_bytes(data: bytes, reading: Reading) -> Opened:
     if is_kind(data, 'JPEG') and (fault := jpeg_fault(data)):
         raise ImageError(fault)
     if is_kind(data, 'PNG'):
-        data, too_large = lean_png(data)
+        data, too_large = lean_png(png_like(data, png_size(data)[1], b'') if in_parts(data, reading) else data)
         picture = opened_file(io.BytesIO(data), reading)
         if too_large and isinstance(picture, PngImageFile):
             picture.info['icc_profile'] = too_large
@@ -220,6 +222,11 @@ def opened_bytes(data: bytes, reading: Reading) -> Opened:
     if is_kind(data, 'GIF') and reading.frames == 'first' and (end := gif_frames(data, 1)[1]):
         data = data[:end] + b';'  # or Pillow would fill a truncated first frame from the frames after it
     return opened_file(io.BytesIO(data), reading)
+
+
+def in_parts(data: bytes, reading: Reading) -> bool:
+    """Whether this is a PNG that is reduced in parts."""
+    return is_plain_png(data) and reduction(png_size(data), reading) > 1
 
 
 def is_kind(data: bytes, kind: str) -> bool:
@@ -310,38 +317,55 @@ def is_short(picture: PIL.Image.Image, data: bytes) -> bool:
 
 def unpack(picture: PIL.Image.Image | Tiff, reading: Reading, notes: tuple[str, ...], data: bytes = b'') -> Decoded:
     """Decode a frame whose size has been checked. Raises ImageError for samples of unknown range, and Pillow's errors for damaged files."""
+    pieces: Pieces | None = None
+    size, by = picture.size, reduction(picture.size, reading)
     if isinstance(picture, Tiff):
+        pieces = tiff_pieces(picture, by) if by > 1 else None
         picture = page_of(picture, reading)
+    elif in_parts(data, reading):
+        pieces = png_pieces(data, rows_of_part(size[0], by))
+    seen = (
+        PngImageFile(io.BytesIO(png_of_one_row(data))) if pieces and isinstance(picture, PngImageFile) else picture
+    )  # others load to tell
     bounds = None
     if is_deep(picture):
         bounds = own_bounds(picture) or reading.value_range
         if bounds is None:
             raise ImageError(UNKNOWN_RANGE)
-    turn, turn_notes = turning(picture, reading)
+    turn, turn_notes = turning(seen, reading, pieces is None)
     profile, profile_notes = profile_for(picture)
-    size = picture.size
-    by = reduction(size, reading)
-    if by > 1 and isinstance(picture, JpegImageFile):
-        draft(picture, by, reading.shrink is None)
-    picture.load()
-    if is_short(picture, data):
-        raise ImageError(SHORT)
-    if isinstance(picture, TiffImageFile):
-        size = picture.size  # Pillow has turned it
-    loaded = as_meant(picture, data)
-    notes += ('wholly transparent',) if is_clear(loaded) else ()
+    if pieces is None:
+        if by > 1 and isinstance(picture, JpegImageFile):
+            draft(picture, by, reading.shrink is None)
+        picture.load()
+        if is_short(picture, data):
+            raise ImageError(SHORT)
+        if isinstance(picture, TiffImageFile):
+            size = picture.size  # Pillow has turned it
+        if reading.shrink:
+            by = factor(picture.size, reading.shrink)
+        elif isinstance(picture, JpegImageFile):
+            by = max(1, round(by * picture.width / size[0]))  # what is left after the draft
+        pieces = iter([as_meant(picture, data)])
+    image, void, clear = reduced_rows(pieces, Colours(bounds, profile, reading.background), by, reading.void)
+    image = TURNS[turn](image)
+    notes += ('wholly transparent',) if clear else ()
     notes += ('progressive, without its last scans',) if isinstance(picture, JpegImageFile) and lacks_scans(data) else ()
-    if reading.shrink:
-        by = factor(picture.size, reading.shrink)
-    elif isinstance(picture, JpegImageFile):
-        by = max(1, round(by * picture.width / size[0]))  # what is left after the draft
-    image = TURNS[turn](to_rgb(loaded, Colours(bounds, profile, reading.background), by))
-    void = to_void(loaded, by) if reading.void else None
     width, height = size[::-1] if turn >= 5 else size
     if image.shape[:2] != (height, width):
         notes = (*notes, f'reduced from {width}x{height}')
     void = None if void is None else np.ascontiguousarray(TURNS[turn](void))
     return Decoded(np.ascontiguousarray(image), void, (height, width), notes + turn_notes + profile_notes)
+
+
+def reduced_rows(pieces: Pieces, colours: Colours, by: int, void: bool) -> tuple[Image, Array | None, bool]:
+    """What `to_rgb`, `to_void` (if `void`) and `is_clear` say of a picture in parts of rows."""
+    found = [(to_rgb(piece, colours, by), to_void(piece, by) if void else None, is_clear(piece)) for piece in pieces]
+    images, voids, clear = zip(*found, strict=True)
+    if len(found) == 1:
+        return found[0]
+    clears = [np.zeros(image.shape[:2], bool) if own is None else own for image, own in zip(images, voids, strict=True)]
+    return np.concatenate(images), np.concatenate(clears) if any(own is not None for own in voids) else None, all(clear)
 
 
 def as_meant(picture: PIL.Image.Image, data: bytes) -> PIL.Image.Image:
@@ -365,8 +389,8 @@ def page_of(picture: Tiff, reading: Reading) -> PIL.Image.Image:
         raise ImageError(str(error)) from error
 
 
-def turning(picture: PIL.Image.Image, reading: Reading) -> tuple[int, tuple[str, ...]]:
-    """Key in TURNS for turning a loaded picture upright, and a note if the orientation cannot be read."""
+def turning(picture: PIL.Image.Image, reading: Reading, whole: bool) -> tuple[int, tuple[str, ...]]:
+    """Key in TURNS for turning a picture upright that is loaded `whole` or in parts, and a note if the orientation cannot be read."""
     try:
         exif = picture.getexif()
     except DAMAGE:
@@ -378,7 +402,7 @@ def turning(picture: PIL.Image.Image, reading: Reading) -> tuple[int, tuple[str,
         return 1, ()
     by_xmp = orientation != 1 and not names_orientation(picture)
     notes = ('turned as its XMP data say',) if by_xmp and reading.exif == 'apply' else ()
-    if isinstance(picture, TiffImageFile):  # Pillow turns these while loading
+    if whole and isinstance(picture, TiffImageFile):  # Pillow turns these while loading
         return 1 if reading.exif == 'apply' else {6: 8, 8: 6}.get(orientation, orientation), notes
     return orientation if reading.exif == 'apply' else 1, notes
 

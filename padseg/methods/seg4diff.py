@@ -163,7 +163,8 @@ def labels(image: Image, maps: TokenMaps, prepared: Prepared) -> LabelMap:
     options = prepared.options
     merged = proposals(maps, options)  # (M, h, w)
     if options.tiles:
-        return stages.tiled_label_map(image, merged, options)
+        whole = None if maps.whole is None else proposals(maps._replace(maps=maps.whole), options)
+        return stages.tiled_label_map(image, merged, options, whole)
     inside = stages.superpixels_of(image, options.superpixels) if options.superpixels else None  # (H, W)
     return stages.label_map(merged, inside, options.components, options.min_area, image, options.refine, options.join)  # (H, W)
 

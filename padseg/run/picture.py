@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from padseg.errors import ModelUnavailable, NotFinite, OutputConflict, ResourceExhausted
-from padseg.exports import FORMATS
+from padseg.exports import FORMATS, write_label_map, write_masks
 from padseg.images import Found, ImageError, decode_apart
 from padseg.run.job import Job, outputs, places
 from padseg.run.records import Entry
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from padseg.types import Array, Image, LabelMap, TokenMaps
 
 LONGEST = 500  # characters of a reason; torch's messages can include a C++ stack trace
+SIZED = {'labels': write_label_map, 'masks': write_masks}  # are as large as the picture, of which what is segmented may be a reduced copy
 MEMORY = 'not enough memory: try --shrink, a smaller --side or --batch, or fewer --workers'
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,6 @@ def labelled(stages: Stages, taken: Taken) -> Taken:
     """Make a picture's label map; if that fails, mark the picture as failed."""
     if taken.image is None:
         return taken
-    from padseg.methods.stages.enlarging import enlarged_labels
     from padseg.methods.stages.labels import unassign
 
     began = time.perf_counter()
@@ -102,8 +102,6 @@ def labelled(stages: Stages, taken: Taken) -> Taken:
         labels = stages.labels(taken.image, taken.maps)
         if taken.void is not None:
             labels = unassign(labels, taken.void)
-        if taken.entry.size not in (None, labels.labels.shape):  # the picture was reduced for tiles
-            labels = enlarged_labels(labels, taken.entry.size)
     except Exception as error:
         fail(taken.entry, error)
         return taken._replace(image=None, maps=None)
@@ -185,12 +183,10 @@ def save(job: Job, taken: Taken) -> Entry:
 
 
 def write_results(job: Job, entry: Entry, image: Image, maps: TokenMaps | None, labels: LabelMap) -> None:
-    from padseg.methods.stages.enlarging import enlarged_labels
-
     places = outputs(entry.input, job)
     for name, path in places.items():
-        if name == 'overlays' and labels.labels.shape != image.shape[:2]:
-            FORMATS[name].write(image, enlarged_labels(labels, image.shape[:2]), job.out / path)
+        if name in SIZED:
+            SIZED[name](labels, job.out / path, entry.size)
         elif name != 'maps':
             FORMATS[name].write(image, labels, job.out / path)
         elif maps is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 
+import cv2
 import numpy as np
 import PIL.Image
 import pytest
@@ -16,6 +17,7 @@ from padseg.exports.colours import voc_colours
 from padseg.exports.overlay import inner_boundaries, overlay
 from padseg.exports.png import encoded
 from padseg.images import ImageError
+from padseg.methods.stages.enlarging import enlarged_labels
 from padseg.system.files import atomic, sweep
 from padseg.types import LabelMap
 
@@ -30,6 +32,46 @@ def label_maps(draw):
     labels.flat[0] = 1
     ids = np.unique(labels[labels > 0])
     return LabelMap(np.where(labels > 0, np.searchsorted(ids, labels) + 1, 0).astype(np.int32), ((),) * len(ids))
+
+
+@given(label_maps(), strategies.tuples(strategies.integers(0, 200), strategies.integers(0, 30)))
+def test_files_in_a_larger_size_are_those_of_the_enlarged_label_map(tmp_path_factory, labels, more):
+    folder = tmp_path_factory.mktemp('larger')
+    size = tuple(length + own for length, own in zip(labels.labels.shape, more, strict=True))
+    large = enlarged_labels(labels, size)
+    write_label_map(labels, folder / 'a.png', size)
+    assert np.array_equal(read_label_map(folder / 'a.png'), large.labels)
+    write_masks(labels, folder / 'a', size)
+    write_masks(large, folder / 'b')
+    for path in (folder / 'b').iterdir():
+        if path.suffix == '.csv':
+            assert (folder / 'a' / path.name).read_bytes() == path.read_bytes()
+        else:
+            with PIL.Image.open(folder / 'a' / path.name) as one, PIL.Image.open(path) as other:
+                assert one.mode == other.mode == 'L' and np.array_equal(np.asarray(one), np.asarray(other))
+            assert np.array_equal(
+                cv2.imread(str(folder / 'a' / path.name), cv2.IMREAD_UNCHANGED), np.where(large.labels == int(path.stem) + 1, 255, 0)
+            )
+
+
+def test_a_large_label_map_of_many_regions(tmp_path):
+    labels = LabelMap(np.arange(1, 301, dtype=np.int32).reshape(10, 30), ((),) * 300)
+    write_label_map(labels, tmp_path / 'a.png', (1500, 900))
+    assert np.array_equal(read_label_map(tmp_path / 'a.png'), labels.labels.repeat(150, 0).repeat(30, 1))
+    with PIL.Image.open(tmp_path / 'a.png') as picture:
+        assert picture.mode == 'I;16'
+    write_label_map(labels._replace(labels=labels.labels % 200 + 1), tmp_path / 'b.png', (1500, 900))
+    with PIL.Image.open(tmp_path / 'b.png') as picture:
+        assert picture.mode == 'P' and picture.getpalette() == voc_colours().ravel().tolist()
+
+
+def test_a_label_map_of_more_pixels_than_pillow_opens_is_read_if_its_size_is_known(tmp_path):
+    size = (9_000, 20_000)
+    write_label_map(LabelMap(np.array([[1, 2], [3, 4]], np.int32), ((),) * 4), tmp_path / 'a.png', size)
+    labels = read_label_map(tmp_path / 'a.png', size)
+    assert labels.shape == size and labels[::4_500, ::10_000].tolist() == [[1, 2], [3, 4]]
+    with pytest.raises(UnreadableLabels):
+        read_label_map(tmp_path / 'a.png')
 
 
 def test_voc_colours():

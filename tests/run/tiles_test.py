@@ -37,6 +37,9 @@ def test_a_run_with_tiles(tmp_path, sd3_folder):
     assert entry['size'] == [4096, 4200] and entry['reduced_from'] is None and 'reduced from 4200x4096' in entry['notes']
     labels = read_label_map(tmp_path / 'out' / entry['outputs']['labels'])
     assert labels.shape == (4096, 4200) and labels.min() == 1 and labels.max() == entry['regions']
+    for region in range(1, labels.max() + 1):
+        mask = read_label_map(tmp_path / 'out' / entry['outputs']['masks'] / f'{region - 1}.png')
+        np.testing.assert_array_equal(mask, np.where(labels == region, 255, 0))
     assert PIL.Image.open(tmp_path / 'out' / entry['outputs']['overlays']).size == (2100, 2048)
     record = read_run(tmp_path / 'out' / 'run.json')
     assert record is not None and (record.settings['tiles'], record.settings['overlap']) == (1024, 128)

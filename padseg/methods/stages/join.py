@@ -117,6 +117,14 @@ def contrasts(index: Array, lab: Array, count: int) -> list[dict[int, tuple[floa
     return borders
 
 
+def within(graph: Graph, regions: Array) -> Graph:
+    """The same without borders between regions (K,), so that only superpixels of the same one join."""
+    borders = [
+        {other: border for other, border in each.items() if regions[other] == own} for own, each in zip(regions, graph.borders, strict=True)
+    ]
+    return graph._replace(borders=borders)
+
+
 class Join(NamedTuple):
     """Two regions that become one: `gone` is from then on a part of `kept`."""
 

@@ -19,7 +19,7 @@ from skimage.measure import label as connected_components
 from padseg.errors import UsageError
 from padseg.methods.stages.enlarging import Enlarge, upsampled, whole
 from padseg.methods.stages.guided_filter import guide_of, guided
-from padseg.methods.stages.join import GRAPH_AREA, Graph, Join, graph_of, joins, owners
+from padseg.methods.stages.join import GRAPH_AREA, Graph, Join, graph_of, joins, owners, within
 from padseg.methods.stages.runs import PART, Runs, as_runs, mean_inside, numbers_to, painted, parts, runs_of
 from padseg.types import Array, Image, LabelMap, Proposals
 
@@ -118,13 +118,14 @@ def join_order(
     join: float = math.inf,
     unit: float = 1.0,
     graph_area: int = GRAPH_AREA,
+    regions: Array | None = None,
 ) -> JoinOrder:
     """Join superpixels (H, W) where proposals and picture (H, W, 3) agree, up to a distance; what holds for it holds for lower ones too.
 
-    unit, graph_area: as of `label_map`.
+    unit, graph_area: as of `label_map`. regions: (K,), of each superpixel in ascending order, if only those of the same one may join.
     """
     runs, means, graph = superpixel_graph(proposals, superpixels, image, refine, unit, graph_area)
-    return JoinOrder(runs, means, joins(graph, join))
+    return JoinOrder(runs, means, joins(graph if regions is None else within(graph, regions), join))
 
 
 def superpixel_graph(

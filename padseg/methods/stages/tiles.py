@@ -2,8 +2,8 @@
 
 The 77 pads do not mean the same in every window: each window deals its things out to them anew. So every window's tokens are renamed, one
 to one, to agree with what is known of the same place: the maps of the next coarser scale, and those of the windows before it where they
-overlap. The coarsest scale is the usual view of the whole picture. One set of maps for the whole picture results, and what follows is as
-without windows: there are no labels to stitch.
+overlap. The coarsest scale is the usual view of the whole picture. One set of maps for the whole picture results: there are no labels to
+stitch. Where regions are joined superpixels, those of the usual view are divided by these maps.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from padseg.methods.stages.enlarging import enlarged_labels, upsample
 from padseg.methods.stages.forwards import batched
 from padseg.methods.stages.geometry import whole_frame
 from padseg.methods.stages.guided_filter import at_most
-from padseg.methods.stages.labels import label_map
+from padseg.methods.stages.join import owners
+from padseg.methods.stages.labels import join_order, label_map
 from padseg.methods.stages.latents import encode, encode_window
 from padseg.methods.stages.superpixels import SUPERPIXEL_AREA, superpixels_of
 from padseg.methods.stages.token_maps import latent_token_maps
@@ -63,7 +64,7 @@ def tiled_token_maps(image: Image, backbone: Backbone, options: TiledOptions, si
         finer = level_maps(image, grid, side, shared, backbone, options, maps)
         coarse = enlarged(maps, grid)
         maps = coarse + np.float32(FINER) * (finer - coarse)
-    return whole._replace(maps=torch.from_numpy(maps), frame=whole_frame(size))
+    return whole._replace(maps=torch.from_numpy(maps), frame=whole_frame(size), whole=whole.maps.cpu() if across > 1 else None)
 
 
 def scales(across: float) -> list[float]:
@@ -158,16 +159,22 @@ def enlarged(maps: Array, grid: Grid) -> Array:
     return np.stack([upsample(each, grid) for each in maps])
 
 
-def tiled_label_map(image: Image, proposals: Proposals, options: TiledOptions) -> LabelMap:
+def tiled_label_map(image: Image, proposals: Proposals, options: TiledOptions, whole: Proposals | None = None) -> LabelMap:
     """As `label_map`, for proposals from windows; regions may be as small as in a picture of one window's size.
 
     image: (H, W, 3), the picture or a reduced copy, and so is the result. That of a large one is made on a reduced copy and enlarged.
+    whole: proposals from the view of the whole picture, if it has more pixels than a window. Where superpixels are joined, the regions that
+    these give are only divided, and the less the picture exceeds a window, the more of a difference that takes.
     """
-    unit = min(1.0, options.tiles**2 / math.prod(proposals.frame.size))  # a window's share of the picture
-    small, area = (at_most(image, AREA), AREA) if unit < 1 else (image, SUPERPIXEL_AREA)
+    across = max(1.0, math.sqrt(math.prod(proposals.frame.size)) / options.tiles)  # in windows
+    unit, join, order = across**-2, options.join, None
+    small, area = (at_most(image, AREA), AREA) if across > 1 else (image, SUPERPIXEL_AREA)
     proposals = proposals._replace(frame=whole_frame(small.shape[:2]))
     inside = superpixels_of(small, options.superpixels, area) if options.superpixels else None
-    found = label_map(
-        proposals, inside, options.components, options.min_area * unit, small, options.refine, options.join, unit=unit, graph_area=area
-    )
+    if whole is not None and inside is not None and join:
+        coarse = join_order(whole._replace(frame=proposals.frame), inside, small, options.refine, join, graph_area=area)
+        regions = owners(coarse.steps, len(coarse.means), join)
+        join /= min(1.0, math.log2(across)) ** 2
+        order = join_order(proposals, inside, small, options.refine, join, unit, area, regions)
+    found = label_map(proposals, inside, options.components, options.min_area * unit, small, options.refine, join, order, unit, area)
     return found if small is image else enlarged_labels(found, image.shape[:2])

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from scipy.sparse.csgraph import connected_components
 
 from padseg.errors import UsageError
-from padseg.methods.stages.join import BINS, LEAST_AREA, SPREAD, UNIT, WEIGHTS, Graph, contrasts, graph_of, joined, joins, owners
+from padseg.methods.stages.join import BINS, LEAST_AREA, SPREAD, UNIT, WEIGHTS, Graph, contrasts, graph_of, joined, joins, owners, within
 from padseg.methods.stages.labels import join_order, label_map
 from padseg.types import Frame, Proposals
 
@@ -172,3 +173,13 @@ def test_steps_of_a_higher_threshold_begin_with_those_of_a_lower(threshold):
     every = joins(graph, np.inf)
     assert len(every) == 39
     np.testing.assert_array_equal(owners(every, 40, threshold), joined(graph, threshold))
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_only_superpixels_of_the_same_region_join(seed):
+    graph = random_graph(seed, 12)
+    regions = np.random.default_rng(seed).integers(0, 3, 12)
+    linked = np.array([[other in each for other in range(12)] for each in graph.borders]) & (regions[:, None] == regions)
+    _, expected = connected_components(linked, directed=False)
+    found = joined(within(graph, regions), np.inf)
+    np.testing.assert_array_equal(found[:, None] == found, expected[:, None] == expected)

@@ -8,13 +8,26 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, strategies as st
 
 import padseg
 from padseg.errors import UsageError
 from padseg.methods.seg4diff import Options, prepare
-from padseg.methods.stages.tiles import agreeing, enlarged, grid_of, level_maps, ramp, scales, shares, starts, window_maps, windows
-from padseg.types import LabelMap
+from padseg.methods.stages.tiles import (
+    agreeing,
+    enlarged,
+    grid_of,
+    level_maps,
+    ramp,
+    scales,
+    shares,
+    starts,
+    tiled_label_map,
+    window_maps,
+    windows,
+)
+from padseg.types import Frame, LabelMap, Proposals
 
 
 def noise_picture(height: int, width: int) -> np.ndarray:
@@ -94,6 +107,22 @@ def test_regions_may_be_as_small_as_in_one_window(backbone):
     areas = np.bincount(labels.ravel())[1:]
     assert areas.min() >= 0.05 * 64**2 and areas.min() < 0.05 * 256**2
     assert math.isclose(areas.sum(), 256**2)
+
+
+def proposals_of(quadrants: list[list[int]], side: int) -> Proposals:
+    """Two proposals, each 1 in the quadrants of its number and 0 elsewhere."""
+    numbers = np.array(quadrants).repeat(side // 2, 0).repeat(side // 2, 1)
+    maps = torch.from_numpy(np.stack([numbers == 0, numbers == 1]).astype(np.float64))
+    return Proposals(maps, ((0,), (1,)), Frame((side, side), (0, 0, side, side)))
+
+
+@pytest.mark.parametrize(('tiles', 'expected'), [(64, [[1, 2], [3, 2]]), (124, [[1, 2], [1, 2]])])
+def test_regions_of_the_whole_view_are_divided_the_less_the_smaller_the_picture(tiles, expected):
+    """Windows see that the lower left differs; that they do not tell left from right is of no account."""
+    image = np.array([[20, 100], [180, 250]], np.uint8).repeat(64, 0).repeat(64, 1)[..., None].repeat(3, 2)
+    options = Options(tiles=tiles, overlap=16, refine='none', superpixels=100.0, join=0.15, components=False, min_area=0.0)
+    found = tiled_label_map(image, proposals_of([[0, 0], [1, 0]], 128), options, proposals_of([[0, 1], [0, 1]], 128))
+    assert found.labels[32::64, 32::64].tolist() == expected and found.labels.max() == max(map(max, expected))
 
 
 @pytest.mark.parametrize('wrong', [{'tiles': 20}, {'tiles': 128, 'overlap': 65}, {'tiles': 128, 'geometry': 'diffseg'}])
