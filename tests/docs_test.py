@@ -160,7 +160,9 @@ def test_every_flag_in_the_text_exists():
     """Spans of code outside of blocks, in which flags of other programs stand too."""
     text = re.sub(r'^( *)```.*?^\1```$', '', WORDS, flags=re.MULTILINE | re.DOTALL)
     programs = [(ROOT / 'padseg/train/tiny.py').read_text(encoding='utf-8')]
-    programs += [path.read_text(encoding='utf-8') for path in (ROOT / 'padseg/bench').glob('*.py')]
+    programs += [
+        path.read_text(encoding='utf-8') for folder in ('bin', 'padseg/bench') for path in (ROOT / folder).glob('[!_]*') if path.is_file()
+    ]
     used = {flag for span in re.findall(r'`([^`\n]+)`', text) for flag in re.findall(r'(?<![\w-])--[a-z][\w-]*', span)}
     known = flags_of_commands() | ELSEWHERE | {flag for program in programs for flag in re.findall(r'--[a-z][\w-]*', program)}
     assert used - known == set()

@@ -116,11 +116,11 @@ def proposals_of(quadrants: list[list[int]], side: int) -> Proposals:
     return Proposals(maps, ((0,), (1,)), Frame((side, side), (0, 0, side, side)))
 
 
-@pytest.mark.parametrize(('tiles', 'expected'), [(64, [[1, 2], [3, 2]]), (124, [[1, 2], [1, 2]])])
+@pytest.mark.parametrize(('tiles', 'expected'), [(64, [[1, 2], [3, 2]]), (126, [[1, 2], [1, 2]])])
 def test_regions_of_the_whole_view_are_divided_the_less_the_smaller_the_picture(tiles, expected):
     """Windows see that the lower left differs; that they do not tell left from right is of no account."""
     image = np.array([[20, 100], [180, 250]], np.uint8).repeat(64, 0).repeat(64, 1)[..., None].repeat(3, 2)
-    options = Options(tiles=tiles, overlap=16, refine='none', superpixels=100.0, join=0.15, components=False, min_area=0.0)
+    options = Options(tiles=tiles, overlap=16, refine='none', superpixels=100.0, join=1.0, components=False, min_area=0.0)
     found = tiled_label_map(image, proposals_of([[0, 0], [1, 0]], 128), options, proposals_of([[0, 1], [0, 1]], 128))
     assert found.labels[32::64, 32::64].tolist() == expected and found.labels.max() == max(map(max, expected))
 
