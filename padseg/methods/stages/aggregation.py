@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -80,16 +81,16 @@ def layer_maps(
     spectral = spectral_norms(values, projection) if heads.spectral and values is not None and projection else None
     cross, among_image = [], []
     start = first if image_keys is None else image_keys
-    for rows in torch.arange(first, first + count, device=key.device).split(chunk_of(query, key)):
-        shares = softmax_rows(seen, keys, rows)  # (B, H, rows, L)
-        text = shares[..., picked]  # (B, H, rows, n)
+    image = slice(start, start + math.prod(among[0])) if among else None
+    read = parts_by_head if key.device.type == 'cpu' else parts_of_heads
+    for rows in torch.arange(first, first + count, device=key.device).split(chunk_of(query, key, by_head=read is parts_by_head)):
+        text, mean = read(seen, keys, rows, picked, image)  # (B, H, rows, n), (B, rows, N)
         z = (text @ values) if heads.text_only and values is not None else None
         if z is None and seen.output is not None:
             z = seen.output[:, :, rows].float()
         weights = head_weights(z, projection, heads.by, spectral) if projection and z is not None else None
         cross.append(aggregate_heads(text, weights))
         if among:
-            mean = shares[..., start : start + math.prod(among[0])].mean(1)  # (B, rows, N)
             among_image.append(resized_keys(mean, among[0], smaller_grid(*among[:2])).to(among[2]))
     return torch.cat(cross, 1), torch.cat(among_image, 1) if among else empty
 
@@ -105,10 +106,37 @@ def image_map(seen: Attention, first: int, grid: Grid, to: Grid, dtype: torch.dt
     return result
 
 
-def chunk_of(query: Tensor, key: Tensor) -> int:
-    """How many queries are read at a time."""
+def chunk_of(query: Tensor, key: Tensor, by_head: bool = False) -> int:
+    """How many queries are read at a time, of all pictures and heads or of one head of one picture."""
+    if by_head:
+        return max(1, CELLS_HEAD // key.shape[2])
     cells = CELLS_CPU if key.device.type == 'cpu' else CELLS_GPU
     return max(1, cells // (query.shape[0] * query.shape[1] * key.shape[2]))
+
+
+def parts_of_heads(seen: Attention, keys: Tensor, rows: Tensor, text: slice | list[int], image: slice | None) -> tuple[Tensor, Tensor]:
+    """Of the attention weights of some queries, those to the text, (B, H, rows, n), and the mean over heads of those to the image,
+    (B, rows, N), which is empty if it is not asked for. keys: (B, H, d, L) float32."""
+    shares = softmax_rows(seen, keys, rows)
+    return shares[..., text], keys.new_empty(0) if image is None else shares[..., image].mean(1)
+
+
+def parts_by_head(seen: Attention, keys: Tensor, rows: Tensor, text: slice | list[int], image: slice | None) -> tuple[Tensor, Tensor]:
+    """The same from one head after another: products of many rows are faster on a CPU than many products of few."""
+    of_text, means = [], []
+    for number in range(len(keys)):
+        total = None
+        for head in range(keys.shape[1]):
+            part = np.s_[number : number + 1, head : head + 1]
+            mask = seen.mask if seen.mask is None else seen.mask[(None,) * (4 - seen.mask.ndim)]
+            own = None if mask is None else mask.expand(len(keys), keys.shape[1], -1, -1)[part]
+            shares = softmax_rows(seen._replace(query=seen.query[part], mask=own), keys[part], rows)[0, 0]  # (rows, L)
+            of_text.append(shares[:, text])
+            if image is not None:
+                total = shares[:, image].clone() if total is None else total.add_(shares[:, image])
+        if total is not None:
+            means.append(total.div_(keys.shape[1]))
+    return torch.stack(of_text).unflatten(0, keys.shape[:2]), torch.stack(means) if means else keys.new_empty(0)
 
 
 def softmax_rows(seen: Attention, keys: Tensor, rows: Tensor) -> Tensor:
