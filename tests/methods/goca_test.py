@@ -464,3 +464,19 @@ def test_a_file_of_captions_that_is_no_file_or_too_large_is_refused_at_once(tmp_
     for name in ('pipe.json', 'large.json', 'twice.json'):
         with pytest.raises(UsageError, match=f'{name} cannot be read as JSON'):
             goca.read_captions(tmp_path / name)
+
+
+@pytest.mark.parametrize('shape', [None, (12,), (2, 1, 1, 12), (2, 3, 9, 12)], ids=['no-mask', 'keys', 'pictures', 'everything'])
+def test_one_head_after_another_gives_what_all_at_once_give(shape):
+    """On a CPU and on a GPU, each with the mean over heads of the weights among image tokens."""
+    generator = torch.Generator().manual_seed(5)
+    query, key = (torch.randn(2, 3, length, 4, generator=generator) for length in (9, 12))
+    mask = None if shape is None else torch.randn(shape, generator=generator)
+    seen, rows = Attention(query, key, None, mask), torch.tensor([1, 4, 8])
+    keys = key.transpose(2, 3)
+    for text, image in ((slice(9, 12), slice(0, 9)), ([11, 9], None)):
+        ours = aggregation.parts_by_head(seen, keys, rows, text, image)
+        theirs = aggregation.parts_of_heads(seen, keys, rows, text, image)
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.shape == other.shape and torch.allclose(one, other, atol=1e-6)
+    assert ours[0].shape == (2, 3, 3, 2)
