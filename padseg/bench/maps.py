@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from padseg.backbones import DTYPES, Backbone, Identity, family_of
-from padseg.backbones.fits import needs
 from padseg.backbones.parts import cut_model
 from padseg.backbones.spec import BACKBONES, CELL, DEPTHS
+from padseg.bench.cards import needs_of
 from padseg.bench.measure import between, finish_bench, fresh, measured_on, output_flags, peak, spread, surroundings
 from padseg.bench.model import default_dtype
 from padseg.bench.setting import QUIET, bench_picture
@@ -185,25 +185,9 @@ def summary(setting: MapsSetting, turns: list[dict[str, Taken]]) -> dict[str, An
         for way in turns[0]
     }
     both = {'ratio': spread([turn['whole'].own / turn['maps'].own for turn in turns])} if len(ways) == len(WAYS) else {}
-    reckoned = reckoned_memory(setting)
-    return {**setting._asdict(), 'repeats': len(turns), 'ways': ways, **both, 'reckoned': reckoned, **surroundings()}
-
-
-def reckoned_memory(setting: MapsSetting) -> float:
-    """What `padseg doctor` would reckon that maps need, in MiB."""
-    import diffusers
-
-    shape, spec = SHAPES[setting.model], BACKBONES[setting.model]
-    family = family_of(spec)
-    with torch.device('meta'):
-        network: Any = getattr(diffusers, family.LAYOUT.network)(**{**shape.transformer, **(SMALL[spec.family] if setting.small else {})})
-        vae: Any = getattr(diffusers, family.LAYOUT.vae)(**{**shape.vae, **(SMALL_VAE if setting.small else {})})
-    layer = min(spec.layer, len(family.blocks(network)) - 1)
-    cut_model(family, network, family.LAYOUT.denoiser, layer)
-    cut_model(family, vae, 'vae', layer)
-    exact = family.needs_exact_vae(shape.transformer)
-    forms = needs(family, network, vae, setting.side, spec.sequence, lambda dtype: torch.float32 if exact else dtype)
-    return forms['float32' if setting.dtype == 'float32' else 'bfloat16'].total / 2**20
+    form = 'float32' if setting.dtype == 'float32' else 'bfloat16'
+    reckoned = {} if setting.small else {'reckoned': needs_of(setting.model, setting.side)[form].total / 2**20}  # as by `padseg doctor`
+    return {**setting._asdict(), 'repeats': len(turns), 'ways': ways, **both, **reckoned, **surroundings()}
 
 
 def in_words(measured: dict[str, Any]) -> str:

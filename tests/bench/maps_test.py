@@ -9,6 +9,7 @@ import torch
 from click.testing import CliRunner
 
 from padseg.bench.__main__ import main
+from padseg.bench.cards import needs_of
 from padseg.bench.maps import MapsSetting, needed, random_backbone, read, summary, taken
 
 BLOCKS = {'sd3': (3,), 'openflux': (2, 2), 'flux2-klein': (2, 2), 'auraflow': (2, 2), 'z-image': (3,)}
@@ -40,7 +41,9 @@ def test_the_summary_has_ratio_and_memory():
     setting = MapsSetting('sd3', 64, 'float32', True)
     measured = summary(setting, [{way: taken(way, setting) for way in ('maps', 'whole')}])
     assert measured['ratio']['median'] > 0 and 'peak' in measured['ways']['maps'] and 'peak' not in measured['ways']['whole']
-    assert 1 < measured['reckoned'] < 100
+    assert 'reckoned' not in measured  # of the published shapes only
+    whole = summary(setting._replace(small=False, side=512), [{'maps': taken('maps', setting)}])
+    assert whole['reckoned'] == pytest.approx(needs_of('sd3', 512)['float32'].total / 2**20)
 
 
 @pytest.mark.slow
