@@ -14,7 +14,7 @@ from padseg.datasets.check import Check, check_dataset
 from padseg.errors import UsageError
 from padseg.evaluation.evaluate import Task, paired, stored
 from padseg.evaluation.protocols import CONTEXT, DEFAULT, WARNINGS, Protocol, protocol, scored_classes
-from padseg.methods import DEFAULTS, Method, method_named, open_backbone
+from padseg.methods import DEFAULTS, Method, method_named, open_backbone, swept_method
 from padseg.methods.options import filled
 from padseg.system.progress import Progress
 
@@ -169,7 +169,12 @@ def of_method(asked: Asked, ground: Ground, contender: Contender) -> Evaluation:
     return Evaluation(
         Task(ground.dataset, ground.rules, lenient=asked.allow_missing, beside=beside(ground, method)),
         ground.protocol,
-        {**source_of(contender, method, backbone), **numbers_of(ground, method), **told_by(ground, contender)},
+        {
+            **source_of(contender, method, backbone),
+            **numbers_of(ground, method),
+            **told_by(ground, contender),
+            **swept_by(ground, contender, backbone),
+        },
         predictor_of(asked, ground, contender, method, backbone),
         ground.thresholds,
         ground.dataset.missing,
@@ -188,14 +193,8 @@ def check_task(ground: Ground, contender: Contender, method: Method) -> None:
         raise UsageError(f'{ground.protocol} scores named regions, but {contender.model} alone gives no names: use --pred')
     if not classes and contender.names:
         raise UsageError(f'--names is for methods that take class names; {contender.method} takes none')
-    if ground.thresholds and not (method.BACKGROUND_BY_RULE if ground.dataset.classes else can_sweep(method)):
+    if ground.thresholds and not (method.BACKGROUND_BY_RULE if ground.dataset.classes else swept_method(method)):
         raise UsageError(f'{contender.method} has no threshold for {"--tau-sweep" if ground.dataset.classes else "--sweep"}')
-
-
-def can_sweep(method: Method) -> bool:
-    from padseg.evaluation.predict import swept_option
-
-    return swept_option(method) is not None
 
 
 def as_released(options: Any, ground: Ground, method: Method) -> Any:
@@ -259,6 +258,12 @@ def told_by(ground: Ground, contender: Contender) -> dict[str, Any]:
 
     told = naming_for(method_named(contender.method), contender.options, ground.protocol, ground.dataset.background)
     return {'told': {**told._asdict(), 'background': list(told.background)}} if told else {}
+
+
+def swept_by(ground: Ground, contender: Contender, backbone: Backbone | None) -> dict[str, str]:
+    """Which option the thresholds are tried for."""
+    sweeping = None if ground.dataset.classes or not backbone else swept_method(method_named(contender.method))
+    return {'swept': sweeping.swept(contender.options.resolve(backbone.spec))} if ground.thresholds and sweeping and backbone else {}
 
 
 def numbers(text: str | None) -> tuple[float, ...]:

@@ -15,7 +15,7 @@ from padseg.errors import UsageError
 from padseg.evaluation.binary_maps import above_mean, nearest
 from padseg.evaluation.protocols import NAMINGS, RELEASED_CUT, Naming, Protocol, View, seen_prediction
 from padseg.exports.png import write_label_map
-from padseg.methods import Method, seg4diff
+from padseg.methods import Method, seg4diff, swept_method
 from padseg.methods.stages.enlarging import upsample
 from padseg.methods.stages.labels import argmax
 from padseg.methods.stages.saved_maps import forward_settings, read_maps, write_maps
@@ -41,8 +41,10 @@ def predict_regions(
     out: folder for labels/ and, with keep_maps, maps/; None keeps nothing. rules: where they take ids as they are, regions that were
     not refined have the numbers of their proposals from 0 on, as in released code.
     """
-    swept = swept_option(method) or ''
-    settings = [prepared._replace(options=dataclasses.replace(prepared.options, **{swept: value})) for value in thresholds] or [prepared]
+    settings = [prepared]
+    if thresholds and (sweeping := swept_method(method)):
+        swept = sweeping.swept(prepared.options)
+        settings = [prepared._replace(options=dataclasses.replace(prepared.options, **{swept: value})) for value in thresholds]
 
     def predict(name: str, image: Image, where: View, present: Sequence[int] = ()) -> list[Array]:
         maps = (
@@ -57,12 +59,6 @@ def predict_regions(
         return predictions
 
     return predict
-
-
-def swept_option(method: Method) -> str | None:
-    """The option of a method for regions whose values can be tried on kept maps."""
-    own = getattr(method, 'SWEPT', 'threshold')
-    return own if own in method.Options.__dataclass_fields__ else None
 
 
 def kept_maps(method: Method, prepared: Any, image: Image, path: Path) -> Any:

@@ -86,7 +86,8 @@ def scores_in_words(report: ScoresRecord) -> str:
         listing(('measure', 'value'), ((MEASURES.get(name, name), four_decimals(value)) for name, value in report.scores.items())),
     ]
     if report.sweep:
-        parts += ['## Sweep over thresholds', sweep_table(report.sweep)]
+        swept = settings['predictions'].get('swept')
+        parts += [f'## Sweep over thresholds{f" of --{cell_text(swept)}" if swept else ""}', sweep_table(report.sweep)]
     if report.iou:
         parts += ['## Classes', listing(('class', 'IoU'), ((name, four_decimals(value)) for name, value in report.iou.items()))]
     parts += ['## Rules of the protocol', '\n'.join(f'- **{name}**: {cell_text(text)}' for name, text in rules.items())]

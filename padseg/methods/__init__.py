@@ -72,6 +72,13 @@ class Kept(Method, Protocol):
         """As `prepare`, with resolved options, for `labels` alone."""
 
 
+class Swept(Method, Protocol):
+    """What a method for regions offers besides if several values of one option can be tried on kept maps."""
+
+    def swept(self, options: Any) -> str:
+        """The name of that option. options: resolved."""
+
+
 METHODS: dict[str, Method] = {
     'seg4diff': seg4diff,
     'open-vocabulary': open_vocabulary,
@@ -108,6 +115,12 @@ def kept_method(name: str) -> Kept | None:
     """The method with this name, if its kept maps can be merged again."""
     method: Any = METHODS[name]
     return method if hasattr(method, 'LATER') else None
+
+
+def swept_method(method: Method) -> Swept | None:
+    """The method, if several values of one option can be tried on kept maps."""
+    sweeping: Any = method
+    return sweeping if hasattr(method, 'swept') else None
 
 
 def usual_model(method: Method) -> str:

@@ -41,7 +41,6 @@ FAMILIES = seg4diff.FAMILIES | {'unet', 'pixart'}
 BACKGROUND_BY_RULE = False
 # options that come after the features
 LATER = ('tau', 'alpha', 'graph', 'clusters', 'tokens', 'refine', 'pamr_times', 'pamr_side', 'components', 'min_area', 'levels')
-SWEPT = 'tau'
 FEATURES = ('output', 'keys', 'maps')
 PLAIN = {
     'alpha': 10.0,
@@ -314,6 +313,11 @@ def pamr_masks(image: Image, proposals: Proposals, options: DiffCutOptions) -> A
     large = np.stack([stages.upsample(values, size) for values in proposals.maps.numpy().astype(np.float32)])
     best = large.argmax(0)
     return refined_masks(np.stack([best == number for number in range(len(large))]), small, options.pamr_times)
+
+
+def swept(options: DiffCutOptions) -> str:
+    """The option that decides how many regions there are."""
+    return 'tau'
 
 
 def recorded(options: DiffCutOptions, spec: Spec) -> dict[str, Setting]:

@@ -42,7 +42,6 @@ FAMILIES = frozenset({'unet'})
 BACKGROUND_BY_RULE = False
 PUBLISHED = 'sd1.4'  # the model of the paper
 LATER = ('refine', 'components', 'min_area')  # options that come after the proposals
-SWEPT = None  # proposals are what is kept, and they depend on the threshold
 DATASETS: Mapping[str, Mapping[str, Any]] = {'coco-stuff27': {'threshold': 1.1}, 'cityscapes27': {'threshold': 0.9}}  # of the paper
 RELEASED = {'threshold': 0.9, 'step': 300, 'schedule': 1000, 'refine': 'none', 'components': False, 'min_area': 0.0}
 

@@ -22,6 +22,7 @@ from padseg.methods.options import (
     check_options,
     filled,
     geometry_option,
+    in_list,
     model_settings,
     option,
     own,
@@ -41,9 +42,10 @@ if TYPE_CHECKING:
 TASK = 'regions'
 FAMILIES = frozenset({'sd3', 'flux', 'flux2', 'auraflow', 'zimage'})
 BACKGROUND_BY_RULE = False
-LATER = ('normalisation', 'threshold', 'refine', 'superpixels', 'join', 'components', 'min_area')  # options that come after the token maps
+LATER = ('normalisation', 'threshold', 'refine', 'superpixels', 'join', 'components', 'min_area', 'levels')  # after the token maps
 SMALLEST_TILE = 64  # pixels
-TILES = ('tiles', 'overlap')  # options that are recorded only if they are used
+TILES = ('tiles', 'overlap')
+IF_USED = (*TILES, 'levels')  # options that are recorded only if they are used
 UNREFINED = {'refine': 'none', 'superpixels': 0.0, 'join': 0.0, 'components': False, 'min_area': 0.0}  # the papers end with the argmax
 RELEASED = {'step': 8, 'tokens': 'all', 'normalisation': 'released', 'threshold': 0.1, **UNREFINED}  # of the released code, for SD3-medium
 
@@ -77,6 +79,7 @@ class Options:
     )
     components: bool = own('split regions into connected components')
     min_area: float = own('merge regions below this share of the picture into the neighbour with the longest common border', range=SHARE)
+    levels: tuple[float, ...] = own('also write nested label maps at these odds of --join, such as 0.3,0.9,3', default='none')
     seed: int = seed_option()
     tiles: int = option(
         0,
@@ -92,6 +95,13 @@ class Options:
         )
         require(self.tiles == 0 or self.overlap <= self.tiles // 2, f'overlap is at most half of tiles; got {self.overlap} of {self.tiles}')
         require(self.tiles == 0 or self.geometry == 'whole', f'tiles are for the geometry whole; got {self.geometry}')
+        levels = self.levels or ()
+        good = all(0 <= level < float('inf') for level in levels) and len(set(levels)) == len(levels)
+        require(good, f'levels are distinct finite odds >= 0; got {in_list(levels)}')
+        require(
+            not levels or 0.0 not in (self.superpixels, self.join), 'levels join superpixels: they need --superpixels and --join above 0'
+        )
+        require(not levels or not self.tiles, 'levels are for pictures seen as a whole: leave out --tiles')
 
     def resolve(self, spec: Spec) -> Options:
         """Fill in everything left open for a model. UsageError for a block or step that the model does not have."""
@@ -102,7 +112,7 @@ class Options:
 
     def with_settings(self, settings: Mapping[str, Any]) -> Options:
         """Fill in what is left open from a model's settings; with a paper's preset, refinements left open are off."""
-        return filled(self, {**settings, **(UNREFINED if self.geometry != 'whole' else {})})
+        return filled(self, {'levels': (), **settings, **(UNREFINED if self.geometry != 'whole' else {})})
 
 
 def settings_of(spec: Spec) -> dict[str, Any]:
@@ -166,13 +176,27 @@ def labels(image: Image, maps: TokenMaps, prepared: Prepared) -> LabelMap:
         whole = None if maps.whole is None else proposals(maps._replace(maps=maps.whole), options)
         return stages.tiled_label_map(image, merged, options, whole)
     inside = stages.superpixels_of(image, options.superpixels) if options.superpixels else None  # (H, W)
-    return stages.label_map(merged, inside, options.components, options.min_area, image, options.refine, options.join)  # (H, W)
+    rules = options.components, options.min_area, image, options.refine
+    if not options.levels:
+        return stages.label_map(merged, inside, *rules, options.join)  # (H, W)
+    assert inside is not None
+    order = stages.join_order(merged, inside, image, options.refine, max(options.join, *options.levels))
+    finest, *coarser = sorted(options.levels)
+    base = stages.label_map(merged, inside, *rules, finest, order)
+    levels = stages.coarsened(base.labels, order, merged.frame, coarser, options.components)
+    return stages.label_map(merged, inside, *rules, options.join, order)._replace(levels=(*levels[::-1], base.labels))
+
+
+def swept(options: Options) -> str:
+    """The option that decides how many regions there are."""
+    return 'join' if options.superpixels and options.join else 'threshold'
 
 
 def recorded(options: Options, spec: Spec) -> dict[str, Setting]:
     """All settings that affect the results, for a record."""
-    settings = plain_settings(options.resolve(spec))
-    return settings if options.tiles else {name: value for name, value in settings.items() if name not in TILES}
+    resolved = options.resolve(spec)
+    unused = {name for name in IF_USED if not (resolved.levels if name == 'levels' else resolved.tiles)}
+    return {name: value for name, value in plain_settings(resolved).items() if name not in unused}
 
 
 @overload

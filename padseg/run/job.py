@@ -199,7 +199,7 @@ def settings_from(settings: Mapping[str, Setting]) -> RunSettings:
 
 def options_from(kind: type[Kind], settings: Mapping[str, Setting]) -> Kind:
     """A method's fully resolved options from a record. OutputConflict for settings that no run would have recorded."""
-    names = [field.name for field in dataclasses.fields(kind) if field.name in settings or field.name not in seg4diff.TILES]
+    names = [field.name for field in dataclasses.fields(kind) if field.name in settings or field.name not in seg4diff.IF_USED]
     lacking = [name for name in names if settings.get(name) is None]
     if lacking:
         raise OutputConflict(f'the recorded settings lack {lacking[0]}')

@@ -77,6 +77,7 @@ def test_what_is_left_open_comes_from_the_row():
         join=0.0,
         components=True,
         min_area=0.0,
+        levels=(),
         seed=0,
     )
 

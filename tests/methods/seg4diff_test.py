@@ -14,6 +14,7 @@ from skimage.measure import label as connected_components
 
 import padseg
 from padseg.errors import UsageError
+from padseg.images import as_image
 from padseg.methods.options import GEOMETRIES, NORMALISATIONS
 from padseg.methods.seg4diff import Options, regions, segment, token_maps
 from padseg.methods.stages.forwards import batched
@@ -146,6 +147,36 @@ def test_superpixels_are_never_cut(backbone, picture, geometry):
         assert len(np.unique(found.labels[seen & (inside == number)])) == 1
     free = segment(picture, backbone, dataclasses.replace(options, superpixels=0.0))
     assert any(len(np.unique(free.labels[seen & (inside == number)])) > 1 for number in np.unique(inside[seen]))
+
+
+NESTED = Options(superpixels=20.0, join=1.0, components=True, min_area=0.01, levels=(3.0, 0.3, 1.0))
+
+
+@pytest.mark.parametrize('geometry', ['whole', 'diffseg'])
+def test_every_level_divides_the_regions_of_the_one_before_it(geometry):
+    photograph, backbone = as_image('data/images/chelsea.jpg'), padseg.load('tiny')
+    options = dataclasses.replace(NESTED, geometry=geometry)
+    found = segment(photograph, backbone, options)
+    plain = segment(photograph, backbone, dataclasses.replace(options, levels=()))
+    assert same(found, plain) and not plain.levels
+    finest = segment(photograph, backbone, dataclasses.replace(options, levels=(), join=0.3))
+    assert np.array_equal(found.levels[-1], finest.labels)
+    counts = [len(np.unique(level[level > 0])) for level in found.levels]
+    assert len(counts) == 3 and counts[0] < counts[-1] and counts == sorted(counts)
+    for coarse, fine in zip(found.levels, found.levels[1:], strict=False):
+        assert len({*zip(coarse.ravel().tolist(), fine.ravel().tolist(), strict=True)}) == len(np.unique(fine))
+        assert ((coarse > 0) == (fine > 0)).all()
+    for level in found.levels:
+        assert np.array_equal(connected_components(level, background=0, connectivity=1) > 0, level > 0)
+        assert connected_components(level, background=0, connectivity=1).max() == level.max()
+
+
+def test_levels_need_superpixels_that_are_joined():
+    for wrong in ({'superpixels': 0.0}, {'join': 0.0}, {'levels': (1.0, 1.0)}, {'levels': (-1.0,)}, {'levels': (float('inf'),)}):
+        with pytest.raises(UsageError, match='levels'):
+            dataclasses.replace(NESTED, **wrong)
+    with pytest.raises(UsageError, match='leave out --tiles'):
+        dataclasses.replace(NESTED, tiles=256)
 
 
 def test_the_row_of_the_model_decides_what_is_left_open(backbone, picture):

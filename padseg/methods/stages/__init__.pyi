@@ -1,7 +1,7 @@
 from .aggregation import background_maps as background_maps, class_maps as class_maps, orders_of as orders_of
 from .enlarging import upsample as upsample
 from .forwards import batched as batched
-from .labels import as_regions as as_regions, join_order as join_order, label_map as label_map
+from .labels import as_regions as as_regions, coarsened as coarsened, join_order as join_order, label_map as label_map
 from .latents import (
     encode as encode,
     encode_levels as encode_levels,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from padseg.methods.stages.enlarging import Enlarge, upsampled, whole
 from padseg.methods.stages.guided_filter import guide_of, guided
 from padseg.methods.stages.join import GRAPH_AREA, Graph, Join, graph_of, joins, owners, within
 from padseg.methods.stages.runs import PART, Runs, as_runs, mean_inside, numbers_to, painted, parts, runs_of
-from padseg.types import Array, Image, LabelMap, Proposals
+from padseg.types import Array, Frame, Image, LabelMap, Proposals
 
 
 def label_map(
@@ -147,6 +148,31 @@ def joined_regions(order: JoinOrder, threshold: float) -> tuple[Array, Array]:
     totals = np.zeros((regions.max() + 1, means.shape[1]))
     np.add.at(totals, regions, means * runs.areas[:, None])
     return painted(runs, numbers_to(len(totals))[regions]), totals.argmax(1)
+
+
+def coarsened(labels: Array, order: JoinOrder, frame: Frame, thresholds: Sequence[float], components: bool) -> list[Array]:
+    """Join the regions of a label map (H, W) as their superpixels join, up to each threshold in ascending order.
+
+    Each result joins whole regions of the one before it: a region goes where most of its pixels do. order: up to the highest threshold;
+    components: split regions into connected components (4-neighbours).
+    """
+    top, left, height, width = frame.box
+    superpixels = painted(order.superpixels, numbers_to(len(order.means)))  # (H', W'), the part that the model saw
+    levels = []
+    for threshold in thresholds:
+        inside = labels[top : top + height, left : left + width]
+        joined = owners(order.steps, len(order.means), threshold)[superpixels]
+        pairs, pixels = np.unique(inside.astype(np.int64) * len(order.means) + joined, return_counts=True)
+        most = np.lexsort((-pixels, pairs // len(order.means)))  # the largest part of each region first
+        regions, first = np.unique(pairs[most] // len(order.means), return_index=True)
+        numbers = np.zeros(int(labels.max()) + 1, np.int32)
+        numbers[regions] = pairs[most][first] % len(order.means) + 1
+        numbers[0] = 0
+        labels = numbers[labels]
+        found = component_runs(labels) if components else runs_of(labels)
+        labels = relabel(found, np.arange(len(found.names)))[1]
+        levels.append(labels)
+    return levels
 
 
 def component_runs(labels: Array, most: int = PART) -> Runs:

@@ -17,7 +17,18 @@ from torch.nn import functional as F
 from padseg.images import read
 from padseg.methods.stages import superpixels
 from padseg.methods.stages.enlarging import upsample
-from padseg.methods.stages.labels import absorb, common_borders, component_runs, label_map, relabel, scaled_proposals, unassign
+from padseg.methods.stages.join import Join
+from padseg.methods.stages.labels import (
+    JoinOrder,
+    absorb,
+    coarsened,
+    common_borders,
+    component_runs,
+    label_map,
+    relabel,
+    scaled_proposals,
+    unassign,
+)
 from padseg.methods.stages.runs import mean_inside, painted, parts, runs_of, totals
 from padseg.methods.stages.superpixels import superpixels_of
 from padseg.types import Frame, LabelMap, Proposals
@@ -69,6 +80,23 @@ def test_split_makes_regions_of_components():
     assert whole.labels.tolist() == [[1, 2, 1, 2]]
     assert split.labels.tolist() == [[1, 2, 3, 4]]
     assert split.tokens == ((0,), (1,), (0,), (1,))
+
+
+def test_regions_join_where_most_of_their_superpixels_do():
+    """Superpixels 0 to 4 in a row; region 2 has one pixel of superpixel 1, and two of superpixel 2, which joins 3 before 1 joins 0."""
+    inside = np.array([[9, 0, 0, 0, 1, 2, 2, 3, 3, 4]])
+    labels = np.array([[0, 1, 1, 1, 2, 2, 2, 3, 3, 4]], np.int32)
+    steps = [Join(0.5, 2, 3), Join(1.0, 0, 1), Join(2.0, 2, 4), Join(3.0, 0, 2)]
+    order = JoinOrder(runs_of(inside[:, 1:]), np.zeros((5, 1)), steps)
+    frame = Frame((1, 10), (0, 1, 1, 9))
+    levels = coarsened(labels, order, frame, [0.5, 0.6, 1.5, 2.5, 9.0], components=True)
+    assert [level.tolist() for level in levels] == [
+        [[0, 1, 1, 1, 2, 2, 2, 3, 3, 4]],
+        [[0, 1, 1, 1, 2, 2, 2, 2, 2, 3]],
+        [[0, 1, 1, 1, 2, 2, 2, 2, 2, 3]],
+        [[0, 1, 1, 1, 2, 2, 2, 2, 2, 2]],
+        [[0, 1, 1, 1, 1, 1, 1, 1, 1, 1]],
+    ]
 
 
 def test_superpixels_vote_with_their_mean():
