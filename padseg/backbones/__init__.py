@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from padseg.backbones.spec import DEPTHS, Spec
+from padseg.backbones.spec import FAMILY_FACTS, Spec
 from padseg.errors import UsageError
 from padseg.system.libraries import imported
 from padseg.types import Prompt
@@ -237,7 +237,7 @@ def lora_named(lora: str | os.PathLike[str] | None, scale: float) -> str | None:
 
 def family_of(spec: Spec) -> Family:
     """Return the module for the architecture that a spec names, such as flux or sd3."""
-    assert spec.family in DEPTHS
+    assert spec.family in FAMILY_FACTS
     return cast('Family', imported(f'padseg.backbones.{spec.family}'))
 
 

@@ -24,7 +24,7 @@ from padseg.backbones.layout import (
     network_class,
     weights_name,
 )
-from padseg.backbones.spec import BACKBONES, CELL, DEPTHS, UNET_INPUTS, Spec
+from padseg.backbones.spec import BACKBONES, CELL, FAMILY_FACTS, UNET_INPUTS, Spec
 from padseg.errors import ModelUnavailable, PadsegError, UsageError
 from padseg.system.progress import bytes_bar
 
@@ -355,7 +355,7 @@ def read_row(source: Source) -> Spec:
     if spec.family == 'unet':
         layers = cross_attentions(source, part, values)
     else:
-        layers = sum(block_count(values, name, config) for name in DEPTHS[spec.family])
+        layers = sum(block_count(values, name, config) for name in FAMILY_FACTS[spec.family].depths)
     spec = spec._replace(layers=layers, layer=min(spec.layer, layers - 1))
     own = folder / 'padseg.json'
     return own_row(spec, own) if own.exists() else spec

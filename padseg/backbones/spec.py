@@ -16,7 +16,7 @@ class Spec(NamedTuple):
     """
 
     repo: str  # hub id, or a local folder in diffusers' layout
-    family: str = 'sd3'  # key of DEPTHS
+    family: str = 'sd3'  # key of FAMILY_FACTS
     layers: int = 24  # transformer blocks in the order in which they run; Flux's single blocks follow its double ones
     layer: int = 9  # expert block, from 0: the one whose image-to-text attention groups the picture best
     steps: int = 28  # length of the noise schedule
@@ -27,15 +27,28 @@ class Spec(NamedTuple):
     own: Mapping[str, Mapping[str, Any]] = {}
 
 
-# configuration keys that give the number of blocks; those of a UNet are counted in its weights
-DEPTHS = {
-    'sd3': ('num_layers',),
-    'flux': ('num_layers', 'num_single_layers'),
-    'flux2': ('num_layers', 'num_single_layers'),
-    'auraflow': ('num_mmdit_layers', 'num_single_dit_layers'),
-    'zimage': ('n_layers',),
-    'unet': (),
-    'pixart': ('num_layers',),
+class FamilyFacts(NamedTuple):
+    """What the models of a family have in common.
+
+    depths: configuration keys that give the number of blocks; those of a UNet are counted in its weights. double: one in so many blocks of
+    the published models is a double one, and these come first; 1 if all are of one kind. pooled: whether text also comes as one vector.
+    guided: whether a model may have been distilled for a guidance strength that it is told.
+    """
+
+    depths: tuple[str, ...]
+    double: int = 1
+    pooled: bool = False
+    guided: bool = False
+
+
+FAMILY_FACTS: dict[str, FamilyFacts] = {
+    'sd3': FamilyFacts(('num_layers',), pooled=True),
+    'flux': FamilyFacts(('num_layers', 'num_single_layers'), double=3, pooled=True, guided=True),
+    'flux2': FamilyFacts(('num_layers', 'num_single_layers'), double=5, guided=True),
+    'auraflow': FamilyFacts(('num_mmdit_layers', 'num_single_dit_layers'), double=9),
+    'zimage': FamilyFacts(('n_layers',)),
+    'unet': FamilyFacts((), pooled=True),  # SDXL's
+    'pixart': FamilyFacts(('num_layers',)),
 }
 # what padseg can give a UNet besides picture, time and text, by configuration key: SDXL's pooled text and sizes
 UNET_INPUTS = {

@@ -14,7 +14,7 @@ from torch import nn
 
 from padseg.backbones import DTYPES, Backbone, Identity, family_of
 from padseg.backbones.parts import cut_model
-from padseg.backbones.spec import BACKBONES, CELL, DEPTHS
+from padseg.backbones.spec import BACKBONES, CELL, FAMILY_FACTS
 from padseg.bench.cards import needs_of
 from padseg.bench.measure import between, finish_bench, fresh, measured_on, output_flags, peak, spread, surroundings
 from padseg.bench.model import default_dtype
@@ -114,7 +114,7 @@ def random_backbone(setting: MapsSetting, whole: bool) -> Backbone:
     config = {**shape.transformer, **(SMALL[spec.family] if setting.small else {})}
     kind, dtype = getattr(diffusers, family.LAYOUT.network), getattr(torch, setting.dtype)
     with torch.device('meta'):
-        depths = {name: kind(**config).config[name] for name in DEPTHS[spec.family]}
+        depths = {name: kind(**config).config[name] for name in FAMILY_FACTS[spec.family].depths}
     layers = sum(depths.values())
     spec = spec._replace(layers=layers, layer=min(spec.layer, layers - 1))
     torch.manual_seed(0)

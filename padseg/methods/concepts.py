@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from padseg.backbones import opened
+from padseg.backbones.spec import FAMILY_FACTS
 from padseg.images import Readable, as_image
 from padseg.methods import seg4diff, stages
 from padseg.methods.goca import caption_of, captions_text, read_captions
@@ -58,11 +59,8 @@ WORDINGS = ('alone', 'joined')
 NORMALISATIONS = ('none', 'linear', 'length')
 SEES = ('both', 'image', 'concepts', 'itself')  # as in backbones/third_stream.py
 POOLED = ('prompt', 'zeros', 'apart')
-POOLLESS = ('flux2', 'auraflow')
-GUIDED = ('flux', 'flux2')
 NAMED = ('words', 'proposals')
 LAST = 5  # double blocks that are read, where single ones follow
-DOUBLE = {'flux': 3, 'flux2': 5, 'auraflow': 9}  # one in so many blocks of the published models is a double one; these come first
 OFF = {'softmax': False}
 PROTOCOLS: Mapping[str, Mapping[str, Any]] = {  # options of the released scripts
     'conceptattention': {**OFF, 'normalise': 'linear'},
@@ -156,10 +154,10 @@ class ConceptOptions:
         if self.on == 'proposals':  # both from one forward pass, with the noise of the proposals
             settings['noise'] = None
         resolved = filled(self, settings | (seg4diff.UNREFINED if self.geometry != 'whole' else {}))
-        used = (*resolved.layers, *resolved.refine_layers)
+        used, facts = (*resolved.layers, *resolved.refine_layers), FAMILY_FACTS[spec.family]
         require(max(used) < spec.layers, f'layers are in 0..{spec.layers - 1} for {spec.repo}; got {in_list(used)}')
-        require(resolved.guidance is None or spec.family in GUIDED, f'{spec.repo} takes no guidance strength')
-        require(resolved.pooled == 'prompt' or spec.family not in POOLLESS, f'{spec.repo} has no pooled text vector: pooled is prompt')
+        require(resolved.guidance is None or facts.guided, f'{spec.repo} takes no guidance strength')
+        require(resolved.pooled == 'prompt' or facts.pooled, f'{spec.repo} has no pooled text vector: pooled is prompt')
         require(
             not (resolved.encoders in ('t5', 'l+g+t5') and self.unused == 'dropped'),
             f'T5 can be dropped only if it is not used; encoders are {resolved.encoders}',
@@ -186,9 +184,10 @@ def settings_of(spec: Spec) -> dict[str, Any]:
 
 def layers_of(spec: Spec) -> tuple[int, ...]:
     """All blocks of SD3; of the others the last double blocks, which are taken to be the published models' share of all."""
-    if spec.family not in DOUBLE:
+    one_in = FAMILY_FACTS[spec.family].double
+    if one_in == 1:
         return tuple(range(spec.layers))
-    double = max(1, spec.layers // DOUBLE[spec.family])
+    double = max(1, spec.layers // one_in)
     return tuple(range(max(0, double - LAST), double))
 
 
@@ -241,6 +240,8 @@ def prepare(backbone: Backbone, options: ConceptOptions, classes: Sequence[str] 
     require(
         not single, f'layers are blocks with weights of their own for the text; {in_list(single)} of {backbone.identity.model} have none'
     )
+    told = options.guidance is None or bool(getattr(backbone.transformer.config, 'guidance_embeds', False))
+    require(told, f'{backbone.identity.model} is told no guidance strength: leave out --guidance')
     columns = COLUMNS_OF[resolved.encoders]
     concepts = concepts_of(everything, kept_texts(backbone, keep), resolved.encoders, columns, resolved.tokens, resolved.wording)
     proposals = seg4diff.prepare(backbone, proposal_options(options)) if options.on == 'proposals' else None

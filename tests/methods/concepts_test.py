@@ -324,7 +324,7 @@ def test_options_that_do_not_fit_are_refused(options, message):
         ConceptOptions(**options)
 
 
-def test_models_that_do_not_fit_are_refused(flux, speller, auraflow):
+def test_models_that_do_not_fit_are_refused(flux, flux2, speller, auraflow):
     with pytest.raises(UsageError, match='has no pooled text vector'):
         concepts.prepare(auraflow, ConceptOptions(pooled='apart'), NAMES)
     with pytest.raises(UsageError, match='weights of their own for the text; 2, 3 of'):
@@ -333,6 +333,8 @@ def test_models_that_do_not_fit_are_refused(flux, speller, auraflow):
         concepts.prepare(speller, ConceptOptions(layers=(4,)), NAMES)
     with pytest.raises(UsageError, match='takes no guidance'):
         concepts.prepare(speller, ConceptOptions(guidance=1.0), NAMES)
+    with pytest.raises(UsageError, match='is told no guidance strength: leave out --guidance'):
+        concepts.prepare(flux2, ConceptOptions(guidance=1.0), NAMES)
     with pytest.raises(UsageError, match='concepts does not support'):
         concepts.prepare(dataclasses.replace(speller, spec=speller.spec._replace(family='unet')), ConceptOptions(), NAMES)
     with pytest.raises(UsageError, match='caption .* is too long'):
