@@ -83,11 +83,12 @@ def stacked(pairs: Sequence[Pairs]) -> Pairs:
     return Pairs(np.concatenate([each.features for each in pairs]), np.concatenate([each.apart for each in pairs]))
 
 
-def fit(sets: Sequence[Pairs]) -> Weights:
-    """Logistic regression. Every set counts the same, and in it a pair by the harmonic sum of its areas."""
+def fit(sets: Sequence[Pairs], counting: Sequence[float] | None = None) -> Weights:
+    """Logistic regression. Every set counts by its number in `counting`, or the same, and in it a pair by the harmonic sum of its areas."""
     pairs = stacked(sets)
     counts = [np.exp(each.features[:, Weights._fields.index('area')]) for each in sets]
-    importance = np.concatenate([each / each.sum() for each in counts]) / len(sets)
+    each_set = np.array(counting or [1.0] * len(sets))
+    importance = np.concatenate([count / pair.sum() * pair for count, pair in zip(each_set / each_set.sum(), counts, strict=True)])
     centre, scale = pairs.features.mean(0), pairs.features.std(0)
     inputs = np.column_stack([(pairs.features - centre) / scale, np.ones(len(pairs.features))])
 
@@ -102,8 +103,10 @@ def fit(sets: Sequence[Pairs]) -> Weights:
     return Weights._make([*weights.tolist(), float(found[-1] - weights @ centre)])
 
 
-def fitted(sets: Sequence[Sequence[Example]], rounds: int, weights: Weights = WEIGHTS) -> Iterator[Weights]:
-    """The weights after each round, whose pairs are those met while joining by the weights of the round before."""
+def fitted(
+    sets: Sequence[Sequence[Example]], rounds: int, weights: Weights = WEIGHTS, counting: Sequence[float] | None = None
+) -> Iterator[Weights]:
+    """The weights after each round, whose pairs are those met while joining by the weights of the round before. counting: as of `fit`."""
     for _ in range(rounds):
-        weights = fit([stacked([compared(example, weights) for example in each]) for each in sets])
+        weights = fit([stacked([compared(example, weights) for example in each]) for each in sets], counting)
         yield weights

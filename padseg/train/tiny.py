@@ -49,7 +49,7 @@ ROW = {
     'normalisation': 'share',
     'threshold': 0.05,
     'superpixels': 100.0,
-    'join': 0.9,
+    'join': 0.8,
     'components': True,
     'min_area': 0.003,
 }

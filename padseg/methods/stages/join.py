@@ -47,7 +47,7 @@ class Weights(NamedTuple):
 
 
 WEIGHTS = Weights(
-    proposals=3.050, doubt=2.412, border=3.732, doubted=2.967, colours=1.415, spreads=3.292, touching=-0.472, area=0.236, bias=-2.611
+    proposals=3.079, doubt=3.508, border=1.420, doubted=4.193, colours=1.271, spreads=1.195, touching=-0.335, area=0.183, bias=-3.450
 )
 
 
