@@ -36,6 +36,16 @@ DEFAULTS = TrainingSettings()
 @click.option('--device', help='cpu, cuda, cuda:1, mps, … (default: the best available)')
 @click.option('--workers', type=click.IntRange(min=0), default=1, help='processes that prepare examples')
 @click.option('--save-every', type=POSITIVE, default=250, help='steps between checkpoints')
+@click.option('--report', is_flag=True, help='measure the model of --start, or else OUT/model, instead of training; writes OUT/report')
+@click.option(
+    '--measure', multiple=True, metavar='NAME=ROOT', help='with --report: a data set, bsds500, camvid or regions; may be repeated'
+)
+@click.option(
+    '--renew',
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help='with --report: a Markdown file whose marked tables become those of the report; may be repeated',
+)
 def command(
     out: Path,
     data: tuple[str, ...],
@@ -50,6 +60,9 @@ def command(
     device: str | None,
     workers: int,
     save_every: int,
+    report: bool,
+    measure: tuple[str, ...],
+    renew: tuple[Path, ...],
 ) -> int:
     """Train the embedded model, from scratch or further.
 
@@ -57,7 +70,19 @@ def command(
     FOLDER has images/x.jpg with labels/x.png, or x_0.png, x_1.png, … from several annotators; with splits, images/train and labels/train.
     WEIGHT is the relative sampling frequency, VOID the label to ignore. Running the same command again resumes a stopped training.
     Results: OUT/model, a folder for --model; for each stage, a checkpoint, loss curves and a sheet of predictions.
+
+    With --report nothing is trained: OUT/report gets the figures of a model, each printed by a command of padseg, and a sheet of samples.
     """
+    if not report and (measure or renew):
+        raise click.UsageError('--measure and --renew are for --report')
+    if report:
+        from padseg.train.report import make_report
+
+        check_output(out)
+        with full_disk(out):
+            written = make_report(start or out / 'model', out / 'report', roots(measure), renew)
+        warn(f'report in {written}')
+        return 0
     from padseg.train.tiny import train_tiny
 
     settings = dataclasses.replace(
@@ -74,3 +99,12 @@ def command(
         model = train_tiny(out, settings if masks else without_masks(settings), data, start, device, workers, save_every)
     warn(f'model in {model}')
     return 0
+
+
+def roots(measure: tuple[str, ...]) -> dict[str, Path]:
+    """Roots of data sets by name, from NAME=ROOT."""
+    pairs = [each.partition('=') for each in measure]
+    for each, (_, _, root) in zip(measure, pairs, strict=True):
+        if not root or not Path(root).is_dir():
+            raise click.UsageError(f'--measure is NAME=ROOT, with an existing folder; got {each}')
+    return {name: Path(root) for name, _, root in pairs}

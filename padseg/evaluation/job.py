@@ -262,8 +262,11 @@ def told_by(ground: Ground, contender: Contender) -> dict[str, Any]:
 
 def swept_by(ground: Ground, contender: Contender, backbone: Backbone | None) -> dict[str, str]:
     """Which option the thresholds are tried for."""
-    sweeping = None if ground.dataset.classes or not backbone else swept_method(method_named(contender.method))
-    return {'swept': sweeping.swept(contender.options.resolve(backbone.spec))} if ground.thresholds and sweeping and backbone else {}
+    sweeping = swept_method(method_named(contender.method))
+    options: Any = contender.options
+    if not ground.thresholds or ground.dataset.classes or sweeping is None or backbone is None:
+        return {}
+    return {'swept': sweeping.swept(options.resolve(backbone.spec))}
 
 
 def numbers(text: str | None) -> tuple[float, ...]:

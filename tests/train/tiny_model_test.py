@@ -108,15 +108,6 @@ def test_the_shipped_model_finds_the_objects_of_a_plain_scene(shipped, picture):
     assert table.max(1).sum() / truth.size > 0.9  # nearly every area lies in one region
 
 
-def test_the_sheet_of_samples_shows_scenes_and_what_is_generated(tmp_path):
-    from PIL import Image
-
-    ran = program('bin/sample-sheet', tmp_path / 'a.png', '--count', 2, '--side', 64, '--steps', 2)
-    assert ran.returncode == 0, ran.stderr
-    with Image.open(tmp_path / 'a.png') as sheet:
-        assert sheet.size == (128, 3 * 18 + 128)
-
-
 def test_class_words_find_their_classes_as_the_card_says(tmp_path, capsys, shipped):
     """The two commands of the model card on its first scenes, and the figure beside them."""
     card = (shipped / 'README.md').read_text(encoding='utf-8')
