@@ -43,7 +43,7 @@ BASELINES = {
 }
 DATA = ('bsds500', 'camvid', 'regions')  # names of data sets; regions: a folder of one's own with images/ and labels/
 REGIONS = {'covering': 'covering', 'pri': 'PRI', 'vi': 'VI (bits)', 'f': 'boundary F', 'regions': 'regions'}
-BLOCK = '<!-- figures: {} -->\n{}<!-- end of figures -->'
+BLOCK = '<!-- figures: {} -->\n\n{}\n<!-- end of figures -->'  # blank lines, or some readers of Markdown take the table for HTML
 
 
 class Row(NamedTuple):

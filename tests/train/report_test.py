@@ -53,7 +53,7 @@ def test_only_marked_tables_of_a_page_are_renewed(tmp_path):
     page.write_text(text.format('painted'), encoding='utf-8')
     assert renew(page, REPORT) == ['painted']
     new = page.read_text(encoding='utf-8')
-    assert new.startswith('# Ä\n\n<!-- figures: painted -->\n| classes of') and new.endswith('<!-- end of figures -->\n\n| kept |\n')
+    assert new.startswith('# Ä\n\n<!-- figures: painted -->\n\n| classes of') and new.endswith('|\n\n<!-- end of figures -->\n\n| kept |\n')
     assert '| pictures | 0.1000 |' in new and '| old |' not in new
     assert renew(page, REPORT) == ['painted'] and page.read_text(encoding='utf-8') == new
     for wrong, message in ((text.format('others'), '"others", which this report lacks'), ('no table', 'has no table between')):

@@ -162,8 +162,8 @@ def head_means(seen: Attention, queries: Tensor) -> Iterator[tuple[slice, slice,
     """`softmax_means` of attention without a mask on a CPU, in half the time; what it yields is overwritten by the next.
 
     Heads come one after another, so that their scores stay in the cache, and the largest score of a row is not searched: it is at most
-    |q| |k|. What this exceeds SAFE by is taken off the scores by one more channel of queries and keys. Powers are of 2, which torch computes
-    in a third of the time that powers of e take; queries are scaled accordingly.
+    |q| |k|. What this exceeds SAFE by is taken off the scores by one more channel of queries and keys. Powers are of 2, as torch computes
+    them in a third of the time that powers of e take; queries are scaled accordingly.
     """
     query = seen.query[:, :, queries].float() * (LOG2_E * seen.query.shape[-1] ** -0.5)  # (B, H, Q, d)
     key = seen.key.float().transpose(2, 3)  # (B, H, d, L)
