@@ -20,6 +20,7 @@ from padseg.bench import (
     scale,
     sd3,
     sizes,
+    tiles,
     train,
     vae,
 )
@@ -42,6 +43,7 @@ COMMANDS = (
     cards.command,
     maps.command,
     quantize.command,
+    tiles.command,
 )
 
 
