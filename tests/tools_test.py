@@ -251,6 +251,26 @@ def test_coco_as_supervision_reads_it(out):
     assert_same(found, MAPS)
 
 
+def test_coco_as_fiftyone_reads_it(out):
+    coco = pytest.importorskip('fiftyone.utils.coco')
+    convert(out, 'coco')
+    pictures = out.parent / 'in'
+    paths = {'data_path': str(pictures), 'labels_path': str(out / 'coco/instances.json')}
+    found = {}
+    with coco.COCODetectionDatasetImporter(**paths, label_types='segmentations') as importer:
+        for path, size, regions in importer:
+            masks = []
+            for region in regions.detections if regions else ():
+                assert region.label == 'region'
+                mask = np.zeros((size.height, size.width), bool)
+                left, top = (round(share * length) for share, length in zip(region.bounding_box, mask.shape[::-1], strict=False))
+                rows, columns = region.mask.shape
+                mask[top : top + rows, left : left + columns] = region.mask
+                masks.append(mask)
+            found[Path(path).relative_to(pictures).as_posix()] = joined(masks, (size.height, size.width))
+    assert_same(dict(sorted(found.items())), MAPS)
+
+
 def test_labelme_files_as_labelme_reads_them(out):
     labelme = pytest.importorskip('labelme')
     convert(out, 'labelme')
@@ -282,7 +302,7 @@ print(json.dumps(found))
 
 
 def test_imagefolder_as_the_datasets_library_loads_it(out, tmp_path):
-    pytest.importorskip('datasets')
+    pytest.importorskip('datasets.load')  # without the library, `datasets` is the folder tests/datasets
     convert(out, 'hf-imagefolder')
     home = {'HF_HOME': str(tmp_path / 'home'), 'HF_HUB_OFFLINE': '1', 'HF_DATASETS_OFFLINE': '1'}
     (tmp_path / 'rows').mkdir()
@@ -301,7 +321,7 @@ def test_imagefolder_as_the_datasets_library_loads_it(out, tmp_path):
 
 def test_the_datasets_library_loads_pictures_of_any_name(tmp_path):
     """Names that mean something to it, or to what it reads tables with; in the last two sets there is no other picture."""
-    pytest.importorskip('datasets')
+    pytest.importorskip('datasets.load')  # without the library, `datasets` is the folder tests/datasets
     strange = ('$HOME.png', '${HOME}.png', 'a\rb.png', 'a%24HOME.png', '%.png', '%2e%2E.png', 'tab\t.png', 'dir /x.png', 'train/x.png')
     strange += ('~.png', 'a::b.png', '=1+1.png', 'a,"b".png', 'line\n.png', '*?[a].png', 'NA.png', 'metadata.csv.png')
     sets = [strange, ('__MACOSX/._a.png', '__pycache__.png'), ('.hidden/a.png', '.b.png')]
