@@ -19,6 +19,7 @@ from padseg.bench import (
     quantize,
     scale,
     sd3,
+    seams,
     sizes,
     tiles,
     train,
@@ -44,6 +45,7 @@ COMMANDS = (
     maps.command,
     quantize.command,
     tiles.command,
+    seams.command,
 )
 
 
