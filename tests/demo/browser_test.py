@@ -44,7 +44,7 @@ def started(folder: Path, port: int = 0, *flags: str) -> Server:
             port = probe.getsockname()[1]
     process = subprocess.Popen(
         (sys.executable, '-m', 'padseg', 'demo', '--model', 'tiny', '--port', str(port), '--max-pixels', '1000000', *flags),
-        cwd=ROOT,
+        cwd=folder,  # not the checkout, so that what is installed runs
         env={**os.environ, 'TMPDIR': str(folder)},
         stdout=subprocess.PIPE,
         text=True,

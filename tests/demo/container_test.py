@@ -70,7 +70,8 @@ def test_space():
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_steps_of_the_container_and_the_demo_in_a_browser(tmp_path):
-    """Run the container's steps in a new environment, in a folder that has only what the container has, then browser_test.py in it."""
+    """Run the container's steps in a new environment, in a folder that has only what the container has, then browser_test.py in it,
+    which starts the demo that was installed."""
     began = time.monotonic()
     subprocess.run([sys.executable, '-m', 'venv', tmp_path / 'venv'], check=True)
     source = tmp_path / 'src'
