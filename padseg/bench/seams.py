@@ -60,7 +60,7 @@ def command(root: Path, along: int, tiles: int, overlap: int, limit: int | None,
         near = near_ends(picture.image, backbone, options)
         whole, tiled = (padseg.segment(picture.image, backbone, each).labels for each in (Options(), options))
         rows.append([shares(labels, picture.truths, near) for labels in (whole, tiled)])
-        agreement.append(region_scores(whole, tiled).covering)
+        agreement.append([region_scores(*pair).covering for pair in ((tiled, whole), (whole, tiled))])
         area.append(float(near.mean()))
     if not rows:
         raise click.ClickException('there are not enough pictures')
@@ -74,7 +74,7 @@ def command(root: Path, along: int, tiles: int, overlap: int, limit: int | None,
         'overlap': overlap,
         'across': math.sqrt(width * height) / tiles,
         **means,
-        'tiled_by_whole': float(np.mean(agreement)),
+        **dict(zip(('tiled_by_whole', 'whole_by_tiled'), np.mean(agreement, 0).tolist(), strict=True)),
         'near_area': float(np.mean(area)),
         **surroundings(),
     }
@@ -142,7 +142,7 @@ def in_words(measured: dict[str, Any]) -> str:
             f'{measured["pictures"]} pictures of {measured["width"]} x {measured["height"]}; {measured_on(measured)}',
             f'--tiles {measured["tiles"]} --overlap {measured["overlap"]}: {measured["across"]:.2f} windows wide',
             f'covering of the truth: whole {whole["covering"]:.3f}, tiled {tiled["covering"]:.3f}',
-            f'tiled by whole: {measured["tiled_by_whole"]:.3f}',
+            f'covering of tiled by whole {measured["tiled_by_whole"]:.3f}, of whole by tiled {measured["whole_by_tiled"]:.3f}',
             f'regions: whole {whole["regions"]:.1f}, tiled {tiled["regions"]:.1f}',
             f'borders within {NEAR} pixels of the end of a window: whole {whole["near"]:.1%}, tiled {tiled["near"]:.1%}, '
             f'of the area {measured["near_area"]:.1%}',

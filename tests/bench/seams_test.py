@@ -33,7 +33,7 @@ def test_a_small_run(bench, root):
     assert measured['across'] == pytest.approx((962 * 642) ** 0.5 / 500)
     for way in seams.WAYS:
         assert 0 < measured[way]['covering'] <= 1 and measured[way]['regions'] >= 1 and 0 <= measured[way]['near'] <= 1
-    assert 0 < measured['tiled_by_whole'] <= 1 and 0 < measured['near_area'] < 0.2
+    assert 0 < measured['tiled_by_whole'] <= 1 and 0 < measured['whole_by_tiled'] <= 1 and 0 < measured['near_area'] < 0.2
     assert '1.57 windows wide' in seams.in_words(measured)
 
 
