@@ -32,7 +32,7 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
     ('height', 'width', 'channels', 'outputs', 'values', 'add'),
     [(8, 12, 8, 4, 1 << 20, False), (21, 38, 128, 160, 1, True), (21, 38, 128, 128, 200_000, False), (3, 2, 6, 8, 1, True)],
 )
-def test_a_convolution_is_as_exact_as_torchs(height, width, channels, outputs, values, add):
+def test_a_convolution_is_nearly_as_exact_as_torchs(height, width, channels, outputs, values, add):
     pixels, scale, shift = random(height, width, channels), random(channels), random(channels)
     weight, bias, before = random(outputs, channels, 3, 3) / channels**0.5, random(outputs), random(height, width, outputs)
 
@@ -46,7 +46,7 @@ def test_a_convolution_is_as_exact_as_torchs(height, width, channels, outputs, v
     assert torch.equal(torch.cat(parts), out)
     exact = by_torch(torch.float64)
     of_torch = error(by_torch(torch.float32), exact)
-    assert error(out, exact) < (2 * of_torch if channels >= winograd.LEAST else 5e-7) and of_torch < 2e-6
+    assert error(out, exact) < (max(2 * of_torch, 8e-7) if channels >= winograd.LEAST else 5e-7) and of_torch < 2e-6
 
 
 def vae_of(widths: tuple[int, ...], kind: str = 'AutoencoderKL', **settings: object) -> diffusers.AutoencoderKL:

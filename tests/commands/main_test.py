@@ -146,7 +146,7 @@ def test_flags_say_what_options_say(capsys):
     text = ' '.join(capsys.readouterr().out.split())
     for field in dataclasses.fields(Options):
         assert f'--{field.name.replace("_", "-")} ' in text
-        default = "the model's own" if field.default is None else field.default
+        default = field.metadata.get('default') or ("the model's own" if field.default is None else field.default)
         assert f'{field.metadata["help"]} (default: {default})' in text
     assert '--components / --no-components' in text
 

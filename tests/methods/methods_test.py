@@ -22,7 +22,7 @@ def test_a_method_has_a_task_and_records_all_its_options_resolved(name):
     assert method.TASK in DEFAULTS
     spec = BACKBONES['sd3'] if method.FAMILIES else None
     recorded = method.recorded(method.Options(), spec)
-    only_where_on = {'blanks', 'order', 'refine_layers', *seg4diff.TILES}
+    only_where_on = {'blanks', 'order', 'refine_layers', *seg4diff.IF_USED}
     assert recorded.keys() >= method.Options.__dataclass_fields__.keys() - only_where_on
     assert all(value is None or isinstance(value, (str, int, float, bool)) for value in recorded.values())
     assert json.loads(json.dumps(recorded)) == recorded

@@ -107,6 +107,7 @@ def test_what_is_given_stands_even_where_it_is_false():
         join=0.0,
         components=False,
         min_area=0.0,
+        levels=(),
         seed=7,
     )
     assert dataclasses.asdict(given.resolve(ROW)) == dataclasses.asdict(given)

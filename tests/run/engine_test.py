@@ -22,7 +22,7 @@ from padseg.errors import NoImages, OutputConflict, ResourceExhausted, UsageErro
 from padseg.exports import CONVERTERS, read_label_map, read_masks
 from padseg.images import Found, Reading, ignores_case, read
 from padseg.methods import seg4diff
-from padseg.methods.seg4diff import TILES, Options
+from padseg.methods.seg4diff import IF_USED, Options
 from padseg.run import engine, picture as stages
 from padseg.run.convert import convert
 from padseg.run.job import Job, settings_from
@@ -144,7 +144,7 @@ def test_the_run_record_holds_what_is_needed_to_repeat_it(job, backbone):
         'text_encoders': backbone.identity.text_encoders,
         'dtype': 'float32',
         'compile': False,
-        **{name: value for name, value in vars(Options(threshold=1.0).resolve(backbone.spec)).items() if name not in TILES},
+        **{name: value for name, value in vars(Options(threshold=1.0).resolve(backbone.spec)).items() if name not in IF_USED},
         'threshold': 'inf',
         'exif': 'apply',
         'frames': 'first',

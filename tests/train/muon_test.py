@@ -21,7 +21,7 @@ def test_iterations_that_converge_give_the_nearest_orthogonal_matrix(shape):
 
 @pytest.mark.parametrize('shape', [(8, 8), (6, 20), (20, 6)])
 def test_steps_are_those_of_torch_but_for_rounding(shape):
-    """Torch's update is always rounded to bfloat16, 8 bits: each step may differ by that share of its length."""
+    """Torch's update is always rounded to bfloat16, 8 bits: each step may differ by that share of its length, or twice if ours is too."""
     generator = torch.Generator().manual_seed(0)
     first = torch.randn(shape, generator=generator)
     ours, theirs = (torch.nn.Parameter(first.clone()) for _ in range(2))
@@ -33,5 +33,5 @@ def test_steps_are_those_of_torch_but_for_rounding(shape):
             weight.grad = gradient.clone()
             optimiser.step()
     moved = (theirs - first).norm()
-    assert (ours - theirs).norm() < 0.02 * moved
+    assert (ours - theirs).norm() < (0.04 if has_bfloat16(first.device) else 0.02) * moved
     assert optimisers[0].state_dict()['state'][0]['momentum_buffer'].equal(optimisers[1].state_dict()['state'][0]['momentum_buffer'])
