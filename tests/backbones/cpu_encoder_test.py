@@ -13,9 +13,7 @@ from diffusers.models.autoencoders.vae import Encoder
 from torch.nn import functional
 
 from padseg.backbones import cpu_encoder, load, winograd
-from padseg.backbones.cpu_attention import by_rows
 from padseg.backbones.cpu_encoder import CpuEncoder, halved, is_known
-from padseg.backbones.cpu_norm import exact_norms
 from padseg.methods.stages.latents import encode_pixels
 
 
@@ -70,18 +68,14 @@ def test_it_is_as_exact_as_the_modules(widths, kind, settings, size):
     vae = vae_of(widths, kind, **settings)
     pixels = random(2, 3, *size).clamp(-1, 1).contiguous(memory_format=torch.channels_last)
     assert is_known(vae.encoder)
-    for dtype, worse in ((torch.float32, 1.5), (torch.bfloat16, 1.0)):  # in 16 bits it rounds less often
-        own = copy.deepcopy(vae).to(dtype)
-        exact = copy.deepcopy(own).double().encoder(pixels.to(dtype).double())
-        with torch.no_grad(), by_rows(), exact_norms():
-            known = own.encoder(pixels.to(dtype))
-            own.encoder = CpuEncoder(own.encoder)
-            found = own.encoder(pixels.to(dtype))
-            assert torch.equal(own.encode(pixels.to(dtype)).latent_dist.mean[1:], own.encode(pixels[1:].to(dtype)).latent_dist.mean)
-        assert found.dtype == dtype and found.shape == known.shape
-        assert error(found, exact) < worse * error(known, exact)
-        if dtype == torch.float32:
-            assert error(found, exact) < 5e-6
+    exact = copy.deepcopy(vae).double().encoder(pixels.double())
+    with torch.no_grad():
+        known = vae.encoder(pixels)
+        vae.encoder = CpuEncoder(vae.encoder)
+        found = vae.encoder(pixels)
+        assert torch.equal(vae.encode(pixels).latent_dist.mean[1:], vae.encode(pixels[1:]).latent_dist.mean)
+    assert found.dtype == torch.float32 and found.shape == known.shape
+    assert error(found, exact) < max(1.5 * error(known, exact), 2e-6)
 
 
 def test_the_picture_stays_as_it_is():
@@ -92,14 +86,15 @@ def test_the_picture_stays_as_it_is():
     assert torch.equal(before, pixels)
 
 
-def test_with_gradients_and_in_float64_the_modules_themselves_run():
+def test_with_gradients_and_in_other_types_the_modules_themselves_run():
     vae = vae_of((8, 16))
     pixels = random(1, 3, 16, 24).requires_grad_()
     encoder = CpuEncoder(vae.encoder)
     encoder(pixels).sum().backward()
     assert pixels.grad is not None and pixels.grad.abs().sum() > 0
     with torch.no_grad():
-        assert encoder.double()(pixels.double()).dtype == torch.float64
+        for dtype in (torch.float64, torch.bfloat16):
+            assert torch.equal(encoder.to(dtype)(pixels.to(dtype)), vae.encoder(pixels.to(dtype)))
 
 
 def test_halving_in_strips_is_halving(monkeypatch):
