@@ -28,6 +28,7 @@ from padseg.images.messages import Answer, Gone, fill, receive, send
 
 POLL = 0.1  # seconds between checks whether a waiting thread should give up
 PATIENCE = 10  # a worker may take this many times its limit of processor time to answer, because other processes share the processor
+LATE = 0.1  # seconds that this process may notice an answer late, where it waits for a processor
 ENDED = 'the process that decoded it ended: its decoder crashed, or memory ran out'
 TRIALS = 3
 BEGIN = 120.0  # seconds in which the server must have started
@@ -77,7 +78,7 @@ class Worker:
             try:
                 answer = self.answer(stopped, reading.max_seconds * PATIENCE)
             except Gone as error:
-                if time.monotonic() - began < reading.max_seconds:
+                if time.monotonic() - began < reading.max_seconds - LATE:
                     raise ImageError(ENDED) from error
                 raise ImageError(f'takes more than {reading.max_seconds:g} s to decode: see --max-seconds') from error
             if 'step' not in answer:
