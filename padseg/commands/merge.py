@@ -93,9 +93,14 @@ def command(made: Path, source: Path | None, as_json: bool, quiet: bool, **setti
     reading = settings_from(earlier.settings).reading
     if earlier.settings.get('levels') and getattr(options, 'levels', ()) is None:  # they have files of their own
         try:
-            options = dataclasses.replace(options, levels=parsed(method.Options, 'levels', earlier.settings['levels']))
+            levels = parsed(method.Options, 'levels', earlier.settings['levels'])
+            dataclasses.replace(method.Options(), levels=levels)  # refuses those that no run has
         except (ValueError, UsageError) as error:
             raise OutputConflict(f'the recorded settings are not those of a run: levels: {error}') from error
+        try:
+            options = dataclasses.replace(options, levels=levels)
+        except UsageError as error:
+            raise UsageError(f"{error}; --levels '' leaves out those of {made}") from error
     job = Job(
         source or Path(earlier.source),
         options=options,

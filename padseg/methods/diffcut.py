@@ -16,10 +16,10 @@ from padseg.methods import seg4diff, stages
 from padseg.methods.options import (
     SHARE,
     Range,
+    check_levels,
     check_options,
     filled,
     geometry_option,
-    in_list,
     model_settings,
     own,
     plain_settings,
@@ -112,10 +112,7 @@ class DiffCutOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
-        levels = self.levels or ()
-        require(
-            all(0 <= tau < 1e9 for tau in levels) and len(set(levels)) == len(levels), f'levels are numbers >= 0; got {in_list(levels)}'
-        )
+        check_levels(self.levels, 'numbers')
 
     def resolve(self, spec: Spec) -> DiffCutOptions:
         """Fill in everything left open for a model. UsageError for a layer or step that the model does not have."""

@@ -41,6 +41,7 @@ class Range(NamedTuple):
 
 PIXELS = Range('a number of pixels in 1..65536', 1, 65537)
 SCALE = Range('a scale from 0 to below 1e9', 0, 1e9)  # half of which has to be a number of pixels
+MOST_LEVELS = 64  # nested label maps of a picture
 SHARE = Range('a share of the picture in 0..1', 0, 1)
 
 
@@ -232,6 +233,14 @@ def refuse_family(method: str, families: Collection[str], model: str, family: st
     """As `require_family`, for a model that is not loaded. published: name of the model of the method's paper, to propose it."""
     known = ', '.join(sorted(families)) + (f', such as --model {published}, as in its paper' if published else '')
     require(family in families, f'{method} does not support {model} of the family {family}; supported: {known}')
+
+
+def check_levels(levels: tuple[float, ...] | None, words: str) -> None:
+    """Raise UsageError unless thresholds of nested label maps are distinct numbers, and not too many. words: what they are."""
+    values = levels or ()
+    good = all(0 <= value < 1e9 for value in values) and len(set(values)) == len(values)
+    require(good, f'levels are distinct {words} >= 0; got {in_list(values)}')
+    require(len(values) <= MOST_LEVELS, f'at most {MOST_LEVELS} levels are made; got {len(values)}')
 
 
 def require(holds: bool, message: str) -> None:

@@ -19,10 +19,10 @@ from padseg.methods.options import (
     SHARE,
     TOKENS,
     Range,
+    check_levels,
     check_options,
     filled,
     geometry_option,
-    in_list,
     model_settings,
     option,
     own,
@@ -95,13 +95,10 @@ class Options:
         )
         require(self.tiles == 0 or self.overlap <= self.tiles // 2, f'overlap is at most half of tiles; got {self.overlap} of {self.tiles}')
         require(self.tiles == 0 or self.geometry == 'whole', f'tiles are for the geometry whole; got {self.geometry}')
-        levels = self.levels or ()
-        good = all(0 <= level < float('inf') for level in levels) and len(set(levels)) == len(levels)
-        require(good, f'levels are distinct finite odds >= 0; got {in_list(levels)}')
-        require(
-            not levels or 0.0 not in (self.superpixels, self.join), 'levels join superpixels: they need --superpixels and --join above 0'
-        )
-        require(not levels or not self.tiles, 'levels are for pictures seen as a whole: leave out --tiles')
+        check_levels(self.levels, 'odds')
+        joins = 0.0 not in (self.superpixels, self.join)
+        require(joins or not self.levels, 'levels join superpixels: they need --superpixels and --join above 0')
+        require(not (self.levels and self.tiles), 'levels are for pictures seen as a whole: leave out --tiles')
 
     def resolve(self, spec: Spec) -> Options:
         """Fill in everything left open for a model. UsageError for a block or step that the model does not have."""
@@ -195,8 +192,8 @@ def swept(options: Options) -> str:
 def recorded(options: Options, spec: Spec) -> dict[str, Setting]:
     """All settings that affect the results, for a record."""
     resolved = options.resolve(spec)
-    unused = {name for name in IF_USED if not (resolved.levels if name == 'levels' else resolved.tiles)}
-    return {name: value for name, value in plain_settings(resolved).items() if name not in unused}
+    used = {**dict.fromkeys(TILES, resolved.tiles), 'levels': resolved.levels}
+    return {name: value for name, value in plain_settings(resolved).items() if used.get(name, True)}
 
 
 @overload

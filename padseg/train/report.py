@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +20,11 @@ import numpy as np
 import PIL.Image
 
 from padseg.errors import PadsegError, UsageError
+from padseg.evaluation.words import four_decimals, listing
 from padseg.images import as_image
 from padseg.system.files import atomic
 from padseg.system.text import warn
-from padseg.train.held_out import held_out_scene, prepare_scenes, write_image
+from padseg.train.held_out import held_out_scene, prepare_scenes
 from padseg.train.scenes import CLASSES, Scene
 from padseg.types import Array
 
@@ -37,13 +38,15 @@ LINE, LETTER = 18, 6.5  # height of a line of a caption, width of a letter, in p
 
 UNREFINED = ('--superpixels', '0', '--no-components', '--min-area', '0')
 BASELINES = {
-    '`felzenszwalb`, scale 600': ('--method', 'felzenszwalb', '--scale', '600'),
-    '`slic-rag`, distance 30': ('--method', 'slic-rag', '--distance', '30'),
-    '`kmeans`, 4 clusters': ('--method', 'kmeans', '--clusters', '4'),
+    'felzenszwalb, scale 600': ('--method', 'felzenszwalb', '--scale', '600'),
+    'slic-rag, distance 30': ('--method', 'slic-rag', '--distance', '30'),
+    'kmeans, 4 clusters': ('--method', 'kmeans', '--clusters', '4'),
 }
 DATA = ('bsds500', 'camvid', 'regions')  # names of data sets; regions: a folder of one's own with images/ and labels/
 REGIONS = {'covering': 'covering', 'pri': 'PRI', 'vi': 'VI (bits)', 'f': 'boundary F', 'regions': 'regions'}
-BLOCK = '<!-- figures: {} -->\n\n{}\n<!-- end of figures -->'  # blank lines, or some readers of Markdown take the table for HTML
+TITLES = {'regions': 'Regions', 'classes': 'Classes', 'painted': 'Pictures for captions', 'methods': 'Beside other methods'}
+MARKED = re.compile(r'<!-- figures: ([a-z]+) -->\n.*?<!-- end of figures -->', re.DOTALL)
+BLOCK = '<!-- figures: {} -->\n\n{}\n\n<!-- end of figures -->'  # blank lines, or some readers of Markdown take the table for HTML
 
 
 class Row(NamedTuple):
@@ -66,8 +69,6 @@ class Report(NamedTuple):
 
 class Failed(PadsegError):
     """A command of the report failed."""
-
-    exit_code = 1
 
 
 class Commands:
@@ -93,6 +94,10 @@ class Commands:
         found = json.loads(padseg('eval', '--json', '-q', *options))
         words = [Path(option).name if isinstance(option, Path) else option for option in options]
         return Row(name, f'padseg eval {shlex.join(words)}', found['scores'])
+
+    def baselines(self, data: str, images: Path, *stored: str | Path) -> dict[str, Mapping[str, float]]:
+        """Scores of other methods. stored: the options of `padseg eval` before the folder of label maps."""
+        return {name: self.score(name, *stored, self.run(f'{data}-{how[1]}', images, *how)).scores for name, how in BASELINES.items()}
 
 
 def padseg(*words: str | Path) -> str:
@@ -122,13 +127,12 @@ def measure(model: Path, out: Path, data: Mapping[str, Path], scenes: int = SCEN
         stored = ('bsds500', '--root', root, '--pred')
         regions.append(commands.score('BSDS500, validation split', *stored, commands.run('bsds500', images)))
         plain = commands.run('bsds500-unrefined', images, *UNREFINED)
-        regions.append(commands.score(f'the same with `{" ".join(UNREFINED)}`', *stored, plain))
-        scored = {name: commands.score(name, *stored, commands.run(f'bsds500-{how[1]}', images, *how)) for name, how in BASELINES.items()}
-        baselines['bsds500'] = {'`tiny`': regions[0].scores, **{name: row.scores for name, row in scored.items()}}
+        regions.append(commands.score(f'the same with {" ".join(UNREFINED)}', *stored, plain))
+        baselines['bsds500'] = {model.name: regions[0].scores, **commands.baselines('bsds500', images, *stored)}
     if 'regions' in data:
         root = data['regions']
         truth = ('--labels', root / 'labels', '--regions', '--pred')
-        regions.append(commands.score(f'`{root.name}`', *truth, commands.run('regions', root / 'images')))
+        regions.append(commands.score(root.name, *truth, commands.run('regions', root / 'images')))
     labels = commands.run('scenes-regions', held / 'images')
     truth = ('--labels', held / 'labels', '--regions', '--pred')
     regions.append(commands.score(f'held-out scenes ({scenes}), against their class maps', *truth, labels))
@@ -136,8 +140,7 @@ def measure(model: Path, out: Path, data: Mapping[str, Path], scenes: int = SCEN
         root, images = data['camvid'], data['camvid'] / 'images' / 'val'
         stored = ('camvid', '--root', root, '--pred')
         classes.append(commands.score('CamVid, validation split', *stored, commands.run('camvid', images)))
-        scored = {name: commands.score(name, *stored, commands.run(f'camvid-{how[1]}', images, *how)) for name, how in BASELINES.items()}
-        baselines['camvid'] = {'`tiny`': classes[0].scores, **{name: row.scores for name, row in scored.items()}}
+        baselines['camvid'] = {model.name: classes[0].scores, **commands.baselines('camvid', images, *stored)}
     own = ('folder', '--root', held, '--model', model, '--geometry', 'whole')
     diffseg = (*own, '--protocol', 'diffseg', '--compare', 'native')
     classes.append(commands.score(f'held-out scenes ({scenes})', *diffseg))
@@ -154,13 +157,10 @@ def paint(commands: Commands, count: int) -> dict[str, float]:
     Returns the shares of classes found in the scenes, in the pictures, and in the pictures if their captions are exchanged, which is what
     chance finds. Writes samples.jpg.
     """
-    drawn = [held_out_scene(number, size=(PAINTED_SIDE, PAINTED_SIDE)) for number in range(count)]
-    folder, painted = commands.out / 'captions', commands.out / 'painted'
-    (folder / 'images').mkdir(parents=True, exist_ok=True)
-    for number, each in enumerate(drawn):
-        write_image(folder / 'images' / f'{number:05}.png', each.image)
-    classes, captions = folder / 'classes.txt', folder / 'captions.txt'
-    classes.write_text('\n'.join(CLASSES) + '\n', encoding='utf-8')
+    size = (PAINTED_SIDE, PAINTED_SIDE)
+    drawn = [held_out_scene(number, size=size) for number in range(count)]
+    folder, painted = prepare_scenes(commands.out / 'captions', count, size=size), commands.out / 'painted'
+    captions, classes = folder / 'captions.txt', folder / 'classes.txt'
     captions.write_text(''.join(f'{each.caption}\n' for each in drawn), encoding='utf-8')
     padseg('generate', '--model', commands.model, '--prompts', captions, '--out', painted, '--size', str(PAINTED_SIDE), '-q')
     wanted = np.array([[name in each.names for name in CLASSES] for each in drawn])  # (N, 40)
@@ -213,10 +213,10 @@ def tables(report: Report) -> dict[str, str]:
     regions = listing(heads, ((row.name, *(digits(row.scores.get(name), name) for name in REGIONS)) for row in report.regions))
     classes = listing(
         ('pictures', 'mIoU order-free', 'accuracy', 'mIoU'),
-        ((row.name, *(digits(row.scores.get(name)) for name in ('miou_order_free', 'accuracy', 'miou'))) for row in report.classes),
+        ((row.name, *(four_decimals(row.scores.get(name)) for name in ('miou_order_free', 'accuracy', 'miou'))) for row in report.classes),
     )
     painted = listing(
-        ('classes of the caption that are found in', 'share'), ((name, digits(part)) for name, part in report.painted.items())
+        ('classes of the caption that are found in', 'share'), ((name, four_decimals(part)) for name, part in report.painted.items())
     )
     found = {'regions': regions, 'classes': classes, 'painted': painted}
     if report.baselines:
@@ -238,25 +238,22 @@ def methods_table(baselines: Mapping[str, Mapping[str, Mapping[str, float]]]) ->
     sets = {name: columns[name] for name in columns if name in baselines}
     heads = ('label maps', *(title for titles in sets.values() for title in titles.values()))
     methods = next(iter(baselines.values()))
-    lines = ((method, *(digits(baselines[name][method].get(key)) for name, keys in sets.items() for key in keys)) for method in methods)
+    lines = (
+        (method, *(four_decimals(baselines[name][method].get(key)) for name, keys in sets.items() for key in keys)) for method in methods
+    )
     return listing(heads, lines)
 
 
-def listing(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [heads, ['---'] * len(heads), *rows]
-    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
-
-
-def digits(value: float | None, name: str = '') -> str:
-    return '–' if value is None else f'{value:.2f}' if name == 'regions' else f'{value:.4f}'
+def digits(value: float | None, name: str) -> str:
+    """A score with four decimals, a number of regions with two."""
+    return four_decimals(value) if value is None or name != 'regions' else f'{value:.2f}'
 
 
 def write_report(report: Report, out: Path) -> Path:
     """Write OUT/report.md, with the command of every line, and OUT/report.json."""
     parts = ['# Figures of the model\n']
-    titles = {'regions': 'Regions', 'classes': 'Classes', 'painted': 'Pictures for captions', 'methods': 'Beside other methods'}
     for name, table in tables(report).items():
-        parts.append(f'## {titles[name]}\n\n{table}')
+        parts.append(f'## {TITLES[name]}\n\n{table}\n')
         commands = {'regions': report.regions, 'classes': report.classes}.get(name, [])
         parts += [f'```text\n{"".join(f"{row.command}{chr(10)}" for row in commands)}```\n'] if commands else []
     for path, text in ((out / 'report.md', '\n'.join(parts)), (out / 'report.json', json.dumps(as_plain(report), indent=2) + '\n')):
@@ -269,23 +266,34 @@ def as_plain(report: Report) -> dict[str, Any]:
     return {**report._asdict(), 'regions': [row._asdict() for row in report.regions], 'classes': [row._asdict() for row in report.classes]}
 
 
-def renew(file: Path, report: Report) -> list[str]:
-    """Replace the tables of a Markdown file that stand between `<!-- figures: NAME -->` and `<!-- end of figures -->`; returns their names.
+def marked(file: Path) -> str:
+    """The text of a Markdown file, in which tables stand between `<!-- figures: NAME -->` and `<!-- end of figures -->`.
 
-    UsageError if the file has none of them, or names one that the report does not have.
+    UsageError if it has none, or one of a name that no report has, or is not UTF-8.
     """
-    text, new, done = file.read_text(encoding='utf-8'), tables(report), []
+    try:
+        text = file.read_text(encoding='utf-8')
+    except UnicodeDecodeError as error:
+        raise UsageError(f'{file} is not text in UTF-8') from error
+    names = [match[1] for match in MARKED.finditer(text)]
+    if not names:
+        raise UsageError(f'{file} has no table between <!-- figures: NAME --> and <!-- end of figures -->')
+    if strange := sorted(set(names) - TITLES.keys()):
+        raise UsageError(f'{file} has a table of figures "{strange[0]}"; reports have {", ".join(TITLES)}')
+    return text
+
+
+def renew(file: Path, report: Report) -> list[str]:
+    """Replace the marked tables of a Markdown file by those that the report has; returns their names. UsageError as of `marked`."""
+    new, done = tables(report), []
 
     def replaced(match: re.Match[str]) -> str:
-        name = match[1]
-        if name not in new:
-            raise UsageError(f'{file} has a table of figures "{name}", which this report lacks; it has {", ".join(new)}')
-        done.append(name)
-        return BLOCK.format(name, new[name])
+        if match[1] not in new:
+            return match[0]
+        done.append(match[1])
+        return BLOCK.format(match[1], new[match[1]])
 
-    renewed = re.sub(r'<!-- figures: ([a-z]+) -->\n.*?<!-- end of figures -->', replaced, text, flags=re.DOTALL)
-    if not done:
-        raise UsageError(f'{file} has no table between <!-- figures: NAME --> and <!-- end of figures -->')
+    renewed = MARKED.sub(replaced, marked(file))
     with atomic(file) as temporary:
         temporary.write_text(renewed, encoding='utf-8')
     return done
@@ -293,9 +301,11 @@ def renew(file: Path, report: Report) -> list[str]:
 
 def make_report(model: Path, out: Path, data: Mapping[str, Path], files: Sequence[Path] = ()) -> Path:
     """Measure a model, write OUT/report.md, OUT/report.json and OUT/samples.jpg, and renew the tables of these files."""
+    for file in files:
+        marked(file)  # before hours of measuring
     out.mkdir(parents=True, exist_ok=True)
     report = measure(model, out, data)
     written = write_report(report, out)
     for file in files:
-        warn(f'{file}: {", ".join(renew(file, report))}')
+        warn(f'{file}: renewed {", ".join(renew(file, report)) or "nothing"}')
     return written

@@ -30,16 +30,16 @@ from padseg.methods.seg4diff import segment
 from padseg.methods.stages.attention import token_attention
 from padseg.train import tiny_model as tiny
 from padseg.train.data import CELL, Batch, batch, photographs
+from padseg.train.held_out import held_out_scene
 from padseg.train.loop import Stage, cosine, finish_step, moving_average, resume, trapezoid
 from padseg.train.losses import affinity_loss, mask_loss, named_mask_loss, share_over_tokens
 from padseg.train.muon import Muon
-from padseg.train.scenes import CLASSES, Scene, scene
+from padseg.train.scenes import CLASSES, Scene
 from padseg.train.settings import Course, Mixture, TrainingSettings
 from padseg.train.vocabulary import SLOTS, WORDS
 from padseg.types import Array, Attention
 
 STAGES = ('autoencoder', 'together', 'transformer', 'further')
-HELD_OUT = 2**32  # seed of scenes for display, never for training
 
 
 # The `padseg.json` of a trained model: its default settings, chosen on the validation splits of BSDS500 and CamVid.
@@ -390,9 +390,9 @@ def flow_loss(transformer: Any, z: Tensor, embeds: Tensor, pooled: Tensor, gener
     return F.mse_loss(velocity.float(), noise - z)
 
 
-def held_out(count: int, height: int = 208, width: int = 320) -> list[Scene]:
-    """Return a fixed set of scenes that training never uses."""
-    return [scene(np.random.default_rng((HELD_OUT, number)), height, width) for number in range(count)]
+def held_out(count: int) -> list[Scene]:
+    """The scenes on sheets, all of one size."""
+    return [held_out_scene(number, size=(208, 320)) for number in range(count)]
 
 
 @torch.no_grad()

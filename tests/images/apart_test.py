@@ -7,6 +7,7 @@ import json
 import os
 import select
 import signal
+import socket
 import struct
 import threading
 import time
@@ -21,7 +22,8 @@ from support.processes import start
 
 from padseg.commands import main
 from padseg.images import Found, ImageError, Reading, count_apart, decode_apart, decode_with_notes, frames_of, size_apart
-from padseg.images.apart import WORKERS
+from padseg.images.apart import WORKERS, Worker
+from padseg.images.messages import send
 
 ROOT = Path(__file__).parents[2]
 PICTURES = sorted(path for path in (ROOT / 'data/images').rglob('*') if path.suffix in ('.jpg', '.png'))
@@ -140,6 +142,17 @@ def test_what_takes_too_long_is_ended(name, tmp_path):
     with pytest.raises(ImageError, match='takes more than 0.2 s to decode'):
         decode_apart(path, Reading(max_seconds=0.2))
     assert decode_apart(PICTURES[0], Reading()).image.size
+
+
+@pytest.mark.parametrize(('after', 'words'), [(0.0, 'its decoder crashed'), (0.25, 'takes more than 0.3 s')])
+def test_a_worker_that_ends_just_before_its_limit_has_taken_too_long(after, words):
+    """Its time began when it answered, and that may be noticed late: of a limit of 0.3 s, 0.25 may be left to see."""
+    ours, theirs = socket.socketpair()
+    send(theirs, {'process': 1})
+    worker = Worker(ours, lambda: False)
+    threading.Timer(after, theirs.close).start()
+    with ours, pytest.raises(ImageError, match=words):
+        worker.last_answer(Reading(max_seconds=0.3), lambda: False)
 
 
 def test_looking_at_a_header_is_limited_too(tmp_path):

@@ -13,6 +13,7 @@ import torch
 from skimage.measure import label as connected_components
 
 import padseg
+from padseg.commands import main
 from padseg.errors import UsageError
 from padseg.images import as_image
 from padseg.methods.options import GEOMETRIES, NORMALISATIONS
@@ -175,8 +176,23 @@ def test_levels_need_superpixels_that_are_joined():
     for wrong in ({'superpixels': 0.0}, {'join': 0.0}, {'levels': (1.0, 1.0)}, {'levels': (-1.0,)}, {'levels': (float('inf'),)}):
         with pytest.raises(UsageError, match='levels'):
             dataclasses.replace(NESTED, **wrong)
+    with pytest.raises(UsageError, match='at most 64 levels are made; got 65'):
+        dataclasses.replace(NESTED, levels=tuple(range(65)))
+    assert dataclasses.replace(NESTED, levels=tuple(range(64))).levels == tuple(range(64))
     with pytest.raises(UsageError, match='leave out --tiles'):
         dataclasses.replace(NESTED, tiles=256)
+
+
+def test_levels_of_a_run_are_made_again_or_left_out(tmp_path, capsys):
+    PIL.Image.fromarray(as_image('data/images/scene-43.png')).save(tmp_path / 'a.png')
+    assert main(['run', str(tmp_path / 'a.png'), '--out', str(tmp_path / 'out'), '--levels', '0.3,2', '--save-maps', '-q']) == 0
+    again, merge = tmp_path / 'again', ['merge', str(tmp_path / 'out'), '-q', '--out']
+    assert main([*merge, str(again)]) == 0
+    assert (again / 'levels/a.png.tif').read_bytes() == (tmp_path / 'out/levels/a.png.tif').read_bytes()
+    assert main([*merge, str(tmp_path / 'none'), '--join', '0']) == 2
+    assert "need --superpixels and --join above 0; --levels '' leaves out those of" in capsys.readouterr().err
+    assert main([*merge, str(tmp_path / 'none'), '--join', '0', '--levels', '']) == 0
+    assert not (tmp_path / 'none/levels').exists()
 
 
 def test_the_row_of_the_model_decides_what_is_left_open(backbone, picture):

@@ -19,6 +19,7 @@ from padseg.train.report import (
     Report,
     Row,
     found,
+    make_report,
     measure,
     padseg,
     renew,
@@ -33,7 +34,7 @@ SCORES = {'covering': 0.61234, 'pri': 0.8, 'vi': 1.6, 'f': 0.615, 'regions': 11.
 REPORT = Report(
     [Row('pictures', 'padseg eval bsds500', SCORES)],
     [Row('scenes', 'padseg eval folder', {'accuracy': 0.9, 'miou': 0.5})],
-    {'bsds500': {'`tiny`': SCORES, '`kmeans`': {**SCORES, 'covering': 0.4}}},
+    {'bsds500': {'tiny': SCORES, 'kmeans': {**SCORES, 'covering': 0.4}}},
     {'scenes': 0.5, 'pictures': 0.1},
 )
 
@@ -43,8 +44,8 @@ def test_tables_have_four_decimals_and_a_dash_for_what_is_not_measured():
     assert made['regions'].splitlines()[2] == '| pictures | 0.6123 | 0.8000 | 1.6000 | 0.6150 | 11.13 |'
     assert made['classes'].splitlines()[2] == '| scenes | – | 0.9000 | 0.5000 |'
     assert made['methods'].splitlines()[2:] == [
-        '| `tiny` | 0.6123 | 0.8000 | 1.6000 | 0.6150 |',
-        '| `kmeans` | 0.4000 | 0.8000 | 1.6000 | 0.6150 |',
+        '| tiny | 0.6123 | 0.8000 | 1.6000 | 0.6150 |',
+        '| kmeans | 0.4000 | 0.8000 | 1.6000 | 0.6150 |',
     ]
 
 
@@ -56,11 +57,19 @@ def test_only_marked_tables_of_a_page_are_renewed(tmp_path):
     assert new.startswith('# Ä\n\n<!-- figures: painted -->\n\n| classes of') and new.endswith('|\n\n<!-- end of figures -->\n\n| kept |\n')
     assert '| pictures | 0.1000 |' in new and '| old |' not in new
     assert renew(page, REPORT) == ['painted'] and page.read_text(encoding='utf-8') == new
-    for wrong, message in ((text.format('others'), '"others", which this report lacks'), ('no table', 'has no table between')):
+    page.write_text(text.format('methods'), encoding='utf-8')
+    assert renew(page, REPORT._replace(baselines={})) == [] and page.read_text(encoding='utf-8') == text.format('methods')
+    for wrong, message in ((text.format('others'), 'figures "others"; reports have'), ('no table', 'has no table between')):
         page.write_text(wrong, encoding='utf-8')
         with pytest.raises(UsageError, match=message):
             renew(page, REPORT)
         assert page.read_text(encoding='utf-8') == wrong
+        with pytest.raises(UsageError, match=message):  # before anything is measured
+            make_report(Path('none'), tmp_path / 'out', {}, [page])
+    page.write_bytes(b'\xff')
+    with pytest.raises(UsageError, match='not text in UTF-8'):
+        renew(page, REPORT)
+    assert not (tmp_path / 'out').exists()
 
 
 def test_a_report_names_the_command_of_every_line(tmp_path):
@@ -111,7 +120,7 @@ def test_a_small_report_of_the_embedded_model(tmp_path):
     """Every figure of it from the command that it names, beside regions of one's own: two scenes."""
     own = prepare_scenes(tmp_path / 'own', 2)
     report = measure(Path('padseg/models/tiny'), tmp_path / 'report', {'regions': own}, scenes=2, painted=2)
-    assert [row.name for row in report.regions] == ['`own`', 'held-out scenes (2), against their class maps']
+    assert [row.name for row in report.regions] == ['own', 'held-out scenes (2), against their class maps']
     assert report.regions[0].scores == report.regions[1].scores  # the same two scenes
     assert 0.5 < report.regions[0].scores['covering'] <= 1 and len(report.classes) == 4
     assert all(0 <= part <= 1 for part in report.painted.values()) and (tmp_path / 'report/samples.jpg').stat().st_size > 10_000
