@@ -61,7 +61,8 @@ def regions_of(held: Held, options: Any) -> Found:
         labels = METHODS[held.method].labels(image, held.maps, without_model(held, options))
     else:
         proposals, superpixels, order = held.joining
-        labels = stages.label_map(proposals, superpixels, options.components, options.min_area, image, options.refine, options.join, order)
+        rules = options.components, options.min_area, image, options.refine
+        labels = stages.label_map(proposals, superpixels, *rules, options.join, order, regroup=options.regroup)
     return Found(labels, held.made_by)
 
 

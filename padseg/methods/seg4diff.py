@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 TASK = 'regions'
 FAMILIES = frozenset({'sd3', 'flux', 'flux2', 'auraflow', 'zimage'})
 BACKGROUND_BY_RULE = False
-LATER = ('normalisation', 'threshold', 'refine', 'superpixels', 'join', 'components', 'min_area', 'levels')  # after the token maps
+LATER = ('normalisation', 'threshold', 'refine', 'superpixels', 'join', 'components', 'min_area', 'regroup', 'levels')  # after the token maps
 SMALLEST_TILE = 64  # pixels
 TILES = ('tiles', 'overlap')
-IF_USED = (*TILES, 'levels')  # options that are recorded only if they are used
+IF_USED = (*TILES, 'regroup', 'levels')  # options that are recorded only if they are used
 UNREFINED = {'refine': 'none', 'superpixels': 0.0, 'join': 0.0, 'components': False, 'min_area': 0.0}  # the papers end with the argmax
 RELEASED = {'step': 8, 'tokens': 'all', 'normalisation': 'released', 'threshold': 0.1, **UNREFINED}  # of the released code, for SD3-medium
 
@@ -79,6 +79,10 @@ class Options:
     )
     components: bool = own('split regions into connected components')
     min_area: float = own('merge regions below this share of the picture into the neighbour with the longest common border', range=SHARE)
+    regroup: float = own(
+        'give one number to joined regions that do not touch while the odds that they are different things are below this; 0 = off',
+        range=Range('finite odds >= 0', 0, float('inf')),
+    )
     levels: tuple[float, ...] = own('also write nested label maps at these odds of --join, such as 0.3,0.9,3', default='none')
     seed: int = seed_option()
     tiles: int = option(
@@ -97,6 +101,7 @@ class Options:
         require(self.tiles == 0 or self.geometry == 'whole', f'tiles are for the geometry whole; got {self.geometry}')
         check_levels(self.levels, 'odds')
         joins = 0.0 not in (self.superpixels, self.join)
+        require(joins or not self.regroup, 'regroup is for joined superpixels: it needs --superpixels and --join above 0')
         require(joins or not self.levels, 'levels join superpixels: they need --superpixels and --join above 0')
         require(not (self.levels and self.tiles), 'levels are for pictures seen as a whole: leave out --tiles')
 
@@ -109,7 +114,9 @@ class Options:
 
     def with_settings(self, settings: Mapping[str, Any]) -> Options:
         """Fill in what is left open from a model's settings; with a paper's preset, refinements left open are off."""
-        return filled(self, {'levels': (), **settings, **(UNREFINED if self.geometry != 'whole' else {})})
+        values = {'regroup': 0.0, 'levels': (), **settings, **(UNREFINED if self.geometry != 'whole' else {})}
+        superpixels, join = (values.get(name) if getattr(self, name) is None else getattr(self, name) for name in ('superpixels', 'join'))
+        return filled(self, {**values, 'regroup': values['regroup'] if superpixels and join else 0.0})
 
 
 def settings_of(spec: Spec) -> dict[str, Any]:
@@ -175,13 +182,13 @@ def labels(image: Image, maps: TokenMaps, prepared: Prepared) -> LabelMap:
     inside = stages.superpixels_of(image, options.superpixels) if options.superpixels else None  # (H, W)
     rules = options.components, options.min_area, image, options.refine
     if not options.levels:
-        return stages.label_map(merged, inside, *rules, options.join)  # (H, W)
+        return stages.label_map(merged, inside, *rules, options.join, regroup=options.regroup)  # (H, W)
     assert inside is not None
     order = stages.join_order(merged, inside, image, options.refine, max(options.join, *options.levels))
     finest, *coarser = sorted(options.levels)
     base = stages.label_map(merged, inside, *rules, finest, order)
     levels = stages.coarsened(base.labels, order, merged.frame, coarser, options.components)
-    return stages.label_map(merged, inside, *rules, options.join, order)._replace(levels=(*levels[::-1], base.labels))
+    return stages.label_map(merged, inside, *rules, options.join, order, regroup=options.regroup)._replace(levels=(*levels[::-1], base.labels))
 
 
 def swept(options: Options) -> str:
@@ -192,7 +199,7 @@ def swept(options: Options) -> str:
 def recorded(options: Options, spec: Spec) -> dict[str, Setting]:
     """All settings that affect the results, for a record."""
     resolved = options.resolve(spec)
-    used = {**dict.fromkeys(TILES, resolved.tiles), 'levels': resolved.levels}
+    used = {**dict.fromkeys(TILES, resolved.tiles), 'regroup': resolved.regroup, 'levels': resolved.levels}
     return {name: value for name, value in plain_settings(resolved).items() if used.get(name, True)}
 
 

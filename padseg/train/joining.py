@@ -1,9 +1,10 @@
-"""Learn how much proposals, colours and borders count when superpixels are joined, from pictures with ground truth: bin/fit-joining."""
+"""Learn how much proposals, colours and borders count when superpixels are joined and regions grouped, from pictures with ground truth:
+bin/fit-joining."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from scipy.optimize import minimize
@@ -12,17 +13,19 @@ from scipy.special import expit
 from padseg.datasets import VOID
 from padseg.datasets.dataset import Dataset
 from padseg.methods import seg4diff, stages
-from padseg.methods.stages.join import WEIGHTS, Graph, Join, Weights, joins
+from padseg.methods.stages.join import WEIGHTS, Graph, Join, Weights, joins, owners
 from padseg.methods.stages.labels import superpixel_graph
+from padseg.methods.stages.regroup import ApartWeights, features_apart, of_regions
 from padseg.methods.stages.runs import painted
 from padseg.types import Array
 
 PENALTY = 1e-3  # on the squares of weights of features with deviation 1
 UNKNOWN = 0.5  # what is said of a region whose truth is void
+Kind = TypeVar('Kind', Weights, ApartWeights)
 
 
 class Pairs(NamedTuple):
-    """Neighbours that were compared. features: (N, F); apart: (N,), the share of annotators who have them in different regions."""
+    """Regions that were compared. features: (N, F); apart: (N,), the share of annotators who have them in different regions."""
 
     features: Array
     apart: Array
@@ -73,6 +76,20 @@ def compared(example: Example, weights: Weights) -> Pairs:
     return stacked(found)
 
 
+def compared_apart(example: Example, threshold: float, weights: Weights) -> Pairs:
+    """All pairs of regions that do not touch, once a picture's superpixels are joined up to a threshold."""
+    owner = owners(joins(example.graph, threshold, weights=weights), len(example.graph.areas), threshold)
+    kept, regions = np.unique(owner, return_inverse=True)
+    graph = of_regions(example.graph, regions, len(kept))
+    confusions = [np.array([each[regions == region].sum(0) for region in range(len(kept))]) for each in example.confusions]
+    features = features_apart(graph, np.arange(len(kept)))  # (R, R, F)
+    found = [Pairs(np.empty((0, features.shape[2])), np.empty(0))]
+    for region, around in enumerate(graph.borders):
+        others = [other for other in range(region + 1, len(kept)) if other not in around]
+        found.append(Pairs(features[region, others], np.mean([apart(each[region], each[others]) for each in confusions], 0)))
+    return stacked(found)
+
+
 def apart(own: Array, others: Array) -> Array:
     """1 where most of another region lies in another region of the truth than most of this one, else 0: (R,), (N, R) -> (N,)."""
     known = (own.sum() > 0) & (others.sum(1) > 0)
@@ -83,10 +100,10 @@ def stacked(pairs: Sequence[Pairs]) -> Pairs:
     return Pairs(np.concatenate([each.features for each in pairs]), np.concatenate([each.apart for each in pairs]))
 
 
-def fit(sets: Sequence[Pairs], counting: Sequence[float] | None = None) -> Weights:
-    """Logistic regression. Every set counts by its number in `counting`, or the same, and in it a pair by the harmonic sum of its areas."""
+def fit(sets: Sequence[Pairs], counting: Sequence[float] | None = None, kind: type[Kind] = Weights) -> Kind:
+    """Logistic regression of the weights of a kind. Every set counts by its number in `counting`, or the same, and in it a pair by the harmonic sum of its areas."""
     pairs = stacked(sets)
-    counts = [np.exp(each.features[:, Weights._fields.index('area')]) for each in sets]
+    counts = [np.exp(each.features[:, kind._fields.index('area')]) for each in sets]
     each_set = np.array(counting or [1.0] * len(sets))
     importance = np.concatenate([count / pair.sum() * pair for count, pair in zip(each_set / each_set.sum(), counts, strict=True)])
     centre, scale = pairs.features.mean(0), pairs.features.std(0)
@@ -100,7 +117,7 @@ def fit(sets: Sequence[Pairs], counting: Sequence[float] | None = None) -> Weigh
 
     found = minimize(loss, np.zeros(inputs.shape[1]), jac=True, method='L-BFGS-B').x
     weights = found[:-1] / scale
-    return Weights._make([*weights.tolist(), float(found[-1] - weights @ centre)])
+    return kind._make([*weights.tolist(), float(found[-1] - weights @ centre)])
 
 
 def fitted(

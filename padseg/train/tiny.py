@@ -42,16 +42,17 @@ from padseg.types import Array, Attention
 STAGES = ('autoencoder', 'together', 'transformer', 'further')
 
 
-# The `padseg.json` of a trained model: its default settings, chosen on the validation splits of BSDS500 and CamVid.
+# Seg4Diff's settings in the `padseg.json` of a trained model, chosen on the validation splits of BSDS500 and CamVid.
 ROW = {
     'side': 256,
     'step': 1,
     'normalisation': 'share',
     'threshold': 0.05,
-    'superpixels': 100.0,
-    'join': 0.8,
+    'superpixels': 60.0,
+    'join': 0.75,
     'components': True,
     'min_area': 0.003,
+    'regroup': 0.7,
 }
 
 
@@ -330,7 +331,7 @@ def write_model(learner: nn.Module, run: Training) -> None:
     mean, deviation = kept.get_buffer('statistics').tolist()
     parts.vae.register_to_config(shift_factor=mean, scaling_factor=1 / deviation)
     words = sorted({word for name in CLASSES for word in name.split()})
-    row = {'layers': parts.transformer.config.num_layers, 'layer': run.settings.layer, 'words': words, **ROW}
+    row = {'layers': parts.transformer.config.num_layers, 'layer': run.settings.layer, 'words': words, 'seg4diff': ROW}
     tiny.save_tiny(parts, WORDS, run.model, row)
 
 

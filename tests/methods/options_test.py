@@ -11,7 +11,7 @@ from padseg.backbones.spec import BACKBONES, Spec
 from padseg.errors import ModelUnavailable, UsageError
 from padseg.methods import METHODS
 from padseg.methods.options import GEOMETRIES, NORMALISATIONS
-from padseg.methods.seg4diff import Options
+from padseg.methods.seg4diff import Options, recorded
 
 SETTINGS = {'step': 3, 'normalisation': 'share', 'threshold': 0.5, 'superpixels': 20.0, 'components': True}
 ROW = Spec(repo='a row', layers=6, layer=4, steps=10, side=256, own={'seg4diff': SETTINGS})
@@ -77,20 +77,30 @@ def test_what_is_left_open_comes_from_the_row():
         join=0.0,
         components=True,
         min_area=0.0,
+        regroup=0.0,
         levels=(),
         seed=0,
     )
 
 
 def test_a_papers_preset_leaves_refinements_off_unless_they_are_given():
-    refined = {'refine': 'guided', 'superpixels': 20.0, 'join': 0.1, 'components': True, 'min_area': 0.1}
+    refined = {'refine': 'guided', 'superpixels': 20.0, 'join': 0.1, 'components': True, 'min_area': 0.1, 'regroup': 0.5}
     row = ROW._replace(own={'seg4diff': {**SETTINGS, **refined}})
     for geometry in GEOMETRIES[1:]:
         resolved = Options(geometry=geometry).resolve(row)
-        refinements = [getattr(resolved, name) for name in ('refine', 'superpixels', 'join', 'components', 'min_area')]
-        assert refinements == ['none', 0.0, 0.0, False, 0.0]
+        refinements = [getattr(resolved, name) for name in refined]
+        assert refinements == ['none', 0.0, 0.0, False, 0.0, 0.0]
     kept = Options(geometry='diffseg', superpixels=9.0, min_area=0.2).resolve(row)
     assert (kept.superpixels, kept.components, kept.min_area) == (9.0, False, 0.2)
+
+
+def test_regions_are_grouped_only_where_superpixels_are_joined():
+    row = ROW._replace(own={'seg4diff': {**SETTINGS, 'superpixels': 20.0, 'join': 0.1, 'regroup': 0.5}})
+    assert [Options(**given).resolve(row).regroup for given in ({}, {'join': 0.0}, {'superpixels': 0.0}, {'regroup': 0.0})] == [0.5, 0, 0, 0]
+    assert recorded(Options(), row)['regroup'] == 0.5 and 'regroup' not in recorded(Options(join=0.0), row)
+    for off in ({'join': 0.0}, {'superpixels': 0.0}):
+        with pytest.raises(UsageError, match='regroup is for joined superpixels: it needs --superpixels and --join above 0'):
+            Options(regroup=0.5, **off).resolve(row)
 
 
 def test_what_is_given_stands_even_where_it_is_false():
@@ -107,6 +117,7 @@ def test_what_is_given_stands_even_where_it_is_false():
         join=0.0,
         components=False,
         min_area=0.0,
+        regroup=0.0,
         levels=(),
         seed=7,
     )

@@ -7,7 +7,8 @@ import pytest
 from scipy.special import expit
 
 from padseg.methods.stages.join import BINS, WEIGHTS, Graph, Weights, joins
-from padseg.train.joining import UNKNOWN, Example, Pairs, apart, compared, confusion, fit, fitted
+from padseg.methods.stages.regroup import ApartWeights, features_apart
+from padseg.train.joining import UNKNOWN, Example, Pairs, apart, compared, compared_apart, confusion, fit, fitted
 
 
 def stripes(count, rng):
@@ -45,12 +46,24 @@ def test_pairs_are_those_that_the_joining_compares():
     assert confusions[0].tolist() == [[9, 0], [0, 9], [0, 5]]  # the example stays as it was
 
 
-def test_planted_weights_are_found():
+def test_regions_that_do_not_touch_are_compared_where_joining_ends():
+    """Four stripes that nothing joins: the first with the third and fourth, the second with the fourth. Then all are one region."""
+    graph = stripes(4, np.random.default_rng(0))
+    confusions = np.array([[9, 0], [0, 9], [5, 4], [0, 0]]), np.array([[9], [9], [9], [9]])
+    found = compared_apart(Example(graph, confusions), 0.0, WEIGHTS)
+    features = features_apart(graph, np.arange(4))
+    assert found.features.tolist() == [features[0, 2].tolist(), features[0, 3].tolist(), features[1, 3].tolist()]
+    assert found.apart.tolist() == [0.0, UNKNOWN / 2, UNKNOWN / 2]
+    none = compared_apart(Example(graph, confusions), np.inf, WEIGHTS)
+    assert none.features.shape == (0, len(ApartWeights._fields) - 1) and none.apart.shape == (0,)
+
+
+@pytest.mark.parametrize('planted', [Weights(3.0, 0.5, 1.0, 2.0, 1.5, 0.0, -1.0, 0.3, -1.0), ApartWeights(2.0, 0.5, 1.0, 0.3, -1.0)])
+def test_planted_weights_are_found(planted):
     rng = np.random.default_rng(1)
-    planted = Weights(3.0, 0.5, 1.0, 2.0, 1.5, 0.0, -1.0, 0.3, -1.0)
     features = rng.uniform(0, 1, (20_000, len(planted) - 1))
     pairs = Pairs(features, expit(features @ np.array(planted[:-1]) + planted.bias))
-    found = fit([pairs, pairs])
+    found = fit([pairs, pairs], kind=type(planted))
     assert np.array(found) == pytest.approx(np.array(planted), abs=0.12)  # the penalty makes them smaller
 
 

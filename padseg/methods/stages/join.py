@@ -47,7 +47,7 @@ class Weights(NamedTuple):
 
 
 WEIGHTS = Weights(
-    proposals=3.079, doubt=3.508, border=1.420, doubted=4.193, colours=1.271, spreads=1.195, touching=-0.335, area=0.183, bias=-3.450
+    proposals=2.823, doubt=3.445, border=1.895, doubted=3.890, colours=1.458, spreads=0.902, touching=-0.396, area=0.207, bias=-3.321
 )
 
 

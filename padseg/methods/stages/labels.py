@@ -21,6 +21,7 @@ from padseg.errors import UsageError
 from padseg.methods.stages.enlarging import Enlarge, upsampled, whole
 from padseg.methods.stages.guided_filter import guide_of, guided
 from padseg.methods.stages.join import GRAPH_AREA, Graph, Join, graph_of, joins, owners, within
+from padseg.methods.stages.regroup import regrouped
 from padseg.methods.stages.runs import PART, Runs, as_runs, mean_inside, numbers_to, painted, parts, runs_of
 from padseg.types import Array, Frame, Image, LabelMap, Proposals
 
@@ -36,6 +37,7 @@ def label_map(
     known: JoinOrder | None = None,
     unit: float = 1.0,
     graph_area: int = GRAPH_AREA,
+    regroup: float = 0.0,
 ) -> LabelMap:
     """Assign each pixel to its strongest proposal: regions 1..K in order of first appearance; 0 where the model did not look.
 
@@ -44,11 +46,13 @@ def label_map(
     the picture (H, W, 3), needed by refine and join. refine: 'guided' enlarges maps along the picture's edges. join: if above 0, join
     superpixels closer than this distance (see `stages/join.py`) instead of taking the argmax. known: the `join_order` of the same
     proposals, superpixels, picture and refine, if it has been made already. unit: the share of the picture that counts as a whole picture
-    for join; graph_area: pixels above which join compares colours on a reduced copy.
+    for join; graph_area: pixels above which join compares colours on a reduced copy. regroup: if above 0, what join has joined gets one
+    number where the odds that it is different, though it does not touch, are below this (see `stages/regroup.py`).
     """
     top, left, height, width = proposals.frame.box
     box = np.s_[top : top + height, left : left + width]
     strongest = np.arange(len(proposals.maps))  # proposal for each number in `winner`
+    steps = None
     if superpixels is None:
         winner = argmax(proposals, enlarging(proposals, image, refine))
     elif join:
@@ -62,7 +66,13 @@ def label_map(
     regions = component_runs(labels) if components else runs_of(labels)
     proposal = strongest[labels.ravel()[regions.places].astype(int) - 1]  # (K,)
     del labels
-    order, numbered = relabel(regions, absorb(regions, min_area * np.prod(regions.shape)))
+    owner = absorb(regions, min_area * np.prod(regions.shape))
+    order, numbered = relabel(regions, owner)
+    if steps and regroup:
+        inside = numbered[box].ravel()[steps.superpixels.places] - 1  # (K,), the region of each superpixel
+        group = regrouped(steps.graph, inside, len(order), regroup)
+        owner[order] = np.array(order)[group]
+        order, numbered = relabel(regions, owner[owner])
     return LabelMap(numbered, tuple(proposals.members[proposal[region]] for region in order))
 
 
@@ -108,6 +118,7 @@ class JoinOrder(NamedTuple):
 
     superpixels: Runs
     means: Array
+    graph: Graph
     steps: list[Join]
 
 
@@ -126,7 +137,7 @@ def join_order(
     unit, graph_area: as of `label_map`. regions: (K,), of each superpixel in ascending order, if only those of the same one may join.
     """
     runs, means, graph = superpixel_graph(proposals, superpixels, image, refine, unit, graph_area)
-    return JoinOrder(runs, means, joins(graph if regions is None else within(graph, regions), join))
+    return JoinOrder(runs, means, graph, joins(graph if regions is None else within(graph, regions), join))
 
 
 def superpixel_graph(
@@ -143,7 +154,7 @@ def superpixel_graph(
 
 def joined_regions(order: JoinOrder, threshold: float) -> tuple[Array, Array]:
     """Join superpixels closer than a threshold: region 0..R-1 of each pixel (H, W), strongest proposal of each region (R,)."""
-    runs, means, steps = order
+    runs, means, _, steps = order
     _, regions = np.unique(owners(steps, len(means), threshold), return_inverse=True)  # (K,)
     totals = np.zeros((regions.max() + 1, means.shape[1]))
     np.add.at(totals, regions, means * runs.areas[:, None])

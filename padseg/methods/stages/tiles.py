@@ -176,5 +176,6 @@ def tiled_label_map(image: Image, proposals: Proposals, options: TiledOptions, w
         regions = owners(coarse.steps, len(coarse.means), join)
         join /= min(1.0, math.log2(across)) ** 2
         order = join_order(proposals, inside, small, options.refine, join, unit, area, regions)
-    found = label_map(proposals, inside, options.components, options.min_area * unit, small, options.refine, join, order, unit, area)
+    rules = options.components, options.min_area * unit, small, options.refine
+    found = label_map(proposals, inside, *rules, join, order, unit, area, options.regroup)
     return found if small is image else enlarged_labels(found, image.shape[:2])

@@ -32,6 +32,7 @@ from padseg.methods.stages.labels import (
 from padseg.methods.stages.runs import mean_inside, painted, parts, runs_of, totals
 from padseg.methods.stages.superpixels import superpixels_of
 from padseg.types import Frame, LabelMap, Proposals
+from tests.methods.stages.join_test import random_graph
 
 IMAGES = Path(__file__).parents[3] / 'data/images'
 
@@ -87,7 +88,7 @@ def test_regions_join_where_most_of_their_superpixels_do():
     inside = np.array([[9, 0, 0, 0, 1, 2, 2, 3, 3, 4]])
     labels = np.array([[0, 1, 1, 1, 2, 2, 2, 3, 3, 4]], np.int32)
     steps = [Join(0.5, 2, 3), Join(1.0, 0, 1), Join(2.0, 2, 4), Join(3.0, 0, 2)]
-    order = JoinOrder(runs_of(inside[:, 1:]), np.zeros((5, 1)), steps)
+    order = JoinOrder(runs_of(inside[:, 1:]), np.zeros((5, 1)), random_graph(0, 5), steps)
     frame = Frame((1, 10), (0, 1, 1, 9))
     levels = coarsened(labels, order, frame, [0.5, 0.6, 1.5, 2.5, 9.0], components=True)
     assert [level.tolist() for level in levels] == [
@@ -302,7 +303,7 @@ def test_parts_cover_everything_and_none_is_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('options', [{'join': 0.1, 'components': True, 'min_area': 0.001}, {'components': True}, {'refine': 'guided'}])
+@pytest.mark.parametrize('options', [{'join': 0.1, 'components': True, 'min_area': 0.001, 'regroup': 0.5}, {'components': True}, {'refine': 'guided'}])
 def test_a_large_picture_takes_few_bytes_a_pixel(options):
     """Beside picture and superpixels; the label map itself takes 4."""
     height, width = size = 5000, 7000
