@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 TASK = 'regions'
 FAMILIES = frozenset({'sd3', 'flux', 'flux2', 'auraflow', 'zimage'})
 BACKGROUND_BY_RULE = False
-LATER = ('normalisation', 'threshold', 'refine', 'superpixels', 'join', 'components', 'min_area', 'regroup', 'levels')  # after the token maps
+REFINED = ('refine', 'superpixels', 'join', 'components', 'min_area', 'regroup', 'levels')  # what follows the proposals
+LATER = ('normalisation', 'threshold', *REFINED)  # what follows the token maps
 SMALLEST_TILE = 64  # pixels
 TILES = ('tiles', 'overlap')
 IF_USED = (*TILES, 'regroup', 'levels')  # options that are recorded only if they are used
@@ -80,7 +81,7 @@ class Options:
     components: bool = own('split regions into connected components')
     min_area: float = own('merge regions below this share of the picture into the neighbour with the longest common border', range=SHARE)
     regroup: float = own(
-        'give one number to joined regions that do not touch while the odds that they are different things are below this; 0 = off',
+        'where superpixels are joined: one number for regions that do not touch while the odds that they differ are below this; 0 = off',
         range=Range('finite odds >= 0', 0, float('inf')),
     )
     levels: tuple[float, ...] = own('also write nested label maps at these odds of --join, such as 0.3,0.9,3', default='none')
@@ -101,7 +102,6 @@ class Options:
         require(self.tiles == 0 or self.geometry == 'whole', f'tiles are for the geometry whole; got {self.geometry}')
         check_levels(self.levels, 'odds')
         joins = 0.0 not in (self.superpixels, self.join)
-        require(joins or not self.regroup, 'regroup is for joined superpixels: it needs --superpixels and --join above 0')
         require(joins or not self.levels, 'levels join superpixels: they need --superpixels and --join above 0')
         require(not (self.levels and self.tiles), 'levels are for pictures seen as a whole: leave out --tiles')
 
@@ -115,8 +115,8 @@ class Options:
     def with_settings(self, settings: Mapping[str, Any]) -> Options:
         """Fill in what is left open from a model's settings; with a paper's preset, refinements left open are off."""
         values = {'regroup': 0.0, 'levels': (), **settings, **(UNREFINED if self.geometry != 'whole' else {})}
-        superpixels, join = (values.get(name) if getattr(self, name) is None else getattr(self, name) for name in ('superpixels', 'join'))
-        return filled(self, {**values, 'regroup': values['regroup'] if superpixels and join else 0.0})
+        resolved = filled(self, values)
+        return resolved if resolved.superpixels and resolved.join else dataclasses.replace(resolved, regroup=0.0)
 
 
 def settings_of(spec: Spec) -> dict[str, Any]:
@@ -188,7 +188,9 @@ def labels(image: Image, maps: TokenMaps, prepared: Prepared) -> LabelMap:
     finest, *coarser = sorted(options.levels)
     base = stages.label_map(merged, inside, *rules, finest, order)
     levels = stages.coarsened(base.labels, order, merged.frame, coarser, options.components)
-    return stages.label_map(merged, inside, *rules, options.join, order, regroup=options.regroup)._replace(levels=(*levels[::-1], base.labels))
+    return stages.label_map(merged, inside, *rules, options.join, order, regroup=options.regroup)._replace(
+        levels=(*levels[::-1], base.labels)
+    )
 
 
 def swept(options: Options) -> str:

@@ -100,8 +100,11 @@ def stacked(pairs: Sequence[Pairs]) -> Pairs:
     return Pairs(np.concatenate([each.features for each in pairs]), np.concatenate([each.apart for each in pairs]))
 
 
-def fit(sets: Sequence[Pairs], counting: Sequence[float] | None = None, kind: type[Kind] = Weights) -> Kind:
-    """Logistic regression of the weights of a kind. Every set counts by its number in `counting`, or the same, and in it a pair by the harmonic sum of its areas."""
+def fit(sets: Sequence[Pairs], kind: type[Kind], counting: Sequence[float] | None = None) -> Kind:
+    """Logistic regression of the weights of a kind.
+
+    Every set counts by its number in `counting`, or the same, and in it a pair by the harmonic sum of its areas.
+    """
     pairs = stacked(sets)
     counts = [np.exp(each.features[:, kind._fields.index('area')]) for each in sets]
     each_set = np.array(counting or [1.0] * len(sets))
@@ -116,8 +119,8 @@ def fit(sets: Sequence[Pairs], counting: Sequence[float] | None = None, kind: ty
         return value, inputs.T @ (importance * (expit(odds) - pairs.apart)) + 2 * PENALTY * penalised
 
     found = minimize(loss, np.zeros(inputs.shape[1]), jac=True, method='L-BFGS-B').x
-    weights = found[:-1] / scale
-    return kind._make([*weights.tolist(), float(found[-1] - weights @ centre)])
+    slopes: Array = found[:-1] / scale
+    return kind._make([*slopes.tolist(), float(found[-1] - slopes @ centre)])
 
 
 def fitted(
@@ -125,5 +128,5 @@ def fitted(
 ) -> Iterator[Weights]:
     """The weights after each round, whose pairs are those met while joining by the weights of the round before. counting: as of `fit`."""
     for _ in range(rounds):
-        weights = fit([stacked([compared(example, weights) for example in each]) for each in sets], counting)
+        weights = fit([stacked([compared(example, weights) for example in each]) for each in sets], Weights, counting)
         yield weights

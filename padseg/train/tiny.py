@@ -43,8 +43,7 @@ STAGES = ('autoencoder', 'together', 'transformer', 'further')
 
 
 # Seg4Diff's settings in the `padseg.json` of a trained model, chosen on the validation splits of BSDS500 and CamVid.
-ROW = {
-    'side': 256,
+SETTINGS = {
     'step': 1,
     'normalisation': 'share',
     'threshold': 0.05,
@@ -331,8 +330,8 @@ def write_model(learner: nn.Module, run: Training) -> None:
     mean, deviation = kept.get_buffer('statistics').tolist()
     parts.vae.register_to_config(shift_factor=mean, scaling_factor=1 / deviation)
     words = sorted({word for name in CLASSES for word in name.split()})
-    row = {'layers': parts.transformer.config.num_layers, 'layer': run.settings.layer, 'words': words, 'seg4diff': ROW}
-    tiny.save_tiny(parts, WORDS, run.model, row)
+    facts = {'layers': parts.transformer.config.num_layers, 'layer': run.settings.layer, 'side': 256, 'words': words}
+    tiny.save_tiny(parts, WORDS, run.model, {**facts, 'seg4diff': SETTINGS})
 
 
 def make_optimisers(learner: nn.ModuleDict, settings: TrainingSettings, course: Course) -> list[torch.optim.Optimizer]:

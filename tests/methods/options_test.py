@@ -96,11 +96,14 @@ def test_a_papers_preset_leaves_refinements_off_unless_they_are_given():
 
 def test_regions_are_grouped_only_where_superpixels_are_joined():
     row = ROW._replace(own={'seg4diff': {**SETTINGS, 'superpixels': 20.0, 'join': 0.1, 'regroup': 0.5}})
-    assert [Options(**given).resolve(row).regroup for given in ({}, {'join': 0.0}, {'superpixels': 0.0}, {'regroup': 0.0})] == [0.5, 0, 0, 0]
+    assert [Options(**given).resolve(row).regroup for given in ({}, {'join': 0.0}, {'superpixels': 0.0}, {'regroup': 0.0})] == [
+        0.5,
+        0,
+        0,
+        0,
+    ]
     assert recorded(Options(), row)['regroup'] == 0.5 and 'regroup' not in recorded(Options(join=0.0), row)
-    for off in ({'join': 0.0}, {'superpixels': 0.0}):
-        with pytest.raises(UsageError, match='regroup is for joined superpixels: it needs --superpixels and --join above 0'):
-            Options(regroup=0.5, **off).resolve(row)
+    assert Options(join=0.0, regroup=0.5).resolve(row).regroup == 0
 
 
 def test_what_is_given_stands_even_where_it_is_false():

@@ -63,16 +63,16 @@ def test_planted_weights_are_found(planted):
     rng = np.random.default_rng(1)
     features = rng.uniform(0, 1, (20_000, len(planted) - 1))
     pairs = Pairs(features, expit(features @ np.array(planted[:-1]) + planted.bias))
-    found = fit([pairs, pairs], kind=type(planted))
+    found = fit([pairs, pairs], type(planted))
     assert np.array(found) == pytest.approx(np.array(planted), abs=0.12)  # the penalty makes them smaller
 
 
 def test_a_set_counts_as_often_as_it_is_said_to():
     rng = np.random.default_rng(3)
     sets = [Pairs(rng.uniform(0, 1, (500, len(WEIGHTS) - 1)), rng.integers(0, 2, 500).astype(float)) for _ in range(2)]
-    assert np.array(fit(sets, (0, 5))) == pytest.approx(np.array(fit([sets[1]])), abs=0.02)  # but for the penalty's scale
-    assert np.array(fit(sets, (2, 1))) == pytest.approx(np.array(fit([sets[0], *sets])), abs=0.02)
-    assert fit(sets, (3, 3)) == fit(sets)
+    assert np.array(fit(sets, Weights, (0, 5))) == pytest.approx(np.array(fit([sets[1]], Weights)), abs=0.02)  # but for the penalty's scale
+    assert np.array(fit(sets, Weights, (2, 1))) == pytest.approx(np.array(fit([sets[0], *sets], Weights)), abs=0.02)
+    assert fit(sets, Weights, (3, 3)) == fit(sets, Weights)
 
 
 def test_rounds_follow_the_weights_before():

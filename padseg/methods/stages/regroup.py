@@ -37,8 +37,8 @@ APART = ApartWeights(proposals=2.132, doubt=5.007, colours=0.440, area=0.253, bi
 def regrouped(graph: Graph, regions: Array, count: int, threshold: float, weights: ApartWeights = APART) -> Array:
     """Group regions that do not touch while the odds that they are different things are below the threshold.
 
-    graph: of K superpixels; regions: (K,), region 0..count-1 of each. Returns for each region the largest one of its group, (count,). Of two
-    groups the highest odds of a pair decide (complete linkage), so regions that touch are never in one group, and no group is a chain.
+    graph: of K superpixels; regions: (K,), region 0..count-1 of each. Returns for each region the largest one of its group, (count,). Of
+    two groups the highest odds of a pair decide (complete linkage), so regions that touch are never in one group, and no group is a chain.
     """
     pooled = of_regions(graph, regions, count)
     largest = np.argsort(-pooled.areas, kind='stable')[:MOST]

@@ -303,7 +303,9 @@ def test_parts_cover_everything_and_none_is_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('options', [{'join': 0.1, 'components': True, 'min_area': 0.001, 'regroup': 0.5}, {'components': True}, {'refine': 'guided'}])
+@pytest.mark.parametrize(
+    'options', [{'join': 0.1, 'components': True, 'min_area': 0.001, 'regroup': 0.5}, {'components': True}, {'refine': 'guided'}]
+)
 def test_a_large_picture_takes_few_bytes_a_pixel(options):
     """Beside picture and superpixels; the label map itself takes 4."""
     height, width = size = 5000, 7000

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from padseg.methods.stages import regroup
-from padseg.methods.stages.join import BINS, LEAST_AREA, Graph
+from padseg.methods.stages.join import BINS, LEAST_AREA
 from padseg.methods.stages.labels import label_map
-from padseg.methods.stages.regroup import APART, NEVER, of_regions, odds_apart, regrouped
+from padseg.methods.stages.regroup import APART, NEVER, odds_apart, of_regions, regrouped
 from padseg.types import Frame, Proposals
 from tests.methods.stages.join_test import random_graph
 
