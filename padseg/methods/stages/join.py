@@ -23,6 +23,7 @@ RANGES = ((0.0, 100.0), (-50.0, 50.0), (-50.0, 50.0))  # of the channels; what i
 BLUR = 1.0  # pixels
 GRAPH_AREA = 1_000_000  # pixels; for larger pictures, colour and contrast come from a reduced copy
 LEAST_AREA = 1e-5  # share of the picture; keeps a logarithm finite
+AT_ONCE = 4096  # pairs that are compared at once
 
 
 class Weights(NamedTuple):
@@ -166,17 +167,19 @@ def joins(graph: Graph, threshold: float, seen: Seen = lambda *_: None, weights:
     age = [0] * len(areas)  # how often a region has grown; -1 once it has been joined to another
     queue: list[tuple[float, int, int, int, int]] = []
 
-    def push(region: int, others: list[int]) -> None:
-        if not others:
-            return
-        compared = features(region, others, means, areas, outlines, borders[region])
-        seen(region, others, compared, steps)
-        for other, distance in zip(others, distances(compared, weights).tolist(), strict=True):
+    def compare(ones: list[int], others: list[int]) -> None:
+        """Compare pairs, which are in the order of their first region."""
+        pairs = np.array([borders[one][other] for one, other in zip(ones, others, strict=True)])
+        compared = features(ones, others, means, areas, outlines, pairs)
+        for first, end in spans(ones):
+            seen(ones[first], others[first:end], compared[first:end], steps)
+        for one, other, distance in zip(ones, others, distances(compared, weights).tolist(), strict=True):
             if distance < threshold:
-                heapq.heappush(queue, (distance, region, other, age[region], age[other]))
+                heapq.heappush(queue, (distance, one, other, age[one], age[other]))
 
-    for region in range(len(areas)):
-        push(region, [other for other in borders[region] if other > region])
+    neighbours = [(region, other) for region, around in enumerate(borders) for other in around if other > region]
+    for start in range(0, len(neighbours), AT_ONCE):
+        compare(*map(list, zip(*neighbours[start : start + AT_ONCE], strict=True)))
     while queue:
         distance, region, other, *ages = heapq.heappop(queue)
         if [age[region], age[other]] != ages:
@@ -192,8 +195,15 @@ def joins(graph: Graph, threshold: float, seen: Seen = lambda *_: None, weights:
             if third != region:
                 known = borders[region].get(third, (0.0, 0.0))
                 borders[region][third] = borders[third][region] = known[0] + total, known[1] + length
-        push(region, list(borders[region]))
+        if borders[region]:
+            compare([region] * len(borders[region]), list(borders[region]))
     return steps
+
+
+def spans(ones: list[int]) -> list[tuple[int, int]]:
+    """Where each stretch of equal numbers begins and ends."""
+    firsts = [place for place in range(len(ones)) if place == 0 or ones[place] != ones[place - 1]]
+    return list(zip(firsts, [*firsts[1:], len(ones)], strict=True))
 
 
 MEANS = ('colours', 'squares', 'histograms', 'shares')  # of a graph, averaged when regions join
@@ -205,18 +215,21 @@ def outlines_of(graph: Graph) -> Array:
     return np.array([sum(length for _, length in each.values()) for each in graph.borders], float)
 
 
-def features(region: int, others: list[int], means: Array, areas: Array, outlines: Array, borders: dict[int, tuple[float, float]]) -> Array:
-    """Features of a region and its neighbours, (N, F), in the order of `Weights`. means: of MEANS, side by side."""
-    own, theirs = np.split(means[region], AT), np.split(means[others], AT, 1)
+def features(ones: list[int], others: list[int], means: Array, areas: Array, outlines: Array, borders: Array) -> Array:
+    """Features of pairs of regions, (N, F), in the order of `Weights`.
+
+    means: of MEANS, side by side; borders: (N, 2), summed contrast along the common border of each pair, and its length.
+    """
+    own, theirs = np.split(means[ones], AT, 1), np.split(means[others], AT, 1)
     both = own[3] * theirs[3]  # (N, M)
     overlap = np.sqrt(both).sum(1)  # Bhattacharyya coefficient, in 0..1
     doubt = np.sqrt(np.maximum(1 - both.sum(1), 0))
-    totals, lengths = np.array([borders[other] for other in others]).T
+    totals, lengths = borders.T
     border = totals / lengths
     apart = (own[2] - theirs[2]) ** 2 / np.maximum(own[2] + theirs[2], 1e-9)
     spreads = np.abs(spread(own[0], own[1]) - spread(theirs[0], theirs[1])) / SPREAD
-    touching = lengths / np.minimum(outlines[region], outlines[others])
-    area = np.log(areas[region] * areas[others] / (areas[region] + areas[others]) + LEAST_AREA)
+    touching = lengths / np.minimum(outlines[ones], outlines[others])
+    area = np.log(areas[ones] * areas[others] / (areas[ones] + areas[others]) + LEAST_AREA)
     return np.stack([1 - overlap, doubt, border, doubt * border, apart.sum(1) / 2, spreads, touching, area], 1)
 
 
