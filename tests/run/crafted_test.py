@@ -284,7 +284,7 @@ def test_settings_that_no_run_records_are_refused(change, capsys):
 @pytest.mark.parametrize('change', OF_MAPS.values(), ids=OF_MAPS)
 def test_settings_of_maps_that_no_run_records_are_refused(change, capsys):
     resolved = Options(layer=4, step=1, normalisation='share', threshold=float('inf'), side=256, refine='none', superpixels=0.0, join=0.0)
-    settings = plain_settings(dataclasses.replace(resolved, tokens='all', components=True, min_area=0.0, levels=()))
+    settings = plain_settings(dataclasses.replace(resolved, tokens='all', components=True, min_area=0.0, regroup=0.0, levels=()))
     craft_header(put(settings=settings))
     assert main(['merge', 'out', '--out', 'merged', '-q']) == 3  # there are no maps of these pictures
     shutil.rmtree('merged')
