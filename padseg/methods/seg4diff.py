@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 TASK = 'regions'
 FAMILIES = frozenset({'sd3', 'flux', 'flux2', 'auraflow', 'zimage'})
 BACKGROUND_BY_RULE = False
-REFINED = ('refine', 'superpixels', 'join', 'components', 'min_area', 'regroup', 'levels')  # what follows the proposals
-LATER = ('normalisation', 'threshold', *REFINED)  # what follows the token maps
+# options that come after the token maps
+LATER = ('normalisation', 'threshold', 'refine', 'superpixels', 'join', 'components', 'min_area', 'regroup', 'levels')
 SMALLEST_TILE = 64  # pixels
 TILES = ('tiles', 'overlap')
 IF_USED = (*TILES, 'regroup', 'levels')  # options that are recorded only if they are used
@@ -114,8 +114,7 @@ class Options:
 
     def with_settings(self, settings: Mapping[str, Any]) -> Options:
         """Fill in what is left open from a model's settings; with a paper's preset, refinements left open are off."""
-        values = {'regroup': 0.0, 'levels': (), **settings, **(UNREFINED if self.geometry != 'whole' else {})}
-        resolved = filled(self, values)
+        resolved = filled(self, {'regroup': 0.0, 'levels': (), **settings, **(UNREFINED if self.geometry != 'whole' else {})})
         return resolved if resolved.superpixels and resolved.join else dataclasses.replace(resolved, regroup=0.0)
 
 
@@ -188,9 +187,8 @@ def labels(image: Image, maps: TokenMaps, prepared: Prepared) -> LabelMap:
     finest, *coarser = sorted(options.levels)
     base = stages.label_map(merged, inside, *rules, finest, order)
     levels = stages.coarsened(base.labels, order, merged.frame, coarser, options.components)
-    return stages.label_map(merged, inside, *rules, options.join, order, regroup=options.regroup)._replace(
-        levels=(*levels[::-1], base.labels)
-    )
+    usual = stages.label_map(merged, inside, *rules, options.join, order, regroup=options.regroup)
+    return usual._replace(levels=(*levels[::-1], base.labels))
 
 
 def swept(options: Options) -> str:

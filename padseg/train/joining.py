@@ -1,5 +1,4 @@
-"""Learn how much proposals, colours and borders count when superpixels are joined and regions grouped, from pictures with ground truth:
-bin/fit-joining."""
+"""Learn what counts when superpixels are joined and regions grouped, from pictures with ground truth: bin/fit-joining."""
 
 from __future__ import annotations
 
@@ -64,13 +63,13 @@ def compared(example: Example, weights: Weights) -> Pairs:
     found: list[Pairs] = []
     done = 0
 
-    def seen(region: int, others: list[int], features: Array, steps: Sequence[Join]) -> None:
+    def seen(ones: Array, others: Array, features: Array, steps: Sequence[Join]) -> None:
         nonlocal done
         for step in steps[done:]:
             for each in confusions:
                 each[step.kept] += each[step.gone]
         done = len(steps)
-        found.append(Pairs(features, np.mean([apart(each[region], each[others]) for each in confusions], 0)))
+        found.append(Pairs(features, np.mean([apart(each[ones], each[others]) for each in confusions], 0)))
 
     joins(example.graph, np.inf, seen, weights)
     return stacked(found)
@@ -82,18 +81,16 @@ def compared_apart(example: Example, threshold: float, weights: Weights) -> Pair
     kept, regions = np.unique(owner, return_inverse=True)
     graph = of_regions(example.graph, regions, len(kept))
     confusions = [np.array([each[regions == region].sum(0) for region in range(len(kept))]) for each in example.confusions]
-    features = features_apart(graph, np.arange(len(kept)))  # (R, R, F)
-    found = [Pairs(np.empty((0, features.shape[2])), np.empty(0))]
-    for region, around in enumerate(graph.borders):
-        others = [other for other in range(region + 1, len(kept)) if other not in around]
-        found.append(Pairs(features[region, others], np.mean([apart(each[region], each[others]) for each in confusions], 0)))
-    return stacked(found)
+    pairs = [(one, other) for one in range(len(kept)) for other in range(one + 1, len(kept)) if other not in graph.borders[one]]
+    ones, others = np.array(pairs, int).reshape(-1, 2).T
+    features = features_apart(graph, np.arange(len(kept)))[ones, others]
+    return Pairs(features, np.mean([apart(each[ones], each[others]) for each in confusions], 0))
 
 
-def apart(own: Array, others: Array) -> Array:
-    """1 where most of another region lies in another region of the truth than most of this one, else 0: (R,), (N, R) -> (N,)."""
-    known = (own.sum() > 0) & (others.sum(1) > 0)
-    return np.where(known, others.argmax(1) != own.argmax(), UNKNOWN)
+def apart(ones: Array, others: Array) -> Array:
+    """1 where most of one region lies in another region of the truth than most of the other, else 0: (N, R), (N, R) -> (N,)."""
+    known = (ones.sum(1) > 0) & (others.sum(1) > 0)
+    return np.where(known, others.argmax(1) != ones.argmax(1), UNKNOWN)
 
 
 def stacked(pairs: Sequence[Pairs]) -> Pairs:

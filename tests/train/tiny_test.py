@@ -37,6 +37,15 @@ def test_the_model_loads_and_segments(trained, picture):
     assert labels.shape == picture.shape[:2] and labels.min() == 1
 
 
+def test_the_settings_of_a_trained_model_are_those_of_the_embedded_one(trained):
+    folders = trained / 'model', pathlib.Path('padseg/models/tiny')
+    written, embedded = (json.loads((folder / 'padseg.json').read_text()) for folder in folders)
+    assert written['seg4diff'] == embedded['seg4diff']
+    assert [written[name] for name in ('layers', 'layer', 'side', 'words')] == [
+        embedded[name] for name in ('layers', 'layer', 'side', 'words')
+    ]
+
+
 def test_the_loss_sees_the_maps_that_inference_reads(backbone):
     import torch
 

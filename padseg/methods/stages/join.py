@@ -134,7 +134,7 @@ class Join(NamedTuple):
     gone: int
 
 
-Seen = Callable[[int, list[int], Array, Sequence[Join]], None]
+Seen = Callable[[Array, Array, Array, Sequence[Join]], None]
 
 
 def joined(graph: Graph, threshold: float) -> Array:
@@ -158,7 +158,7 @@ def owners(steps: Sequence[Join], count: int, threshold: float) -> Array:
 def joins(graph: Graph, threshold: float, seen: Seen = lambda *_: None, weights: Weights = WEIGHTS) -> list[Join]:
     """Join the two most similar neighbours until no distance is below the threshold; returns the steps in order.
 
-    seen: is given a region, neighbours of it, their features, (N, F), and the steps up to then, each time that features are computed.
+    seen: is given pairs of neighbours, (N,) and (N,), their features, (N, F), and the steps up to then, whenever features are computed.
     """
     areas, outlines = graph.areas.copy(), outlines_of(graph)
     means = np.concatenate([getattr(graph, name) for name in MEANS], 1)  # (K, ...)
@@ -167,19 +167,17 @@ def joins(graph: Graph, threshold: float, seen: Seen = lambda *_: None, weights:
     age = [0] * len(areas)  # how often a region has grown; -1 once it has been joined to another
     queue: list[tuple[float, int, int, int, int]] = []
 
-    def compare(ones: list[int], others: list[int]) -> None:
-        """Compare pairs, which are in the order of their first region."""
-        pairs = np.array([borders[one][other] for one, other in zip(ones, others, strict=True)])
-        compared = features(ones, others, means, areas, outlines, pairs)
-        for first, end in spans(ones):
-            seen(ones[first], others[first:end], compared[first:end], steps)
-        for one, other, distance in zip(ones, others, distances(compared, weights).tolist(), strict=True):
+    def compare(pairs: list[tuple[int, int]]) -> None:
+        ones, others = np.array(pairs).T
+        compared = features(ones, others, means, areas, outlines, np.array([borders[one][other] for one, other in pairs]))
+        seen(ones, others, compared, steps)
+        for (one, other), distance in zip(pairs, distances(compared, weights).tolist(), strict=True):
             if distance < threshold:
                 heapq.heappush(queue, (distance, one, other, age[one], age[other]))
 
     neighbours = [(region, other) for region, around in enumerate(borders) for other in around if other > region]
     for start in range(0, len(neighbours), AT_ONCE):
-        compare(*map(list, zip(*neighbours[start : start + AT_ONCE], strict=True)))
+        compare(neighbours[start : start + AT_ONCE])
     while queue:
         distance, region, other, *ages = heapq.heappop(queue)
         if [age[region], age[other]] != ages:
@@ -196,14 +194,8 @@ def joins(graph: Graph, threshold: float, seen: Seen = lambda *_: None, weights:
                 known = borders[region].get(third, (0.0, 0.0))
                 borders[region][third] = borders[third][region] = known[0] + total, known[1] + length
         if borders[region]:
-            compare([region] * len(borders[region]), list(borders[region]))
+            compare([(region, third) for third in borders[region]])
     return steps
-
-
-def spans(ones: list[int]) -> list[tuple[int, int]]:
-    """Where each stretch of equal numbers begins and ends."""
-    firsts = [place for place in range(len(ones)) if place == 0 or ones[place] != ones[place - 1]]
-    return list(zip(firsts, [*firsts[1:], len(ones)], strict=True))
 
 
 MEANS = ('colours', 'squares', 'histograms', 'shares')  # of a graph, averaged when regions join
@@ -215,7 +207,7 @@ def outlines_of(graph: Graph) -> Array:
     return np.array([sum(length for _, length in each.values()) for each in graph.borders], float)
 
 
-def features(ones: list[int], others: list[int], means: Array, areas: Array, outlines: Array, borders: Array) -> Array:
+def features(ones: Array, others: Array, means: Array, areas: Array, outlines: Array, borders: Array) -> Array:
     """Features of pairs of regions, (N, F), in the order of `Weights`.
 
     means: of MEANS, side by side; borders: (N, 2), summed contrast along the common border of each pair, and its length.

@@ -46,8 +46,8 @@ def label_map(
     the picture (H, W, 3), needed by refine and join. refine: 'guided' enlarges maps along the picture's edges. join: if above 0, join
     superpixels closer than this distance (see `stages/join.py`) instead of taking the argmax. known: the `join_order` of the same
     proposals, superpixels, picture and refine, if it has been made already. unit: the share of the picture that counts as a whole picture
-    for join; graph_area: pixels above which join compares colours on a reduced copy. regroup: if above 0, what join has joined gets one
-    number where the odds that it is different, though it does not touch, are below this (see `stages/regroup.py`).
+    for join; graph_area: pixels above which join compares colours on a reduced copy. regroup: if above 0, joined regions that do
+    not touch get one number where the odds that they are different things are below this (see `stages/regroup.py`).
     """
     top, left, height, width = proposals.frame.box
     box = np.s_[top : top + height, left : left + width]

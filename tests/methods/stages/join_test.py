@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from scipy.sparse.csgraph import connected_components
+from support.graphs import grouped_slowly, random_graph
 
 from padseg.errors import UsageError
 from padseg.methods.stages.join import BINS, LEAST_AREA, SPREAD, UNIT, WEIGHTS, Graph, contrasts, graph_of, joined, joins, owners, within
@@ -15,22 +16,8 @@ from padseg.methods.stages.labels import join_order, label_map
 from padseg.types import Frame, Proposals
 
 
-def random_graph(seed, count, maps=3):
-    rng = np.random.default_rng(seed)
-    shares = rng.dirichlet(np.ones(maps), count)
-    borders = [{} for _ in range(count)]
-    for one in range(count):
-        for other in range(one + 1, count):
-            if rng.random() < 0.4 or other == one + 1:
-                borders[one][other] = borders[other][one] = (float(rng.uniform(0, 5)), float(rng.integers(1, 20)))
-    colours = rng.uniform(0, 100, (count, 3))
-    histograms = rng.dirichlet(np.ones(3 * BINS), count)
-    return Graph(shares, colours, colours**2 + rng.uniform(0, 900, (count, 3)), histograms, rng.dirichlet(np.ones(count)), borders)
-
-
 def joined_slowly(graph, threshold):
-    """Groups of superpixels; before every step all distances anew from the members."""
-    groups = [[number] for number in range(len(graph.areas))]
+    """Groups of superpixels."""
 
     def mean(group, of):
         weight = graph.areas[group]
@@ -56,12 +43,7 @@ def joined_slowly(graph, threshold):
         odds += WEIGHTS.area * np.log(1 / (1 / graph.areas[one].sum() + 1 / graph.areas[other].sum()) + LEAST_AREA)
         return np.exp(odds)
 
-    while True:
-        pairs = [(distance(a, b), i, j) for i, a in enumerate(groups) for j, b in enumerate(groups) if i < j]
-        nearest, i, j = min(pairs, default=(np.inf, 0, 0))
-        if not nearest < threshold:
-            return {frozenset(group) for group in groups}
-        groups[i] += groups.pop(j)
+    return grouped_slowly(len(graph.areas), distance, threshold)
 
 
 @settings(max_examples=40, deadline=None)

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 from skimage.measure import label as connected_components
+from support.graphs import random_graph
 from torch.nn import functional as F
 
 from padseg.images import read
@@ -32,7 +33,6 @@ from padseg.methods.stages.labels import (
 from padseg.methods.stages.runs import mean_inside, painted, parts, runs_of, totals
 from padseg.methods.stages.superpixels import superpixels_of
 from padseg.types import Frame, LabelMap, Proposals
-from tests.methods.stages.join_test import random_graph
 
 IMAGES = Path(__file__).parents[3] / 'data/images'
 

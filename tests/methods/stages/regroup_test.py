@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from support.graphs import grouped_slowly, random_graph
 
 from padseg.methods.stages import regroup
 from padseg.methods.stages.join import BINS, LEAST_AREA
 from padseg.methods.stages.labels import label_map
 from padseg.methods.stages.regroup import APART, NEVER, odds_apart, of_regions, regrouped
 from padseg.types import Frame, Proposals
-from tests.methods.stages.join_test import random_graph
 
 
 def odds_slowly(graph, one, other):
@@ -24,26 +22,17 @@ def odds_slowly(graph, one, other):
     return np.exp(odds + APART.area * np.log(1 / (1 / areas[0] + 1 / areas[1]) + LEAST_AREA))
 
 
-def grouped_slowly(graph, threshold):
-    """Groups of regions; before every step the highest odds of all pairs between all groups."""
-    groups = [[region] for region in range(len(graph.areas))]
-    while True:
-        pairs = []
-        for (i, one), (j, other) in itertools.combinations(enumerate(groups), 2):
-            touch = any(b in graph.borders[a] for a in one for b in other)
-            pairs.append((np.inf if touch else max(odds_slowly(graph, a, b) for a in one for b in other), i, j))
-        nearest, i, j = min(pairs, default=(np.inf, 0, 0))
-        if not nearest < threshold:
-            return {frozenset(group) for group in groups}
-        groups[i] += groups.pop(j)
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 9), st.floats(0, 5))
 def test_grouping_equals_the_slow_way(seed, count, threshold):
     graph = random_graph(seed, count)
     group = regrouped(graph, np.arange(count), count, threshold)
-    assert {frozenset(np.flatnonzero(group == each).tolist()) for each in set(group.tolist())} == grouped_slowly(graph, threshold)
+
+    def odds(one, other):
+        touch = any(b in graph.borders[a] for a in one for b in other)
+        return np.inf if touch else max(odds_slowly(graph, a, b) for a in one for b in other)
+
+    assert {frozenset(np.flatnonzero(group == each).tolist()) for each in set(group.tolist())} == grouped_slowly(count, odds, threshold)
     assert all(graph.areas[each] <= graph.areas[largest] for each, largest in enumerate(group))
 
 
