@@ -28,6 +28,12 @@ DEFAULTS = TrainingSettings()
     '--further-steps', type=click.IntRange(min=0), default=DEFAULTS.further.steps, help='then steps with large batches, for a GPU'
 )
 @click.option(
+    '--painting-steps',
+    type=click.IntRange(min=0),
+    default=DEFAULTS.painting.steps,
+    help='then steps for a copy that learns to paint captions, and as many to learn from it',
+)
+@click.option(
     '--start', type=click.Path(exists=True, path_type=Path), help='a model made by this command, to train further in the last stages only'
 )
 @click.option('--batch', type=POSITIVE, default=DEFAULTS.size, help='new images per step, after the stage of the autoencoder alone')
@@ -53,6 +59,7 @@ def command(
     steps: int,
     transformer_steps: int,
     further_steps: int,
+    painting_steps: int,
     start: Path | None,
     batch: int,
     seed: int,
@@ -93,6 +100,8 @@ def command(
         together=dataclasses.replace(DEFAULTS.together, steps=steps),
         transformer=dataclasses.replace(DEFAULTS.transformer, steps=transformer_steps),
         further=dataclasses.replace(DEFAULTS.further, steps=further_steps),
+        painter=dataclasses.replace(DEFAULTS.painter, steps=painting_steps),
+        painting=dataclasses.replace(DEFAULTS.painting, steps=painting_steps),
     )
     check_output(out)
     with full_disk(out):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from padseg.errors import NoImages
-from padseg.train.scenes import CLASSES, Scene, compressed, scene
+from padseg.train.scenes import CLASSES, Scene, compressed, scene, surfaces
 from padseg.train.settings import Mixture
 from padseg.train.vocabulary import SLOTS
 from padseg.types import Array
@@ -90,7 +90,7 @@ def batch(seed: int, index: int, size: int, folders: Sequence[Photographs], mixt
             image, labels = photograph(rng, folders, view, mixture.varied)
             examples.append(Example(image, soft_masks(labels)))
             continue
-        drawn = scene(rng, *view)
+        drawn = surfaces(rng, *view) if mixture.surfaces and rng.random() < mixture.surfaces else scene(rng, *view)
         if rng.random() < mixture.named:
             alone = mixture.alone and rng.random() < mixture.alone
             names = prompt_names(rng, drawn, 0 if alone else mixture.others)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -81,3 +83,9 @@ def affinity_loss(maps: Tensor, masks: Tensor) -> Tensor:
     pairs = labelled[:, :, None] * labelled[:, None, :]  # (B, P, P)
     entropy = -(same * together.log() + (pairs - same).clamp_min(0) * (1 - together).log())
     return (entropy.sum((1, 2)) / pairs.sum((1, 2)).clamp_min(EPS)).mean()
+
+
+def divergence_of_maps(were: Sequence[Tensor], are: Sequence[Tensor]) -> Tensor:
+    """KL(were || are) of the shares of tokens, averaged over pixels, pictures and layers: for each layer (B, T, h, w), not below 0."""
+    shares = ([share_over_tokens(each).clamp_min(EPS) for each in layer] for layer in zip(were, are, strict=True))
+    return torch.stack([(one * (one / other).log()).sum(1).mean() for one, other in shares]).mean()

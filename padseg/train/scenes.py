@@ -251,3 +251,14 @@ def scene(rng: np.random.Generator, height: int, width: int) -> Scene:
         names.append(shape)
     labels, shown = renumbered(labels, names)
     return Scene(develop(rng, image), labels, shown, describe(shown))
+
+
+def surfaces(rng: np.random.Generator, height: int, width: int) -> Scene:
+    """Draw a scene without objects: one surface, or in about a quarter of the cases two."""
+    most = 1 if rng.random() < 0.5 else 2
+    while True:
+        image, labels, names = background(rng, height, width)
+        if len(names) <= most:
+            break
+    labels, shown = renumbered(labels, names)
+    return Scene(develop(rng, image), labels, shown, describe(shown))

@@ -13,7 +13,8 @@ class Mixture(NamedTuple):
 
     synthetic: share of scenes, if there are photographs too; named: share of the scenes whose masks are the classes named in the prompt;
     others: maximum number of absent classes in a prompt; alone: share of the named prompts that get no absent classes; varied: whether
-    photographs are also turned, stretched, blurred and compressed, and get several regions of others.
+    photographs are also turned, stretched, blurred and compressed, and get several regions of others; surfaces: share of the scenes
+    without objects.
     """
 
     synthetic: float
@@ -21,6 +22,7 @@ class Mixture(NamedTuple):
     others: int = 3
     alone: float = 0.0
     varied: bool = False
+    surfaces: float = 0.0
 
 
 class FlowMatching(NamedTuple):
@@ -45,6 +47,7 @@ class Course:
     encoder_share: float = 1.0  # of the steps: after them the autoencoder stays as it is
     rebuilt: int = 4  # pictures of which the autoencoder rebuilds a crop
     flow: FlowMatching = FlowMatching()
+    average: float = 0.998  # decay of the moving average of the weights, which is what is saved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +85,24 @@ class TrainingSettings:
         rebuilt=32,
         flow=FlowMatching(every=1, part=0.3, weight=0.5, dropout=0.3),
     )
+    painter: Course = Course(
+        steps=0,
+        rate=4e-4,
+        encoder_rate=0.0,
+        mixtures=((0, Mixture(synthetic=1.0, surfaces=0.6)),),
+        decay=0.6,
+        flow=FlowMatching(every=1, dropout=0.1),
+        average=0.985,
+    )
+    painting: Course = Course(
+        steps=0,
+        rate=2e-4,
+        encoder_rate=0.0,
+        mixtures=((0, Mixture(synthetic=0.7, named=0.6, others=len(CLASSES), alone=0.4, surfaces=0.4)),),
+        decay=0.95,
+        flow=FlowMatching(every=1, dropout=0.1),
+        average=0.98,
+    )
     size: int = 12  # new images per step
     weight_decay: float = 0.02
     layer: int = 4  # expert block
@@ -90,15 +111,22 @@ class TrainingSettings:
     mask_weight: float = 1.0  # lambda
     affinity_weight: float = 1.0
     words_weight: float = 1.0
-    average: float = 0.998  # decay of the moving average of the weights, which is what is saved
+    maps_weight: float = 8.0  # of the change of the token maps, while the model learns to paint
 
     def course(self, stage: str) -> Course:
-        return {'together': self.together, 'transformer': self.transformer, 'further': self.further}[stage]
+        courses: dict[str, Course] = {
+            'together': self.together,
+            'transformer': self.transformer,
+            'further': self.further,
+            'painter': self.painter,
+            'painting': self.painting,
+        }
+        return courses[stage]
 
 
 def without_masks(settings: TrainingSettings) -> TrainingSettings:
     """Return the same settings for flow matching alone, at every step: a baseline for comparison."""
-    names = ('together', 'transformer', 'further')
+    names = ('together', 'transformer', 'further', 'painter', 'painting')
     courses: dict[str, Any] = {
         name: dataclasses.replace(settings.course(name), flow=settings.course(name).flow._replace(every=1)) for name in names
     }

@@ -5,15 +5,10 @@ Read it top to bottom: data, autoencoder, the whole model, output. `padseg train
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import dataclasses
 import pathlib
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 import PIL.Image
 import torch
@@ -22,37 +17,21 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from padseg.backbones import load
-from padseg.backbones.parts import choose_device, has_bfloat16
-from padseg.backbones.recorder import Request, watch
-from padseg.backbones.sd3 import text_columns
+from padseg.backbones.parts import choose_device
 from padseg.exports.overlay import overlay
 from padseg.methods.seg4diff import segment
-from padseg.methods.stages.attention import token_attention
 from padseg.train import tiny_model as tiny
-from padseg.train.data import CELL, Batch, batch, photographs
+from padseg.train.data import CELL
+from padseg.train.denoiser import autocast, encode_batch, flow_loss, noised_batch, normalised, pixels_of, token_maps, tokens_of
 from padseg.train.held_out import held_out_scene
 from padseg.train.loop import Stage, cosine, finish_step, moving_average, resume, trapezoid
 from padseg.train.losses import affinity_loss, mask_loss, named_mask_loss, share_over_tokens
-from padseg.train.muon import Muon
-from padseg.train.scenes import CLASSES, Scene
-from padseg.train.settings import Course, Mixture, TrainingSettings
-from padseg.train.vocabulary import SLOTS, WORDS
-from padseg.types import Array, Attention
-
-STAGES = ('autoencoder', 'together', 'transformer', 'further')
-
-
-# Seg4Diff's settings in the `padseg.json` of a trained model, chosen on the validation splits of BSDS500 and CamVid.
-SETTINGS = {
-    'step': 1,
-    'normalisation': 'share',
-    'threshold': 0.05,
-    'superpixels': 60.0,
-    'join': 0.75,
-    'components': True,
-    'min_area': 0.003,
-    'regroup': 0.7,
-}
+from padseg.train.painting import learn_painting
+from padseg.train.run import STAGES, Training, leave_cores, make_optimisers, write_model
+from padseg.train.scenes import Scene
+from padseg.train.settings import TrainingSettings
+from padseg.train.vocabulary import WORDS
+from padseg.types import Array
 
 
 def train_tiny(
@@ -84,75 +63,12 @@ def train_tiny(
         train_autoencoder(parts, run)
         learner = make_learner(parts, run)
         train(learner, run, 'together')
-    for name in STAGES[2:]:
+    for name in ('transformer', 'further'):
         if settings.course(name).steps:
             train(learner, run, name)
+    if settings.painting.steps:
+        learn_painting(learner, run)
     return run.model
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """A training run: its settings, inputs and output folder."""
-
-    out: pathlib.Path
-    settings: TrainingSettings
-    data: tuple[str, ...]
-    start: str | None
-    device: torch.device
-    workers: int
-    save_every: int
-    shown: int
-
-    @property
-    def model(self) -> pathlib.Path:
-        return self.out / 'model'
-
-    def batches(self, stage: str, start: int, stop: int, size: int) -> Iterator[tuple[Batch, Tensor]]:
-        """Yield batches start..stop-1 of a stage, prefetched by the workers; batch i is the same in every run."""
-        examples = Examples(self.settings, self.data, stage, size)
-        loader = torch.utils.data.DataLoader(
-            examples,
-            batch_size=None,
-            sampler=range(start, stop),
-            num_workers=self.workers,
-            worker_init_fn=leave_cores,
-            prefetch_factor=4 if self.workers else None,
-            pin_memory=self.device.type == 'cuda',
-        )
-        return iter(loader)
-
-    def stage(self, name: str, steps: int, pictures: int, columns: tuple[str, ...]) -> Stage:
-        """Describe a stage. Its checkpoint depends on the settings of this and all earlier stages, but not on its own number of steps."""
-        settings = dataclasses.asdict(self.settings)
-        courses = {course: settings.pop(course) for course in STAGES[1:]}
-        if name == 'autoencoder':
-            made_with = {key: value for key, value in settings.items() if key.startswith('vae_') or key == 'seed'}
-        else:
-            own = {key: value for key, value in courses[name].items() if key != 'steps'}
-            before = self.start or {stage: courses[stage] for stage in STAGES[1 : STAGES.index(name)]}
-            made_with = {**settings, **own, 'before': before}
-        return Stage(self.out, name, steps, pictures, columns, f'{made_with} {self.data}', self.save_every, self.device)
-
-
-def leave_cores(worker: int) -> None:
-    """Limit OpenCV to one thread: images are small, and the training needs the cores."""
-    cv2.setNumThreads(1)
-
-
-class Examples(torch.utils.data.Dataset[tuple[Batch, Tensor]]):
-    """The batches of one stage, by index, each with the tokens of its prompts and captions, (2, 2 B, 77): for both text encoders."""
-
-    def __init__(self, settings: TrainingSettings, data: tuple[str, ...], stage: str, size: int) -> None:
-        self.folders = [photographs(argument) for argument in data]
-        self.settings, self.stage, self.size = settings, stage, size
-        self.tokenizers = tiny.make_tokenizers(WORDS)
-
-    def __getitem__(self, index: int) -> tuple[Batch, Tensor]:
-        settings = self.settings
-        mixtures = ((0, Mixture(settings.vae_synthetic)),) if self.stage == 'autoencoder' else settings.course(self.stage).mixtures
-        mixture = [mixture for first, mixture in mixtures if first <= index][-1]
-        examples = batch(settings.seed * len(STAGES) + STAGES.index(self.stage), index, self.size, self.folders, mixture)
-        return examples, tokens_of(self.tokenizers, [*examples.prompts, *examples.captions])
 
 
 def train_autoencoder(parts: tiny.Parts, run: Training) -> None:
@@ -177,11 +93,6 @@ def train_autoencoder(parts: tiny.Parts, run: Training) -> None:
         finish_step(stage, step, {'reconstruction': loss}, vae, [optimiser])
         if stage.saves_after(step):
             draw_rebuilt(vae, stage, run.shown)
-
-
-def pixels_of(examples: Batch, device: torch.device) -> Tensor:
-    """The images of a batch on the device: (B, 3, H, W) in -1..1, channels last."""
-    return examples.images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def random_crops(images: Tensor, count: int, side: int, generator: torch.Generator) -> Tensor:
@@ -245,7 +156,7 @@ def train(learner: nn.ModuleDict, run: Training, name: str) -> None:
     vae: Any = learner['vae']
     transformer: Any = learner['transformer']
     statistics = learner.get_buffer('statistics')
-    averaged = AveragedModel(learner, multi_avg_fn=moving_average(settings.average))
+    averaged = AveragedModel(learner, multi_avg_fn=moving_average(course.average))
     optimisers = make_optimisers(learner, settings, course)
     stage = run.stage(name, course.steps, settings.size, ('reconstruction', 'mask', 'affinity', 'words', 'flow'))
     start = resume(stage, learner, optimisers, averaged)
@@ -278,12 +189,8 @@ def train(learner: nn.ModuleDict, run: Training, name: str) -> None:
         if settings.supervised:
             sigma = torch.rand(len(z), generator=generator).to(device) * settings.noise  # (B,)
             with autocast(device):
-                embeds, pooled = encode_batch(learner, tokens[:, : len(z)])
-                reduce = partial(training_maps, shape=z.shape)
-                requests = {layer: Request(transformer.transformer_blocks[layer].attn, reduce) for layer in settings.supervised}
-                with watch(requests) as kept:
-                    transformer(noised_batch(z, sigma, generator), embeds, pooled, sigma * 1000)
-            maps = [kept[layer] for layer in settings.supervised]  # (B, 77, h, w) each
+                texts = encode_batch(learner, tokens[:, : len(z)])
+            maps = token_maps(transformer, noised_batch(z, sigma, generator), sigma, *texts, settings.supervised)  # (B, 77, h, w) each
             is_named = examples.words.any(2).any(1)  # (B,)
             named, others = is_named.nonzero()[:, 0].to(device), (~is_named).nonzero()[:, 0].to(device)
             if len(others):
@@ -323,49 +230,10 @@ def train(learner: nn.ModuleDict, run: Training, name: str) -> None:
     learner.load_state_dict(averaged.module.state_dict())
 
 
-def write_model(learner: nn.Module, run: Training) -> None:
-    """Write the model and its default settings to OUT/model, a folder that padseg can load."""
-    kept: Any = copy.deepcopy(learner).cpu()
-    parts: Any = tiny.Parts(**{name: kept[name] for name in tiny.Parts._fields})
-    mean, deviation = kept.get_buffer('statistics').tolist()
-    parts.vae.register_to_config(shift_factor=mean, scaling_factor=1 / deviation)
-    words = sorted({word for name in CLASSES for word in name.split()})
-    facts = {'layers': parts.transformer.config.num_layers, 'layer': run.settings.layer, 'side': 256, 'words': words}
-    tiny.save_tiny(parts, WORDS, run.model, {**facts, 'seg4diff': SETTINGS})
-
-
-def make_optimisers(learner: nn.ModuleDict, settings: TrainingSettings, course: Course) -> list[torch.optim.Optimizer]:
-    """Make Muon (Jordan et al. 2024) for the matrices of attention and MLP, and AdamW for the rest and for the autoencoder.
-
-    The `initial_lr` of a group is its peak learning rate.
-    """
-    named = dict(learner.named_parameters())
-    inner = {
-        name for name, weight in named.items() if weight.ndim == 2 and 'transformer_blocks' in name and ('.attn.' in name or '.ff' in name)
-    }
-    encoder = {name for name in named if name.startswith('vae.')}
-    rest = named.keys() - inner - encoder
-    rate, decay = course.rate, settings.weight_decay
-    muon = Muon(
-        [{'params': [named[name] for name in sorted(inner)], 'initial_lr': rate}], weight_decay=decay, adjust_lr_fn='match_rms_adamw'
-    )
-    groups: list[dict[str, Any]] = [
-        {'params': [named[name] for name in sorted(rest) if named[name].ndim > 1], 'initial_lr': rate, 'weight_decay': decay},
-        {'params': [named[name] for name in sorted(rest) if named[name].ndim <= 1], 'initial_lr': rate},
-    ]
-    autoencoder: list[dict[str, Any]] = [{'params': [named[name] for name in sorted(encoder)], 'initial_lr': course.encoder_rate}]
-    return [muon, *(torch.optim.AdamW(each, betas=(0.9, 0.98), weight_decay=0.0, foreach=True) for each in (groups, autoencoder))]
-
-
 @torch.no_grad()
 def track_statistics(statistics: Tensor, latents: Tensor) -> None:
     """Update the running mean and standard deviation (2,) of the latents, in place."""
     statistics.lerp_(torch.stack([latents.float().mean(), latents.float().std()]), 0.02)
-
-
-def normalised(latents: Tensor, statistics: Tensor) -> Tensor:
-    mean, deviation = statistics
-    return ((latents.float() - mean) / deviation).contiguous()
 
 
 def grouping_losses(maps: list[Tensor], masks: Tensor, counts: Tensor) -> dict[str, Tensor]:
@@ -378,16 +246,6 @@ def grouping_losses(maps: list[Tensor], masks: Tensor, counts: Tensor) -> dict[s
         'mask': torch.stack([mask_loss(layer, masks, counts) for layer in maps]).mean(),
         'affinity': torch.stack([affinity_loss(F.avg_pool2d(layer, 2), cells) for layer in maps]).mean(),
     }
-
-
-def flow_loss(transformer: Any, z: Tensor, embeds: Tensor, pooled: Tensor, generator: torch.Generator) -> Tensor:
-    """Flow-matching loss (Lipman et al. 2023) on latents (B, C, h, w), with SD3's logit-normal noise levels."""
-    sigma = torch.randn(len(z), generator=generator).sigmoid().to(z.device)
-    noise = torch.randn(z.shape, generator=generator).to(z.device)
-    mixed = z + sigma[:, None, None, None] * (noise - z)
-    with autocast(z.device):
-        velocity = transformer(mixed, embeds, pooled, sigma * 1000, return_dict=False)[0]
-    return F.mse_loss(velocity.float(), noise - z)
 
 
 def held_out(count: int) -> list[Scene]:
@@ -417,37 +275,3 @@ def write_training_sheet(above: Sequence[Array], below: Sequence[Array], stage: 
     columns = [np.concatenate(pair) for pair in zip(above, below, strict=True)]
     rows = [np.concatenate(columns[start : start + 4], axis=1) for start in range(0, len(columns), 4)]
     PIL.Image.fromarray(np.concatenate(rows)).save(stage.file('.sheet.png'))
-
-
-def tokens_of(tokenizers: tuple[Any, Any], texts: list[str]) -> Tensor:
-    """The tokens of texts for both text encoders: (2, B, 77) int64."""
-    return torch.stack(
-        [each(texts, padding='max_length', max_length=SLOTS, truncation=True, return_tensors='pt').input_ids for each in tokenizers]
-    )
-
-
-def encode_batch(learner: nn.ModuleDict, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode tokens (2, B, 77) as SD3 does without T5: embeddings (B, 2 x 77, D) with zeros in the second half, and pooled (B, D)."""
-    tokens = tokens.to(next(learner.parameters()).device, non_blocking=True)
-    encoders = (learner[name] for name in ('text_encoder', 'text_encoder_2'))
-    outputs = [encoder(ids, output_hidden_states=True) for encoder, ids in zip(encoders, tokens, strict=True)]
-    embeds = torch.cat([output.hidden_states[-2] for output in outputs], -1)  # (B, 77, D)
-    return F.pad(embeds, (0, 0, 0, SLOTS)), torch.cat([output.text_embeds for output in outputs], -1)
-
-
-def noised_batch(z: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
-    noise = torch.randn(z.shape, generator=generator).to(z.device)
-    return z + sigma[:, None, None, None] * (noise - z)
-
-
-def training_maps(seen: Attention, shape: torch.Size) -> Tensor:
-    """The 77 token maps of a layer at the resolution of the masks, twice the token grid: (B, 77, 2h, 2w), float32 even under autocast."""
-    h, w = shape[2] // 2, shape[3] // 2
-    with torch.autocast(seen.query.device.type, enabled=False):
-        maps = token_attention(seen, h * w, text_columns(range(SLOTS), h * w), chunk=h * w)  # (B, h w, 77)
-    return F.interpolate(maps.transpose(1, 2).unflatten(2, (h, w)), scale_factor=2, mode='bilinear')
-
-
-def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Mixed precision where the device has it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))

@@ -22,12 +22,15 @@ TRANSFORMER = {**tiny_model.TRANSFORMER, 'num_attention_heads': 2, 'attention_he
 VAE = {**tiny_model.VAE, 'block_out_channels': (8, 8, 8, 8)}
 
 
-def train_small(out: Path, start: Path | None = None, workers: int = 0) -> None:
-    """Train in all stages with a checkpoint after every step; with `start`, from that model in the last one alone, without mask losses."""
+def train_small(out: Path, start: Path | None = None, workers: int = 0, settings: TrainingSettings | None = None) -> None:
+    """Train in all stages with a checkpoint after every step; with `start`, from that model in the last one alone, without mask losses.
+
+    settings: others instead.
+    """
     import torch
 
     from padseg.train.tiny import train_tiny
 
     torch.set_num_threads(1)
-    settings = without_masks(SMALL) if start else SMALL
+    settings = settings or (without_masks(SMALL) if start else SMALL)
     train_tiny(out, settings, (), start, 'cpu', workers, save_every=1, shown=1, transformer=TRANSFORMER, vae=VAE)
