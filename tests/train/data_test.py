@@ -174,7 +174,7 @@ def test_names_of_several_words_share_their_slots():
 
 def test_every_word_is_one_token_where_its_weight_says():
     from padseg.train import tiny_model as tiny
-    from padseg.train.tiny import WORDS
+    from padseg.train.vocabulary import WORDS
 
     for tokenizer in tiny.make_tokenizers(WORDS):
         for name in CLASSES:

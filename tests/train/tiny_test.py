@@ -51,7 +51,7 @@ def test_the_loss_sees_the_maps_that_inference_reads(backbone):
 
     from padseg.backbones.recorder import requests_of, watch
     from padseg.methods.stages.token_maps import attention_maps
-    from padseg.train.tiny import training_maps
+    from padseg.train.denoiser import training_maps
 
     z = torch.randn((2, 4, 12, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), watch(requests_of(backbone, [2], partial(training_maps, shape=z.shape))) as kept:
@@ -64,7 +64,7 @@ def test_autocast_leaves_the_maps_in_float32():
     """Maps from queries and keys of 16 bits, but sums and softmax of 32."""
     import torch
 
-    from padseg.train.tiny import training_maps
+    from padseg.train.denoiser import training_maps
     from padseg.types import Attention
 
     seen = Attention(*torch.randn((2, 1, 2, 12 + 154, 16), generator=torch.Generator().manual_seed(0)).bfloat16())
@@ -148,7 +148,7 @@ def test_the_averaged_weights_are_written(trained):
 def test_a_folder_without_a_model_of_this_kind_is_refused(trained, tmp_path):
     from padseg.errors import ModelUnavailable
     from padseg.train import tiny_model as tiny
-    from padseg.train.tiny import WORDS
+    from padseg.train.vocabulary import WORDS
 
     with pytest.raises(ModelUnavailable, match='no model to start from'):
         tiny.read_tiny(tmp_path, WORDS)
@@ -159,7 +159,8 @@ def test_a_folder_without_a_model_of_this_kind_is_refused(trained, tmp_path):
 def test_latents_of_a_growing_spread_stay_normal():
     import torch
 
-    from padseg.train.tiny import normalised, track_statistics
+    from padseg.train.denoiser import normalised
+    from padseg.train.tiny import track_statistics
 
     statistics = torch.tensor([0.0, 1.0])
     latents = torch.randn((4, 16, 8, 8), generator=torch.Generator().manual_seed(0)) * 3 + 2
@@ -173,7 +174,9 @@ def test_muon_has_the_matrices_of_the_blocks_and_every_weight_is_learnt_once():
     from torch import nn
 
     from padseg.train import tiny_model as tiny
-    from padseg.train.tiny import WORDS, TrainingSettings, make_optimisers
+    from padseg.train.run import make_optimisers
+    from padseg.train.settings import TrainingSettings
+    from padseg.train.vocabulary import WORDS
 
     learner = nn.ModuleDict(tiny.build_tiny(WORDS)._asdict())
     optimisers = make_optimisers(learner, TrainingSettings(), TrainingSettings.together)
