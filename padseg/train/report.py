@@ -165,9 +165,10 @@ def paint(commands: Commands, count: int) -> dict[str, float]:
     padseg('generate', '--model', commands.model, '--prompts', captions, '--out', painted, '--size', str(PAINTED_SIDE), '-q')
     wanted = np.array([[name in each.names for name in CLASSES] for each in drawn])  # (N, 40)
     real = found(commands.label('captions-labelled', folder / 'images', classes))
-    made = found(commands.label('painted-labelled', painted / 'images', classes))
+    pictures = in_order(painted, [each.caption for each in drawn])
+    made = found(commands.label('painted-labelled', painted / 'images', classes), [path.name for path in pictures])
     others = [np.roll(wanted, shift, 0) for shift in range(1, count)]
-    write_samples(commands.out / 'samples.jpg', drawn[:SHOWN], sorted((painted / 'images').rglob('*.png'))[:SHOWN])
+    write_samples(commands.out / 'samples.jpg', drawn[:SHOWN], pictures[:SHOWN])
     return {
         'scenes': share(real, wanted),
         'pictures': share(made, wanted),
@@ -175,9 +176,20 @@ def paint(commands: Commands, count: int) -> dict[str, float]:
     }
 
 
-def found(labels: Path) -> Array:
-    """Which classes have at least FOUND of the pixels of each label map in a folder: (N, classes) bool."""
-    maps = [np.asarray(PIL.Image.open(path)) for path in sorted(labels.rglob('*.png'))]
+def in_order(painted: Path, captions: Sequence[str]) -> list[Path]:
+    """The pictures that `padseg generate` made, in the order of their captions: its files are named after their captions."""
+    rows = [json.loads(line) for line in (painted / 'manifest.jsonl').read_text(encoding='utf-8').splitlines()]
+    files = {row['prompt']: painted / row['file'] for row in rows if row['file']}
+    return [files[caption] for caption in captions]
+
+
+def found(labels: Path, pictures: Sequence[str] = ()) -> Array:
+    """Which classes have at least FOUND of the pixels of each label map in a folder: (N, classes) bool.
+
+    pictures: names of the files that were labelled, in the order of the rows; by name if there are none.
+    """
+    files = [labels / f'{name}.png' for name in pictures] or sorted(labels.rglob('*.png'))
+    maps = [np.asarray(PIL.Image.open(path)) for path in files]
     areas = np.array([np.bincount(each.ravel(), minlength=len(CLASSES) + 1)[: len(CLASSES) + 1] / each.size for each in maps])
     return areas[:, 1:] >= FOUND
 

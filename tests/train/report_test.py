@@ -19,6 +19,7 @@ from padseg.train.report import (
     Report,
     Row,
     found,
+    in_order,
     make_report,
     measure,
     padseg,
@@ -76,6 +77,17 @@ def test_a_report_names_the_command_of_every_line(tmp_path):
     text = write_report(REPORT, tmp_path).read_text()
     assert 'padseg eval bsds500\n' in text and 'padseg eval folder\n' in text
     assert json.loads((tmp_path / 'report.json').read_text())['regions'][0]['scores'] == SCORES
+
+
+def test_painted_pictures_are_taken_in_the_order_of_their_captions(tmp_path):
+    """`padseg generate` names its files after the prompts, and alphabetical order once gave scenes the pictures of others."""
+    rows = [{'prompt': 'a ring on fur', 'file': 'images/a-ring.png'}, {'prompt': 'a bar on sand', 'file': 'images/a-bar.png'}]
+    (tmp_path / 'manifest.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    files = in_order(tmp_path, ['a ring on fur', 'a bar on sand', 'a ring on fur'])
+    assert [path.name for path in files] == ['a-ring.png', 'a-bar.png', 'a-ring.png']
+    for name, number in (('a-ring.png', 2), ('a-bar.png', 5)):
+        PIL.Image.fromarray(np.full((8, 8), number, np.uint8)).save(tmp_path / f'{name}.png')
+    assert found(tmp_path, [path.name for path in files]).argmax(1).tolist() == [1, 4, 1]
 
 
 def test_a_class_is_found_from_a_hundredth_of_the_pixels_on(tmp_path):
