@@ -47,7 +47,11 @@ def encode_batch(learner: nn.ModuleDict, tokens: Tensor) -> tuple[Tensor, Tensor
 
 
 def noised_batch(z: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
-    noise = torch.randn(z.shape, generator=generator).to(z.device)
+    return mixed(z, torch.randn(z.shape, generator=generator).to(z.device), sigma)
+
+
+def mixed(z: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Latents with noise, (B, C, h, w) each, at noise levels sigma (B,): at 0 the latents, at 1 the noise."""
     return z + sigma[:, None, None, None] * (noise - z)
 
 
@@ -75,9 +79,8 @@ def flow_loss(transformer: Any, z: Tensor, embeds: Tensor, pooled: Tensor, gener
     """Flow-matching loss (Lipman et al. 2023) on latents (B, C, h, w), with SD3's logit-normal noise levels."""
     sigma = torch.randn(len(z), generator=generator).sigmoid().to(z.device)
     noise = torch.randn(z.shape, generator=generator).to(z.device)
-    mixed = z + sigma[:, None, None, None] * (noise - z)
     with autocast(z.device):
-        velocity = transformer(mixed, embeds, pooled, sigma * 1000, return_dict=False)[0]
+        velocity = transformer(mixed(z, noise, sigma), embeds, pooled, sigma * 1000, return_dict=False)[0]
     return F.mse_loss(velocity.float(), noise - z)
 
 

@@ -24,7 +24,7 @@ from padseg.train import tiny_model as tiny
 from padseg.train.data import CELL
 from padseg.train.denoiser import autocast, encode_batch, flow_loss, noised_batch, normalised, pixels_of, token_maps, tokens_of
 from padseg.train.held_out import held_out_scene
-from padseg.train.loop import Stage, cosine, finish_step, moving_average, resume, trapezoid
+from padseg.train.loop import Stage, cosine, finish_step, moving_average, resume, take_step, trapezoid
 from padseg.train.losses import affinity_loss, mask_loss, named_mask_loss, share_over_tokens
 from padseg.train.painting import learn_painting
 from padseg.train.run import STAGES, Training, leave_cores, make_optimisers, write_model
@@ -85,11 +85,7 @@ def train_autoencoder(parts: tiny.Parts, run: Training) -> None:
         with autocast(run.device):
             posterior = vae.encode(pixels).latent_dist
             loss = decoding_loss(vae, posterior.mean, posterior.std, pixels, generator) + settings.vae_kl * divergence(posterior)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
+        take_step(loss, vae, [optimiser], [schedule])
         finish_step(stage, step, {'reconstruction': loss}, vae, [optimiser])
         if stage.saves_after(step):
             draw_rebuilt(vae, stage, run.shown)
@@ -215,13 +211,7 @@ def train(learner: nn.ModuleDict, run: Training, name: str) -> None:
             'flow': course.flow.weight,
         }
         loss = torch.stack([value * weights.get(name, 1.0) for name, value in losses.items()]).sum()
-        for optimiser in optimisers:
-            optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
-        for optimiser, schedule in zip(optimisers, schedules, strict=True):
-            optimiser.step()
-            schedule.step()
+        take_step(loss, learner, optimisers, schedules)
         averaged.update_parameters(learner)
         finish_step(stage, step, losses, learner, optimisers, averaged)
         if stage.saves_after(step):

@@ -14,12 +14,14 @@ from support.processes import start
 from support.training import SMALL, TRANSFORMER, VAE, train_small
 
 from padseg.train import painting, tiny_model as tiny
-from padseg.train.data import batch
+from padseg.train.data import VIEW_SHARES, VIEWS, batch
 from padseg.train.losses import divergence_of_maps
-from padseg.train.scenes import CLASSES, surfaces
-from padseg.train.settings import Mixture
+from padseg.train.scenes import CLASSES, scene, surfaces
+from padseg.train.settings import Mixture, TrainingSettings
 from padseg.train.shapes import SHAPES
 from padseg.train.vocabulary import WORDS
+
+LOW = TrainingSettings.noise
 
 
 def transformer(seed: int):
@@ -53,6 +55,18 @@ def test_a_batch_of_surfaces_names_no_shape():
     assert words and not words & set(SHAPES)
 
 
+def test_without_surfaces_batches_take_no_other_random_numbers():
+    rng = np.random.default_rng((3, 1))
+    view = VIEWS[rng.choice(len(VIEWS), p=VIEW_SHARES)]
+    drawn = []
+    for _ in range(2):
+        drawn.append(scene(rng, *view))
+        rng.random()  # whether its classes are named
+    made = batch(3, 1, 2, (), Mixture(synthetic=1.0))
+    assert made.captions == [each.caption for each in drawn]
+    np.testing.assert_array_equal(made.images.numpy(), np.stack([each.image for each in drawn]))
+
+
 def test_the_divergence_of_maps_is_that_of_the_shares_of_tokens():
     were, are = torch.tensor([2.0, 2.0]), torch.tensor([1.0, 3.0])  # of two tokens at one pixel
     expected = 0.5 * np.log(0.5 / 0.25) + 0.5 * np.log(0.5 / 0.75)
@@ -67,7 +81,7 @@ def test_the_painter_is_followed_at_high_noise_and_the_model_as_it_was_below():
     seen = given([0.05, 0.29, 0.3, 0.9])
     goal = painting.followed(painter, before, seen)
     for place, teacher in enumerate((before, before, painter, painter)):
-        one = [each[place : place + 1] for each in (seen.mixed, seen.embeds, seen.pooled)]
+        one = [each[place : place + 1] for each in (seen.seen, seen.embeds, seen.pooled)]
         with torch.no_grad(), painting.autocast(goal.device):
             expected = teacher(*one, seen.sigma[place : place + 1] * 1000, return_dict=False)[0].float()
         torch.testing.assert_close(goal[place : place + 1], expected, rtol=0.02, atol=0.02)
@@ -76,7 +90,7 @@ def test_the_painter_is_followed_at_high_noise_and_the_model_as_it_was_below():
 def test_half_way_low_noise_is_embedded_as_before_and_high_noise_by_the_means():
     before, painter = transformer(0), transformer(1)
     model, means = copy.deepcopy(before), copy.deepcopy(before)
-    painting.begin_between(model, before, painter)
+    painting.begin_between(model, before, painter, LOW)
     for own, one, other in zip(means.parameters(), before.parameters(), painter.parameters(), strict=True):
         own.copy_((one + other) / 2)
 
@@ -84,7 +98,7 @@ def test_half_way_low_noise_is_embedded_as_before_and_high_noise_by_the_means():
         embedding = network.time_text_embed
         return embedding.timestep_embedder(embedding.time_proj(levels * 1000))
 
-    for levels, like in ((torch.linspace(0, painting.SEGMENTS, 99), before), (torch.linspace(painting.PAINTS, 1, 99), means)):
+    for levels, like in ((torch.linspace(0, LOW, 99), before), (torch.linspace(painting.PAINTS, 1, 99), means)):
         close = (embedded(model, levels) - embedded(like, levels)).square().mean()
         apart = (embedded(means, levels) - embedded(before, levels)).square().mean()
         assert close < 0.01 * apart
