@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from padseg.run.selection import Selection
 BEGINNING = 14  # changes of a run before its first result: old records go, and the header says what the settings are now
 FROM_NOTHING = ('run', 'join', 'collect')  # stories without results of other settings, for which the beginning is like the rest
 UNTOUCHED = 40  # exit code of a process that ended before its fault
+REFUSED = 41  # of one that found results of other settings
 ENDED_BY = {'kill': -signal.SIGKILL, 'full': ResourceExhausted.exit_code}
 
 
@@ -34,7 +36,7 @@ def at_every_write(source: Path, root: Path, model: str, action: str, fault: str
     Token maps are computed once and then replace the model. Prints the number of faults.
     """
     out, whole, begun = root / 'out', root / 'whole', root / 'begun'
-    engine.run(Job(source, root / 'maps', model=model, device='cpu', save_maps=True))
+    succeed(lambda: engine.run(Job(source, root / 'maps', model=model, device='cpu', save_maps=True)))
     job = Job(source, out, maps=root / 'maps', overlay=True, save_maps=True, coco=action == 'run')
     act, first = actions(job)[action]
 
@@ -44,18 +46,18 @@ def at_every_write(source: Path, root: Path, model: str, action: str, fault: str
             shutil.copytree(begun, out)
 
     for one in first:
-        engine.run(one)
+        succeed(partial(engine.run, one))
     if first:
         out.rename(begun)
         restart()
-    assert run_in_child(act) == 0
+    succeed(act)
     out.rename(whole)
     expected, faults, number = tree(whole), 0, every
     restart()
     while (code := run_in_child(act, out, fault, number)) != UNTOUCHED:
         assert code == ENDED_BY[fault], (number, code)
         assert fault == 'kill' or not list(out.rglob('.padseg-*')), (number, list(out.rglob('.padseg-*')))
-        assert run_in_child(act) == 0, number
+        succeed(act)
         assert differences(tree(out), expected) == [], number
         faults += 1
         number += every
@@ -100,13 +102,13 @@ def at_every_event(source: Path, root: Path, maps: Path | None, action: str, eve
         if state and state.is_dir():
             shutil.copytree(state, out)
 
-    story.begun()
+    succeed(story.begun)
     shutil.copytree(out, root / 'begun') if out.is_dir() else None
     restart(None)
-    story.before()
+    succeed(story.before)
     old = tree(out)
     restart(root / 'begun')
-    story.act()
+    succeed(story.act)
     new = tree(out)
     number, kills = 1, 0
     restart(root / 'begun')
@@ -114,11 +116,11 @@ def at_every_event(source: Path, root: Path, maps: Path | None, action: str, eve
         assert code == ENDED_BY['kill'], (number, code)
         shutil.rmtree(kept, ignore_errors=True)
         shutil.copytree(out, kept) if out.is_dir() else kept.mkdir()
-        story.act()
+        succeed(story.act)
         assert differences(tree(out), new) == [], (number, 'again')
         restart(kept)
         if refused(story.without):
-            story.before()
+            succeed(story.before)
             assert differences(tree(out), old) == [], (number, 'after a refusal')
         else:
             assert differences(tree(out), new) == [], (number, 'without --overwrite')
@@ -132,12 +134,14 @@ def at_every_event(source: Path, root: Path, maps: Path | None, action: str, eve
     return 0
 
 
+def succeed(act: Callable[[], object]) -> None:
+    assert run_in_child(act) == 0
+
+
 def refused(act: Callable[[], object]) -> bool:
-    try:
-        act()
-    except OutputConflict:
-        return True
-    return False
+    code = run_in_child(act)
+    assert code in (0, REFUSED), code
+    return code == REFUSED
 
 
 def stories(source: Path, out: Path, maps: Path | None) -> dict[str, Story]:
@@ -163,7 +167,10 @@ def stories(source: Path, out: Path, maps: Path | None) -> dict[str, Story]:
 
 
 def run_in_child(act: Callable[[], object], out: Path | None = None, fault: str = '', number: int = 0) -> int:
-    """Exit code of a child that acts, with a fault before the so-manieth write below a folder if there is one."""
+    """Exit code of a child that acts, with a fault before the so-manieth write below a folder if there is one.
+
+    Whatever computes is run so: a child of a process that has computed may search MKL's lists of buffers forever.
+    """
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -172,6 +179,8 @@ def run_in_child(act: Callable[[], object], out: Path | None = None, fault: str 
         act()
     except ResourceExhausted:
         os._exit(ResourceExhausted.exit_code)
+    except OutputConflict:
+        os._exit(REFUSED)
     except BaseException:
         traceback.print_exc()
         os._exit(1)
