@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import traceback
 from pathlib import Path
@@ -27,7 +29,7 @@ def at_every_write(command: list[str], earlier: list[str], out: Path, fault: str
     begun, broken = out.with_name('begun'), out.with_name('broken')
     commands = [command, [word for word in command if word != '--overwrite'], *([earlier] if earlier else [])]
     hush()
-    assert main([*command[:-1], str(out.with_name('warm'))]) == 0  # imports everything once, not in every child
+    import_for([*command[:-1], str(out.with_name('warm'))])
     if earlier:
         assert run(earlier) == 0
         out.rename(begun)
@@ -71,6 +73,21 @@ def run(command: list[str], out: Path | None = None, fault: str = '', number: in
     except BaseException:
         traceback.print_exc()
         os._exit(1)
+
+
+def import_for(command: list[str]) -> None:
+    """Import what padseg imports for a command, once instead of in every child; the command itself runs in a child, see `run_in_child`."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        code = main(command)
+        os.write(writer, ' '.join(name for name in sys.modules if name.startswith('padseg.')).encode())
+        os._exit(code)
+    os.close(writer)
+    with os.fdopen(reader) as names:
+        for name in names.read().split():
+            importlib.import_module(name)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def hush() -> None:
