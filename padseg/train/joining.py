@@ -12,7 +12,7 @@ from scipy.special import expit
 from padseg.datasets import VOID
 from padseg.datasets.dataset import Dataset
 from padseg.methods import seg4diff, stages
-from padseg.methods.stages.join import WEIGHTS, Graph, Join, Weights, joins, owners
+from padseg.methods.stages.join import Graph, Join, Weights, joins, owners
 from padseg.methods.stages.labels import superpixel_graph
 from padseg.methods.stages.regroup import ApartWeights, features_apart, of_regions
 from padseg.methods.stages.runs import painted
@@ -20,6 +20,7 @@ from padseg.types import Array
 
 PENALTY = 1e-3  # on the squares of weights of features with deviation 1
 UNKNOWN = 0.5  # what is said of a region whose truth is void
+START = Weights(1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, area=0.1, bias=0.0)  # by what pairs are first met: proposals, and small regions sooner
 Kind = TypeVar('Kind', Weights, ApartWeights)
 
 
@@ -121,7 +122,7 @@ def fit(sets: Sequence[Pairs], kind: type[Kind], counting: Sequence[float] | Non
 
 
 def fitted(
-    sets: Sequence[Sequence[Example]], rounds: int, weights: Weights = WEIGHTS, counting: Sequence[float] | None = None
+    sets: Sequence[Sequence[Example]], rounds: int, weights: Weights = START, counting: Sequence[float] | None = None
 ) -> Iterator[Weights]:
     """The weights after each round, whose pairs are those met while joining by the weights of the round before. counting: as of `fit`."""
     for _ in range(rounds):

@@ -8,7 +8,7 @@ from scipy.special import expit
 
 from padseg.methods.stages.join import BINS, WEIGHTS, Graph, Weights, joins
 from padseg.methods.stages.regroup import ApartWeights, features_apart
-from padseg.train.joining import UNKNOWN, Example, Pairs, apart, compared, compared_apart, confusion, fit, fitted
+from padseg.train.joining import START, UNKNOWN, Example, Pairs, apart, compared, compared_apart, confusion, fit, fitted
 
 
 def stripes(count, rng):
@@ -78,5 +78,5 @@ def test_rounds_follow_the_weights_before():
     rng = np.random.default_rng(2)
     sets = [[Example(stripes(12, rng), (np.eye(2, dtype=int)[rng.integers(0, 2, 12)],)) for _ in range(3)] for _ in range(2)]
     first, second = fitted(sets, 2)
-    assert first == next(iter(fitted(sets, 1))) != WEIGHTS
+    assert first == next(iter(fitted(sets, 1, START))) != START
     assert second == next(iter(fitted(sets, 1, first)))
