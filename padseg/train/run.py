@@ -23,16 +23,19 @@ from padseg.train.vocabulary import WORDS
 
 STAGES = ('autoencoder', 'together', 'transformer', 'further', 'painter', 'painting')
 
-# Seg4Diff's settings in the `padseg.json` of a trained model, chosen on the validation splits of BSDS500 and CamVid.
-SETTINGS = {
-    'step': 1,
-    'normalisation': 'share',
-    'threshold': 0.05,
-    'superpixels': 60.0,
-    'join': 0.75,
-    'components': True,
-    'min_area': 0.003,
-    'regroup': 0.7,
+# Settings in the `padseg.json` of a trained model. Those of Seg4Diff were chosen on the validation splits of BSDS500 and CamVid.
+SETTINGS: dict[str, dict[str, Any]] = {
+    'seg4diff': {
+        'step': 1,
+        'normalisation': 'share',
+        'threshold': 0.05,
+        'superpixels': 50.0,
+        'join': 0.75,
+        'components': True,
+        'min_area': 0.003,
+        'regroup': 0.7,
+    },
+    'generate': {'scale': 4.0},
 }
 
 
@@ -109,7 +112,7 @@ def write_model(learner: nn.Module, run: Training) -> None:
     parts.vae.register_to_config(shift_factor=mean, scaling_factor=1 / deviation)
     words = sorted({word for name in CLASSES for word in name.split()})
     facts = {'layers': parts.transformer.config.num_layers, 'layer': run.settings.layer, 'side': 256, 'words': words}
-    tiny.save_tiny(parts, WORDS, run.model, {**facts, 'seg4diff': SETTINGS})
+    tiny.save_tiny(parts, WORDS, run.model, {**facts, **SETTINGS})
 
 
 def make_optimisers(learner: nn.ModuleDict, settings: TrainingSettings, course: Course) -> list[torch.optim.Optimizer]:

@@ -111,7 +111,7 @@ class TrainingSettings:
     mask_weight: float = 1.0  # lambda
     affinity_weight: float = 1.0
     words_weight: float = 1.0
-    maps_weight: float = 30.0  # of the change of the token maps, while the model learns to paint
+    maps_weight: float = 60.0  # of the change of the token maps, while the model learns to paint
 
     def course(self, stage: str) -> Course:
         courses: dict[str, Course] = {

@@ -40,7 +40,7 @@ def test_the_model_loads_and_segments(trained, picture):
 def test_the_settings_of_a_trained_model_are_those_of_the_embedded_one(trained):
     folders = trained / 'model', pathlib.Path('padseg/models/tiny')
     written, embedded = (json.loads((folder / 'padseg.json').read_text()) for folder in folders)
-    assert written['seg4diff'] == embedded['seg4diff']
+    assert all(written[section] == embedded[section] for section in ('seg4diff', 'generate'))
     assert [written[name] for name in ('layers', 'layer', 'side', 'words')] == [
         embedded[name] for name in ('layers', 'layer', 'side', 'words')
     ]

@@ -48,7 +48,7 @@ class Weights(NamedTuple):
 
 
 WEIGHTS = Weights(
-    proposals=2.823, doubt=3.445, border=1.895, doubted=3.890, colours=1.458, spreads=0.902, touching=-0.396, area=0.207, bias=-3.321
+    proposals=3.593, doubt=3.179, border=2.007, doubted=4.155, colours=1.438, spreads=1.109, touching=-0.790, area=0.220, bias=-3.146
 )
 
 

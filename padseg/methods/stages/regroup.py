@@ -31,7 +31,7 @@ class ApartWeights(NamedTuple):
     bias: float
 
 
-APART = ApartWeights(proposals=2.132, doubt=5.007, colours=0.440, area=0.253, bias=-2.765)
+APART = ApartWeights(proposals=3.703, doubt=4.564, colours=-0.683, area=0.148, bias=-3.002)
 
 
 def regrouped(graph: Graph, regions: Array, count: int, threshold: float, weights: ApartWeights = APART) -> Array:
