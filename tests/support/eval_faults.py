@@ -80,9 +80,12 @@ def import_for(command: list[str]) -> None:
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
-        code = main(command)
-        os.write(writer, ' '.join(name for name in sys.modules if name.startswith('padseg.')).encode())
-        os._exit(code)
+        code = 1
+        try:
+            code = main(command)
+            os.write(writer, ' '.join(name for name in sys.modules if name.startswith('padseg.')).encode())
+        finally:
+            os._exit(code)
     os.close(writer)
     with os.fdopen(reader) as names:
         for name in names.read().split():
