@@ -118,3 +118,24 @@ def test_class_words_find_their_classes_as_the_card_says(tmp_path, capsys, shipp
     assert main(['eval', 'folder', '--root', str(tmp_path), *options]) == 0
     scores = json.loads(capsys.readouterr().out)['scores']
     assert scores['accuracy'] == pytest.approx(float(accuracy), abs=0.003) and scores['miou'] == pytest.approx(float(miou), abs=0.01)
+
+
+def test_pictures_have_the_surface_that_their_prompt_names(tmp_path):
+    """Four textures, which the model recognises among all its names."""
+    import numpy as np
+    import PIL.Image
+
+    from padseg.train.scenes import CLASSES
+
+    wanted = ('bricks', 'grass', 'speckle', 'water')
+    names, out = tmp_path / 'names.txt', tmp_path / 'out'
+    names.write_text('\n'.join(CLASSES), encoding='utf-8')
+    made = ['generate', *(word for name in wanted for word in ('--prompt', name)), '--size', '256', '--steps', '10', '--out', str(out)]
+    assert main([*made, '--device', 'cpu', '-q']) == 0
+    labelled = tmp_path / 'labelled'
+    label = ['label', '--dir', str(out / 'images'), '--out', str(labelled), '--classes-file', str(names), '--device', 'cpu', '-q']
+    assert main(label) == 0
+    for name in wanted:
+        (file,) = (labelled / 'labels').glob(f'{name}-*.png')
+        seen = np.asarray(PIL.Image.open(file)) == CLASSES.index(name) + 1
+        assert seen.mean() > 0.5, name
