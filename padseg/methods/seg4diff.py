@@ -47,6 +47,7 @@ LATER = ('normalisation', 'threshold', 'refine', 'superpixels', 'join', 'compone
 SMALLEST_TILE = 64  # pixels
 TILES = ('tiles', 'overlap')
 IF_USED = (*TILES, 'regroup', 'levels')  # options that are recorded only if they are used
+UNJOINED = 'regroup compares regions of joined superpixels: it needs --superpixels and --join above 0'
 UNREFINED = {'refine': 'none', 'superpixels': 0.0, 'join': 0.0, 'components': False, 'min_area': 0.0}  # the papers end with the argmax
 RELEASED = {'step': 8, 'tokens': 'all', 'normalisation': 'released', 'threshold': 0.1, **UNREFINED}  # of the released code, for SD3-medium
 
@@ -113,9 +114,14 @@ class Options:
         return resolved
 
     def with_settings(self, settings: Mapping[str, Any]) -> Options:
-        """Fill in what is left open from a model's settings; with a paper's preset, refinements left open are off."""
+        """Fill in what is left open from a model's settings; with a paper's preset, refinements left open are off.
+
+        UsageError for `regroup` where superpixels are not joined.
+        """
         resolved = filled(self, {'regroup': 0.0, 'levels': (), **settings, **(UNREFINED if self.geometry != 'whole' else {})})
-        return resolved if resolved.superpixels and resolved.join else dataclasses.replace(resolved, regroup=0.0)
+        joins = 0.0 not in (resolved.superpixels, resolved.join)
+        require(joins or not self.regroup, UNJOINED)
+        return resolved if joins else dataclasses.replace(resolved, regroup=0.0)
 
 
 def settings_of(spec: Spec) -> dict[str, Any]:
@@ -201,6 +207,16 @@ def recorded(options: Options, spec: Spec) -> dict[str, Setting]:
     resolved = options.resolve(spec)
     used = {**dict.fromkeys(TILES, resolved.tiles), 'regroup': resolved.regroup, 'levels': resolved.levels}
     return {name: value for name, value in plain_settings(resolved).items() if used.get(name, True)}
+
+
+def merged_settings(settings: Mapping[str, Setting], given: Mapping[str, Setting]) -> dict[str, Setting]:
+    """A run's settings with those given for merging its maps again, without what then has no effect.
+
+    UsageError for `regroup` where superpixels are not joined.
+    """
+    joins = bool(settings.get('superpixels')) and bool(settings.get('join'))
+    require(joins or not given.get('regroup'), UNJOINED)
+    return {name: value for name, value in settings.items() if joins or name != 'regroup'}
 
 
 @overload

@@ -272,6 +272,8 @@ def settings_of_maps(job: Job, made: Run) -> dict[str, Setting]:
     later = method.LATER if method else ()
     changes = {name: value for name, value in plain_settings(job.options).items() if name in later and value is not None}
     settings = {**made.settings, **changes}
+    if method and hasattr(method, 'merged_settings'):
+        settings = method.merged_settings(settings, changes)
     if not decides(job, made.device, made.dtype):
         settings.pop('threads', None)
     return settings

@@ -245,6 +245,20 @@ def test_kept_token_maps_are_merged_again_without_the_model(tmp_path, sd3_folder
     assert [line['input'] for line in failures] == ['a.png'] and 'no token maps for this picture' in failures[0]['reason']
 
 
+def test_groups_are_neither_recorded_nor_asked_for_where_superpixels_are_not_joined(tmp_path, sd3_folder, picture, capsys):
+    PIL.Image.fromarray(picture).save(tmp_path / 'a.png')
+    run = ['run', str(tmp_path / 'a.png'), '--model', str(sd3_folder), '--device', 'cpu', '-q', '--superpixels', '20']
+    assert main([*run, '--out', f'{tmp_path}/grouped', '--join', '0.5', '--regroup', '0.7', '--save-maps']) == 0
+    assert main([*run, '--out', f'{tmp_path}/direct', '--join', '0']) == 0
+    assert main(['merge', f'{tmp_path}/grouped', '--out', f'{tmp_path}/merged', '--join', '0', '-q']) == 0
+    records = [json.loads((tmp_path / out / 'run.json').read_text()) for out in ('grouped', 'direct', 'merged')]
+    assert [record['settings'].get('regroup') for record in records] == [0.7, None, None]
+    assert records[1]['settings'] == records[2]['settings'] and records[1]['key'] == records[2]['key']
+    for command in ([*run, '--regroup', '0.7', '--join', '0'], ['merge', f'{tmp_path}/grouped', '--regroup', '0.5', '--join', '0', '-q']):
+        assert main([*command, '--out', f'{tmp_path}/other']) == 2
+        assert 'it needs --superpixels and --join above 0' in capsys.readouterr().err
+
+
 def test_plain_progress_is_a_line_now_and_then(monkeypatch, capsys):
     for seconds, lines in ((0.0, 3), (3600.0, 0)):
         monkeypatch.setattr(progress, 'SECONDS_PER_LINE', seconds)

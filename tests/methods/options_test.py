@@ -103,7 +103,10 @@ def test_regions_are_grouped_only_where_superpixels_are_joined():
         0,
     ]
     assert recorded(Options(), row)['regroup'] == 0.5 and 'regroup' not in recorded(Options(join=0.0), row)
-    assert Options(join=0.0, regroup=0.5).resolve(row).regroup == 0
+    for given in ({'join': 0.0}, {'superpixels': 0.0}, {'geometry': 'diffseg'}):
+        with pytest.raises(UsageError, match='regroup compares regions of joined superpixels'):
+            Options(regroup=0.5, **given).resolve(row)
+    assert Options(join=0.0).resolve(row).resolve(row).regroup == 0
 
 
 def test_what_is_given_stands_even_where_it_is_false():
