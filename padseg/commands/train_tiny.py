@@ -76,7 +76,7 @@ def command(
     The training data are synthetic scenes and, with --data, annotated photographs:
     FOLDER has images/x.jpg with labels/x.png, or x_0.png, x_1.png, … from several annotators; with splits, images/train and labels/train.
     WEIGHT is the relative sampling frequency, VOID the label to ignore. Running the same command again resumes a stopped training.
-    Results: OUT/model, a folder for --model; for each stage, a checkpoint and loss curves, and but for painting a sheet of predictions.
+    Results: OUT/model, a folder for --model; for each stage, a checkpoint, loss curves and, but for painting, a sheet of predictions.
 
     With --report nothing is trained: OUT/report gets the figures of a model, each printed by a command of padseg, and a sheet of samples.
     """

@@ -83,14 +83,12 @@ def other_settings(before: str, now: str) -> str:
     return f'{before}, but this run has {now}'
 
 
-def take_step(
-    loss: Tensor, model: nn.Module, optimisers: Sequence[torch.optim.Optimizer], schedules: Sequence[LambdaLR], largest: float = 1.0
-) -> None:
-    """Change the weights once, by gradients that are scaled down to a norm of `largest`, and move the learning rates on."""
+def take_step(loss: Tensor, model: nn.Module, optimisers: Sequence[torch.optim.Optimizer], schedules: Sequence[LambdaLR]) -> None:
+    """Change the weights once, by gradients that are scaled down to a norm of 1 at most, and move the learning rates on."""
     for optimiser in optimisers:
         optimiser.zero_grad(set_to_none=True)
     loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), largest)
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimiser, schedule in zip(optimisers, schedules, strict=True):
         optimiser.step()
         schedule.step()

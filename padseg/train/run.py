@@ -23,7 +23,7 @@ from padseg.train.vocabulary import WORDS
 
 STAGES = ('autoencoder', 'together', 'transformer', 'further', 'painter', 'painting')
 
-# Settings in the `padseg.json` of a trained model. Those of Seg4Diff were chosen on the validation splits of BSDS500 and CamVid.
+# Settings in the `padseg.json` of a trained model. The model card says what they were chosen on.
 SETTINGS: dict[str, dict[str, Any]] = {
     'seg4diff': {
         'step': 1,

@@ -76,7 +76,7 @@ def run(command: list[str], out: Path | None = None, fault: str = '', number: in
 
 
 def import_for(command: list[str]) -> None:
-    """Import what padseg imports for a command, once instead of in every child; the command itself runs in a child, see `run_in_child`."""
+    """Import what padseg imports for a command, once instead of in every child; it runs in one itself, see `faults.run_in_child`."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
